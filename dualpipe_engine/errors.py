@@ -1,0 +1,23 @@
+"""The errors of dualpipe_engine. Whatever a user can cause is a `DualPipeError`."""
+
+from __future__ import annotations
+
+
+class DualPipeError(Exception):
+    """Base of every error that dualpipe_engine raises on purpose."""
+
+
+class ConfigError(DualPipeError, ValueError):
+    """A configuration cannot work; the message names the key and the remedy."""
+
+
+class PlanError(DualPipeError, ValueError):
+    """A plan, an op text or a schedule request is not valid; the message names rank, op and reason."""
+
+
+class MissingExtraError(DualPipeError, ImportError):
+    """An optional package is needed; the message holds the install command."""
+
+
+class PipelineRuntimeError(DualPipeError, RuntimeError):
+    """A step failed while it ran: a peer was lost, a transfer timed out or shapes disagree."""

@@ -1,0 +1,1 @@
+"""Schedules as values: generate, lower, verify, simulate and draw without importing torch."""

@@ -1,0 +1,94 @@
+"""Op: one entry of a rank's program, and its text form.
+
+The text is that of torch.distributed.pipelining: stage, kind, micro-batch. `3F7` is the forward of micro-batch 7 on
+stage 3, `(3F7;4B2)FB` one forward and one backward that overlap, `3REDUCE` the gradient reduction of stage 3 and
+`STEP` the optimizer step.
+"""
+
+from __future__ import annotations
+
+import re
+from typing import NamedTuple
+
+from ..errors import PlanError
+
+F = "F"  #: forward
+B = "B"  #: full backward, I and W in one
+I = "I"  #: backward with respect to the inputs  # noqa: E741
+W = "W"  #: backward with respect to the weights
+FB = "FB"  #: one forward and one backward of different micro-batches, overlapped
+SEND_F = "SEND_F"  #: send the output of `stage` to stage + 1
+RECV_F = "RECV_F"  #: receive the input of `stage` from stage - 1
+SEND_B = "SEND_B"  #: send the input gradient of `stage` to stage - 1
+RECV_B = "RECV_B"  #: receive the output gradient of `stage` from stage + 1
+REDUCE = "REDUCE"  #: reduce the gradients of `stage` over its replicas
+STEP = "STEP"  #: optimizer step of the rank
+
+COMPUTE = frozenset((F, B, I, W, FB))
+COMM = frozenset((SEND_F, RECV_F, SEND_B, RECV_B))
+NONE = -1  #: "no stage" or "no micro-batch" of REDUCE and STEP
+
+_TEXT = re.compile(r"(\d+)(SEND_F|RECV_F|SEND_B|RECV_B|F|B|I|W)(\d+)")
+_REDUCE = re.compile(r"(\d+)REDUCE")
+_PAIR = re.compile(r"\(([^;()]+);([^;()]+)\)FB")
+
+
+class Op(NamedTuple):
+    """One op of a rank's program.
+
+    Args:
+        kind: one of the kinds of this module.
+        stage: global stage number; that of the forward part for `FB`; `NONE` for `STEP`.
+        micro: micro-batch 0..M-1; that of the forward part for `FB`; `NONE` for `REDUCE` and `STEP`.
+        parts: the forward op and the backward op (`B` or `I`) of an `FB`, else empty.
+    """
+
+    kind: str
+    stage: int
+    micro: int
+    parts: tuple[Op, ...] = ()
+
+    def __str__(self) -> str:
+        if self.kind == FB:
+            return f"({self.parts[0]};{self.parts[1]})FB"
+        if self.kind == STEP:
+            return STEP
+        if self.kind == REDUCE:
+            return f"{self.stage}REDUCE"
+        return f"{self.stage}{self.kind}{self.micro}"
+
+    @classmethod
+    def parse(cls, text: str) -> Op:
+        """Read one op.
+
+        Raises:
+            PlanError: the text is not an op.
+        """
+        text = text.strip()
+        if match := _TEXT.fullmatch(text):
+            return cls(match[2], int(match[1]), int(match[3]))
+        if match := _PAIR.fullmatch(text):
+            return pair(cls.parse(match[1]), cls.parse(match[2]))
+        if match := _REDUCE.fullmatch(text):
+            return cls(REDUCE, int(match[1]), NONE)
+        if text == STEP:
+            return cls(STEP, NONE, NONE)
+        raise PlanError(
+            f"{text!r} is not an op: expected text like 3F7, 4B2, 4I2, 4W2, (3F7;4B2)FB, 3SEND_F7, 3REDUCE or STEP"
+        )
+
+
+def pair(forward: Op, backward: Op) -> Op:
+    """Make the overlapped pair of a forward and a backward op.
+
+    Raises:
+        PlanError: the parts are not one F and one B or I.
+    """
+    if forward.kind != F or backward.kind not in (B, I):
+        raise PlanError(f"({forward};{backward})FB: a pair is one F and one B or I")
+    return Op(FB, forward.stage, forward.micro, (forward, backward))
+
+
+def atoms(op: Op) -> tuple[Op, ...]:
+    """The ops that `op` stands for: its two parts for an `FB`, else itself."""
+    return op.parts or (op,)

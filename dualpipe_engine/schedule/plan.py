@@ -1,0 +1,169 @@
+"""Plan: a whole schedule as a value, with its CSV and JSON forms and a digest."""
+
+from __future__ import annotations
+
+import csv
+import hashlib
+import io
+import json
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from ..errors import PlanError
+from .op import COMM, COMPUTE, Op, atoms
+from .placement import BIDIRECTIONAL, LINEAR, VEE, Placement
+
+
+@dataclass(frozen=True)
+class Plan:
+    """One program (a tuple of ops) a rank.
+
+    Args:
+        placement: where stages live.
+        num_micro: micro-batches 0..num_micro-1 of one batch of one pipeline.
+        programs: `programs[rank]` is what the rank executes, in order.
+        schedule: the name shown to people; not part of the plan's identity.
+    """
+
+    placement: Placement
+    num_micro: int
+    programs: tuple[tuple[Op, ...], ...]
+    schedule: str = field(default="custom", compare=False)
+
+    def __post_init__(self) -> None:
+        if self.num_micro < 1:
+            raise PlanError(f"a plan needs at least one micro-batch, got {self.num_micro}")
+        if len(self.programs) != self.placement.num_ranks:
+            raise PlanError(f"{len(self.programs)} programs for {self.placement.num_ranks} ranks")
+
+    @property
+    def num_ops(self) -> int:
+        return sum(map(len, self.programs))
+
+    def compute_only(self) -> Plan:
+        """The same plan without transfers and tail ops."""
+        programs = tuple(tuple(op for op in program if op.kind in COMPUTE) for program in self.programs)
+        return Plan(self.placement, self.num_micro, programs, self.schedule)
+
+    def has_comm(self) -> bool:
+        return any(op.kind in COMM for program in self.programs for op in program)
+
+    def digest(self) -> str:
+        """SHA-256 over placement, micro-batch count and all ops; equal plans have equal digests in every process."""
+        sha = hashlib.sha256(f"{self.placement.name} {self.placement.num_ranks} {self.num_micro}".encode())
+        for program in self.programs:
+            sha.update(b"\n")
+            sha.update(" ".join(map(str, program)).encode())
+        return sha.hexdigest()
+
+    def texts(self) -> list[list[str]]:
+        return [[str(op) for op in program] for program in self.programs]
+
+    def to_csv(self) -> str:
+        """One row a rank, one cell an op."""
+        out = io.StringIO()
+        csv.writer(out, lineterminator="\n").writerows(self.texts())
+        return out.getvalue()
+
+    @classmethod
+    def from_csv(cls, text: str, placement: Placement | None = None) -> Plan:
+        """Read `to_csv` output, or a schedule file of torch.distributed.pipelining.
+
+        Without `placement` it is found from the stages that the ranks run.
+
+        Raises:
+            PlanError: a cell is not an op, or the stages fit no placement.
+        """
+        programs = _parse(row for row in csv.reader(io.StringIO(text)) if any(cell.strip() for cell in row))
+        return cls(placement or _infer_placement(programs), _count_micro(programs), programs)
+
+    def to_json(self) -> str:
+        return json.dumps(
+            {
+                "schedule": self.schedule,
+                "placement": self.placement.name,
+                "ranks": self.placement.num_ranks,
+                "micro_batches": self.num_micro,
+                "programs": self.texts(),
+            }
+        )
+
+    @classmethod
+    def from_json(cls, text: str) -> Plan:
+        """Read `to_json` output; `placement` and `micro_batches` may be absent and are then found from the ops.
+
+        Raises:
+            PlanError: the text is not JSON, `programs` is missing, or an op is malformed.
+        """
+        try:
+            data: Any = json.loads(text)
+            rows = data["programs"]
+        except (ValueError, KeyError, TypeError) as error:
+            raise PlanError(f'not a plan: expected JSON with a list "programs" of lists of op text ({error})') from None
+        if not isinstance(rows, list) or not all(isinstance(row, list) for row in rows):
+            raise PlanError('not a plan: "programs" must be a list of lists of op text')
+        programs = _parse(rows)
+        name = data.get("placement")
+        placement = Placement(name, len(programs)) if name else _infer_placement(programs)
+        num_micro = data.get("micro_batches", _count_micro(programs))
+        if not isinstance(num_micro, int):
+            raise PlanError(f'"micro_batches" must be a whole number, got {num_micro!r}')
+        return cls(placement, num_micro, programs, str(data.get("schedule", "custom")))
+
+    @classmethod
+    def load(cls, path: str | Path) -> Plan:
+        """Read a plan file, `.csv` or `.json`.
+
+        Raises:
+            PlanError: the file cannot be read, has another ending, or holds no plan.
+        """
+        path = Path(path)
+        readers = {".csv": cls.from_csv, ".json": cls.from_json}
+        if path.suffix not in readers:
+            raise PlanError(f"{path}: a plan file ends in .csv or .json")
+        try:
+            return readers[path.suffix](path.read_text())
+        except (OSError, UnicodeDecodeError) as error:
+            raise PlanError(f"{path}: {error}") from None
+        except PlanError as error:
+            raise PlanError(f"{path}: {error}") from None
+
+
+def _parse(rows: Iterable[Iterable[Any]]) -> tuple[tuple[Op, ...], ...]:
+    programs = []
+    for rank, row in enumerate(rows):
+        try:
+            programs.append(tuple(Op.parse(str(cell)) for cell in row if str(cell).strip()))
+        except PlanError as error:
+            raise PlanError(f"rank {rank}: {error}") from None
+    if not programs:
+        raise PlanError("the plan is empty")
+    return tuple(programs)
+
+
+def _count_micro(programs: tuple[tuple[Op, ...], ...]) -> int:
+    return 1 + max((part.micro for program in programs for op in program for part in atoms(op)), default=-1)
+
+
+def _infer_placement(programs: tuple[tuple[Op, ...], ...]) -> Placement:
+    found = {
+        (part.stage, part.micro, rank)
+        for rank, program in enumerate(programs)
+        for op in program
+        if op.kind in COMPUTE
+        for part in atoms(op)
+    }
+    for name in (LINEAR, VEE, BIDIRECTIONAL):
+        if name == BIDIRECTIONAL and len(programs) % 2:
+            continue
+        placement = Placement(name, len(programs))
+        if {stage for stage, _, _ in found} == set(range(placement.num_stages)) and all(
+            placement.rank_of(stage, micro) == rank for stage, micro, rank in found
+        ):
+            return placement
+    raise PlanError(
+        "the stages of this plan fit no placement: rank r must run stage r (linear), stage r for even and PP-1-r for odd "
+        "micro-batches (bidirectional), or stages r and 2*PP-1-r (vee)"
+    )
