@@ -1,0 +1,240 @@
+"""Deferred weight gradients: the backward of a stage runs as I, what the previous stage waits for, and W, the rest.
+
+`install` makes the modules of a stage put their weight gradients into a `WeightGradStore` while the store is deferring;
+zero bubble schedules (arXiv 2401.10241; DeepSeek-V3 report, section 3.2.1) run them later. Biases, norms and embeddings
+belong to I, as does what no split operation covers.
+
+Post-accumulate-grad hooks of a deferred parameter run in W, after its gradient is there; autograd also runs them in I,
+where `grad` is still None or old. So reduce gradients after the last W, not from such hooks.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .weight_grad_mode import SplitMode
+from .weight_grad_ops import FusedWgrad, Linear
+from .weight_grad_split import Contribution, accumulate, split
+
+
+class WeightGradStore:
+    """Collects the weight gradients that a backward leaves out. One store serves all stages of a rank.
+
+    A parameter with a `main_grad` (fp32, the parameter's shape) gets its weight gradients there, computed in fp32, in
+    W and in a full backward alike, and its `grad` stays as it is; biases, norms and embeddings keep using `grad`.
+
+    Args:
+        fused_wgrad: adds `grad.T @ x` of half-precision operands to an fp32 sum, called as `fused_wgrad(x, grad, sum)`;
+            `apex_status().wgrad` on CUDA.
+    """
+
+    def __init__(self, fused_wgrad: FusedWgrad | None = None) -> None:
+        self.deferring = False
+        self.fused_wgrad = fused_wgrad
+        self.split_params: set[nn.Parameter] = set()
+        self._waiting: list[Contribution | Callable[[], None]] = []
+
+    @contextmanager
+    def defer(self) -> Iterator[None]:
+        """Keep the weight gradients of the backward passes in the body for `take`."""
+        before, self.deferring = self.deferring, True
+        try:
+            yield
+        finally:
+            self.deferring = before
+
+    def put(self, deferred: Contribution | Callable[[], None]) -> None:
+        """Add a closure that a backward leaves for W. CUDA's backward threads may call it."""
+        self._waiting.append(deferred)
+
+    def holds(self, param: nn.Parameter) -> bool:
+        return any(isinstance(each, Contribution) and each.param is param for each in self._waiting)
+
+    def take(self) -> list[Callable[[], None]]:
+        """Hand over what was put since the last `take`, in that order; each closure has an effect once.
+
+        Gradients of one parameter become one closure, which adds them up before it accumulates, as autograd does.
+        """
+        waiting, self._waiting = self._waiting, []
+        groups: dict[nn.Parameter, list[Contribution]] = {}
+        closures: list[Callable[[], None]] = []
+        for each in waiting:
+            if not isinstance(each, Contribution):
+                closures.append(each)
+            elif each.param in groups:
+                groups[each.param].append(each)
+            else:
+                groups[each.param] = [each]
+                closures.append(functools.partial(_run_once, groups[each.param], self.fused_wgrad))
+        return closures
+
+
+def _run_once(contributions: list[Contribution], fused: FusedWgrad | None) -> None:
+    if contributions:
+        accumulate(contributions, fused)
+
+
+def install(module: nn.Module, store: WeightGradStore) -> DeferReport:
+    """Let `module` (a stage) defer its weight gradients into `store`.
+
+    The forward of each `nn.Linear` is replaced, and that of each other module runs in a `SplitMode`; a module that has
+    no matrix of its own and splits nothing in its first forward gets its own forward back. Checkpointed modules need
+    nothing more: their recompute calls the same forwards. Compiled and scripted modules are left as they are.
+    Parameters that are frozen now and trained later need another `install`.
+
+    Returns:
+        A report that is up to date whenever it is read; it is empty before the first forward.
+    """
+    uninstall(module)
+    mode = SplitMode(store)
+    left_alone = _opaque(module)
+    for part in module.modules():
+        if part in left_alone:
+            continue
+        if isinstance(part, nn.Linear) and part.forward == nn.Linear.forward.__get__(part):
+            vars(part)["forward"] = _LinearForward(part, store)
+        elif _has_forward(part) and _may_split(part):
+            vars(part)["forward"] = _ScopedForward(part, mode)
+    return DeferReport(module, store)
+
+
+def uninstall(module: nn.Module) -> None:
+    """Undo `install`."""
+    for part in module.modules():
+        if isinstance(vars(part).get("forward"), _Forward):
+            vars(part)["forward"].remove()
+
+
+class DeferReport:
+    """Which parameters of `module` have deferred weight gradients, judged by the forwards run so far."""
+
+    def __init__(self, module: nn.Module, store: WeightGradStore) -> None:
+        self._module = module
+        self._store = store
+
+    @property
+    def total_numel(self) -> int:
+        """Elements of all parameters that need a gradient."""
+        return sum(param.numel() for _, param in self._trained())
+
+    @property
+    def deferred_numel(self) -> int:
+        return sum(param.numel() for _, param in self._trained() if param in self._store.split_params)
+
+    @property
+    def share(self) -> float:
+        """Deferred part of all elements, 0 to 1."""
+        return self.deferred_numel / max(1, self.total_numel)
+
+    @property
+    def not_deferred(self) -> list[tuple[str, str]]:
+        """(parameter name, reason) of each trained parameter whose gradient belongs to I."""
+        opaque = {param for part in _opaque(self._module) for param in part.parameters(recurse=False)}
+        tables = {part.weight for part in self._module.modules() if isinstance(part, (nn.Embedding, nn.EmbeddingBag))}
+        found = []
+        for name, param in self._trained():
+            if param in self._store.split_params:
+                continue
+            if param in opaque:
+                reason = "compiled or scripted module"
+            elif param._backward_hooks:
+                reason = "hook on the parameter"
+            elif param in tables:
+                reason = "embedding"
+            elif param.dim() < 2:
+                reason = "bias, norm or other vector"
+            else:
+                reason = "no split operation used it"
+            found.append((name, reason))
+        return found
+
+    def __str__(self) -> str:
+        text = f"{self.share:.1%} of {self.total_numel:,} parameter elements have deferred weight gradients."
+        by_reason: dict[str, list[str]] = {}
+        for name, reason in self.not_deferred:
+            by_reason.setdefault(reason, []).append(name)
+        if by_reason:
+            parts = (f"{reason} ({len(names)}, such as {names[0]})" for reason, names in by_reason.items())
+            text += f" Part of I: {'; '.join(parts)}."
+        return text
+
+    def _trained(self) -> list[tuple[str, nn.Parameter]]:
+        return [(name, param) for name, param in self._module.named_parameters() if param.requires_grad]
+
+
+class _Forward:
+    """A replacement of a module's forward; `remove` puts the former one back."""
+
+    def __init__(self, module: nn.Module) -> None:
+        self._module = module
+        self._own = "forward" in vars(module)
+        self._plain: Callable[..., Any] = module.forward
+        self.__wrapped__ = self._plain  # what inspect.signature reads
+
+    def remove(self) -> None:
+        if self._own:
+            self._module.forward = self._plain
+        else:
+            vars(self._module).pop("forward", None)
+
+
+class _LinearForward(_Forward):
+    """`nn.Linear.forward` without the mode, whose few microseconds would be paid most often here."""
+
+    def __init__(self, module: nn.Linear, store: WeightGradStore) -> None:
+        super().__init__(module)
+        self._linear = module
+        self._store = store
+
+    def __call__(self, input: Tensor) -> Tensor:
+        if not torch.compiler.is_compiling():
+            out = split(self._store, Linear(), input, self._linear.weight, self._linear.bias)
+            if out is not None:
+                return out
+        result: Tensor = self._plain(input)
+        return result
+
+
+class _ScopedForward(_Forward):
+    """A forward under the mode."""
+
+    def __init__(self, module: nn.Module, mode: SplitMode) -> None:
+        super().__init__(module)
+        self._mode = mode
+        self._stays = any(param.dim() > 1 for param in module.parameters(recurse=False))
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        if torch.compiler.is_compiling():
+            return self._plain(*args, **kwargs)
+        result, caught = self._mode.run(self._plain, args, kwargs)
+        if caught:
+            self._stays = True
+        elif not self._stays and torch.is_grad_enabled():
+            self.remove()
+        return result
+
+
+def _opaque(module: nn.Module) -> set[nn.Module]:
+    """Compiled and scripted modules, with everything in them."""
+    return {
+        inner
+        for part in module.modules()
+        if part._compiled_call_impl is not None
+        or hasattr(part, "_orig_mod")
+        or isinstance(part, torch.jit.ScriptModule)
+        for inner in part.modules()
+    }
+
+
+def _has_forward(module: nn.Module) -> bool:
+    return "forward" in vars(module) or type(module).forward is not nn.Module.forward
+
+
+def _may_split(module: nn.Module) -> bool:
+    return any(param.requires_grad and param.dim() > 1 for param in module.parameters())

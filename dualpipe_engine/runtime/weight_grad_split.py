@@ -1,0 +1,195 @@
+"""One autograd Function for all split operations, and the weight gradient as a value that can wait.
+
+The Function finds the parameter by its own gradient edge, never by its saved tensors: under activation checkpointing
+those are other tensors. While nothing is deferred the weight gradient goes the usual way through autograd. The deferred
+one is fed into the same edge later, so that views, casts, several uses, hooks and the type of the gradient are
+autograd's business in both cases.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from typing import Any, NamedTuple, Protocol
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+from torch.autograd.graph import GradientEdge
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
+
+from .weight_grad_ops import FusedWgrad, SplitOp
+
+#: Nodes that keep no tensor, hence can run in I (on nothing) and again in W.
+_REPLAYABLE = re.compile(
+    r"(T|Transpose|Permute|Select|Slice|View|UnsafeView|ReshapeAlias|Unsqueeze|Squeeze|Alias|Clone|Unbind|Split|ToCopy)"
+    r"Backward\d"
+)
+
+
+class Contribution(NamedTuple):
+    """A weight gradient that has not been computed yet."""
+
+    param: nn.Parameter
+    edge: GradientEdge
+    op: SplitOp
+    grad: Tensor
+    x: Tensor
+    like: Tensor
+    bias_edge: GradientEdge | None  #: for an operation whose bias gradient comes with the weight's
+    offset: int | None  #: where the weight starts in the parameter; None if it does not share the parameter's memory
+
+    def compute(self) -> list[tuple[GradientEdge, Tensor]]:
+        if self.bias_edge is None:
+            return [(self.edge, self.op.weight_grad(self.grad, self.x, self.like))]
+        weight, bias = self.op.joint_grads(self.grad, self.x, self.like)
+        return [(self.edge, weight), (self.bias_edge, bias)]
+
+    def add_to(self, total: Tensor, fused: FusedWgrad | None) -> None:
+        """Add to an fp32 sum of the parameter's shape."""
+        if self.offset is None or not total.is_contiguous():
+            total.add_(torch.autograd.grad(self.edge, self.param, self.compute()[0][1])[0])
+        else:
+            view = total.as_strided(self.like.shape, self.like.stride(), total.storage_offset() + self.offset)
+            self.op.add_weight_grad(view, self.grad, self.x, self.like, fused)
+
+
+@torch.no_grad()
+def accumulate(contributions: list[Contribution], fused: FusedWgrad | None = None) -> None:
+    """Compute the weight gradients of one parameter and one backward, add them up, and forget them.
+
+    They go into `main_grad` (fp32) where the parameter has one, else into `grad` as autograd does it, post-accumulate
+    hooks included.
+    """
+    main_grad = getattr(contributions[0].param, "main_grad", None)
+    if main_grad is None:
+        edges, grads = zip(*(pair for each in contributions for pair in each.compute()), strict=True)
+        torch.autograd.backward(edges, grads)
+    else:
+        for each in contributions:
+            each.add_to(main_grad, fused)
+    contributions.clear()
+
+
+class Sink(Protocol):
+    """Where the weight gradients of a backward go; see `WeightGradStore`."""
+
+    deferring: bool
+    fused_wgrad: FusedWgrad | None
+    split_params: set[nn.Parameter]
+
+    def put(self, deferred: Contribution | Callable[[], None]) -> None: ...
+
+    def holds(self, param: nn.Parameter) -> bool: ...
+
+
+def split(sink: Sink, op: SplitOp, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor | None:
+    """Run `op` so that its weight gradient can be deferred; None if the caller must run the plain operation."""
+    if not torch.is_grad_enabled() or not isinstance(weight, Tensor) or not weight.requires_grad:
+        return None
+    param = _splittable(weight)
+    if param is None or (op.joint_bias and bias is not None and bias.requires_grad and _splittable(bias) is None):
+        return None
+    if torch.is_autocast_enabled(x.device.type):
+        x, weight, bias = _autocast(op, x, weight, bias)
+    if op.deferrable:
+        sink.split_params.add(param)
+    out: Tensor = _Split.apply(x, weight, bias, op, sink)
+    return out
+
+
+def _splittable(weight: Tensor) -> nn.Parameter | None:
+    if weight._backward_hooks or weight.retains_grad:
+        return None
+    param = weight if weight.grad_fn is None else _source(weight.grad_fn)
+    if not isinstance(param, nn.Parameter) or param._backward_hooks or is_traceable_wrapper_subclass(param):
+        return None
+    return param
+
+
+def _source(node: Any) -> Tensor | None:
+    """The leaf that a chain of views and casts starts from; None for any other graph."""
+    while node is not None and _REPLAYABLE.fullmatch(node.name()):
+        node = node.next_functions[0][0]
+    return getattr(node, "variable", None)
+
+
+def _autocast(op: SplitOp, x: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Cast as autocast would. Inside the Function it would do so without gradient and keep that copy in its cache."""
+    device = x.device.type
+    if not torch._C._dispatch_has_kernel_for_dispatch_key(op.kernel, f"Autocast{_KEYS.get(device, device.upper())}"):
+        return x, weight, bias
+    dtype = torch.get_autocast_dtype(device)
+
+    def cast(tensor: Tensor) -> Tensor:
+        eligible = tensor.is_floating_point() and tensor.device.type == device and tensor.dtype != torch.float64
+        return tensor.to(dtype) if eligible else tensor
+
+    return cast(x), cast(weight), None if bias is None else cast(bias)
+
+
+_KEYS = {"privateuseone": "PrivateUse1"}
+
+
+class _Split(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, op: SplitOp, sink: Sink) -> Tensor:
+        ctx.save_for_backward(x, weight)
+        ctx.bias_shape = None if bias is None else bias.shape
+        ctx.op = op
+        ctx.sink = sink
+        out = op.forward(x, weight, bias)
+        return out.data if out._is_view() else out  # autograd lets nobody change a Function's view in place
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> Any:
+        x, weight = ctx.saved_tensors
+        need_x, need_weight, need_bias = ctx.needs_input_grad[:3]
+        op: SplitOp = ctx.op
+        grad_x = op.input_grad(grad, x, weight) if need_x else None
+        grad_weight = grad_bias = None
+        if need_weight:
+            later = _contribution(ctx, grad, x, weight, need_bias)
+            need_bias = need_bias and later.bias_edge is None
+            if not _put_off(ctx.sink, later):
+                grad_weight, *rest = (each for _, each in later.compute())
+                grad_bias = rest[0] if rest else None
+        if need_bias:
+            grad_bias = op.bias_grad(grad, ctx.bias_shape)
+        return grad_x, grad_weight, grad_bias, None, None
+
+
+def _contribution(ctx: Any, grad: Tensor, x: Tensor, weight: Tensor, need_bias: bool) -> Contribution:
+    node, index = ctx.next_functions[1]
+    param = _source(node)
+    assert isinstance(param, nn.Parameter)
+    joint = ctx.op.joint_bias and need_bias and getattr(param, "main_grad", None) is None
+    return Contribution(
+        param,
+        GradientEdge(node, index),
+        ctx.op,
+        grad.detach(),
+        x.detach(),
+        weight.detach().to("meta"),
+        GradientEdge(*ctx.next_functions[2]) if joint else None,
+        _offset(weight, param),
+    )
+
+
+def _put_off(sink: Sink, later: Contribution) -> bool:
+    """Leave a gradient for W, or add it to `main_grad`; False if autograd shall have it now."""
+    if sink.deferring and (later.op.deferrable or sink.holds(later.param)):
+        sink.put(later)
+        return True
+    if later.op.deferrable and getattr(later.param, "main_grad", None) is not None:
+        accumulate([later], sink.fused_wgrad)
+        return True
+    return False
+
+
+def _offset(weight: Tensor, param: nn.Parameter) -> int | None:
+    shared = weight.untyped_storage().data_ptr() == param.untyped_storage().data_ptr()
+    if not shared or weight.dtype != param.dtype or not param.is_contiguous():
+        return None
+    return int(weight.storage_offset() - param.storage_offset())
