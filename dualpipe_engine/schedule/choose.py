@@ -1,31 +1,197 @@
-"""Make a plan by name."""
+"""Make plans by name, find the best candidate of a schedule, and compare schedules on equal work."""
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
 from difflib import get_close_matches
+from math import inf
+from typing import NamedTuple
 
 from ..errors import PlanError
 from . import dualpipe, dualpipev, one_f_one_b, zb1p, zbv
-from .costs import CostModel
+from .collector import collector_paused
+from .costs import UNIT, CostModel
+from .fill import join, safe_fuse, unpair, wfill
+from .placement import BIDIRECTIONAL, LINEAR, VEE, Placement
 from .plan import Plan
+from .simulate import peak_activations, simulate
 
-_GENERATORS = {
-    "1f1b": one_f_one_b.generate,
-    "zb1p": zb1p.generate,
-    "dualpipe": dualpipe.generate,
-    "dualpipev": dualpipev.generate,
-    "zbv": zbv.generate,
+THETAS = (0.0, 0.3, 0.6)  #: how much of a W may delay the next op, see `wfill`
+MANY_OPS = 20_000  #: plans with more ops try only the first of THETAS, to stay within seconds
+
+
+class _Schedule(NamedTuple):
+    placement: str
+    generate: Callable[[int, int], Plan]
+    splits: bool  # into I and W
+    default_cap: Callable[[int], int]  # activations of the reference order on PP ranks, any number of micro-batches
+
+
+_KNOWN = {
+    "1f1b": _Schedule(LINEAR, one_f_one_b.generate, False, lambda pp: pp),
+    "zb1p": _Schedule(LINEAR, zb1p.generate, True, lambda pp: pp),
+    "dualpipe": _Schedule(BIDIRECTIONAL, dualpipe.generate, True, lambda pp: pp + 1),
+    "dualpipev": _Schedule(VEE, dualpipev.generate, True, lambda pp: 2 * pp + 1),
+    "zbv": _Schedule(VEE, zbv.generate, True, lambda pp: 2 * pp),
 }
-SCHEDULES = tuple(_GENERATORS)
+SCHEDULES = tuple(_KNOWN)
 
 
-def make_plan(schedule: str, num_ranks: int, num_micro: int, costs: CostModel | None = None) -> Plan:
-    """Make the compute plan of a schedule, in its reference order.
+@collector_paused()
+def make_plan(
+    schedule: str,
+    num_ranks: int,
+    num_micro: int,
+    costs: CostModel = UNIT,
+    optimize: bool = False,
+    activation_cap: int | None = None,
+    split_backward: bool = True,
+) -> Plan:
+    """Make the compute ops of a schedule.
+
+    Args:
+        schedule: one of SCHEDULES.
+        num_ranks: pipeline ranks.
+        num_micro: micro-batches of the batch.
+        costs: costs of the stages of the schedule's own placement (2 * num_ranks stages for "dualpipev" and "zbv");
+            `CostModel.for_placement` cuts the costs of one model for each. Only `optimize` uses them.
+        optimize: False: the reference order. True: of the reference order and its variants (pairs split, W moved into
+            idle gaps) the one with the smallest simulated makespan.
+        activation_cap: activations, counted as by `peak_activations`, that no rank may exceed. None: what the reference
+            order holds with many micro-batches, PP + 1 for "dualpipe".
+        split_backward: False: only full backwards, for models that cannot split them into I and W.
 
     Raises:
-        PlanError: the name is unknown, or the rank count does not fit the schedule.
+        PlanError: the name is unknown, the rank count does not fit the schedule, the costs are for another number of
+            stages, or no plan keeps within the cap.
     """
-    if schedule not in _GENERATORS:
-        near = get_close_matches(schedule, SCHEDULES, n=1, cutoff=0)
-        raise PlanError(f"unknown schedule {schedule!r}: did you mean {near[0]!r}? There are {', '.join(SCHEDULES)}")
-    return _GENERATORS[schedule](num_ranks, num_micro)
+    known = _known(schedule)
+    placement = Placement(known.placement, num_ranks)
+    costs.check(placement.num_stages)
+    reference = known.generate(num_ranks, num_micro)
+    if not split_backward:
+        reference = join(reference)
+    cap = known.default_cap(num_ranks) if activation_cap is None else activation_cap
+    split = split_backward and known.splits
+    plans = list(_candidates(reference, costs, cap, split)) if optimize else [reference]
+    fitting = [plan for plan in plans if max(peak_activations(plan)) <= cap]
+    if not fitting:
+        tight = _candidates(reference, costs, 1, split) if optimize else plans
+        smallest = min(max(peak_activations(plan)) for plan in tight)
+        raise PlanError(
+            f"{schedule} on {num_ranks} ranks with {num_micro} micro-batches holds more than activation_cap = {cap} "
+            f"activations on some rank: the smallest cap that works is {smallest}"
+        )
+    if len(fitting) == 1:
+        return fitting[0]
+    plan = min(fitting, key=lambda plan: simulate(plan, costs).makespan)
+    return plan if plan is reference else safe_fuse(plan, costs)
+
+
+def _known(schedule: str) -> _Schedule:
+    if schedule not in _KNOWN:
+        near = get_close_matches(schedule, SCHEDULES, n=1, cutoff=0.0)[0]
+        raise PlanError(f"unknown schedule {schedule!r}: did you mean {near!r}? There are {', '.join(SCHEDULES)}")
+    return _KNOWN[schedule]
+
+
+def _candidates(reference: Plan, costs: CostModel, cap: int, split: bool) -> Iterator[Plan]:
+    yield reference
+    unpaired = unpair(reference)
+    if split:
+        for theta in THETAS[:1] if reference.num_ops > MANY_OPS else THETAS:
+            yield wfill(reference, costs, cap, theta)
+            yield wfill(unpaired, costs, cap, theta)
+    elif unpaired != reference:
+        yield unpaired
+
+
+@dataclass(frozen=True)
+class Row:
+    """One schedule of a comparison.
+
+    Args:
+        schedule: its name.
+        feasible: whether there is a plan.
+        reason: why not, or "".
+        parameter_copies: copies of each stage's parameters, 1 or 2.
+        makespan: simulated seconds; infinite without a plan, as are the next two.
+        bubble: seconds that the idlest rank is idle.
+        peak_activations: most activations that a rank holds, in activations of a full stage (1/PP of the model).
+        plan: the plan, or None.
+    """
+
+    schedule: str
+    feasible: bool
+    reason: str
+    parameter_copies: int
+    makespan: float = inf
+    bubble: float = inf
+    peak_activations: float = inf
+    plan: Plan | None = None
+
+
+def compare(
+    num_ranks: int,
+    num_micro: int,
+    costs: CostModel = UNIT,
+    activation_cap: float | None = None,
+    optimize: bool = True,
+    split_backward: bool = True,
+) -> list[Row]:
+    """Every schedule on the same model, batch and ranks.
+
+    Args:
+        num_ranks: pipeline ranks PP.
+        num_micro: micro-batches of the batch.
+        costs: costs of the model cut into PP stages; `vee` placements run each of them as two halves.
+        activation_cap: limit of every rank in activations of a full stage; an activation of a `vee` stage is half of
+            one. None: the default of each schedule.
+        optimize: see `make_plan`.
+        split_backward: see `make_plan`.
+
+    Raises:
+        PlanError: a count is below 1, or the costs are for another number of stages.
+    """
+    costs.check(num_ranks)
+    rows = []
+    for schedule, known in _KNOWN.items():
+        parts = 2 if known.placement == VEE else 1
+        copies = 2 if known.placement == BIDIRECTIONAL else 1
+        cap = None if activation_cap is None else int(activation_cap * parts)
+        try:
+            placed = costs.for_placement(Placement(known.placement, num_ranks))
+            plan = make_plan(schedule, num_ranks, num_micro, placed, optimize, cap, split_backward)
+        except PlanError as error:
+            rows.append(Row(schedule, False, str(error), copies))
+            continue
+        timeline = simulate(plan, placed)
+        peak = max(peak_activations(plan)) / parts
+        rows.append(Row(schedule, True, "", copies, timeline.makespan, max(timeline.bubble()), peak, plan))
+    return rows
+
+
+def best(
+    num_ranks: int,
+    num_micro: int,
+    costs: CostModel = UNIT,
+    activation_cap: float | None = None,
+    optimize: bool = True,
+    split_backward: bool = True,
+) -> Row:
+    """The fastest feasible row of `compare`, with the reason in a sentence; ties go to less memory.
+
+    Raises:
+        PlanError: no schedule is feasible.
+    """
+    rows = compare(num_ranks, num_micro, costs, activation_cap, optimize, split_backward)
+    feasible = sorted(
+        (row for row in rows if row.feasible), key=lambda row: (row.makespan, row.parameter_copies, row.peak_activations)
+    )
+    if not feasible:
+        raise PlanError("no schedule is feasible: " + "; ".join(row.reason for row in rows))
+    first = feasible[0]
+    others = ", ".join(f"{row.schedule} {row.makespan:.6g}" for row in feasible[1:])
+    reason = f"{first.schedule} has the smallest simulated makespan, {first.makespan:.6g} s"
+    return replace(first, reason=f"{reason} (others: {others})" if others else reason)

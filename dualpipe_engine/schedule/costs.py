@@ -13,23 +13,22 @@ PerStage = float | tuple[float, ...]
 
 @dataclass(frozen=True)
 class CostModel:
-    """Costs of a model cut into stages. Each of `f`, `i`, `w`, `fb`, `activation_bytes` is one number for all stages or
-    a tuple with one number a stage.
+    """Costs of a model cut into stages; each but `comm` is one number for all stages or a tuple, one number a stage.
 
-    A pair of a forward on stage s and a backward on stage t costs `fb` where both stages have the same costs. In
-    general it takes the time of both halves after each other, times the mean of the overlap factors
-    `fb / (f + i + w)` of s and t, and at least the time of the longer half. A pair whose backward half is I has no w.
+    A pair of a forward on stage s and a full backward on stage t takes `fb` where s and t cost the same. In general it
+    takes the time of its halves one after the other times the mean of the overlap factors `fb / (f + i + w)` of s and
+    t, but at least the time of the longer half. This also covers a pair with I, which has no w.
 
     Args:
         f: seconds of a forward.
         i: seconds of the input-gradient part of a backward.
         w: seconds of the weight-gradient part of a backward; a full backward takes `i + w`.
         fb: seconds of an overlapped forward and full backward; None: no overlap, `f + i + w`.
-        comm: seconds of one transfer between two ranks, latency only.
-        activation_bytes: bytes that one micro-batch keeps alive on a stage from its F to the end of its W.
+        comm: seconds of one transfer between two ranks.
+        activation_bytes: bytes that one micro-batch keeps alive on a stage from the start of F to the end of W.
 
     Raises:
-        PlanError: a negative number, an `fb` below the longer half, or tuples of different lengths.
+        PlanError: a negative number, or tuples of different lengths.
     """
 
     f: PerStage = 1.0
@@ -40,17 +39,16 @@ class CostModel:
     activation_bytes: int | tuple[int, ...] = 1
 
     def __post_init__(self) -> None:
-        fields = {name: getattr(self, name) for name in ("f", "i", "w", "fb", "comm", "activation_bytes")}
-        for name, value in fields.items():
-            if value is not None and any(not number >= 0 for number in _tuple(value)):
+        lengths = {}
+        for name in ("f", "i", "w", "fb", "comm", "activation_bytes"):
+            value = getattr(self, name)
+            if isinstance(value, tuple):
+                lengths[name] = len(value)
+            numbers = value if isinstance(value, tuple) else () if value is None else (value,)
+            if not all(number >= 0 for number in numbers):
                 raise PlanError(f"cost {name} must not be negative, got {value}")
-        lengths = {name: len(value) for name, value in fields.items() if isinstance(value, tuple)}
         if len(set(lengths.values())) > 1:
             raise PlanError(f"costs for different numbers of stages: {lengths}")
-        for stage in range(max(lengths.values(), default=1)):
-            f, i, w, fb = self.at(stage)
-            if fb < max(f, i + w):
-                raise PlanError(f"cost fb = {fb:g} is below its longer half (f = {f:g}, i + w = {i + w:g})")
 
     def at(self, stage: int) -> tuple[float, float, float, float]:
         """(f, i, w, fb) of one stage."""
@@ -58,63 +56,64 @@ class CostModel:
         return f, i, w, f + i + w if self.fb is None else _at(self.fb, stage)
 
     def check(self, num_stages: int) -> None:
-        """Raises:
-        PlanError: a tuple has another length than `num_stages`.
+        """Check that the costs are for `num_stages` stages.
+
+        Raises:
+            PlanError: a tuple has another length.
         """
         for name in ("f", "i", "w", "fb", "activation_bytes"):
             value = getattr(self, name)
             if isinstance(value, tuple) and len(value) != num_stages:
-                raise PlanError(f"cost {name} has {len(value)} numbers for {num_stages} stages")
+                raise PlanError(f"cost {name} has {len(value)} numbers, but there are {num_stages} stages")
 
     def duration(self, op: Op) -> float:
         """Seconds of a compute op."""
         if op.kind == FB:
-            return self._pair(op.stage, op.parts[1].stage, op.parts[1].kind)
+            return self._pair(*op.parts)
         f, i, w, _ = self.at(op.stage)
         return {F: f, I: i, W: w, B: i + w}[op.kind]
 
-    def _pair(self, forward_stage: int, backward_stage: int, backward_kind: str) -> float:
-        there, back = self.at(forward_stage), self.at(backward_stage)
-        if there == back and backward_kind == B:
+    def _pair(self, forward: Op, backward: Op) -> float:
+        there, back = self.at(forward.stage), self.at(backward.stage)
+        if there == back and backward.kind == B:
             return there[3]
-        f, (_, i, w, _) = there[0], back
-        b = i + w if backward_kind == B else i
-        factor = (_overlap(there) + _overlap(back)) / 2
-        return max((f + b) * factor, f, b)
+        f, b = self.duration(forward), self.duration(backward)
+        return max((f + b) * (_overlap(*there) + _overlap(*back)) / 2, f, b)
 
     def for_placement(self, placement: Placement) -> CostModel:
         """The same model cut for `placement`, where `self` describes it cut into `placement.num_ranks` stages.
 
-        `vee` cuts each of these stages into two equal halves; the other placements change nothing. A schedule comparison
-        on equal work needs this.
+        `vee` cuts each of these stages into two equal halves; the other placements change nothing.
+
+        Raises:
+            PlanError: the costs are for another number of stages.
         """
         self.check(placement.num_ranks)
         if placement.name != VEE:
             return self
-        halves = {name: _halve(getattr(self, name)) for name in ("f", "i", "w")}
         size = self.activation_bytes
         return replace(
             self,
-            **halves,
-            fb=None if self.fb is None else _halve(self.fb),
-            activation_bytes=tuple(part for n in size for part in ((n + 1) // 2, n // 2))
+            f=_halves(self.f),
+            i=_halves(self.i),
+            w=_halves(self.w),
+            fb=None if self.fb is None else _halves(self.fb),
+            activation_bytes=tuple((n + 1) // 2 for n in size for _ in range(2))
             if isinstance(size, tuple)
             else (size + 1) // 2,
         )
 
 
-def _tuple(value: PerStage) -> tuple[float, ...]:
-    return value if isinstance(value, tuple) else (value,)
+UNIT = CostModel()  #: f = i = w = 1, no overlap, transfers for nothing
 
 
 def _at(value: PerStage, stage: int) -> float:
     return value[stage] if isinstance(value, tuple) else value
 
 
-def _overlap(costs: tuple[float, float, float, float]) -> float:
-    f, i, w, fb = costs
-    return fb / (f + i + w) if fb else 1.0
+def _overlap(f: float, i: float, w: float, fb: float) -> float:
+    return fb / (f + i + w) if f + i + w else 1.0
 
 
-def _halve(value: PerStage) -> PerStage:
+def _halves(value: PerStage) -> PerStage:
     return tuple(part / 2 for part in value for _ in range(2)) if isinstance(value, tuple) else value / 2

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 from ..errors import PlanError
+from .collector import collector_paused
 from .costs import CostModel
 from .op import COMPUTE, B, F, I, Op, W, atoms
 from .placement import Placement
@@ -124,13 +125,13 @@ class Clocks:
         return latest
 
     def _check_range(self, programs: Sequence[Sequence[Op]]) -> None:
+        num_stages, num_micro = self.placement.num_stages, self.num_micro
         for rank, program in enumerate(programs):
             for op in program:
-                for part in op.parts or (op,):
-                    if part.stage >= self.placement.num_stages or part.micro >= self.num_micro:
+                for _, stage, micro, _ in op.parts or (op,):
+                    if stage >= num_stages or micro >= num_micro:
                         raise PlanError(
-                            f"rank {rank}: {op} does not exist in a plan of {self.placement.num_stages} stages and "
-                            f"{self.num_micro} micro-batches"
+                            f"rank {rank} cannot run {op}: there are {num_stages} stages and {num_micro} micro-batches"
                         )
 
     def _deadlock(self, programs: Sequence[Sequence[Op]], at: Sequence[int], rank: int, key: int) -> str:
@@ -148,6 +149,7 @@ class Clocks:
         return text + f"no rank runs {' or '.join(f'{stage}{kind}{micro}' for kind in kinds)}"
 
 
+@collector_paused()
 def simulate(plan: Plan, costs: CostModel) -> Timeline:
     """Time every compute op of `plan`; transfers and tail ops are ignored.
 
@@ -169,16 +171,10 @@ def peak_activations(plan: Plan) -> list[int]:
     for program in _compute(plan):
         alive = peak = 0
         for op in program:
-            if op.kind == F:
-                alive += 1
-            elif op.kind != I:
-                if op.parts:
-                    alive += 1
-                    peak = max(peak, alive)
-                    if op.parts[1].kind == I:
-                        continue
-                alive -= 1
+            kinds = [part.kind for part in atoms(op)]
+            alive += F in kinds
             peak = max(peak, alive)
+            alive -= B in kinds or W in kinds
         peaks.append(peak)
     return peaks
 

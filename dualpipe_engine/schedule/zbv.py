@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from .costs import UNIT
 from .emitter import Emitter
+from .fill import wfill
 from .op import F, I, Op, W
 from .placement import VEE, Placement
 from .plan import Plan
@@ -20,7 +22,10 @@ def generate(num_ranks: int, num_micro: int) -> Plan:
     """
     placement = Placement(VEE, num_ranks)
     programs = (_program(placement, rank, num_micro) for rank in range(num_ranks))
-    return Plan(placement, num_micro, tuple(programs), "zbv")
+    plan = Plan(placement, num_micro, tuple(programs), "zbv")
+    if num_micro < 2 * num_ranks - 1:  # the warm-up is cut short, and its W no longer sit in idle time
+        return wfill(plan, UNIT, cap=2 * num_ranks)
+    return plan
 
 
 def _program(placement: Placement, rank: int, num_micro: int) -> tuple[Op, ...]:
