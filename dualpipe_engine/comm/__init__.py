@@ -1,0 +1,1 @@
+"""Point-to-point transfers of activations and gradients between the ranks of one pipeline."""

@@ -1,0 +1,109 @@
+"""Meta: what a message between two stages looks like, so that the receiver can allocate it.
+
+A stage may pass on a tensor, or any nest of tuples, lists and dicts of tensors and plain values. The nest is flattened;
+its tensors travel one by one and everything else travels once, in the meta.
+"""
+
+from __future__ import annotations
+
+import pickle
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch.utils import _pytree as pytree
+
+from ..errors import PipelineRuntimeError
+
+HEADER_BYTES = 4096
+_LENGTH_BYTES = 8
+
+
+@dataclass(frozen=True)
+class TensorMeta:
+    """Shape and dtype of one tensor."""
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+
+    @property
+    def differentiable(self) -> bool:
+        """Whether a gradient travels back for this tensor: floating point and complex tensors only."""
+        return self.dtype.is_floating_point or self.dtype.is_complex
+
+    def empty(self, device: torch.device) -> torch.Tensor:
+        return torch.empty(self.shape, dtype=self.dtype, device=device)
+
+    def zeros(self, device: torch.device) -> torch.Tensor:
+        return torch.zeros(self.shape, dtype=self.dtype, device=device)
+
+
+@dataclass(frozen=True)
+class MessageMeta:
+    """A flattened nest: `leaves` holds a `TensorMeta` for each tensor and the value itself for anything else."""
+
+    leaves: tuple[Any, ...]
+    spec: Any
+
+    @property
+    def tensors(self) -> tuple[TensorMeta, ...]:
+        return tuple(leaf for leaf in self.leaves if isinstance(leaf, TensorMeta))
+
+    @property
+    def differentiable(self) -> tuple[TensorMeta, ...]:
+        return tuple(meta for meta in self.tensors if meta.differentiable)
+
+    def build(self, tensors: list[torch.Tensor]) -> Any:
+        """Put received tensors (one for each entry of `self.tensors`) back into the nest."""
+        if self.spec is None:
+            return tensors[0]
+        stream = iter(tensors)
+        leaves = [next(stream) if isinstance(leaf, TensorMeta) else leaf for leaf in self.leaves]
+        return pytree.tree_unflatten(leaves, self.spec)
+
+    def describe(self) -> str:
+        return ", ".join(
+            f"{list(leaf.shape)} {str(leaf.dtype).removeprefix('torch.')}"
+            if isinstance(leaf, TensorMeta)
+            else repr(leaf)
+            for leaf in self.leaves
+        )
+
+
+def flatten(value: Any) -> tuple[list[torch.Tensor], MessageMeta]:
+    """Split a stage output into its tensors and its meta."""
+    if isinstance(value, torch.Tensor):
+        return [value], MessageMeta((TensorMeta(tuple(value.shape), value.dtype),), None)
+    leaves, spec = pytree.tree_flatten(value)
+    metas = tuple(
+        TensorMeta(tuple(leaf.shape), leaf.dtype) if isinstance(leaf, torch.Tensor) else leaf for leaf in leaves
+    )
+    return [leaf for leaf in leaves if isinstance(leaf, torch.Tensor)], MessageMeta(metas, spec)
+
+
+def encode(meta: MessageMeta) -> torch.Tensor:
+    """Header of a meta: `[HEADER_BYTES]` uint8 on the CPU.
+
+    Raises:
+        PipelineRuntimeError: the nest holds values that cannot be pickled, or too many of them.
+    """
+    spec = None if meta.spec is None else pytree.treespec_dumps(meta.spec)
+    try:
+        body = pickle.dumps((meta.leaves, spec))
+    except Exception as error:
+        raise PipelineRuntimeError(f"a stage output holds a value that cannot travel: {error}") from error
+    if len(body) > HEADER_BYTES - _LENGTH_BYTES:
+        raise PipelineRuntimeError(
+            f"the description of a stage output takes {len(body)} bytes, more than {HEADER_BYTES - _LENGTH_BYTES}: "
+            "pass fewer tensors or smaller constants between stages"
+        )
+    raw = len(body).to_bytes(_LENGTH_BYTES, "little") + body
+    return torch.frombuffer(bytearray(raw.ljust(HEADER_BYTES, b"\0")), dtype=torch.uint8)
+
+
+def decode(header: torch.Tensor) -> MessageMeta:
+    """Inverse of `encode`; `header` is `[HEADER_BYTES]` uint8 on any device."""
+    raw = bytes(header.cpu().numpy().tobytes())
+    length = int.from_bytes(raw[:_LENGTH_BYTES], "little")
+    leaves, spec = pickle.loads(raw[_LENGTH_BYTES : _LENGTH_BYTES + length])
+    return MessageMeta(leaves, None if spec is None else pytree.treespec_loads(spec))

@@ -1,0 +1,189 @@
+"""Edges: whole stage outputs and gradients over directed edges.
+
+For each directed edge (source rank -> destination rank) receives are posted in the sender's order, sends are kept alive
+until they are done, and a consumer waits for its own receive only. The first forward message of a stage is preceded by
+a header (`meta.encode`); from then on the receiver allocates by itself. The shapes of a gradient message are those of
+the floating-point tensors that went forward, so it needs no header.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from ..errors import PipelineRuntimeError
+from .meta import HEADER_BYTES, MessageMeta, TensorMeta, decode, encode, flatten
+from .transport import Ticket, Transport
+
+FORWARD = 0
+BACKWARD = 1
+_MAX_TENSORS = 64
+_HEADER = _MAX_TENSORS - 1
+
+
+def _tag(kind: int, stage: int, micro: int, index: int) -> int:
+    return ((micro * 1024 + stage % 1024) * 2 + kind) * _MAX_TENSORS + index
+
+
+@dataclass
+class Inbound:
+    """A receive that was asked for. `tickets` is None until it could be posted."""
+
+    kind: int
+    stage: int
+    micro: int
+    src: int
+    metas: tuple[TensorMeta, ...] = ()
+    message: MessageMeta | None = None
+    tensors: list[torch.Tensor] = field(default_factory=list)
+    tickets: list[Ticket] | None = None
+
+    def tag(self, index: int) -> int:
+        """Messages are named by the stage that made them."""
+        made_by = self.stage + (1 if self.kind == BACKWARD else -1)
+        return _tag(self.kind, made_by, self.micro, index)
+
+
+class Edges:
+    """Transfers of one rank of a pipeline.
+
+    Args:
+        transport: moves single tensors.
+        device: where received tensors are allocated.
+        timeout_s: seconds after which a wait gives up.
+        dynamic_shape: send a header with every forward message, so that shapes may change between micro-batches.
+    """
+
+    def __init__(
+        self, transport: Transport, device: torch.device, timeout_s: float = 600.0, dynamic_shape: bool = False
+    ) -> None:
+        self._transport = transport
+        self._device = device
+        self._timeout_s = timeout_s
+        self._dynamic = dynamic_shape
+        self._sent: dict[int, MessageMeta] = {}
+        self._owed: dict[tuple[int, int], tuple[TensorMeta, ...]] = {}  # gradients that are to come back
+        self._known: dict[int, MessageMeta] = {}
+        self._waiting: dict[int, deque[Inbound]] = {}
+        self._inbound: dict[tuple[int, int, int], Inbound] = {}
+        self._outbound: deque[tuple[Ticket, torch.Tensor]] = deque()
+
+    def reset_shapes(self) -> None:
+        """Forget all shapes; the next forward message of each stage brings a header again. Call it on all ranks."""
+        self._sent.clear()
+        self._known.clear()
+
+    def send_forward(self, stage: int, micro: int, output: Any, dst: int) -> None:
+        """Send the output of `stage` for `micro` (any nest, see `meta`) to pipeline rank `dst`.
+
+        Raises:
+            PipelineRuntimeError: shapes, dtypes or constants differ from the first message without `dynamic_shape`.
+        """
+        tensors, meta = flatten(output)
+        if len(tensors) > _HEADER:
+            raise PipelineRuntimeError(f"stage {stage} passes on {len(tensors)} tensors, more than {_HEADER}")
+        before = self._sent.get(stage)
+        if self._dynamic or before is None:
+            self._sent[stage] = meta
+            header = encode(meta).to(self._device)
+            self._post_send(header, dst, _tag(FORWARD, stage, micro, _HEADER))
+        elif before != meta:
+            raise PipelineRuntimeError(
+                f"stage {stage} made ({meta.describe()}) for micro-batch {micro} after ({before.describe()}): build the "
+                "PipelineModule with dynamic_shape=True, or call engine.reset_activation_shape() on all ranks"
+            )
+        self._owed[stage, micro] = meta.differentiable
+        for index, tensor in enumerate(tensors):
+            self._post_send(tensor.detach().contiguous(), dst, _tag(FORWARD, stage, micro, index))
+
+    def send_backward(self, stage: int, micro: int, grads: list[torch.Tensor], dst: int) -> None:
+        """Send the input gradients of `stage` for `micro`, one for each floating-point input, to pipeline rank `dst`."""
+        for index, grad in enumerate(grads):
+            self._post_send(grad.contiguous(), dst, _tag(BACKWARD, stage, micro, index))
+
+    def post_forward(self, stage: int, micro: int, src: int) -> None:
+        """Ask for the input of `stage` for `micro` from pipeline rank `src`."""
+        self._ask(Inbound(FORWARD, stage, micro, src))
+
+    def post_backward(self, stage: int, micro: int, src: int) -> None:
+        """Ask for the output gradients of `stage` for `micro` from pipeline rank `src`."""
+        self._ask(Inbound(BACKWARD, stage, micro, src))
+
+    def wait_forward(self, stage: int, micro: int) -> Any:
+        """The input of `stage` for `micro`, in the sender's nest."""
+        inbound = self._finish((FORWARD, stage, micro))
+        assert inbound.message is not None
+        return inbound.message.build(inbound.tensors)
+
+    def wait_backward(self, stage: int, micro: int) -> list[torch.Tensor]:
+        """The output gradients of `stage` for `micro`, one for each floating-point tensor that was sent forward."""
+        return self._finish((BACKWARD, stage, micro)).tensors
+
+    def flush(self) -> None:
+        """Wait until all sends are done."""
+        while self._outbound:
+            ticket, _ = self._outbound.popleft()
+            ticket.wait(self._timeout_s)
+        self._owed.clear()
+
+    @property
+    def idle(self) -> bool:
+        """Whether every receive that was asked for has been consumed and every send is done."""
+        return not self._inbound and not self._outbound
+
+    def _post_send(self, tensor: torch.Tensor, dst: int, tag: int) -> None:
+        while self._outbound and self._outbound[0][0].done():
+            self._outbound.popleft()
+        self._outbound.append((self._transport.send(tensor, dst, tag), tensor))
+
+    def _ask(self, inbound: Inbound) -> None:
+        self._inbound[inbound.kind, inbound.stage, inbound.micro] = inbound
+        waiting = self._waiting.setdefault(inbound.src, deque())
+        waiting.append(inbound)
+        self._advance(waiting)
+
+    def _advance(self, waiting: deque[Inbound]) -> None:
+        while waiting and self._shapes_known(waiting[0]):
+            self._post(waiting.popleft())
+
+    def _shapes_known(self, inbound: Inbound) -> bool:
+        if inbound.kind == BACKWARD:
+            owed = self._owed.pop((inbound.stage, inbound.micro), None)
+            inbound.metas = owed or ()
+            return owed is not None
+        if not self._dynamic and inbound.stage in self._known:
+            inbound.message = self._known[inbound.stage]
+            inbound.metas = inbound.message.tensors
+            return True
+        return False
+
+    def _post(self, inbound: Inbound) -> None:
+        inbound.tensors = [meta.empty(self._device) for meta in inbound.metas]
+        inbound.tickets = [
+            self._transport.recv(tensor, inbound.src, inbound.tag(index))
+            for index, tensor in enumerate(inbound.tensors)
+        ]
+
+    def _read_header(self, inbound: Inbound) -> None:
+        header = torch.empty(HEADER_BYTES, dtype=torch.uint8, device=self._device)
+        self._transport.recv(header, inbound.src, inbound.tag(_HEADER)).wait(self._timeout_s)
+        inbound.message = self._known[inbound.stage] = decode(header)
+        inbound.metas = inbound.message.tensors
+
+    def _finish(self, key: tuple[int, int, int]) -> Inbound:
+        inbound = self._inbound[key]
+        waiting = self._waiting[inbound.src]
+        # Receives of one edge are posted in the sender's order, so headers of earlier messages are read first.
+        while inbound.tickets is None:
+            first = waiting.popleft()
+            if not self._shapes_known(first):
+                self._read_header(first)
+            self._post(first)
+        for ticket in inbound.tickets:
+            ticket.wait(self._timeout_s)
+        self._advance(waiting)
+        del self._inbound[key]
+        return inbound

@@ -1,0 +1,174 @@
+"""Transport: non-blocking sends and receives of single tensors between the ranks of one pipeline.
+
+`GroupTransport` runs on a torch.distributed process group, `LocalTransport` between threads of one process. A message
+is named by (source, destination, tag). Transports that match by order rather than by tag (NCCL) get a communicator for
+each directed edge, so that nothing queues behind a transfer of another edge.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections import defaultdict, deque
+from collections.abc import Sequence
+from datetime import timedelta
+from typing import Any, Protocol
+
+import torch
+import torch.distributed as dist
+
+from ..errors import PipelineRuntimeError
+
+
+class Ticket(Protocol):
+    """A transfer under way."""
+
+    def wait(self, timeout_s: float) -> None:
+        """Return when the transfer is done (on an accelerator: when the current stream waits for it).
+
+        Raises:
+            PipelineRuntimeError: the peer was lost, or `timeout_s` seconds passed.
+        """
+
+    def done(self) -> bool:
+        """Whether the transfer is finished, without waiting."""
+
+
+class Transport(Protocol):
+    """Sends and receives for one rank of a pipeline; ranks are positions in the pipeline, 0..PP-1."""
+
+    rank: int
+
+    def send(self, tensor: torch.Tensor, dst: int, tag: int) -> Ticket: ...
+
+    def recv(self, tensor: torch.Tensor, src: int, tag: int) -> Ticket: ...
+
+
+class _WorkTicket:
+    __slots__ = ("_work", "_what")
+
+    def __init__(self, work: Any, what: str) -> None:
+        self._work = work
+        self._what = what
+
+    def wait(self, timeout_s: float) -> None:
+        try:
+            self._work.wait(timedelta(seconds=timeout_s))
+        except RuntimeError as error:
+            raise PipelineRuntimeError(f"{self._what} failed: {error}") from error
+
+    def done(self) -> bool:
+        return self._work.is_completed()
+
+
+class GroupTransport:
+    """Transport over torch.distributed.
+
+    Args:
+        ranks: global ranks of the pipeline, in order of its positions.
+        rank: own position.
+        group: a process group that holds all of `ranks`.
+    """
+
+    def __init__(self, ranks: Sequence[int], rank: int, group: dist.ProcessGroup) -> None:
+        self.rank = rank
+        self._ranks = tuple(ranks)
+        self._tagged = dist.get_backend(group) in ("gloo", "mpi")
+        self._groups: dict[tuple[int, int], dist.ProcessGroup] = {}
+        if self._tagged:
+            self._peer = [dist.get_group_rank(group, global_rank) for global_rank in ranks]
+            self._group = group
+        else:
+            self._connect_edges()
+
+    def _connect_edges(self) -> None:
+        """One communicator for each directed edge of this rank; only its two ends take part in making it."""
+        size = len(self._ranks)
+        edges = [(a, a + 1) for a in range(size - 1)] + [(a + 1, a) for a in range(size - 1)]
+        for src, dst in edges:
+            if self.rank in (src, dst):
+                ends = sorted((self._ranks[src], self._ranks[dst]))
+                self._groups[src, dst] = dist.new_group(
+                    ends, use_local_synchronization=True, group_desc=f"dualpipe_edge_{src}_{dst}"
+                )
+
+    def _route(self, src: int, dst: int) -> tuple[dist.ProcessGroup, int]:
+        peer = dst if src == self.rank else src
+        if self._tagged:
+            return self._group, self._peer[peer]
+        group = self._groups[src, dst]
+        return group, dist.get_group_rank(group, self._ranks[peer])
+
+    def send(self, tensor: torch.Tensor, dst: int, tag: int) -> Ticket:
+        group, peer = self._route(self.rank, dst)
+        return _WorkTicket(group.send([tensor], peer, tag), f"send to pipeline rank {dst}")
+
+    def recv(self, tensor: torch.Tensor, src: int, tag: int) -> Ticket:
+        group, peer = self._route(src, self.rank)
+        return _WorkTicket(group.recv([tensor], peer, tag), f"receive from pipeline rank {src}")
+
+
+class LocalHub:
+    """Mailboxes shared by the `LocalTransport`s of one process."""
+
+    def __init__(self, size: int) -> None:
+        self.size = size
+        self.changed = threading.Condition()
+        self.boxes: dict[tuple[int, int, int], deque[torch.Tensor]] = defaultdict(deque)
+        self.failure: BaseException | None = None
+
+    def fail(self, error: BaseException) -> None:
+        """Wake every waiting rank with `error`."""
+        with self.changed:
+            self.failure = error
+            self.changed.notify_all()
+
+
+class _LocalSend:
+    def wait(self, timeout_s: float) -> None:
+        pass
+
+    def done(self) -> bool:
+        return True
+
+
+class _LocalRecv:
+    def __init__(self, hub: LocalHub, key: tuple[int, int, int], tensor: torch.Tensor) -> None:
+        self._hub = hub
+        self._key = key
+        self._tensor = tensor
+
+    def wait(self, timeout_s: float) -> None:
+        hub, src = self._hub, self._key[0]
+        with hub.changed:
+            if not hub.changed.wait_for(lambda: hub.boxes[self._key] or hub.failure, timeout_s):
+                raise PipelineRuntimeError(f"receive from pipeline rank {src} failed: nothing came in {timeout_s} s")
+            if not hub.boxes[self._key]:
+                raise PipelineRuntimeError(f"receive from pipeline rank {src} failed: {hub.failure}")
+            message = hub.boxes[self._key].popleft()
+        if message.shape != self._tensor.shape or message.dtype != self._tensor.dtype:
+            raise PipelineRuntimeError(
+                f"receive from pipeline rank {src} failed: expected {list(self._tensor.shape)} {self._tensor.dtype}, "
+                f"got {list(message.shape)} {message.dtype}"
+            )
+        with torch.no_grad():
+            self._tensor.copy_(message)
+
+    def done(self) -> bool:
+        return bool(self._hub.boxes[self._key])
+
+
+class LocalTransport:
+    """Transport between threads of one process: every message is copied at the send."""
+
+    def __init__(self, hub: LocalHub, rank: int) -> None:
+        self.rank = rank
+        self._hub = hub
+
+    def send(self, tensor: torch.Tensor, dst: int, tag: int) -> Ticket:
+        with self._hub.changed:
+            self._hub.boxes[self.rank, dst, tag].append(tensor.detach().clone())
+            self._hub.changed.notify_all()
+        return _LocalSend()
+
+    def recv(self, tensor: torch.Tensor, src: int, tag: int) -> Ticket:
+        return _LocalRecv(self._hub, (src, self.rank, tag), tensor)

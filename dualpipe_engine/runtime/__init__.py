@@ -1,0 +1,1 @@
+"""Runs one rank's program of a plan on real stages."""

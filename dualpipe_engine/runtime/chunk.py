@@ -1,0 +1,205 @@
+"""StageChunk: forward, backward and weight gradient of one stage, one micro-batch at a time.
+
+At the border of a stage the autograd graph is cut: received floating-point tensors become leaves that collect the
+gradient to send back, and of the outputs only the gradient edges are kept, so that an output's storage is free as soon
+as it has been sent.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch.autograd.graph import GradientEdge, get_gradient_edge
+from torch.utils import _pytree as pytree
+
+from ..comm.meta import flatten
+from .weight_grad import WeightGradStore
+
+
+class _Enter(torch.autograd.Function):
+    """Identity without a copy: the stage sees a non-leaf tensor, on which in-place layers may work."""
+
+    @staticmethod
+    def forward(ctx: Any, tensor: torch.Tensor) -> torch.Tensor:
+        return tensor.data
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> Any:
+        return grads[0]
+
+
+@dataclass
+class Activation:
+    """What a stage keeps of one micro-batch from the start of F to the end of W."""
+
+    leaves: list[torch.Tensor]
+    edges: list[GradientEdge | None]
+    loss: torch.Tensor | None = None
+    outputs: list[torch.Tensor] = field(default_factory=list)
+    deferred: list[Callable[[], None]] = field(default_factory=list)
+
+
+class StageChunk:
+    """One stage on one rank.
+
+    Args:
+        module: the stage; takes what the previous stage passed on (the data loader's inputs for the first).
+        stage: global stage number.
+        loss_fn: for the last stage, `loss_fn(output, labels)`; None when the stage's output is the loss already.
+        is_last: whether the stage makes the loss.
+        store: collects deferred weight gradients during I; None runs I as a full backward and W as nothing.
+    """
+
+    def __init__(
+        self,
+        module: Callable[[Any], Any],
+        stage: int,
+        *,
+        is_last: bool,
+        loss_fn: Callable[..., Any] | None = None,
+        store: WeightGradStore | None = None,
+    ) -> None:
+        self.module = module
+        self.stage = stage
+        self.is_last = is_last
+        self.loss_fn = loss_fn
+        self._store = store
+        self._alive: dict[int, Activation] = {}
+        self._pending: dict[int, list[Callable[[], None]]] = {}
+
+    @property
+    def alive(self) -> int:
+        """Activations held: micro-batches between F and W."""
+        return len(self._alive.keys() | self._pending.keys())
+
+    def forward(self, micro: int, inputs: Any, labels: Any = None) -> Any:
+        """Run F.
+
+        Returns:
+            The stage's output, cut off from autograd; for the last stage the loss (scalar, cut off as well).
+        """
+        inputs, leaves = self._enter(inputs)
+        output = self.module(inputs)
+        if not self.is_last:
+            return self._keep(micro, leaves, output)
+        loss = self.loss_fn(output, labels) if self.loss_fn is not None else output
+        return self._keep_loss(micro, leaves, loss)
+
+    def infer(self, inputs: Any) -> Any:
+        """Run F without keeping anything; the last stage returns its output, not the loss."""
+        return self.module(inputs)
+
+    def backward(self, micro: int, grads: list[torch.Tensor] | None, scale: float = 1.0) -> list[torch.Tensor]:
+        """Run a full backward.
+
+        Args:
+            grads: gradient of each floating-point output; None for the last stage.
+            scale: factor on the loss, for the last stage.
+
+        Returns:
+            The gradient of each floating-point input, zeros where the stage did not use it.
+        """
+        kept = self._alive.pop(micro)
+        self._run_backward(kept, grads, scale)
+        return self._input_grads(kept)
+
+    def input_backward(self, micro: int, grads: list[torch.Tensor] | None, scale: float = 1.0) -> list[torch.Tensor]:
+        """Run I: as `backward`, with the weight gradients kept back for `weight_backward`."""
+        if self._store is None:
+            self._pending[micro] = []
+            return self.backward(micro, grads, scale)
+        kept = self._alive.pop(micro)
+        with self._store.defer():
+            self._run_backward(kept, grads, scale)
+        self._pending[micro] = self._store.take()
+        return self._input_grads(kept)
+
+    def weight_backward(self, micro: int) -> None:
+        """Run W: the weight gradients that I kept back."""
+        for closure in self._pending.pop(micro):
+            closure()
+
+    def overlapped(self, micro: int, inputs: Any, labels: Any, other: StageChunk, back: int, grads: Any, scale: float) -> Any:
+        """Run F of `micro` here together with the full backward of micro-batch `back` on `other`, with the module's
+        own `overlapped_forward_backward` (the protocol of DeepSeek's DualPipe).
+
+        Returns:
+            What `forward` returns, and what `backward` returns.
+        """
+        inputs, leaves = self._enter(inputs)
+        kept = other._alive.pop(back)
+        loss = None if kept.loss is None else kept.loss * scale
+        flat_inputs = [leaf for leaf in pytree.tree_leaves(inputs) if isinstance(leaf, torch.Tensor)]
+        output, new_loss = type(self.module).overlapped_forward_backward(  # type: ignore[attr-defined]
+            self.module,
+            flat_inputs,
+            self.loss_fn if self.is_last else None,
+            labels if isinstance(labels, (list, tuple)) or labels is None else [labels],
+            other.module,
+            loss,
+            kept.outputs if loss is None else None,
+            grads,
+        )
+        passed = self._keep_loss(micro, leaves, new_loss) if self.is_last else self._keep(micro, leaves, output)
+        return passed, self._input_grads(kept)
+
+    @property
+    def brings_overlap(self) -> bool:
+        """Whether the stage's module has its own `overlapped_forward_backward`."""
+        return hasattr(type(self.module), "overlapped_forward_backward")
+
+    def clear(self) -> None:
+        """Drop everything that is kept, after a batch that failed."""
+        self._alive.clear()
+        self._pending.clear()
+
+    def _enter(self, inputs: Any) -> tuple[Any, list[torch.Tensor]]:
+        leaves: list[torch.Tensor] = []
+
+        def enter(value: Any) -> Any:
+            if not isinstance(value, torch.Tensor) or not value.requires_grad:
+                return value
+            leaves.append(value)
+            return _Enter.apply(value)
+
+        return pytree.tree_map(enter, inputs), leaves
+
+    def _keep(self, micro: int, leaves: list[torch.Tensor], output: Any) -> Any:
+        tensors, meta = flatten(output)
+        differentiable = [tensor for tensor in tensors if tensor.is_floating_point() or tensor.is_complex()]
+        edges = [get_gradient_edge(tensor) if tensor.requires_grad else None for tensor in differentiable]
+        outputs = differentiable if self.brings_overlap else []
+        self._alive[micro] = Activation(leaves, edges, outputs=outputs)
+        return meta.build([tensor.detach() for tensor in tensors])
+
+    def _keep_loss(self, micro: int, leaves: list[torch.Tensor], loss: torch.Tensor) -> torch.Tensor:
+        self._alive[micro] = Activation(leaves, [], loss)
+        return loss.detach()
+
+    def _run_backward(self, kept: Activation, grads: list[torch.Tensor] | None, scale: float) -> None:
+        if kept.loss is not None:
+            if kept.loss.requires_grad:
+                torch.autograd.backward(kept.loss, torch.full_like(kept.loss, scale))
+            return
+        assert grads is not None
+        pairs = [(edge, grad) for edge, grad in zip(kept.edges, grads, strict=True) if edge is not None]
+        if pairs:
+            torch.autograd.backward([edge for edge, _ in pairs], [grad for _, grad in pairs])
+
+    @staticmethod
+    def _input_grads(kept: Activation) -> list[torch.Tensor]:
+        return [torch.zeros_like(leaf) if leaf.grad is None else leaf.grad for leaf in kept.leaves]
+
+
+def as_leaves(value: Any) -> Any:
+    """Mark every received floating-point tensor of a nest as a leaf that collects a gradient."""
+
+    def mark(leaf: Any) -> Any:
+        if isinstance(leaf, torch.Tensor) and (leaf.is_floating_point() or leaf.is_complex()):
+            leaf.requires_grad_()
+        return leaf
+
+    return pytree.tree_map(mark, value)

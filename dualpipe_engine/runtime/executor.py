@@ -1,0 +1,241 @@
+"""Executor: interprets one rank's program of a lowered plan. It knows ops, and no schedule by name."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import torch
+from torch.utils import _pytree as pytree
+
+from ..comm.p2p import Edges
+from ..errors import DualPipeError
+from ..schedule.op import FB, RECV_B, RECV_F, REDUCE, SEND_B, SEND_F, STEP, B, F, I, Op, W
+from ..schedule.plan import Plan
+from .chunk import StageChunk, as_leaves
+from .observer import Observer
+
+
+class Feed(Protocol):
+    """Where the ends of the pipeline get their data."""
+
+    def inputs(self, micro: int) -> Any:
+        """What stage 0 takes for `micro`."""
+
+    def labels(self, micro: int) -> Any:
+        """What the loss takes for `micro`."""
+
+
+class Tail(Protocol):
+    """What happens around the gradients; the engine's side of the program."""
+
+    def accumulate(self, stage: int) -> None:
+        """Called after every B and W of `stage`."""
+
+    def reduce(self, stage: int) -> None:
+        """The last gradient of `stage` on this rank is there: start its reduction."""
+
+    def step(self) -> None:
+        """Finish all reductions and step the optimizer."""
+
+
+@dataclass
+class BatchResult:
+    """What the last stage made: losses (training) or outputs (inference) of the micro-batches that end on this rank."""
+
+    losses: dict[int, torch.Tensor] = field(default_factory=dict)
+    outputs: dict[int, Any] = field(default_factory=dict)
+
+
+class Executor:
+    """Runs programs of one rank.
+
+    Args:
+        rank: position in the pipeline.
+        chunks: stage number -> the chunk of that stage on this rank.
+        edges: transfers to the neighbours.
+        observer: times every op.
+        tail: gradient accumulation, reduction and optimizer step; None when there is nothing to do.
+        on_micro: called with (stage, micro) before every forward, for per-micro-batch state such as seeds.
+
+    Attributes:
+        scale: factor on every loss before its backward.
+    """
+
+    def __init__(
+        self,
+        rank: int,
+        chunks: Mapping[int, StageChunk],
+        edges: Edges,
+        observer: Observer,
+        tail: Tail | None = None,
+        on_micro: Callable[[int, int], None] | None = None,
+    ) -> None:
+        self._rank = rank
+        self._chunks = chunks
+        self._edges = edges
+        self._observer = observer
+        self._tail = tail
+        self._on_micro = on_micro
+        self.scale = 1.0
+        self._handlers: dict[str, Callable[[Op], None]] = {
+            F: self._forward,
+            B: self._backward,
+            I: self._backward,
+            W: self._weight,
+            FB: self._pair,
+            SEND_F: self._send_forward,
+            SEND_B: self._send_backward,
+            RECV_F: self._recv_forward,
+            RECV_B: self._recv_backward,
+            REDUCE: self._reduce,
+            STEP: self._step,
+        }
+
+    def run(self, plan: Plan, feed: Feed, *, train: bool = True) -> BatchResult:
+        """Execute this rank's program of `plan`.
+
+        Raises:
+            PipelineRuntimeError: a transfer failed; what a layer, the loss or the feed raises passes through.
+        """
+        self._plan = plan
+        self._placement = plan.placement
+        self._last = plan.placement.num_stages - 1
+        self._feed = feed
+        self._train = train
+        self._result = BatchResult()
+        self._inputs: dict[tuple[int, int], Any] = {}
+        self._outputs: dict[tuple[int, int], Any] = {}
+        self._grads: dict[tuple[int, int], list[torch.Tensor]] = {}
+        self._observer.start_batch()
+        program = plan.programs[self._rank]
+        try:
+            for op in program:
+                self._handlers[op.kind](op)
+            self._edges.flush()
+        except BaseException as error:
+            for chunk in self._chunks.values():
+                chunk.clear()
+            if isinstance(error, DualPipeError):
+                raise type(error)(f"pipeline rank {self._rank}, op {op}: {error}") from error
+            raise
+        return self._result
+
+    def _neighbour(self, stage: int, micro: int) -> int:
+        return self._placement.rank_of(stage, micro)
+
+    def _take_inputs(self, op: Op) -> Any:
+        stage, micro = op.stage, op.micro
+        if stage == 0:
+            return self._feed.inputs(micro)
+        key = (stage, micro)
+        inputs = self._inputs.pop(key) if key in self._inputs else self._edges.wait_forward(stage, micro)
+        return as_leaves(inputs) if self._train else inputs
+
+    def _take_grads(self, op: Op) -> list[torch.Tensor] | None:
+        stage, micro = op.stage, op.micro
+        if stage == self._last:
+            return None
+        key = (stage, micro)
+        return self._grads.pop(key) if key in self._grads else self._edges.wait_backward(stage, micro)
+
+    def _labels(self, op: Op) -> Any:
+        return self._feed.labels(op.micro) if op.stage == self._last else None
+
+    def _prepare(self, op: Op) -> tuple[Any, Any]:
+        inputs, labels = self._take_inputs(op), self._labels(op)
+        if self._on_micro is not None:
+            self._on_micro(op.stage, op.micro)
+        return inputs, labels
+
+    def _forward(self, op: Op) -> None:
+        inputs, labels = self._prepare(op)
+        with self._observer.span(op):
+            chunk = self._chunks[op.stage]
+            output = chunk.forward(op.micro, inputs, labels) if self._train else chunk.infer(inputs)
+        self._pass_on(op, output, labels)
+
+    def _pass_on(self, op: Op, output: Any, labels: Any) -> None:
+        stage, micro = op.stage, op.micro
+        if stage < self._last:
+            if self._neighbour(stage + 1, micro) == self._rank:
+                # A copy: the next stage may work in place on what this stage's backward still needs.
+                self._inputs[stage + 1, micro] = pytree.tree_map_only(torch.Tensor, torch.clone, output)
+            else:
+                self._outputs[stage, micro] = output
+        elif self._train:
+            self._result.losses[micro] = output
+        else:
+            self._result.outputs[micro] = (output, labels)
+
+    def _backward(self, op: Op) -> None:
+        grads = self._take_grads(op)
+        chunk = self._chunks[op.stage]
+        with self._observer.span(op):
+            if op.kind == B:
+                back = chunk.backward(op.micro, grads, self.scale)
+                self._accumulate(op.stage)
+            else:
+                back = chunk.input_backward(op.micro, grads, self.scale)
+        self._pass_back(op, back)
+
+    def _pass_back(self, op: Op, grads: list[torch.Tensor]) -> None:
+        stage, micro = op.stage, op.micro
+        if stage > 0:
+            local = self._neighbour(stage - 1, micro) == self._rank
+            # A gradient that stays here is keyed by its consumer, one that travels by its producer.
+            self._grads[(stage - 1, micro) if local else (stage, micro)] = grads
+
+    def _weight(self, op: Op) -> None:
+        with self._observer.span(op):
+            self._chunks[op.stage].weight_backward(op.micro)
+            self._accumulate(op.stage)
+
+    def _pair(self, op: Op) -> None:
+        forward, backward = op.parts
+        chunk, other = self._chunks[forward.stage], self._chunks[backward.stage]
+        if chunk.brings_overlap and type(chunk.module) is type(other.module) and backward.kind == B:
+            inputs, labels = self._prepare(forward)
+            grads = self._take_grads(backward)
+            with self._observer.span(op):
+                output, back = chunk.overlapped(
+                    forward.micro, inputs, labels, other, backward.micro, grads, self.scale
+                )
+                self._accumulate(backward.stage)
+            self._pass_on(forward, output, labels)
+            self._pass_back(backward, back)
+            return
+        self._forward(forward)
+        # Nothing of the pair runs together, so the next stage need not wait for the backward half.
+        if (forward.stage, forward.micro) in self._outputs:
+            self._send_forward(forward)
+        self._backward(backward)
+
+    def _send_forward(self, op: Op) -> None:
+        if (output := self._outputs.pop((op.stage, op.micro), None)) is not None:
+            self._edges.send_forward(op.stage, op.micro, output, self._neighbour(op.stage + 1, op.micro))
+
+    def _send_backward(self, op: Op) -> None:
+        grads = self._grads.pop((op.stage, op.micro))
+        self._edges.send_backward(op.stage, op.micro, grads, self._neighbour(op.stage - 1, op.micro))
+
+    def _recv_forward(self, op: Op) -> None:
+        self._edges.post_forward(op.stage, op.micro, self._neighbour(op.stage - 1, op.micro))
+
+    def _recv_backward(self, op: Op) -> None:
+        self._edges.post_backward(op.stage, op.micro, self._neighbour(op.stage + 1, op.micro))
+
+    def _accumulate(self, stage: int) -> None:
+        if self._tail is not None:
+            self._tail.accumulate(stage)
+
+    def _reduce(self, op: Op) -> None:
+        if self._tail is not None:
+            with self._observer.span(op):
+                self._tail.reduce(op.stage)
+
+    def _step(self, op: Op) -> None:
+        if self._tail is not None:
+            with self._observer.span(op):
+                self._tail.step()
