@@ -18,7 +18,7 @@ from .plan import Plan
 from .simulate import peak_activations, simulate
 
 THETAS = (0.0, 0.3, 0.6)  #: how much of a W may delay the next op, see `wfill`
-MANY_OPS = 20_000  #: plans with more ops try only the first of THETAS, to stay within seconds
+MANY_OPS = 20_000  #: plans with more ops try only the first of THETAS: 140,000 ops take seconds, not a quarter minute
 
 
 class _Schedule(NamedTuple):
@@ -85,7 +85,7 @@ def make_plan(
         )
     if len(fitting) == 1:
         return fitting[0]
-    plan = min(fitting, key=lambda plan: simulate(plan, costs).makespan)
+    plan = min(fitting, key=lambda candidate: simulate(candidate, costs).makespan)
     return plan if plan is reference else safe_fuse(plan, costs)
 
 
@@ -186,9 +186,8 @@ def best(
         PlanError: no schedule is feasible.
     """
     rows = compare(num_ranks, num_micro, costs, activation_cap, optimize, split_backward)
-    feasible = sorted(
-        (row for row in rows if row.feasible), key=lambda row: (row.makespan, row.parameter_copies, row.peak_activations)
-    )
+    feasible = [row for row in rows if row.feasible]
+    feasible.sort(key=lambda row: (row.makespan, row.parameter_copies, row.peak_activations))
     if not feasible:
         raise PlanError("no schedule is feasible: " + "; ".join(row.reason for row in rows))
     first = feasible[0]

@@ -75,8 +75,8 @@ def wfill(plan: Plan, costs: CostModel, cap: int | None = None, theta: float = 0
                 alive[rank] -= 1
 
     clocks.run(skeleton.programs, before=drain)
-    programs = (tuple(span.op for span in spans) + tuple(queue) for spans, queue in zip(clocks.spans, pending, strict=True))
-    return replace(plan, programs=tuple(programs))
+    done = ([span.op for span in spans] for spans in clocks.spans)
+    return replace(plan, programs=tuple((*ops, *queue) for ops, queue in zip(done, pending, strict=True)))
 
 
 def safe_fuse(plan: Plan, costs: CostModel) -> Plan:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from itertools import pairwise
 
 from ..errors import PlanError
 from .collector import collector_paused
@@ -47,7 +48,7 @@ class Clocks:
         given, computed = [0.0] * num_micro, [_NEVER] * (num_stages * num_micro)
         self._ready = given + computed + computed + given
         ranks = [placement.rank(stage) for stage in range(num_stages)]
-        hops = [costs.comm if a != b else 0.0 for a, b in zip(ranks, ranks[1:], strict=False)]
+        hops = [costs.comm if a != b else 0.0 for a, b in pairwise(ranks)]
         self._hop = [0.0, *hops, 0.0]  # seconds from stage - 1 to stage, or back
         self._durations: dict[tuple[str, int, int, str], float] = {}
 
@@ -87,7 +88,7 @@ class Clocks:
             raise PlanError(self._deadlock(programs, at, rank, key))
 
     def issue(self, rank: int, op: Op, arrival: float = 0.0) -> list[int]:
-        """Run `op` on `rank` as soon as the rank is free and time `arrival` has come; returns the keys of its results."""
+        """Run `op` once `rank` is free and time `arrival` has come; returns the keys of its results."""
         kind, stage, micro, parts = op
         shape = (kind, stage, parts[1].stage, parts[1].kind) if parts else (kind, stage, 0, "")
         duration = self._durations.get(shape)
