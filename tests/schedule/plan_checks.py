@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections import Counter
+from itertools import pairwise
 
 from dualpipe_engine.schedule.costs import CostModel
 from dualpipe_engine.schedule.op import Op, atoms
@@ -65,7 +66,7 @@ def longest_path(plan: Plan, costs: CostModel) -> float:
     }
     edges = []
     for rank, program in enumerate(plan.programs):
-        edges += [(a, b, 0.0) for a, b in zip(program, program[1:], strict=False)]
+        edges += [(a, b, 0.0) for a, b in pairwise(program)]
         for op in program:
             for kind, stage, micro, _ in atoms(op):
                 if kind == "F" and stage:

@@ -1,11 +1,12 @@
 """The order must be that of DeepSeek's implementation, and every pruned plan must be complete and legal."""
 
 import pytest
+from plan_checks import check_plan, order_digest
+
 from dualpipe_engine.errors import PlanError
 from dualpipe_engine.schedule.costs import CostModel
 from dualpipe_engine.schedule.dualpipe import generate
 from dualpipe_engine.schedule.simulate import peak_activations, simulate
-from plan_checks import check_plan, order_digest
 
 # (ranks, micro-batches): SHA-256 of the order, obtained from the control flow of DualPipe.step of deepseek-ai/DualPipe
 # (dualpipe/dualpipe.py) with each compute call replaced by a line of text; see plan_checks.order_digest.

@@ -1,11 +1,12 @@
 """The order must be that of DeepSeek's DualPipeV, and every pruned plan must be complete and legal."""
 
 import pytest
+from plan_checks import check_plan, order_digest
+
 from dualpipe_engine.schedule import dualpipe
 from dualpipe_engine.schedule.costs import CostModel
 from dualpipe_engine.schedule.dualpipev import generate
 from dualpipe_engine.schedule.simulate import peak_activations, simulate
-from plan_checks import check_plan, order_digest
 
 # As in test_dualpipe.py, from the control flow of DualPipeV.step (dualpipe/dualpipev.py).
 DEEPSEEK = {

@@ -1,8 +1,9 @@
 import pytest
+from plan_checks import check_plan
+
 from dualpipe_engine.schedule.costs import CostModel
 from dualpipe_engine.schedule.simulate import peak_activations, simulate
 from dualpipe_engine.schedule.zbv import generate
-from plan_checks import check_plan
 
 
 def test_golden_text() -> None:
