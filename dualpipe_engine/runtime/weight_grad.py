@@ -85,8 +85,9 @@ def install(module: nn.Module, store: WeightGradStore) -> DeferReport:
 
     The forward of each `nn.Linear` is replaced, and that of each other module runs in a `SplitMode`; a module that has
     no matrix of its own and splits nothing in its first forward gets its own forward back. Checkpointed modules need
-    nothing more: their recompute calls the same forwards. Compiled and scripted modules are left as they are.
-    Parameters that are frozen now and trained later need another `install`.
+    nothing more: their recompute calls the same forwards. Compiled and scripted modules are left as they are, and do
+    not see the mode of a container, for which they would be compiled again. Parameters that are frozen now and trained
+    later need another `install`. A copy or a pickle of an installed module is not installed.
 
     Returns:
         A report that is up to date whenever it is read; it is empty before the first forward.
@@ -99,7 +100,7 @@ def install(module: nn.Module, store: WeightGradStore) -> DeferReport:
             continue
         if isinstance(part, nn.Linear) and part.forward == nn.Linear.forward.__get__(part):
             vars(part)["forward"] = _LinearForward(part, store)
-        elif _has_forward(part) and _may_split(part):
+        elif _has_forward(part) and _may_split(part, left_alone):
             vars(part)["forward"] = _ScopedForward(part, mode)
     return DeferReport(module, store)
 
@@ -177,6 +178,9 @@ class _Forward:
         self._plain: Callable[..., Any] = module.forward
         self.__wrapped__ = self._plain  # what inspect.signature reads
 
+    def __reduce__(self) -> Any:
+        return _same, (self._plain,)
+
     def remove(self) -> None:
         if self._own:
             self._module.forward = self._plain
@@ -207,7 +211,7 @@ class _ScopedForward(_Forward):
     def __init__(self, module: nn.Module, mode: SplitMode) -> None:
         super().__init__(module)
         self._mode = mode
-        self._stays = any(param.dim() > 1 for param in module.parameters(recurse=False))
+        self._stays = _has_matrix(module)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         if torch.compiler.is_compiling():
@@ -236,5 +240,13 @@ def _has_forward(module: nn.Module) -> bool:
     return "forward" in vars(module) or type(module).forward is not nn.Module.forward
 
 
-def _may_split(module: nn.Module) -> bool:
-    return any(param.requires_grad and param.dim() > 1 for param in module.parameters())
+def _may_split(module: nn.Module, left_alone: set[nn.Module]) -> bool:
+    return _has_matrix(module) or (_has_matrix(module, recurse=True) and left_alone.isdisjoint(module.modules()))
+
+
+def _has_matrix(module: nn.Module, recurse: bool = False) -> bool:
+    return any(param.requires_grad and param.dim() > 1 for param in module.parameters(recurse))
+
+
+def _same(forward: Callable[..., Any]) -> Callable[..., Any]:
+    return forward

@@ -1,9 +1,8 @@
 """One autograd Function for all split operations, and the weight gradient as a value that can wait.
 
-The Function finds the parameter by its own gradient edge, never by its saved tensors: under activation checkpointing
-those are other tensors. While nothing is deferred the weight gradient goes the usual way through autograd. The deferred
-one is fed into the same edge later, so that views, casts, several uses, hooks and the type of the gradient are
-autograd's business in both cases.
+While nothing is deferred the weight gradient goes the usual way through autograd. A deferred one is fed into the same
+gradient edge later, so that views, casts, several uses, hooks and the type of the gradient are autograd's business in
+both cases.
 """
 
 from __future__ import annotations
@@ -94,17 +93,17 @@ def split(sink: Sink, op: SplitOp, x: Tensor, weight: Tensor, bias: Tensor | Non
         x, weight, bias = _autocast(op, x, weight, bias)
     if op.deferrable:
         sink.split_params.add(param)
-    out: Tensor = _Split.apply(x, weight, bias, op, sink)
+    out: Tensor = _Split.apply(x, weight, bias, op, param, sink)
     return out
 
 
 def _splittable(weight: Tensor) -> nn.Parameter | None:
-    if weight._backward_hooks or weight.retains_grad:
+    if weight._backward_hooks:
         return None
     param = weight if weight.grad_fn is None else _source(weight.grad_fn)
-    if not isinstance(param, nn.Parameter) or param._backward_hooks or is_traceable_wrapper_subclass(param):
+    if not isinstance(param, nn.Parameter) or param._backward_hooks:
         return None
-    return param
+    return None if type(param) is not nn.Parameter and is_traceable_wrapper_subclass(param) else param
 
 
 def _source(node: Any) -> Tensor | None:
@@ -133,10 +132,13 @@ _KEYS = {"privateuseone": "PrivateUse1"}
 
 class _Split(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, op: SplitOp, sink: Sink) -> Tensor:
+    def forward(
+        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, op: SplitOp, param: nn.Parameter, sink: Sink
+    ) -> Tensor:
         ctx.save_for_backward(x, weight)
         ctx.bias_shape = None if bias is None else bias.shape
         ctx.op = op
+        ctx.param = param  # the saved weight is another tensor under activation checkpointing
         ctx.sink = sink
         out = op.forward(x, weight, bias)
         return out.data if out._is_view() else out  # autograd lets nobody change a Function's view in place
@@ -147,45 +149,42 @@ class _Split(torch.autograd.Function):
         x, weight = ctx.saved_tensors
         need_x, need_weight, need_bias = ctx.needs_input_grad[:3]
         op: SplitOp = ctx.op
+        joint = op.joint_bias and need_weight and need_bias and getattr(ctx.param, "main_grad", None) is None
         grad_x = op.input_grad(grad, x, weight) if need_x else None
         grad_weight = grad_bias = None
-        if need_weight:
-            later = _contribution(ctx, grad, x, weight, need_bias)
-            need_bias = need_bias and later.bias_edge is None
-            if not _put_off(ctx.sink, later):
-                grad_weight, *rest = (each for _, each in later.compute())
-                grad_bias = rest[0] if rest else None
-        if need_bias:
+        if need_weight and not _put_off(ctx, grad, x, weight, joint):
+            if joint:
+                grad_weight, grad_bias = op.joint_grads(grad, x, weight)
+            else:
+                grad_weight = op.weight_grad(grad, x, weight)
+        if need_bias and not joint:
             grad_bias = op.bias_grad(grad, ctx.bias_shape)
-        return grad_x, grad_weight, grad_bias, None, None
+        return grad_x, grad_weight, grad_bias, None, None, None
 
 
-def _contribution(ctx: Any, grad: Tensor, x: Tensor, weight: Tensor, need_bias: bool) -> Contribution:
-    node, index = ctx.next_functions[1]
-    param = _source(node)
-    assert isinstance(param, nn.Parameter)
-    joint = ctx.op.joint_bias and need_bias and getattr(param, "main_grad", None) is None
-    return Contribution(
-        param,
-        GradientEdge(node, index),
-        ctx.op,
-        grad.detach(),
-        x.detach(),
-        weight.detach().to("meta"),
-        GradientEdge(*ctx.next_functions[2]) if joint else None,
-        _offset(weight, param),
-    )
-
-
-def _put_off(sink: Sink, later: Contribution) -> bool:
+def _put_off(ctx: Any, grad: Tensor, x: Tensor, weight: Tensor, joint: bool) -> bool:
     """Leave a gradient for W, or add it to `main_grad`; False if autograd shall have it now."""
-    if sink.deferring and (later.op.deferrable or sink.holds(later.param)):
+    sink: Sink = ctx.sink
+    param: nn.Parameter = ctx.param
+    has_main_grad = getattr(param, "main_grad", None) is not None
+    wait = sink.deferring and (ctx.op.deferrable or sink.holds(param))
+    if not wait and not (has_main_grad and ctx.op.deferrable):
+        return False
+    later = Contribution(
+        param,
+        GradientEdge(*ctx.next_functions[1]),
+        ctx.op,
+        grad,
+        x.detach(),
+        torch.empty_like(weight, device="meta"),
+        GradientEdge(*ctx.next_functions[2]) if joint else None,
+        _offset(weight, param) if has_main_grad else None,
+    )
+    if wait:
         sink.put(later)
-        return True
-    if later.op.deferrable and getattr(later.param, "main_grad", None) is not None:
+    else:
         accumulate([later], sink.fused_wgrad)
-        return True
-    return False
+    return True
 
 
 def _offset(weight: Tensor, param: nn.Parameter) -> int | None:

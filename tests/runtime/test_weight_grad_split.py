@@ -86,6 +86,15 @@ def test_main_grad_of_a_cast_weight() -> None:
     assert torch.equal(module.weight.main_grad, want.float()) and module.weight.grad is None
 
 
+def test_main_grad_of_any_layout() -> None:
+    layer, store = nn.Linear(8, 24, bias=False), WeightGradStore()
+    layer.weight.main_grad = torch.zeros(8, 24).t()
+    install(layer, store)
+    x, grad = torch.randn(3, 8), torch.randn(3, 24)
+    step(layer, store, x, grad)
+    assert torch.equal(layer.weight.main_grad, grad.t() @ x)
+
+
 def test_fused_product_is_used_where_it_can_be() -> None:
     calls = []
 

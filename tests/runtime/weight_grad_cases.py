@@ -15,7 +15,11 @@ Run = tuple[list[Tensor], dict[str, Tensor | None], list[Tensor | None]]
 
 
 def run(
-    build: Callable[[], nn.Module], inputs: list[Tensor], how: str, deferred: set[str] | None = None, context: Any = nullcontext
+    build: Callable[[], nn.Module],
+    inputs: list[Tensor],
+    how: str,
+    deferred: set[str] | None = None,
+    context: Any = nullcontext,
 ) -> Run:
     """Train-step gradients of `build()` over micro-batches.
 
