@@ -18,7 +18,7 @@ from .plan import Plan
 from .simulate import peak_activations, simulate
 
 THETAS = (0.0, 0.3, 0.6)  #: how much of a W may delay the next op, see `wfill`
-MANY_OPS = 20_000  #: plans with more ops try only the first of THETAS: 140,000 ops take seconds, not a quarter minute
+MANY_OPS = 20_000  #: plans with more ops try only the first of THETAS, which keeps 140,000 ops within seconds
 
 
 class _Schedule(NamedTuple):
@@ -72,6 +72,8 @@ def make_plan(
     reference = known.generate(num_ranks, num_micro)
     if not split_backward:
         reference = join(reference)
+    if not optimize and activation_cap is None:
+        return reference
     cap = known.default_cap(num_ranks) if activation_cap is None else activation_cap
     split = split_backward and known.splits
     plans = list(_candidates(reference, costs, cap, split)) if optimize else [reference]
@@ -152,7 +154,7 @@ def compare(
         split_backward: see `make_plan`.
 
     Raises:
-        PlanError: a count is below 1, or the costs are for another number of stages.
+        PlanError: the costs are for another number of stages.
     """
     costs.check(num_ranks)
     rows = []

@@ -57,4 +57,4 @@ class Emitter:
 
 
 def _numbered(kind: str, stage: int, micros: Sequence[int]) -> Iterator[Op | None]:
-    return chain((Op(kind, stage, micro) for micro in micros), repeat(None))
+    return chain(map(Op, repeat(kind), repeat(stage), micros), repeat(None))

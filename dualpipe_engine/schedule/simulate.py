@@ -65,7 +65,7 @@ class Clocks:
         """
         self._check_range(programs)
         at = [0] * len(programs)
-        waiting: dict[int, int] = {}  # key of a result -> the rank that waits for it
+        waiting: dict[int, list[int]] = {}  # key of a result -> the ranks that wait for it
         runnable = list(range(len(programs)))
         while runnable:
             rank = runnable.pop()
@@ -74,17 +74,17 @@ class Clocks:
                 op = program[position]
                 arrival = self._arrival(op)
                 if arrival < 0:
-                    waiting[~int(arrival)] = rank
+                    waiting.setdefault(~int(arrival), []).append(rank)
                     at[rank] = position
                     break
                 if before is not None:
                     before(rank, op, arrival)
                 for key in self.issue(rank, op, arrival):
-                    if key in waiting:
-                        runnable.append(waiting.pop(key))
+                    runnable += waiting.pop(key, ())
             else:
                 at[rank] = len(program)
-        for key, rank in sorted(waiting.items(), key=lambda item: item[1]):
+        if waiting:
+            rank, key = min((min(ranks), key) for key, ranks in waiting.items())
             raise PlanError(self._deadlock(programs, at, rank, key))
 
     def issue(self, rank: int, op: Op, arrival: float = 0.0) -> list[int]:

@@ -204,10 +204,10 @@ def test_nothing_feasible() -> None:
 
 
 def test_optimize_is_fast_and_bounded() -> None:
-    begin = time.perf_counter()
+    begin = time.process_time()
     make_plan("dualpipe", 8, 64, optimize=True)
-    assert time.perf_counter() - begin < 1
-    begin = time.perf_counter()
+    assert time.process_time() - begin < 1
+    begin = time.process_time()
     plan = make_plan("dualpipe", 32, 1024, optimize=True)  # 35,000 ops
-    assert time.perf_counter() - begin < 6
+    assert time.process_time() - begin < 6
     assert simulate(plan, CostModel()).makespan < simulate(dualpipe.generate(32, 1024), CostModel()).makespan

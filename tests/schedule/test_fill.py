@@ -108,7 +108,7 @@ def test_safe_fuse_keeps_every_start() -> None:
             for kind, stage, micro, _ in atoms(span.op):
                 fused += kind == "B"
                 assert span.start == pytest.approx(before["I" if kind == "B" else kind, stage, micro])
-    assert fused > 100
+    assert fused > 50
 
 
 def test_safe_fuse_never_delays_a_waiting_consumer() -> None:

@@ -85,6 +85,13 @@ def test_plans_that_cannot_complete(rows: tuple[str, str], message: str) -> None
         simulate(plan_of(Placement("linear", 2), *rows), CostModel())
 
 
+def test_two_ranks_may_wait_for_one_result() -> None:
+    plan = plan_of(Placement("linear", 3), "0F0", "1F0", "1F0 2F0")
+    assert len(simulate(plan, CostModel()).spans) == 4
+    with pytest.raises(PlanError, match=r"rank 1 cannot run 1F0 .* no rank runs 0F0"):
+        simulate(plan_of(Placement("linear", 3), "0F1", "1F0", "1F0 2F0"), CostModel())
+
+
 def test_costs_must_fit_the_placement() -> None:
     with pytest.raises(PlanError, match="cost f has 2 numbers, but there are 4 stages"):
         simulate(make_plan("zbv", 2, 2), CostModel(f=(1.0, 1.0)))
@@ -105,9 +112,9 @@ def test_peak_activations() -> None:
 def test_large_plan_within_a_second() -> None:
     seconds = []
     for _ in range(3):
-        begin = time.perf_counter()
+        begin = time.process_time()
         plan = make_plan("dualpipe", 64, 2048)
         simulate(plan, CostModel(fb=2.25))
-        seconds.append(time.perf_counter() - begin)
+        seconds.append(time.process_time() - begin)
     assert plan.num_ops == 139_202
-    assert min(seconds) < 1.5  # 0.7 on one busy core
+    assert min(seconds) < 1  # 0.6 measured
