@@ -15,9 +15,11 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.autograd.graph import GradientEdge
-from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from .weight_grad_ops import FusedWgrad, SplitOp
+
+#: Other tensors (distributed, quantised, the fake ones of a compiler) have rules of their own.
+_PLAIN = (Tensor, nn.Parameter)
 
 #: Nodes that keep no tensor, hence can run in I (on nothing) and again in W.
 _REPLAYABLE = re.compile(
@@ -84,7 +86,7 @@ class Sink(Protocol):
 
 def split(sink: Sink, op: SplitOp, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor | None:
     """Run `op` so that its weight gradient can be deferred; None if the caller must run the plain operation."""
-    if not torch.is_grad_enabled() or not isinstance(weight, Tensor) or not weight.requires_grad:
+    if not torch.is_grad_enabled() or type(x) not in _PLAIN or type(weight) not in _PLAIN or not weight.requires_grad:
         return None
     param = _splittable(weight)
     if param is None or (op.joint_bias and bias is not None and bias.requires_grad and _splittable(bias) is None):
@@ -101,9 +103,7 @@ def _splittable(weight: Tensor) -> nn.Parameter | None:
     if weight._backward_hooks:
         return None
     param = weight if weight.grad_fn is None else _source(weight.grad_fn)
-    if not isinstance(param, nn.Parameter) or param._backward_hooks:
-        return None
-    return None if type(param) is not nn.Parameter and is_traceable_wrapper_subclass(param) else param
+    return param if type(param) is nn.Parameter and not param._backward_hooks else None
 
 
 def _source(node: Any) -> Tensor | None:

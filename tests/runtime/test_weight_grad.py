@@ -189,17 +189,51 @@ def test_compiled_parts_stay_plain_and_are_named() -> None:
 
 def test_compiled_once() -> None:
     """The mode of a container must not show in a compiled part: its guards would ask for another compilation."""
+    from torch._dynamo.backends.debugging import aot_eager
+
     compiled = []
 
-    def backend(graph: torch.fx.GraphModule, _: Any) -> Callable[..., Any]:
+    def backend(graph: torch.fx.GraphModule, inputs: Any) -> Callable[..., Any]:
         compiled.append(graph)
-        return graph.forward
+        return aot_eager(graph, inputs)
 
     module = nn.Sequential(nn.Linear(HIDDEN, HIDDEN), torch.compile(nn.Linear(HIDDEN, HIDDEN), backend=backend))
     install(module, WeightGradStore())
     for _ in range(3):
         module(torch.randn(2, HIDDEN))
     assert len(compiled) == 1
+
+
+def test_compiled_part_under_the_mode() -> None:
+    """A module with a matrix of its own calls a compiled part: the compiler's fake tensors are not split."""
+
+    class Net(nn.Module):
+        def __init__(self, compiled: bool) -> None:
+            super().__init__()
+            self.own = nn.Parameter(torch.randn(HIDDEN, HIDDEN))
+            self.part = torch.compile(Block(), backend="aot_eager") if compiled else Block()
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.part(x @ self.own)
+
+    inputs = data(2, 5, HIDDEN)
+    want, got = run(partial(Net, False), inputs, "plain"), run(partial(Net, True), inputs, "IW", {"own"})
+    for a, b in zip(want[1].values(), got[1].values(), strict=True):
+        torch.testing.assert_close(a, b)
+    module, store = Net(True), WeightGradStore()
+    install(module, store)
+    module(inputs[0])
+    assert store.split_params == {module.own}
+
+
+def test_tensor_subclasses_stay_plain() -> None:
+    class Tagged(Tensor):
+        pass
+
+    layer, store = nn.Linear(HIDDEN, HIDDEN), WeightGradStore()
+    install(layer, store)
+    out = layer(torch.randn(3, HIDDEN).as_subclass(Tagged))
+    assert type(out) is Tagged and not store.split_params
 
 
 def test_copies_are_not_installed() -> None:
