@@ -1,0 +1,45 @@
+"""DualPipe for DeepSpeed: bidirectional pipeline parallelism, chosen in the DeepSpeed JSON.
+
+    import dualpipe_engine
+    engine, optimizer, loader, scheduler = dualpipe_engine.initialize(args=args, model=pipeline_module, config="ds.json")
+    loss = engine.train_batch(data_iter)
+
+Schedules can be made, verified, simulated and drawn without torch (`dualpipe_engine.schedule`, the `dualpipe` command);
+everything that needs torch or DeepSpeed is imported when it is first used.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+from .errors import ConfigError, DualPipeError, MissingExtraError, PipelineRuntimeError, PlanError
+
+if TYPE_CHECKING:
+    from .engine.engine import DualPipeEngine
+    from .engine.initialize import initialize
+    from .engine.pipe_schedule import DualPipeSchedule
+
+__version__ = "0.1.0"
+__all__ = [
+    "ConfigError",
+    "DualPipeEngine",
+    "DualPipeError",
+    "DualPipeSchedule",
+    "MissingExtraError",
+    "PipelineRuntimeError",
+    "PlanError",
+    "initialize",
+]
+
+_LAZY = {
+    "DualPipeEngine": "engine.engine",
+    "DualPipeSchedule": "engine.pipe_schedule",
+    "initialize": "engine.initialize",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _LAZY:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f".{_LAZY[name]}", __name__), name)

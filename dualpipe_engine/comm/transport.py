@@ -44,7 +44,7 @@ class Transport(Protocol):
 
 
 class _WorkTicket:
-    __slots__ = ("_work", "_what")
+    __slots__ = ("_what", "_work")
 
     def __init__(self, work: Any, what: str) -> None:
         self._work = work

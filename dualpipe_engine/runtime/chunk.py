@@ -50,6 +50,7 @@ class StageChunk:
         stage: global stage number.
         loss_fn: for the last stage, `loss_fn(output, labels)`; None when the stage's output is the loss already.
         is_last: whether the stage makes the loss.
+        overlap: use the module's own `overlapped_forward_backward` where it has one.
         store: collects deferred weight gradients during I; None runs I as a full backward and W as nothing.
     """
 
@@ -61,12 +62,14 @@ class StageChunk:
         is_last: bool,
         loss_fn: Callable[..., Any] | None = None,
         store: WeightGradStore | None = None,
+        overlap: bool = True,
     ) -> None:
         self.module = module
         self.stage = stage
         self.is_last = is_last
         self.loss_fn = loss_fn
         self._store = store
+        self._overlap = overlap
         self._alive: dict[int, Activation] = {}
         self._pending: dict[int, list[Callable[[], None]]] = {}
 
@@ -122,7 +125,9 @@ class StageChunk:
         for closure in self._pending.pop(micro):
             closure()
 
-    def overlapped(self, micro: int, inputs: Any, labels: Any, other: StageChunk, back: int, grads: Any, scale: float) -> Any:
+    def overlapped(
+        self, micro: int, inputs: Any, labels: Any, other: StageChunk, back: int, grads: Any, scale: float
+    ) -> Any:
         """Run F of `micro` here together with the full backward of micro-batch `back` on `other`, with the module's
         own `overlapped_forward_backward` (the protocol of DeepSeek's DualPipe).
 
@@ -148,8 +153,8 @@ class StageChunk:
 
     @property
     def brings_overlap(self) -> bool:
-        """Whether the stage's module has its own `overlapped_forward_backward`."""
-        return hasattr(type(self.module), "overlapped_forward_backward")
+        """Whether pairs run through the module's own `overlapped_forward_backward`."""
+        return self._overlap and hasattr(type(self.module), "overlapped_forward_backward")
 
     def clear(self) -> None:
         """Drop everything that is kept, after a batch that failed."""

@@ -199,9 +199,7 @@ class Executor:
             inputs, labels = self._prepare(forward)
             grads = self._take_grads(backward)
             with self._observer.span(op):
-                output, back = chunk.overlapped(
-                    forward.micro, inputs, labels, other, backward.micro, grads, self.scale
-                )
+                output, back = chunk.overlapped(forward.micro, inputs, labels, other, backward.micro, grads, self.scale)
                 self._accumulate(backward.stage)
             self._pass_on(forward, output, labels)
             self._pass_back(backward, back)

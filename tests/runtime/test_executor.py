@@ -143,7 +143,11 @@ class Nested(nn.Module):
 
     def forward(self, value):
         if self.stage == 0:
-            value = (value, {"mask": value > 0, "count": torch.arange(3), "scale": torch.full((1,), 2.0, dtype=value.dtype)}, 7)
+            value = (
+                value,
+                {"mask": value > 0, "count": torch.arange(3), "scale": torch.full((1,), 2.0, dtype=value.dtype)},
+                7,
+            )
         x, extra, seven = value
         assert seven == 7
         assert extra["mask"].dtype == torch.bool
@@ -231,7 +235,9 @@ class Overlapping(nn.Sequential):
     calls = 0
 
     @classmethod
-    def overlapped_forward_backward(cls, module0, inputs0, criterion0, labels0, module1, loss1, outputs1, output_grads1):
+    def overlapped_forward_backward(
+        cls, module0, inputs0, criterion0, labels0, module1, loss1, outputs1, output_grads1
+    ):
         cls.calls += 1
         output = module0(*inputs0)
         loss0 = criterion0(output, *labels0) if criterion0 is not None else None

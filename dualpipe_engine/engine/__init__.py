@@ -1,0 +1,1 @@
+"""DeepSpeed's engine on a plan: configuration, topology, stages, data, training step, checkpoints."""

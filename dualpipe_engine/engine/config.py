@@ -1,0 +1,168 @@
+"""The "pipeline" section of the DeepSpeed JSON, read and checked before anything is allocated."""
+
+from __future__ import annotations
+
+import json
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from ..errors import ConfigError
+from ..schedule.choose import SCHEDULES
+
+STOCK = "1f1b-deepspeed"
+#: What DeepSpeed 0.19.8 itself reads from the section.
+DEEPSPEED_KEYS = frozenset(
+    (
+        "stages",
+        "partition",
+        "seed_layers",
+        "activation_checkpoint_interval",
+        "pipe_partitioned",
+        "grad_partitioned",
+        "use_reentrant",
+    )
+)
+
+
+class DualPipeConfig(BaseModel):
+    """Our keys of the "pipeline" section."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+
+    schedule: str = STOCK
+    """A name of `schedule.choose.SCHEDULES`, a path to a plan file (.csv, .json), or "1f1b-deepspeed"."""
+    optimize: bool = True
+    """Take the best candidate under unit costs; false runs the reference order."""
+    split_backward: Literal["auto"] | bool = "auto"
+    """Run I and W apart. "auto" and true: wherever a layer's weights allow it; false: full backwards only."""
+    overlap: Literal["auto"] | bool = "auto"
+    """Run F&B pairs through a stage's own `overlapped_forward_backward`; false runs F, then B."""
+    activation_cap: int | None = Field(default=None, ge=1)
+    """Most stage activations a rank may hold; null is the schedule's own bound."""
+    p2p_timeout_s: float = Field(default=600.0, gt=0)
+    """Seconds after which a transfer that does not come is an error."""
+    partition_method: str | None = None
+    """How layers are cut into stages when the schedule needs another cut than the PipelineModule made; null keeps the
+    PipelineModule's own method."""
+
+    @property
+    def is_stock(self) -> bool:
+        return self.schedule == STOCK
+
+    @property
+    def plan_file(self) -> Path | None:
+        path = Path(self.schedule)
+        return path if path.suffix in (".csv", ".json") else None
+
+
+def read_config(config: str | Path | dict[str, Any]) -> tuple[dict[str, Any], DualPipeConfig]:
+    """Load a DeepSpeed JSON and check its "pipeline" section.
+
+    Returns:
+        The whole JSON as a dict, and our part of it.
+
+    Raises:
+        ConfigError: the file cannot be read, a key is unknown (the nearest is named), or a value has no meaning.
+    """
+    data = _load(config)
+    section = data.get("pipeline", {})
+    if not isinstance(section, dict):
+        raise ConfigError(f'"pipeline" must be a section {{...}} of keys, got {section!r}')
+    ours = {key: value for key, value in section.items() if key not in DEEPSPEED_KEYS}
+    known = sorted(set(DualPipeConfig.model_fields) | DEEPSPEED_KEYS)
+    for key in ours:
+        if key not in DualPipeConfig.model_fields:
+            near = get_close_matches(key, known, n=1, cutoff=0.6)
+            if near or "schedule" in section:
+                hint = f'did you mean "{near[0]}"?' if near else f"known keys: {', '.join(known)}"
+                raise ConfigError(f'unknown key "{key}" in the "pipeline" section: {hint}')
+    if "schedule" not in section:
+        return data, DualPipeConfig()
+    try:
+        parsed = DualPipeConfig(**ours)
+    except ValidationError as error:
+        first = error.errors()[0]
+        raise ConfigError(f'"pipeline": {{"{first["loc"][0]}": ...}}: {first["msg"]}, got {first["input"]!r}') from None
+    _check_schedule(parsed)
+    return data, parsed
+
+
+def _load(config: str | Path | dict[str, Any]) -> dict[str, Any]:
+    if isinstance(config, dict):
+        return config
+    try:
+        data = json.loads(Path(config).read_text())
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"cannot read the DeepSpeed configuration {config}: {error}") from None
+    if not isinstance(data, dict):
+        raise ConfigError(f"{config} holds no JSON object")
+    return data
+
+
+def _check_schedule(config: DualPipeConfig) -> None:
+    if config.is_stock or config.schedule in SCHEDULES:
+        return
+    if config.plan_file is not None:
+        if not config.plan_file.is_file():
+            raise ConfigError(f'"schedule": there is no plan file {config.schedule}')
+        return
+    names = [*SCHEDULES, STOCK]
+    near = get_close_matches(config.schedule, names, n=1, cutoff=0)
+    raise ConfigError(
+        f'unknown schedule "{config.schedule}": did you mean "{near[0]}"? There are {", ".join(names)}, '
+        "or the path of a plan file"
+    )
+
+
+def micro_batches(config: dict[str, Any], replicas: int) -> int:
+    """Micro-batches of one pipeline per batch (DeepSpeed's gradient_accumulation_steps), checked as DeepSpeed would.
+
+    Args:
+        config: the DeepSpeed JSON.
+        replicas: data-parallel replicas of the pipeline.
+
+    Raises:
+        ConfigError: the three batch sizes do not fit.
+    """
+    names = ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps")
+    train, micro, steps = values = [None if config.get(name) == "auto" else config.get(name) for name in names]
+    for name, value in zip(names, values, strict=True):
+        if value is not None and (not isinstance(value, int) or value < 1):
+            raise ConfigError(f'"{name}" must be a whole number above 0, got {value!r}')
+    if train is None and micro is None:
+        raise ConfigError('give "train_batch_size" or "train_micro_batch_size_per_gpu" in the DeepSpeed configuration')
+    if train is None:
+        return steps or 1
+    if micro is not None:
+        steps_found, rest = divmod(train, micro * replicas)
+    else:
+        steps_found, rest = steps or 1, train % ((steps or 1) * replicas)
+    if rest or steps_found < 1 or (steps is not None and steps_found != steps):
+        raise ConfigError(
+            f"the batch sizes do not fit: train_batch_size {train} must be train_micro_batch_size_per_gpu {micro or '?'} x "
+            f"gradient_accumulation_steps {steps or '?'} (micro-batches of one pipeline) x {replicas} data-parallel replicas"
+        )
+    return steps_found
+
+
+def check_zero(config: dict[str, Any]) -> None:
+    """Refuse ZeRO stages that cannot work with a pipeline.
+
+    Raises:
+        ConfigError: ZeRO-2 or ZeRO-3 is asked for.
+    """
+    zero = config.get("zero_optimization", {})
+    stage = zero.get("stage", 0) if isinstance(zero, dict) else 0
+    if stage == 3:
+        raise ConfigError(
+            "ZeRO-3 cannot work with a pipeline: it would gather every stage's weights again for each micro-batch; use "
+            '"zero_optimization": {"stage": 1}, which partitions the optimizer state over all copies of a stage'
+        )
+    if stage == 2:
+        raise ConfigError(
+            "ZeRO-2 reduces gradients in every backward, in the middle of the pipeline; use "
+            '"zero_optimization": {"stage": 1}, which partitions the optimizer state over all copies of a stage'
+        )

@@ -1,0 +1,426 @@
+"""DualPipeEngine: DeepSpeed's pipeline engine with a plan in place of its instruction schedule."""
+
+from __future__ import annotations
+
+import socket
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from deepspeed.runtime.activation_checkpointing import checkpointing as ds_checkpointing
+from deepspeed.runtime.bf16_optimizer import BF16_Optimizer
+from deepspeed.runtime.dataloader import RepeatingLoader
+from deepspeed.runtime.engine import DeepSpeedEngine
+from deepspeed.runtime.pipe.engine import TRAIN_BATCH_TIMER, PipelineEngine
+from deepspeed.runtime.pipe.topology import PipelineParallelGrid
+from deepspeed.runtime.torch_autocast import autocast_if_enabled
+from deepspeed.runtime.zero.config import ZeroStageEnum
+from deepspeed.utils.timer import ThroughputTimer
+
+from ..comm.p2p import Edges
+from ..comm.transport import GroupTransport
+from ..errors import ConfigError
+from ..runtime.chunk import StageChunk
+from ..runtime.executor import BatchResult, Executor
+from ..runtime.observer import Observer
+from ..runtime.weight_grad import WeightGradStore, install
+from ..schedule.lower import forward_only, lower
+from ..schedule.measure import measured_costs
+from ..schedule.op import COMPUTE, I, atoms
+from ..schedule.plan import Plan
+from ..schedule.simulate import simulate
+from ..schedule.timeline import Span, Timeline
+from .config import DualPipeConfig
+from .data import BatchFeed, check_same_stream
+from .gradients import GradientTail
+from .grid import Place
+from .module import PlacedModule, needs_input_gradient, stage_views
+from .planning import make_lowered_plan
+
+
+class DualPipeEngine(PipelineEngine):
+    """What `dualpipe_engine.initialize` returns.
+
+    `train_batch`, `eval_batch`, `save_checkpoint`, `load_checkpoint` and the rest of DeepSpeed's PipelineEngine keep
+    their meaning; `gradient_accumulation_steps()` is the number of micro-batches of one pipeline.
+
+    Args:
+        dualpipe: our part of the configuration.
+        base_grid: the grid that the PipelineModule was built on, with all pipeline ranks.
+        place: this rank's place in its pipeline.
+        plan: the lowered training plan.
+        deepspeed: arguments of DeepSpeedEngine.
+
+    Attributes:
+        plan: the lowered training plan.
+        place: stages, pipeline rank and replica of this process.
+    """
+
+    def __init__(
+        self, *, dualpipe: DualPipeConfig, base_grid: PipelineParallelGrid, place: Place, plan: Plan, **deepspeed: Any
+    ) -> None:
+        # DeepSpeed's own pipeline set-up (buffers, blocking p2p, ZeRO assertion) does not apply, hence not super().
+        DeepSpeedEngine.__init__(self, **deepspeed)
+        self.dualpipe_config, self.place, self.plan = dualpipe, place, plan
+        self._pipeline_group = base_grid.pp_proc_group
+        self._replica_group = base_grid.dp_proc_group
+        self._init_pipeline_state()
+        self._init_activation_checkpointing()
+        self._init_executor()
+        if self.training_data:
+            self._build_data_iter(self.training_data)
+
+    def _init_pipeline_state(self) -> None:
+        """What the inherited methods of PipelineEngine read."""
+        self.enable_backward_allreduce = False
+        self.pipeline_enable_backward_allreduce = True
+        self.using_bf16_optimizer = type(self.optimizer) is BF16_Optimizer
+        self.grid = self.module._grid
+        self.global_rank = self.grid.get_global_rank()
+        self.num_stages = self.plan.placement.num_stages
+        self.stage_id = self.place.rank
+        self.is_pipe_parallel = self.plan.placement.num_ranks > 1
+        self.is_data_parallel = self.place.replicas > 1
+        self.is_model_parallel = self.grid.model_parallel_size > 1
+        self.micro_batch_size = self.train_micro_batch_size_per_gpu()
+        self.micro_batches = self.gradient_accumulation_steps()
+        self.data_iterator: Iterator[Any] | None = None
+        self.batch_fn = None
+        self.agg_train_loss: torch.Tensor | None = None
+        self.agg_additional_losses = None
+        self.dp_group_loss = torch.zeros((), device=self.device)
+        self._force_grad_boundary = False
+        self._checked_stream = False
+        self.batch_timer = ThroughputTimer(
+            self._config.timers_config,
+            batch_size=self.train_batch_size(),
+            logging_fn=self.tput_log,
+            monitor_memory=False,
+            steps_per_output=self.steps_per_print(),
+        )
+        # Stages run through views, whose hooks are these; the engine's own forward does not exist here.
+        self.module_forward_pre_hook.remove()
+        self.module_forward_post_hook.remove()
+        self.module.checkpoint_parallel_write_pipeline = self._config.checkpoint_parallel_write_pipeline
+
+    def _init_activation_checkpointing(self) -> None:
+        section = self._config.pipeline
+        if section.get("use_reentrant") is False:
+            self.module.activation_checkpoint_func = ds_checkpointing.non_reentrant_checkpoint
+        if section["activation_checkpoint_interval"] > 0:
+            self.module.activation_checkpoint_interval = section["activation_checkpoint_interval"]
+
+    def _init_executor(self) -> None:
+        module: PlacedModule = self.module
+        self._views = stage_views(module)
+        self._store = None
+        if any(part.kind == I for op in self.plan.programs[self.place.rank] for part in atoms(op)):
+            self._store = WeightGradStore()
+            self.weight_split = install(module, self._store)
+        last = self.num_stages - 1
+        self._chunks = {
+            stage: StageChunk(
+                _own_overlap(view) or view,
+                stage,
+                overlap=self.dualpipe_config.overlap is not False,
+                is_last=stage == last,
+                loss_fn=module.loss_fn if stage == last else None,
+                store=self._store,
+            )
+            for stage, view in self._views.items()
+        }
+        transport = GroupTransport(self.place.pipeline, self.place.rank, self._pipeline_group)
+        timeout = self.dualpipe_config.p2p_timeout_s
+        self._edges = Edges(transport, self.device, timeout, dynamic_shape=module.dynamic_shape)
+        self._observer = Observer(self.place.rank, self.device)
+        self._tail = GradientTail(self)
+        self._executor = Executor(
+            self.place.rank, self._chunks, self._edges, self._observer, self._tail, self._before_forward
+        )
+        # Evaluation may use other shapes, so it has edges of its own and announces every shape.
+        self._eval_executor = Executor(
+            self.place.rank,
+            self._chunks,
+            Edges(transport, self.device, timeout, dynamic_shape=True),
+            Observer(self.place.rank, self.device),
+            on_micro=self._before_forward,
+        )
+
+    def _before_forward(self, stage: int, micro: int) -> None:
+        """Seeds of `seed_layers` count micro-batches as a pipeline of one direction would."""
+        self._views[stage].micro_offset = self.module.micro_offset + micro
+
+    # -- training ------------------------------------------------------------------------------------------------
+
+    def train_batch(self, data_iter: Iterator[Any] | None = None) -> torch.Tensor:
+        """Train on one batch of `train_batch_size()` samples and step the optimizer.
+
+        Args:
+            data_iter: yields `gradient_accumulation_steps()` pairs (inputs, labels) of one micro-batch each; both ends
+                of a bidirectional pipeline must be given the same stream. None reads the training data of `initialize`.
+
+        Returns:
+            The mean loss over all micro-batches and replicas, the same number on every rank (scalar tensor).
+
+        Raises:
+            RuntimeError: gradients are switched off.
+            ConfigError: no optimizer is configured, there is no data, or the ends of the pipeline read different data.
+            StopIteration: the data ended within the batch.
+            PipelineRuntimeError: a transfer failed.
+        """
+        if not torch.is_grad_enabled():
+            raise RuntimeError("train_batch() needs gradients; use eval_batch() without")
+        if self.optimizer is None:
+            raise ConfigError('train_batch() needs an optimizer: add "optimizer" to the DeepSpeed configuration')
+        if data_iter is not None:
+            self.set_dataiterator(data_iter)
+        self._set_training(True)
+        self._agree_on_plan()
+        self.timers(TRAIN_BATCH_TIMER).start()
+        self._tail.begin()
+        self._executor.scale = self._loss_factor()
+        feed = self._feed(self.micro_batches, fingerprint=not self._checked_stream)
+        with autocast_if_enabled(self):
+            result = self._executor.run(self.plan, feed)
+        feed.drain()
+        self.module.micro_offset += self.micro_batches
+        self._check_stream(feed)
+        self.agg_train_loss = self._mean_loss(result.losses, self.micro_batches)
+        self.timers(TRAIN_BATCH_TIMER).stop()
+        self._report_batch()
+        return self.agg_train_loss
+
+    def _loss_factor(self) -> float:
+        """Factor on each loss before its backward, so that DeepSpeed's mean (or sum) over all copies of a stage comes
+        out as the mean over micro-batches and the mean (or sum) over replicas."""
+        copies = self.plan.placement.num_directions if self.gradient_average else 1
+        scale = self._get_optimizer_loss_scale() if self.fp16_enabled() else 1.0
+        return copies / self.micro_batches * float(scale)
+
+    def _set_training(self, mode: bool) -> None:
+        self.module.train(mode)
+        for view in self._views.values():
+            view.training = mode
+
+    def _agree_on_plan(self) -> None:
+        """Make a new plan when the number of micro-batches has changed (`set_train_batch_size`)."""
+        if self.plan.num_micro != self.micro_batches:
+            self.plan = make_lowered_plan(self.dualpipe_config, self.plan.placement.num_ranks, self.micro_batches)
+
+    def _feed(self, num_micro: int, fingerprint: bool = False) -> BatchFeed:
+        if self.place.feeds and self.data_iterator is None and self.batch_fn is None:
+            raise ConfigError("there is no data: pass data_iter, or training_data to initialize")
+        return BatchFeed(
+            self.place,
+            num_micro,
+            self._next_batch,
+            self.device,
+            input_gradient=needs_input_gradient(self.module),
+            fingerprint=fingerprint,
+        )
+
+    def _check_stream(self, feed: BatchFeed) -> None:
+        """After the first batch: both ends of the pipeline must have read the same data."""
+        if self._checked_stream:
+            return
+        self._checked_stream = True
+        if len(self.place.ends) < 2:
+            return
+        sums: list[Any] = [None] * len(self.place.pipeline)
+        dist.all_gather_object(sums, feed.checksum, group=self._pipeline_group)
+        check_same_stream({rank: sums[rank] for rank in self.place.ends})
+
+    def _mean_loss(self, losses: dict[int, torch.Tensor], num_micro: int) -> torch.Tensor:
+        """Mean over micro-batches and replicas; added up in the order of the micro-batches, whoever computed them."""
+        with torch.no_grad():
+            table = torch.zeros(num_micro, dtype=torch.float32, device=self.device)
+            for micro, loss in losses.items():
+                table[micro] = loss.float()
+            dist.all_reduce(table, group=self._pipeline_group)
+            total = torch.zeros((), device=self.device)
+            for loss in table.unbind():
+                total += loss
+            self.dp_group_loss = total / num_micro
+            mean = self.dp_group_loss.clone()
+            if self.is_data_parallel:
+                dist.all_reduce(mean, group=self._replica_group)
+                mean /= self.place.replicas
+        return mean
+
+    def _report_batch(self) -> None:
+        every, steps = self.steps_per_print(), self.global_steps
+        if every is not None and steps % every == 0:
+            elapsed = self.timers(TRAIN_BATCH_TIMER).elapsed(reset=True) / 1000.0 / every
+            if self.global_rank == 0:
+                print(
+                    f"steps: {steps} loss: {self.agg_train_loss:0.4f} iter time (s): {elapsed:0.3f} "
+                    f"samples/sec: {self.train_batch_size() / elapsed:0.3f}"
+                )
+        if self.global_rank == 0 and self.monitor.enabled:
+            self.monitor.write_events([("Train/Samples/train_loss", self.agg_train_loss.item(), self.global_samples)])
+
+    def set_train_batch_size(self, train_batch_size: int) -> None:
+        """Change the batch size by changing the number of micro-batches.
+
+        Raises:
+            ValueError: it is no multiple of micro-batch size and replicas.
+        """
+        steps, rest = divmod(train_batch_size, self.train_micro_batch_size_per_gpu() * self.place.replicas)
+        if rest or steps < 1:
+            raise ValueError(
+                f"train_batch_size {train_batch_size} must be a multiple of train_micro_batch_size_per_gpu "
+                f"{self.train_micro_batch_size_per_gpu()} x {self.place.replicas} replicas"
+            )
+        self._config.train_batch_size = train_batch_size
+        self._config.gradient_accumulation_steps = steps
+        self.micro_batches = steps
+
+    def reset_activation_shape(self) -> None:
+        """Let the next batch bring new shapes; call it on every rank."""
+        self._edges.reset_shapes()
+
+    def clip_fp32_gradients(self) -> None:
+        """Clip by the norm over all stages, every parameter counted once."""
+        self._global_grad_norm = self._tail.clip(self.gradient_clipping())
+
+    # -- evaluation ----------------------------------------------------------------------------------------------
+
+    def eval_batch(
+        self,
+        data_iter: Iterator[Any],
+        return_logits: bool = False,
+        compute_loss: bool = True,
+        reduce_output: str | None = "avg",
+        bcast_loss: bool = True,
+        num_micro_batches: int | None = None,
+    ) -> Any:
+        """Run the forward of one batch, without gradients.
+
+        Args:
+            data_iter: as in `train_batch`.
+            return_logits: also return the last stage's output for the last micro-batch.
+            compute_loss: reduce losses; False reduces the outputs themselves.
+            reduce_output: "avg" for the mean over micro-batches and replicas, None for the list over micro-batches.
+            bcast_loss: give the loss to all ranks, not only to those that hold the last stage.
+            num_micro_batches: None for as many as in training.
+
+        Returns:
+            The mean loss, or what `compute_loss` and `reduce_output` ask for; with `return_logits` a pair with the
+            output of the last micro-batch. Outputs are on the ranks that hold the last stage, None elsewhere.
+        """
+        num_micro = num_micro_batches or self.micro_batches
+        train_iterator = self.data_iterator
+        self.set_dataiterator(data_iter)
+        self._set_training(False)
+        plan = lower(forward_only(self.plan.placement, num_micro), train=False)
+        feed = self._feed(num_micro)
+        with torch.no_grad(), autocast_if_enabled(self):
+            result = self._eval_executor.run(plan, feed, train=False)
+            feed.drain()
+            self.module.micro_offset += num_micro
+            value = self._eval_value(result, num_micro, compute_loss, reduce_output)
+        if not self.module.training:
+            ds_checkpointing.reset()
+        if compute_loss and not bcast_loss and not self.is_last_stage():
+            value = None
+        if self.global_rank == 0 and self.monitor.enabled and isinstance(value, torch.Tensor):
+            self.monitor.write_events([("Train/Samples/eval_loss", value.mean().item(), self.global_samples)])
+        self.data_iterator = train_iterator
+        if return_logits:
+            return value, self._share_outputs(result, [num_micro - 1])[num_micro - 1]
+        return value
+
+    def _eval_value(self, result: BatchResult, num_micro: int, compute_loss: bool, reduce: str | None) -> Any:
+        loss_fn = self.module.loss_fn
+        if reduce not in (None, "avg"):
+            raise ConfigError(f'reduce_output must be "avg" or None, got {reduce!r}')
+        if compute_loss:
+            losses = {m: out if loss_fn is None else loss_fn(out, y) for m, (out, y) in result.outputs.items()}
+            if reduce == "avg":
+                return self._mean_loss(losses, num_micro)
+            result = BatchResult(outputs={micro: (loss, None) for micro, loss in losses.items()})
+        shared = self._share_outputs(result, list(range(num_micro)))
+        if not self.is_last_stage():
+            return None
+        outputs = [shared[micro] for micro in range(num_micro)]
+        return outputs if reduce is None else self._reduce_outputs(outputs, reduce, micro_batches=num_micro)
+
+    def _share_outputs(self, result: BatchResult, micros: list[int]) -> dict[int, Any]:
+        """Give the outputs of `micros` to every rank that holds the last stage; None on the others."""
+        placement, last = self.plan.placement, self.num_stages - 1
+        shared = dict.fromkeys(micros)
+        for micro in micros:
+            if micro in result.outputs:
+                shared[micro] = result.outputs[micro][0]
+            if placement.num_directions == 2:
+                box = [shared[micro]]
+                source = self.place.pipeline[placement.rank_of(last, micro)]
+                dist.broadcast_object_list(box, src=source, group=self._pipeline_group, device=torch.device("cpu"))
+                if self.is_last_stage():
+                    shared[micro] = box[0]
+        return shared
+
+    # -- what DeepSpeed asks about this rank ---------------------------------------------------------------------
+
+    def is_first_stage(self) -> bool:
+        """Whether this rank runs stage 0; the ranks at both ends of a bidirectional pipeline do."""
+        return 0 in self.place.stages
+
+    def is_last_stage(self) -> bool:
+        """Whether this rank runs the last stage; the ranks at both ends of a bidirectional pipeline do."""
+        return self.num_stages - 1 in self.place.stages
+
+    @property
+    def data_rank(self) -> int:
+        """Number of this rank's replica of the pipeline: shard training data by it."""
+        return self.place.replica
+
+    @property
+    def data_replicas(self) -> int:
+        """Replicas of the pipeline."""
+        return self.place.replicas
+
+    def _build_data_iter(self, dataset: Any) -> None:
+        sampler = torch.utils.data.distributed.DistributedSampler(
+            dataset, num_replicas=self.data_replicas, rank=self.data_rank, shuffle=False
+        )
+        self.set_dataloader(RepeatingLoader(self.deepspeed_io(dataset, data_sampler=sampler)))
+
+    # -- measurements --------------------------------------------------------------------------------------------
+
+    def timeline(self) -> Timeline:
+        """When each op of the last training batch ran on each rank of this pipeline.
+
+        Collective over the ranks of the pipeline. Ranks on one machine share a clock; across machines clocks are
+        aligned at a barrier, to about a tenth of a millisecond.
+        """
+        dist.barrier(group=self._pipeline_group)
+        mine = (socket.gethostname(), time.monotonic(), self._observer.spans())
+        found: list[Any] = [None] * len(self.place.pipeline)
+        dist.all_gather_object(found, mine, group=self._pipeline_group)
+        host, zero, _ = found[0]
+        spans = []
+        for other, now, theirs in found:
+            shift = 0.0 if other == host else now - zero
+            spans += [Span(s.rank, s.op, s.start - shift, s.end - shift) for s in theirs]
+        return Timeline(self.plan.placement.num_ranks, spans)
+
+    def simulated(self, measured: Timeline) -> Timeline:
+        """The plan simulated with the costs that `measured` shows: what is left between the two is communication and
+        overhead."""
+        compute = Timeline(measured.num_ranks, [span for span in measured.spans if span.op.kind in COMPUTE])
+        return simulate(self.plan.compute_only(), measured_costs([compute], self.num_stages))
+
+    @property
+    def zero_stage(self) -> ZeroStageEnum:
+        return self.zero_optimization_stage()
+
+
+def _own_overlap(view: Any) -> Any:
+    """The layer that is a stage by itself and brings its own `overlapped_forward_backward`."""
+    functions = view.forward_funcs
+    if len(functions) == 1 and hasattr(type(functions[0]), "overlapped_forward_backward"):
+        return functions[0]
+    return None

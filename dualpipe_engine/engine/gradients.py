@@ -1,0 +1,77 @@
+"""GradientTail: what happens to gradients between a backward and the optimizer step, in DeepSpeed's terms."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from deepspeed.moe.utils import is_moe_param
+from deepspeed.runtime.utils import is_model_parallel_parameter
+
+
+class GradientTail:
+    """Accumulates, reduces and steps for an engine; the executor's `Tail`."""
+
+    def __init__(self, engine: Any) -> None:
+        self._engine = engine
+
+    def begin(self) -> None:
+        """Start of a batch."""
+        clear = getattr(self._engine.optimizer, "clear_backward_seen_flag", None)
+        if clear is not None:
+            clear()
+
+    def accumulate(self, stage: int) -> None:
+        """Move fresh gradients to where the optimizer accumulates them, when that is not `param.grad`."""
+        optimizer = self._engine.optimizer
+        if self._engine.using_bf16_optimizer:
+            optimizer.update_hp_grads(clear_lp_grads=False)
+            optimizer.clear_lp_grads(set_to_none=True)
+        elif getattr(optimizer, "use_grad_accum_attribute", False):
+            optimizer.fill_grad_accum_attribute()
+
+    def reduce(self, stage: int) -> None:
+        """Gradients of all stages are reduced together in `step`."""
+
+    def step(self) -> None:
+        """Reduce over tied stages, copies and replicas, then step."""
+        self._fill_missing()
+        self._engine._exec_reduce_tied_grads()
+        self._engine._exec_reduce_grads()
+        self._engine._exec_optimizer_step()
+
+    def _fill_missing(self) -> None:
+        """Zero gradients where this rank ran no backward, so that all copies of a stage reduce the same tensors."""
+        if self._engine.using_bf16_optimizer:
+            return
+        accumulated = getattr(self._engine.optimizer, "use_grad_accum_attribute", False)
+        for param in self._engine.module.parameters():
+            if not param.requires_grad:
+                continue
+            if accumulated and param.grad_accum is None:
+                dtype = self._engine.optimizer.gradient_accumulation_dtype
+                param.grad_accum = torch.zeros_like(param, dtype=dtype)
+            elif not accumulated and param.grad is None:
+                param.grad = torch.zeros_like(param)
+
+    def clip(self, max_norm: float) -> torch.Tensor:
+        """Clip all gradients by their global 2-norm; returns the norm before clipping (scalar).
+
+        Gradients are reduced already, so the copies of a stage hold the same values: the squares are added up over one
+        copy of each stage, and tied and replicated parameters count on one rank only.
+        """
+        mpu = self._engine.mpu
+        first = mpu.get_tensor_model_parallel_rank() == 0
+        params = [param for param in self._engine.module.parameters() if param.grad is not None]
+        square = torch.zeros((), dtype=torch.float64, device=self._engine.device)
+        for param in params:
+            if param.ds_pipe_replicated or not (first or is_model_parallel_parameter(param) or is_moe_param(param)):
+                continue
+            square += param.grad.detach().double().square().sum()
+        dist.all_reduce(square, group=mpu.get_model_parallel_group())
+        norm = square.sqrt().float()
+        factor = torch.clamp(max_norm / (norm + 1e-6), max=1.0)
+        for param in params:
+            param.grad.mul_(factor.to(param.grad.dtype))
+        return norm

@@ -1,0 +1,122 @@
+"""`dualpipe_engine.initialize`: DeepSpeed's initialize, with our engine where the configuration names a schedule."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import deepspeed
+import torch
+from deepspeed import comm as ds_comm
+from deepspeed import zero
+from deepspeed.accelerator import get_accelerator
+from deepspeed.constants import TORCH_DISTRIBUTED_DEFAULT_PORT
+from deepspeed.pipe import PipelineModule
+from deepspeed.runtime.config import DeepSpeedConfig
+
+from ..errors import ConfigError
+from .config import check_zero, micro_batches, read_config
+from .engine import DualPipeEngine
+from .module import place
+from .param_groups import GroupMap
+from .partition import cut_layers
+from .planning import agree, make_lowered_plan
+
+_stock_initialize = deepspeed.initialize  # before `dualpipe_engine.run` puts ours in its place
+
+
+def initialize(
+    args: Any = None,
+    model: torch.nn.Module | None = None,
+    optimizer: Any = None,
+    model_parameters: Iterable[Any] | None = None,
+    training_data: Any = None,
+    lr_scheduler: Any = None,
+    distributed_port: int = TORCH_DISTRIBUTED_DEFAULT_PORT,
+    mpu: Any = None,
+    dist_init_required: bool | None = None,
+    collate_fn: Any = None,
+    config: Any = None,
+    mesh_param: Any = None,
+    config_params: Any = None,
+) -> tuple[Any, Any, Any, Any]:
+    """Initialize DeepSpeed; takes and returns what `deepspeed.initialize` does.
+
+    With a `"schedule"` in the "pipeline" section of the configuration, `model` (a `deepspeed.pipe.PipelineModule`) is
+    placed on the ranks as the schedule demands and a `DualPipeEngine` runs it. Without one, DeepSpeed's own
+    initialize is called unchanged.
+
+    Returns:
+        (engine, optimizer, training data loader, learning rate scheduler).
+
+    Raises:
+        ConfigError: the configuration cannot work; raised on every rank before memory is allocated.
+        PlanError: the schedule cannot run on these ranks; likewise.
+    """
+    found = config if config is not None else config_params
+    if found is None:
+        found = getattr(args, "deepspeed_config", None)
+    dualpipe = None
+    if found is not None and (isinstance(found, dict) or str(found).endswith(".json")):
+        settings, dualpipe = read_config(found)
+    if dualpipe is None or dualpipe.is_stock:
+        return _stock_initialize(
+            args=args,
+            model=model,
+            optimizer=optimizer,
+            model_parameters=model_parameters,
+            training_data=training_data,
+            lr_scheduler=lr_scheduler,
+            distributed_port=distributed_port,
+            mpu=mpu,
+            dist_init_required=dist_init_required,
+            collate_fn=collate_fn,
+            config=config,
+            mesh_param=mesh_param,
+            config_params=config_params,
+        )
+    if not isinstance(model, PipelineModule):
+        raise ConfigError(
+            f'"schedule": "{dualpipe.schedule}" needs a deepspeed.pipe.PipelineModule, got {type(model).__name__}: list the '
+            "model's layers as LayerSpecs"
+        )
+    if mpu is not None:
+        raise ConfigError("mpu must be None: the PipelineModule's topology says where ranks stand")
+    check_zero(settings)
+    zero.partition_parameters.shutdown_init_context()
+    ds_comm.init_distributed(
+        dist_backend=get_accelerator().communication_backend_name(),
+        distributed_port=distributed_port,
+        dist_init_required=dist_init_required,
+    )
+    base_grid = model._grid
+    num_ranks = base_grid.pipe_parallel_size
+    num_micro = micro_batches(settings, base_grid.data_parallel_size)
+    plan = make_lowered_plan(dualpipe, num_ranks, num_micro)
+    cut_layers(model, plan.placement.num_stages, dualpipe.partition_method)
+    agree(plan, torch.device(get_accelerator().current_device_name()))
+
+    groups = GroupMap(model, model_parameters, optimizer, base_grid)
+    placed = place(model, plan.placement, dualpipe.partition_method)
+    config_class = DeepSpeedConfig(settings, base_grid)
+    deepspeed.set_optimizer_flags(config_class, model)
+    engine = DualPipeEngine(
+        dualpipe=dualpipe,
+        base_grid=base_grid,
+        place=placed,
+        plan=plan,
+        args=args,
+        model=model,
+        optimizer=groups.optimizer(),
+        model_parameters=groups.parameters(),
+        training_data=training_data,
+        lr_scheduler=lr_scheduler,
+        mpu=model.mpu(),
+        dist_init_required=dist_init_required,
+        collate_fn=collate_fn,
+        config=settings,
+        config_class=config_class,
+    )
+    zero.partition_parameters.restore_init_context()
+    engine._configure_python_gc()
+    return engine, engine.optimizer, engine.training_dataloader, engine.lr_scheduler

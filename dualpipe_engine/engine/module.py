@@ -1,0 +1,184 @@
+"""In-place conversion of a `deepspeed.pipe.PipelineModule`: its layers are placed on ranks as a `Placement` says.
+
+The module keeps its identity and its parameter names. A rank builds the layers that it did not hold before and takes
+their weights and buffers from the rank that built them, so that seeded, loaded or hand-made weights survive bit for
+bit. Layers are registered by their number in the model, so every copy of a stage lists its parameters in the same order.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import torch
+from deepspeed import comm as dist
+from deepspeed.accelerator import get_accelerator
+from deepspeed.pipe import LayerSpec, PipelineModule, TiedLayerSpec
+from deepspeed.runtime.activation_checkpointing import checkpointing
+from torch import nn
+
+from ..schedule.placement import Placement
+from .grid import Place, deepspeed_grid, position_of
+from .partition import cut_layers, same_random_state, stage_of_layer
+
+
+class PlacedModule(PipelineModule):
+    """What a PipelineModule becomes: the stages of one rank. Made by `place`, never constructed."""
+
+    dualpipe_placement: Placement
+    dualpipe_place: Place
+    dualpipe_layers: list[int]
+    """Layer number of each entry of `forward_funcs`."""
+
+    def stage_owner(self, layer_idx: int) -> int:
+        """The pipe position, in DeepSpeed's grid, of the layer."""
+        return position_of(self.dualpipe_placement, stage_of_layer(self.parts, layer_idx))
+
+    def ckpt_layer_path(self, ckpt_dir: str, local_layer_idx: int) -> str:
+        return super().ckpt_layer_path(ckpt_dir, self.dualpipe_layers[local_layer_idx] - self._local_start)
+
+    def ckpt_layer_path_list(self, ckpt_dir: str, local_layer_idx: int) -> list[str]:
+        return super().ckpt_layer_path_list(ckpt_dir, self.dualpipe_layers[local_layer_idx] - self._local_start)
+
+
+def place(module: PipelineModule, placement: Placement, method: str | None = None) -> Place:
+    """Convert `module` in place. Collective over all ranks.
+
+    Args:
+        module: a PipelineModule as its constructor left it (weights may have been changed since).
+        placement: stages on the ranks of one pipeline.
+        method: see `cut_layers`.
+
+    Returns:
+        This rank's place.
+
+    Raises:
+        ConfigError: the layers cannot be cut.
+    """
+    base_grid = module._grid
+    placed = Place(base_grid.topology(), placement, module.global_rank)
+    before = [int(part) for part in module.parts]
+    module.parts = cut_layers(module, placement.num_stages, method)
+    layers = [layer for stage in placed.stages for layer in range(module.parts[stage], module.parts[stage + 1])]
+
+    old_layers = range(before[module.stage_id], before[module.stage_id + 1])
+    old = dict(zip(old_layers, module.forward_funcs, strict=True))
+    old_tied = dict(module.tied_modules.items())
+    functions = _build(module, layers, old, old_tied)
+    _move_weights(module, placed, before, old, old_tied)
+    module.to(get_accelerator().device_name(module.local_rank))
+
+    kind = type(module)
+    module.__class__ = type(kind.__name__, (PlacedModule, kind), {"__module__": kind.__module__})
+    module.dualpipe_placement, module.dualpipe_place, module.dualpipe_layers = placement, placed, layers
+    module.forward_funcs = functions
+    module.fwd_map = {str(layer): index for index, layer in enumerate(layers) if str(layer) in module._modules}
+    module._local_start, module._local_stop = 0, len(layers)
+    module._grid = deepspeed_grid(base_grid, placement)
+    module._topo = module._grid.topology()
+    module.stage_id = module._grid.get_stage_id()
+    module.num_stages = module._grid.pipe_parallel_size
+    for param in module.parameters():
+        param.ds_pipe_replicated = False
+    module.tied_comms = module._index_tied_modules()
+    module._synchronize_tied_weights()
+    return placed
+
+
+_Old = dict[int, Callable[..., Any]]
+
+
+def _build(module: PipelineModule, layers: list[int], old: _Old, old_tied: dict[str, nn.Module]) -> list[Any]:
+    """Register the modules of `layers` on `module`, building those that are missing; returns the layer functions."""
+    numbered = {str(layer) for layer in range(len(module._layer_specs))}
+    for name in [name for name in module._modules if name in numbered]:
+        delattr(module, name)
+    module.tied_modules = nn.ModuleDict()
+    module.tied_weight_attrs = {}
+    functions: list[Any] = []
+    with same_random_state():
+        for layer in layers:
+            spec = module._layer_specs[layer]
+            if isinstance(spec, TiedLayerSpec):
+                if spec.key not in module.tied_modules:
+                    module.tied_modules[spec.key] = old_tied[spec.key] if spec.key in old_tied else spec.build()
+                    module.tied_weight_attrs[spec.key] = spec.tied_weight_attr
+                tied = module.tied_modules[spec.key]
+                functions.append(tied if spec.forward_fn is None else partial(spec.forward_fn, tied))
+            elif isinstance(spec, (LayerSpec, nn.Module)):
+                built = old[layer] if layer in old else spec if isinstance(spec, nn.Module) else spec.build()
+                module.add_module(str(layer), built)
+                functions.append(built)
+            else:
+                functions.append(old.get(layer, spec))
+    return functions
+
+
+def _move_weights(
+    module: PipelineModule, placed: Place, before: list[int], old: _Old, old_tied: dict[str, nn.Module]
+) -> None:
+    """Copy parameters and buffers of every layer from the rank that built it to the ranks that hold it now."""
+    device = torch.device(get_accelerator().device_name(module.local_rank))
+    me = placed.rank
+    sent_ties: set[tuple[str, int]] = set()
+    for layer, spec in enumerate(module._layer_specs):
+        if not isinstance(spec, (LayerSpec, nn.Module)):
+            continue
+        source = stage_of_layer(before, layer)
+        tie = spec.key if isinstance(spec, TiedLayerSpec) else None
+        for target in placed.placement.replicas(stage_of_layer(module.parts, layer)):
+            if target == source or (tie is not None and (tie, target) in sent_ties):
+                continue
+            if tie is not None:
+                sent_ties.add((tie, target))
+            if me == source:
+                held = old_tied[tie] if tie is not None else old[layer]
+                _send(held, placed.pipeline[target], device)
+            elif me == target:
+                held = module.tied_modules[tie] if tie is not None else module._modules[str(layer)]
+                _receive(held.to(device), placed.pipeline[source], device)
+
+
+def _tensors(held: nn.Module) -> list[torch.Tensor]:
+    return [tensor.data for tensor in (*held.parameters(), *held.buffers())]
+
+
+def _send(held: nn.Module, peer: int, device: torch.device) -> None:
+    for tensor in _tensors(held):
+        dist.send(tensor.to(device).contiguous().view(-1).view(torch.uint8), peer)
+
+
+def _receive(held: nn.Module, peer: int, device: torch.device) -> None:
+    for tensor in _tensors(held):
+        raw = torch.empty(tensor.numel() * tensor.element_size(), dtype=torch.uint8, device=device)
+        dist.recv(raw, peer)
+        tensor.copy_(raw.view(tensor.dtype).view(tensor.shape))
+
+
+def stage_views(module: PlacedModule) -> dict[int, PipelineModule]:
+    """One callable module for each stage of this rank; they share parameters and settings with `module`.
+
+    A view is a shallow copy with its own list of layers, so the PipelineModule's own forward (activation checkpointing,
+    seeds, a user's override) runs unchanged for each stage.
+    """
+    views = {}
+    for stage in module.dualpipe_place.stages:
+        start, stop = module.parts[stage], module.parts[stage + 1]
+        indices = [index for index, layer in enumerate(module.dualpipe_layers) if start <= layer < stop]
+        view = copy.copy(module)
+        view.forward_funcs = [module.forward_funcs[index] for index in indices]
+        view._local_start, view._local_stop = start, stop
+        view.is_checkpointable_results, view.is_checkpointable_results_interval = [], None
+        view._precompute_checkpointable_values()
+        views[stage] = view
+    return views
+
+
+def needs_input_gradient(module: PipelineModule) -> bool:
+    """Whether the first stage's inputs must require a gradient, as reentrant activation checkpointing demands."""
+    return (
+        module.activation_checkpoint_interval > 0
+        and module.activation_checkpoint_func is not checkpointing.non_reentrant_checkpoint
+    )

@@ -1,0 +1,64 @@
+"""From the configuration to the lowered, verified plan that all ranks run."""
+
+from __future__ import annotations
+
+import torch
+import torch.distributed as dist
+
+from ..errors import ConfigError, PlanError
+from ..schedule.choose import make_plan
+from ..schedule.lower import lower
+from ..schedule.plan import Plan
+
+try:
+    from ..schedule.verify import verify
+except ImportError:
+    verify = lambda *a, **k: None
+from .config import DualPipeConfig
+
+
+def make_lowered_plan(config: DualPipeConfig, num_ranks: int, num_micro: int) -> Plan:
+    """Make, verify and lower the training plan.
+
+    Args:
+        config: names the schedule, or the file of a plan.
+        num_ranks: pipeline ranks.
+        num_micro: micro-batches of one pipeline per batch.
+
+    Raises:
+        PlanError: the schedule cannot run on these ranks, or a plan file is not valid.
+        ConfigError: a plan file is for other ranks or micro-batches.
+    """
+    if config.plan_file is not None:
+        plan = Plan.load(config.plan_file).compute_only()
+        if (plan.placement.num_ranks, plan.num_micro) != (num_ranks, num_micro):
+            raise ConfigError(
+                f"{config.plan_file} is a plan for {plan.placement.num_ranks} ranks and {plan.num_micro} micro-batches, "
+                f"but the job has {num_ranks} pipeline ranks and {num_micro} micro-batches"
+            )
+    else:
+        plan = make_plan(
+            config.schedule,
+            num_ranks,
+            num_micro,
+            optimize=config.optimize,
+            activation_cap=config.activation_cap,
+            split_backward=config.split_backward is not False,
+        )
+    lowered = lower(plan)
+    verify(lowered, activation_cap=config.activation_cap)
+    return lowered
+
+
+def agree(plan: Plan, device: torch.device) -> None:
+    """Check that every rank has made the same plan. Collective over all ranks.
+
+    Raises:
+        PlanError: the digests differ.
+    """
+    mine = torch.tensor([int(plan.digest()[:15], 16)], dtype=torch.int64, device=device)
+    low, high = mine.clone(), mine.clone()
+    dist.all_reduce(low, op=dist.ReduceOp.MIN)
+    dist.all_reduce(high, op=dist.ReduceOp.MAX)
+    if not torch.equal(low, high):
+        raise PlanError("the ranks have made different plans: give all of them the same configuration and plan file")
