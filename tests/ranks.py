@@ -69,7 +69,7 @@ class RankPool:
         context = mp.get_context("spawn")
         while len(self._workers) < world:
             ours, theirs = context.Pipe()
-            process = context.Process(target=_serve, args=(theirs,), daemon=True)
+            process = context.Process(target=_serve, args=(theirs,))
             process.start()
             self._workers.append((process, ours))
         port = free_port()

@@ -142,8 +142,8 @@ def micro_batches(config: dict[str, Any], replicas: int) -> int:
         steps_found, rest = steps or 1, train % ((steps or 1) * replicas)
     if rest or steps_found < 1 or (steps is not None and steps_found != steps):
         raise ConfigError(
-            f"the batch sizes do not fit: train_batch_size {train} must be train_micro_batch_size_per_gpu {micro or '?'} x "
-            f"gradient_accumulation_steps {steps or '?'} (micro-batches of one pipeline) x {replicas} data-parallel replicas"
+            f"the batch sizes do not fit: train_batch_size {train} must be train_micro_batch_size_per_gpu "
+            f"{micro or '?'} x gradient_accumulation_steps {steps or '?'} (micro-batches of one pipeline) x {replicas} replicas"
         )
     return steps_found
 

@@ -77,7 +77,7 @@ class BatchFeed:
                 self._labels[number] = self._move(batch[1], copy=False)
 
     def _move(self, value: Any, copy: bool) -> Any:
-        """Onto the device; a copy for inputs, because layers may work in place. Lists become tuples, as in DeepSpeed."""
+        """Onto the device; inputs as a copy, because layers may work in place. Lists become tuples, as in DeepSpeed."""
 
         def move(leaf: Any) -> Any:
             if not isinstance(leaf, torch.Tensor):
@@ -110,7 +110,7 @@ def check_same_stream(checksums: dict[int, int]) -> None:
     if len(set(checksums.values())) > 1:
         ranks = " and ".join(map(str, sorted(checksums)))
         raise ConfigError(
-            f"pipeline ranks {ranks} read different data, but the ends of one pipeline must read the same stream: shard "
-            "the data by engine.data_rank of engine.data_replicas (replicas of the pipeline), not by data-parallel ranks, "
-            "or pass training_data to initialize"
+            f"pipeline ranks {ranks} read different data, but the ends of one pipeline must read the same stream: "
+            "shard by engine.data_rank of engine.data_replicas, not by data-parallel ranks, or pass "
+            "training_data to initialize"
         )

@@ -77,8 +77,8 @@ def initialize(
         )
     if not isinstance(model, PipelineModule):
         raise ConfigError(
-            f'"schedule": "{dualpipe.schedule}" needs a deepspeed.pipe.PipelineModule, got {type(model).__name__}: list the '
-            "model's layers as LayerSpecs"
+            f'"schedule": "{dualpipe.schedule}" needs a deepspeed.pipe.PipelineModule, got {type(model).__name__}: '
+            "list the model's layers as LayerSpecs"
         )
     if mpu is not None:
         raise ConfigError("mpu must be None: the PipelineModule's topology says where ranks stand")

@@ -2,7 +2,7 @@
 
 The module keeps its identity and its parameter names. A rank builds the layers that it did not hold before and takes
 their weights and buffers from the rank that built them, so that seeded, loaded or hand-made weights survive bit for
-bit. Layers are registered by their number in the model, so every copy of a stage lists its parameters in the same order.
+bit. Layers are registered by their number in the model, so every copy of a stage lists its parameters in one order.
 """
 
 from __future__ import annotations

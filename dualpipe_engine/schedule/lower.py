@@ -5,10 +5,9 @@ from __future__ import annotations
 from collections import defaultdict
 
 from ..errors import PlanError
-from .op import COMPUTE, NONE, RECV_B, RECV_F, REDUCE, SEND_B, SEND_F, STEP, B, F, I, Op, W, atoms
+from .op import COMPUTE, NONE, RECV_B, RECV_F, REDUCE, SEND_B, SEND_F, STEP, B, F, Op, W, atoms
 from .placement import Placement
 from .plan import Plan
-
 
 _Slots = list[dict[int, list[Op]]]  # per rank: the ops to add at an index of the compute program
 

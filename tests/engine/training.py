@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import zlib
 
 import torch
 from deepspeed.pipe import LayerSpec, PipelineModule, TiedLayerSpec
@@ -82,7 +83,8 @@ def settings(micros, replicas=1, zero=1, precision="fp32", schedule=None, clip=1
     }
     if precision == "bf16":
         config["bf16"] = {"enabled": True}
-        config["data_types"] = {"grad_accum_dtype": "fp32"}
+        if zero:
+            config["data_types"] = {"grad_accum_dtype": "fp32"}
     if precision == "fp16":
         config["fp16"] = {"enabled": True, "initial_scale_power": 8}
     if schedule:
@@ -103,6 +105,10 @@ def weights(engine):
     return {name: param.detach().float().clone() for name, param in engine.module.named_parameters()}
 
 
+def digest(tensor):
+    return zlib.crc32(tensor.numpy().tobytes())
+
+
 def optimizer_bytes(engine):
     inner = engine.optimizer
     state = getattr(inner, "optimizer", inner).state
@@ -114,7 +120,7 @@ def optimizer_bytes(engine):
     )
 
 
-def train(config, ranks, replicas=1, steps=20, blocks=None, tied=True, stop_after_steps=None, module_kwargs=None):
+def train(config, ranks, replicas=1, steps=20, blocks=None, tied=True, module_kwargs=None):
     """Train and return what parity tests compare."""
     import dualpipe_engine
 
@@ -122,15 +128,17 @@ def train(config, ranks, replicas=1, steps=20, blocks=None, tied=True, stop_afte
     replica = module._grid.data_parallel_id
     engine, _, _, scheduler = dualpipe_engine.initialize(model=module, config=copy.deepcopy(config))
     data = stream(replica)
-    losses, norms = [], []
+    losses, norms, digests = [], [], []
     for _ in range(steps):
         losses.append(float(engine.train_batch(data)))
         norm = engine.get_global_grad_norm()
         norms.append(None if norm is None else float(norm))
+        digests.append({name: digest(value) for name, value in weights(engine).items()})
     evaluated = engine.eval_batch(stream(replica, seed=5), return_logits=True)
     return {
         "losses": losses,
         "norms": norms,
+        "digests": digests,
         "lr": scheduler.get_last_lr(),
         "weights": weights(engine),
         "optimizer_bytes": optimizer_bytes(engine),
@@ -139,3 +147,135 @@ def train(config, ranks, replicas=1, steps=20, blocks=None, tied=True, stop_afte
         "class": type(engine).__name__,
         "samples": engine.global_samples,
     }
+
+
+def gradients(config, ranks, micros, module_kwargs=None):
+    """Local float64 gradients of one batch after the reduction over tied stages, and the seeds' first losses."""
+    import dualpipe_engine
+
+    module = make_module(ranks, 2 * ranks, **(module_kwargs or {})).double()
+    engine, *_ = dualpipe_engine.initialize(model=module, config=config)
+    found = {}
+
+    def capture():
+        engine._tail._fill_missing()
+        engine._exec_reduce_tied_grads()
+        found.update({name: param.grad.clone() for name, param in engine.module.named_parameters()})
+
+    engine._tail.step = capture
+    loss = engine.train_batch(stream(0))
+    return {"grads": found, "loss": float(loss), "share": engine.weight_split.share if engine._store else 0.0}
+
+
+def sequential_gradients(ranks, micros):
+    """The oracle: one process, all layers, micro-batches one after another."""
+    module = make_module(1, 2 * ranks).double()
+    data = stream(0)
+    total = 0.0
+    for _ in range(micros):
+        inputs, labels = next(data)
+        loss = cross_entropy(module(inputs), labels) / micros
+        loss.backward()
+        total += float(loss)
+    return {"grads": {name: param.grad.clone() for name, param in module.named_parameters()}, "loss": total}
+
+
+def built_weights(ranks, schedule, seed_layers, method):
+    """Weights right after construction and right after the conversion, and the random state in between."""
+    import dualpipe_engine
+
+    module = make_module(ranks, 2 * ranks, seed_layers=seed_layers, partition_method=method)
+    before = {name: param.detach().clone() for name, param in module.named_parameters()}
+    state = torch.get_rng_state()
+    engine, *_ = dualpipe_engine.initialize(model=module, config=settings(4, schedule=schedule))
+    assert engine.module is module
+    return {
+        "before": before,
+        "after": weights(engine),
+        "same_random_state": torch.equal(state, torch.get_rng_state()),
+        "parts": module.parts,
+        "stages": engine.place.stages,
+        "names": [name for name, _ in module.named_parameters()],
+        "class": type(module).__name__,
+    }
+
+
+def fails(config, ranks=4, blocks=8, replicas=1):
+    """Initialize with a configuration that cannot work; every rank must raise."""
+    import dualpipe_engine
+
+    dualpipe_engine.initialize(model=make_module(ranks, blocks, replicas=replicas), config=config)
+
+
+def grouped(ranks, how):
+    """Parameter groups or an optimizer that the user built over the PipelineModule's own parameters."""
+    import dualpipe_engine
+
+    module = make_module(ranks, 2 * ranks)
+    decayed = [param for name, param in module.named_parameters() if param.dim() > 1]
+    others = [param for name, param in module.named_parameters() if param.dim() <= 1]
+    groups = [{"params": decayed, "weight_decay": 0.5}, {"params": others, "weight_decay": 0.0}]
+    config = settings(4, schedule="dualpipe")
+    kwargs = {}
+    if how == "groups":
+        kwargs["model_parameters"] = groups
+    elif how == "list":
+        kwargs["model_parameters"] = filter(lambda param: param.requires_grad, module.parameters())
+    else:
+        del config["optimizer"]
+        kwargs["optimizer"] = torch.optim.Adam(groups, lr=0.01)
+    engine, *_ = dualpipe_engine.initialize(model=module, config=config, **kwargs)
+    names = {id(param): name for name, param in engine.module.named_parameters()}
+    bit16 = engine.optimizer.bit16_groups
+    losses = [float(engine.train_batch(stream(0))) for _ in range(2)]
+    return {
+        "groups": [sorted(names[id(param)] for param in group) for group in bit16],
+        "decay": [group["weight_decay"] for group in engine.optimizer.param_groups],
+        "all": sorted(names.values()),
+        "losses": losses,
+    }
+
+
+def odd_ends(ranks):
+    """Each end of the pipeline reads other data."""
+    import dualpipe_engine
+
+    engine, *_ = dualpipe_engine.initialize(
+        model=make_module(ranks, 2 * ranks), config=settings(4, schedule="dualpipe")
+    )
+    engine.train_batch(stream(engine.place.rank))
+
+
+class Rows(torch.utils.data.Dataset):
+    def __len__(self):
+        return 64
+
+    def __getitem__(self, index):
+        tokens = (torch.arange(LENGTH + 1) * (index % 5 + 1)) % VOCABULARY
+        return tokens[:-1], tokens[1:]
+
+
+def features(ranks, replicas=1):
+    """training_data, eval in all its forms, changed batch size, timeline."""
+    import dualpipe_engine
+    from dualpipe_engine.schedule.op import COMPUTE
+
+    module = make_module(ranks, 2 * ranks, replicas=replicas)
+    config = settings(4, replicas, schedule="dualpipe")
+    engine, *_ = dualpipe_engine.initialize(model=module, config=config, training_data=Rows())
+    found = {"losses": [float(engine.train_batch()) for _ in range(3)]}
+    measured = engine.timeline()
+    found["ops"] = sorted(str(span.op) for span in measured.spans if span.op.kind in COMPUTE)
+    found["simulated"] = engine.simulated(measured).makespan
+    data = stream(0, seed=9)
+    micro = [next(data) for _ in range(4)]
+    found["eval"] = float(engine.eval_batch(iter(micro)))
+    found["list"] = engine.eval_batch(iter(micro), reduce_output=None)
+    found["logits"] = engine.eval_batch(iter(micro), compute_loss=False, reduce_output=None)
+    found["mean_logits"] = engine.eval_batch(iter(micro), compute_loss=False)
+    found["only_last"] = engine.eval_batch(iter(micro), bcast_loss=False)
+    engine.set_train_batch_size(2 * 6 * replicas)
+    found["more"] = float(engine.train_batch())
+    found["plan"] = engine.plan.num_micro
+    found["ends"] = (engine.is_first_stage(), engine.is_last_stage())
+    return found

@@ -1,4 +1,4 @@
-"""The executor on in-process ranks (threads, local transport) against one process that runs the micro-batches in turn."""
+"""The executor on in-process ranks (threads, local transport) against one process that runs micro-batches in turn."""
 
 from __future__ import annotations
 
@@ -143,11 +143,8 @@ class Nested(nn.Module):
 
     def forward(self, value):
         if self.stage == 0:
-            value = (
-                value,
-                {"mask": value > 0, "count": torch.arange(3), "scale": torch.full((1,), 2.0, dtype=value.dtype)},
-                7,
-            )
+            two = torch.full((1,), 2.0, dtype=value.dtype)
+            value = (value, {"mask": value > 0, "count": torch.arange(3), "scale": two}, 7)
         x, extra, seven = value
         assert seven == 7
         assert extra["mask"].dtype == torch.bool

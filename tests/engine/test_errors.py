@@ -1,0 +1,73 @@
+"""What a user can get wrong: one clear sentence on every rank, and nothing hangs."""
+
+from __future__ import annotations
+
+import pytest
+import training
+from ranks import RankError
+
+from dualpipe_engine.engine.config import micro_batches, read_config
+from dualpipe_engine.errors import ConfigError
+
+
+def without_fit(config):
+    config["train_batch_size"] = 15
+    return config
+
+
+CASES = {
+    "unknown key": (4, 8, training.settings(4, schedule="dualpipe", optimise=True), 'did you mean "optimize"'),
+    "unknown schedule": (4, 8, training.settings(4, schedule="dualpip"), 'did you mean "dualpipe"'),
+    "odd ranks": (3, 8, training.settings(4, schedule="dualpipe"), "dualpipev"),
+    "few layers": (4, 0, training.settings(4, schedule="dualpipev"), "4 layers cannot fill 8 pipeline stages"),
+    "batch sizes": (4, 8, without_fit(training.settings(4, schedule="dualpipe")), "batch sizes do not fit"),
+    "zero 3": (4, 8, training.settings(4, zero=3, schedule="dualpipe"), "ZeRO-3 cannot work with a pipeline"),
+    "zero 2": (4, 8, training.settings(4, zero=2, schedule="dualpipe"), '"stage": 1'),
+    "small cap": (4, 8, training.settings(8, schedule="dualpipe", activation_cap=1), "cap"),
+    "bad value": (4, 8, training.settings(4, schedule="dualpipe", p2p_timeout_s=-1), "p2p_timeout_s"),
+    "no plan file": (4, 8, training.settings(4, schedule="nowhere.csv"), "there is no plan file"),
+}
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_every_rank_says_the_same_sentence(ranks, name):
+    world, blocks, config, text = CASES[name]
+    with pytest.raises(RankError) as caught:
+        ranks.run(world, training.fails, timeout=60, config=config, ranks=world, blocks=blocks)
+    errors = caught.value.errors
+    assert sorted(errors) == list(range(world))
+    assert {error[0] for error in errors.values()} <= {"ConfigError", "PlanError"}
+    messages = {error[1] for error in errors.values()}
+    assert len(messages) == 1
+    assert text in messages.pop()
+
+
+def test_misspelt_schedule_key_is_found_without_a_schedule():
+    with pytest.raises(ConfigError, match='did you mean "schedule"'):
+        read_config({"pipeline": {"shedule": "dualpipe"}})
+
+
+def test_stock_sections_pass():
+    _, parsed = read_config({"pipeline": {"activation_checkpoint_interval": 1, "my_own_thing": 3}})
+    assert parsed.is_stock
+    assert read_config({})[1].is_stock
+
+
+@pytest.mark.parametrize(
+    ("config", "expected"),
+    [
+        ({"train_batch_size": 32, "train_micro_batch_size_per_gpu": 2}, 8),
+        ({"train_micro_batch_size_per_gpu": 2, "gradient_accumulation_steps": 5}, 5),
+        ({"train_micro_batch_size_per_gpu": 2}, 1),
+        ({"train_batch_size": 32, "gradient_accumulation_steps": 4}, 4),
+        ({"train_batch_size": 32}, 1),
+    ],
+)
+def test_micro_batches(config, expected):
+    assert micro_batches(config, replicas=2) == expected
+
+
+@pytest.mark.parametrize("config", [{}, {"train_batch_size": 0}, {"train_batch_size": 3}, {"train_batch_size": "x"}])
+def test_micro_batches_that_do_not_fit(config):
+    with pytest.raises(ConfigError):
+        micro_batches(config, replicas=2)

@@ -1,0 +1,153 @@
+"""The engine on gloo processes against stock DeepSpeed 1F1B and against one process."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+import training
+
+GRID = [(2, 1), (2, 4), (4, 3), (4, 8), (4, 11), (4, 20), (6, 12), (8, 16)]
+
+
+@pytest.fixture(scope="module")
+def stock(ranks):
+    """Stock DeepSpeed's runs, each made once."""
+    runs = {}
+
+    def run(pp, micros, replicas=1, zero=1, precision="fp32", clip=1.0, **kwargs):
+        key = (pp, micros, replicas, zero, precision, clip, str(kwargs))
+        if key not in runs:
+            config = training.settings(micros, replicas, zero, precision, clip=clip)
+            runs[key] = ranks.run(pp * replicas, training.train, config=config, ranks=pp, replicas=replicas, **kwargs)
+            assert runs[key][0]["class"] == "PipelineEngine"
+        return runs[key]
+
+    return run
+
+
+def run_ours(ranks, schedule, pp, micros, replicas=1, zero=1, precision="fp32", clip=1.0, pipeline=None, **kwargs):
+    config = training.settings(micros, replicas, zero, precision, schedule, clip=clip, **(pipeline or {}))
+    found = ranks.run(pp * replicas, training.train, config=config, ranks=pp, replicas=replicas, **kwargs)
+    assert {rank["class"] for rank in found} == {"DualPipeEngine"}
+    return found
+
+
+def assert_same_training(ours, stock, tolerance=1e-5):
+    assert len({tuple(rank["losses"]) for rank in ours}) == 1, "the loss is the same number on every rank"
+    for key in ("losses", "norms"):
+        assert ours[0][key] == pytest.approx(stock[0][key], rel=tolerance)
+    assert ours[0]["lr"] == stock[0]["lr"]
+    assert ours[0]["samples"] == stock[0]["samples"]
+    assert ours[0]["eval_loss"] == pytest.approx(stock[0]["eval_loss"], rel=tolerance)
+    expected = {name: value for rank in stock for name, value in rank["weights"].items()}
+    assert {name for rank in ours for name in rank["weights"]} == expected.keys()
+    for rank in ours:
+        for name, value in rank["weights"].items():
+            torch.testing.assert_close(value, expected[name], rtol=1e-4, atol=1e-5)
+    assert_copies_identical(ours)
+
+
+def assert_copies_identical(ours):
+    for step in range(len(ours[0]["digests"])):
+        seen = {}
+        for rank in ours:
+            for name, value in rank["digests"][step].items():
+                assert seen.setdefault(name, value) == value, f"copies of {name} differ after step {step}"
+
+
+@pytest.mark.parametrize(("pp", "micros"), GRID)
+def test_dualpipe_trains_like_stock(ranks, stock, pp, micros):
+    assert_same_training(run_ours(ranks, "dualpipe", pp, micros), stock(pp, micros))
+
+
+def test_dualpipe_with_data_parallelism(ranks, stock):
+    ours = run_ours(ranks, "dualpipe", 4, 8, replicas=2)
+    assert_same_training(ours, stock(4, 8, replicas=2))
+    assert ours[0]["weights"].keys() == ours[-1]["weights"].keys()
+
+
+@pytest.mark.parametrize("schedule", ["1f1b", "zb1p", "dualpipev", "zbv"])
+@pytest.mark.parametrize(("pp", "micros"), [(2, 1), (4, 3), (4, 8), (4, 20), (6, 12), (8, 16)])
+def test_every_schedule_trains_like_stock(ranks, stock, schedule, pp, micros):
+    assert_same_training(run_ours(ranks, schedule, pp, micros), stock(pp, micros))
+
+
+def test_reference_order_trains_like_stock(ranks, stock):
+    assert_same_training(run_ours(ranks, "dualpipe", 4, 8, pipeline={"optimize": False}), stock(4, 8))
+
+
+def test_full_backwards_train_like_stock(ranks, stock):
+    assert_same_training(run_ours(ranks, "dualpipe", 4, 8, pipeline={"split_backward": False}), stock(4, 8))
+
+
+def test_plan_file(ranks, stock, tmp_path):
+    from dualpipe_engine.schedule.choose import make_plan
+
+    path = tmp_path / "plan.csv"
+    path.write_text(make_plan("dualpipe", 4, 8).to_csv())
+    assert_same_training(run_ours(ranks, str(path), 4, 8), stock(4, 8))
+
+
+@pytest.mark.parametrize("schedule", ["dualpipe", "dualpipev"])
+def test_activation_checkpointing(ranks, stock, schedule):
+    kwargs = {"module_kwargs": {"activation_checkpoint_interval": 1}, "steps": 5}
+    assert_same_training(run_ours(ranks, schedule, 4, 8, **kwargs), stock(4, 8, **kwargs))
+
+
+def test_without_clipping_zero_0_equals_stock(ranks, stock):
+    ours = run_ours(ranks, "dualpipe", 4, 8, zero=0, clip=0.0, steps=8)
+    theirs = stock(4, 8, zero=0, clip=0.0, steps=8)
+    assert ours[0]["losses"] == pytest.approx(theirs[0]["losses"], rel=1e-5)
+    assert_copies_identical(ours)
+
+
+def test_zero_0_clips_by_the_true_norm(ranks, stock):
+    """Stock clips by the norm of stage 0 in this setting, so the oracle is stock under ZeRO-1."""
+    ours = run_ours(ranks, "dualpipe", 4, 8, zero=0)
+    assert_same_training(ours, stock(4, 8, zero=1))
+
+
+@pytest.mark.parametrize(("micros", "zero"), [(8, 1), (11, 0)])
+def test_bf16_follows_stock(ranks, stock, micros, zero):
+    ours = run_ours(ranks, "dualpipe", 4, micros, zero=zero, precision="bf16")
+    theirs = stock(4, micros, zero=zero, precision="bf16")
+    assert ours[0]["losses"] == pytest.approx(theirs[0]["losses"], rel=0.03)
+    assert ours[0]["norms"] == pytest.approx(theirs[0]["norms"], rel=0.05)
+    assert_copies_identical(ours)
+
+
+def test_zero_1_partitions_over_both_copies(ranks, stock):
+    ours = run_ours(ranks, "dualpipe", 4, 8, steps=1, tied=False)
+    theirs = stock(4, 8, steps=1, tied=False)
+    total = sum(rank["optimizer_bytes"] for rank in theirs)
+    assert sum(rank["optimizer_bytes"] for rank in ours) <= 1.01 * total
+    largest = max(rank["optimizer_bytes"] for rank in theirs)
+    assert max(rank["optimizer_bytes"] for rank in ours) <= 1.01 * largest
+
+
+@pytest.mark.parametrize("schedule", ["dualpipe", "dualpipev", "zb1p"])
+@pytest.mark.parametrize(("pp", "micros"), [(2, 1), (4, 3), (4, 8)])
+def test_float64_gradients_equal_one_process(ranks, schedule, pp, micros):
+    oracle = ranks.run(1, training.sequential_gradients, ranks=pp, micros=micros)[0]
+    config = training.settings(micros, zero=0, schedule=schedule)
+    found = ranks.run(pp, training.gradients, config=config, ranks=pp, micros=micros)
+    assert found[0]["loss"] == pytest.approx(oracle["loss"], rel=1e-6)  # the loss is reported in fp32
+    copies = {}
+    for rank in found:
+        for name, grad in rank["grads"].items():
+            copies.setdefault(name, []).append(grad)
+    assert copies.keys() == oracle["grads"].keys()
+    for name, grads in copies.items():
+        tied_over_ranks = schedule == "zb1p" and name.startswith("tied_modules")
+        mean = grads[0] if tied_over_ranks else sum(grads) / len(grads)
+        torch.testing.assert_close(mean, oracle["grads"][name], rtol=1e-10, atol=1e-12)
+
+
+def test_every_rank_defers_its_matrices(ranks):
+    found = ranks.run(
+        4, training.gradients, config=training.settings(8, zero=0, schedule="dualpipe"), ranks=4, micros=8
+    )
+    assert all(rank["share"] > 0.6 for rank in found)
+    assert all(math.isfinite(rank["loss"]) for rank in found)
