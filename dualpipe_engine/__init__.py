@@ -1,7 +1,7 @@
 """DualPipe for DeepSpeed: bidirectional pipeline parallelism, chosen in the DeepSpeed JSON.
 
     import dualpipe_engine
-    engine, optimizer, loader, scheduler = dualpipe_engine.initialize(args=args, model=pipeline_module, config="ds.json")
+    engine, *_ = dualpipe_engine.initialize(args=args, model=pipeline_module, config="ds.json")
     loss = engine.train_batch(data_iter)
 
 Schedules can be made, verified, simulated and drawn without torch (`dualpipe_engine.schedule`, the `dualpipe` command);

@@ -92,15 +92,15 @@ class Edges:
             self._post_send(header, dst, _tag(FORWARD, stage, micro, _HEADER))
         elif before != meta:
             raise PipelineRuntimeError(
-                f"stage {stage} made ({meta.describe()}) for micro-batch {micro} after ({before.describe()}): build the "
-                "PipelineModule with dynamic_shape=True, or call engine.reset_activation_shape() on all ranks"
+                f"stage {stage} made ({meta.describe()}) for micro-batch {micro} after ({before.describe()}): build "
+                "the PipelineModule with dynamic_shape=True, or call engine.reset_activation_shape() on all ranks"
             )
         self._owed[stage, micro] = meta.differentiable
         for index, tensor in enumerate(tensors):
             self._post_send(tensor.detach().contiguous(), dst, _tag(FORWARD, stage, micro, index))
 
     def send_backward(self, stage: int, micro: int, grads: list[torch.Tensor], dst: int) -> None:
-        """Send the input gradients of `stage` for `micro`, one for each floating-point input, to pipeline rank `dst`."""
+        """Send the input gradients of `stage` for `micro`, one for each floating-point input, to rank `dst`."""
         for index, grad in enumerate(grads):
             self._post_send(grad.contiguous(), dst, _tag(BACKWARD, stage, micro, index))
 

@@ -143,7 +143,8 @@ def micro_batches(config: dict[str, Any], replicas: int) -> int:
     if rest or steps_found < 1 or (steps is not None and steps_found != steps):
         raise ConfigError(
             f"the batch sizes do not fit: train_batch_size {train} must be train_micro_batch_size_per_gpu "
-            f"{micro or '?'} x gradient_accumulation_steps {steps or '?'} (micro-batches of one pipeline) x {replicas} replicas"
+            f"{micro or '?'} x gradient_accumulation_steps {steps or '?'} (micro-batches of one pipeline) x "
+            f"{replicas} replicas"
         )
     return steps_found
 

@@ -16,7 +16,6 @@ from deepspeed.runtime.engine import DeepSpeedEngine
 from deepspeed.runtime.pipe.engine import TRAIN_BATCH_TIMER, PipelineEngine
 from deepspeed.runtime.pipe.topology import PipelineParallelGrid
 from deepspeed.runtime.torch_autocast import autocast_if_enabled
-from deepspeed.runtime.zero.config import ZeroStageEnum
 from deepspeed.utils.timer import ThroughputTimer
 
 from ..comm.p2p import Edges
@@ -259,7 +258,9 @@ class DualPipeEngine(PipelineEngine):
                     f"samples/sec: {self.train_batch_size() / elapsed:0.3f}"
                 )
         if self.global_rank == 0 and self.monitor.enabled:
-            self.monitor.write_events([("Train/Samples/train_loss", self.agg_train_loss.item(), self.global_samples)])
+            loss = self.agg_train_loss
+            assert loss is not None
+            self.monitor.write_events([("Train/Samples/train_loss", loss.item(), self.global_samples)])
 
     def set_train_batch_size(self, train_batch_size: int) -> None:
         """Change the batch size by changing the number of micro-batches.
@@ -383,7 +384,7 @@ class DualPipeEngine(PipelineEngine):
         return self.place.replicas
 
     def _build_data_iter(self, dataset: Any) -> None:
-        sampler = torch.utils.data.distributed.DistributedSampler(
+        sampler: Any = torch.utils.data.distributed.DistributedSampler(
             dataset, num_replicas=self.data_replicas, rank=self.data_rank, shuffle=False
         )
         self.set_dataloader(RepeatingLoader(self.deepspeed_io(dataset, data_sampler=sampler)))
@@ -412,10 +413,6 @@ class DualPipeEngine(PipelineEngine):
         overhead."""
         compute = Timeline(measured.num_ranks, [span for span in measured.spans if span.op.kind in COMPUTE])
         return simulate(self.plan.compute_only(), measured_costs([compute], self.num_stages))
-
-    @property
-    def zero_stage(self) -> ZeroStageEnum:
-        return self.zero_optimization_stage()
 
 
 def _own_overlap(view: Any) -> Any:

@@ -8,7 +8,6 @@ bit. Layers are registered by their number in the model, so every copy of a stag
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -87,7 +86,7 @@ def place(module: PipelineModule, placement: Placement, method: str | None = Non
     return placed
 
 
-_Old = dict[int, Callable[..., Any]]
+_Old = dict[int, Any]
 
 
 def _build(module: PipelineModule, layers: list[int], old: _Old, old_tied: dict[str, nn.Module]) -> list[Any]:

@@ -65,7 +65,8 @@ def _cut(module: PipelineModule, num_stages: int, method: str) -> list[int]:
         weights = [int(index in chosen) for index in range(layers)]
     else:
         raise ConfigError(
-            f'unknown partition_method "{method}": use "parameters", "uniform" or "type:<regular expression of the class>"'
+            f'unknown partition_method "{method}": use "parameters", "uniform" or '
+            '"type:<regular expression of the class>"'
         )
     if weights is None:
         parts = ds_utils.partition_uniform(num_items=layers, num_parts=num_stages)

@@ -9,11 +9,7 @@ from ..errors import ConfigError, PlanError
 from ..schedule.choose import make_plan
 from ..schedule.lower import lower
 from ..schedule.plan import Plan
-
-try:
-    from ..schedule.verify import verify
-except ImportError:
-    verify = lambda *a, **k: None
+from ..schedule.verify import verify
 from .config import DualPipeConfig
 
 
@@ -33,8 +29,8 @@ def make_lowered_plan(config: DualPipeConfig, num_ranks: int, num_micro: int) ->
         plan = Plan.load(config.plan_file).compute_only()
         if (plan.placement.num_ranks, plan.num_micro) != (num_ranks, num_micro):
             raise ConfigError(
-                f"{config.plan_file} is a plan for {plan.placement.num_ranks} ranks and {plan.num_micro} micro-batches, "
-                f"but the job has {num_ranks} pipeline ranks and {num_micro} micro-batches"
+                f"{config.plan_file} is a plan for {plan.placement.num_ranks} ranks and {plan.num_micro} "
+                f"micro-batches, but the job has {num_ranks} pipeline ranks and {num_micro} micro-batches"
             )
     else:
         plan = make_plan(

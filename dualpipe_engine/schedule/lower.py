@@ -28,11 +28,11 @@ def lower(plan: Plan, *, train: bool = True) -> Plan:
     (forward or backward) are enough for every plan of the generators of this package.
 
     Args:
-        plan: compute ops only; verified here.
+        plan: compute ops only.
         train: False for a forward-only plan, which gets no tail.
 
     Raises:
-        PlanError: the plan is not valid, or holds transfers or tail ops already (use `plan.compute_only()` to drop
+        PlanError: the plan holds transfers or tail ops already (use `plan.compute_only()` to drop
             them).
     """
     for rank, program in enumerate(plan.programs):
@@ -68,14 +68,14 @@ def _transfers(plan: Plan) -> tuple[_Slots, _Slots]:
             for kind, stage, micro, _ in atoms(op):
                 if kind == W:
                     continue
-                send, receive, step = (SEND_F, RECV_F, 1) if kind == F else (SEND_B, RECV_B, -1)
-                consumer[Op(receive, stage, micro)] = index
+                send, arrival, step = (SEND_F, RECV_F, 1) if kind == F else (SEND_B, RECV_B, -1)
+                consumer[Op(arrival, stage, micro)] = index
                 if stage == (last if kind == F else 0):
                     continue
                 neighbour = placement.rank_of(stage + step, micro)
                 if neighbour != rank:
                     sends[rank][index].append(Op(send, stage, micro))
-                    arriving[rank, neighbour].append(Op(receive, stage + step, micro))
+                    arriving[rank, neighbour].append(Op(arrival, stage + step, micro))
     posts: _Slots = [defaultdict(list) for _ in plan.programs]
     for (_, rank), receives in sorted(arriving.items()):
         latest = len(plan.programs[rank])

@@ -164,6 +164,6 @@ def _infer_placement(programs: tuple[tuple[Op, ...], ...]) -> Placement:
         ):
             return placement
     raise PlanError(
-        "the stages of this plan fit no placement: rank r must run stage r (linear), stage r for even and PP-1-r for odd "
-        "micro-batches (bidirectional), or stages r and 2*PP-1-r (vee)"
+        "the stages of this plan fit no placement: rank r must run stage r (linear), stage r for even and PP-1-r for "
+        "odd micro-batches (bidirectional), or stages r and 2*PP-1-r (vee)"
     )

@@ -1,0 +1,143 @@
+"""Train a byte-level GPT on text with the schedule that the DeepSpeed configuration names.
+
+Started by quickstart.sh, or by hand:
+
+    deepspeed --num_accelerators 4 examples/pretrain_gpt.py --deepspeed_config examples/gpt.json --schedule dualpipe
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import time
+from pathlib import Path
+from typing import Any
+
+import deepspeed
+import torch
+from deepspeed.pipe import PipelineModule
+from deepspeed.runtime.dataloader import RepeatingLoader
+from deepspeed.utils import logger
+from gpt import layers, loss
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
+from text import Windows, read_folder
+from torch.utils.data import DataLoader
+
+import dualpipe_engine
+from dualpipe_engine.schedule.costs import UNIT
+from dualpipe_engine.schedule.op import COMPUTE
+from dualpipe_engine.schedule.simulate import simulate
+from dualpipe_engine.schedule.timeline import Timeline
+from dualpipe_engine.viz.chrome import write_chrome
+from dualpipe_engine.viz.figure import save_figure
+
+LENGTH = 128
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", help="folder of text files (default: Python's standard library)")
+    parser.add_argument("--schedule", help="overrides the configuration; 1f1b-deepspeed is DeepSpeed's own engine")
+    parser.add_argument("--steps", type=int, default=120, help="training steps")
+    parser.add_argument("--stages", type=int, help="pipeline ranks (default: all)")
+    parser.add_argument("--blocks", type=int, default=8, help="transformer blocks")
+    parser.add_argument("--name", help="results go to runs/NAME (default: the schedule)")
+    parser.add_argument("--local_rank", type=int, default=-1, help="set by the launcher")
+    parser.add_argument("--deepspeed_config", required=True, help="DeepSpeed JSON")
+    return parser.parse_args()
+
+
+def batches(data: Any, micro_batch: int, replica: int, seed: int) -> Any:
+    """Endless micro-batches; every rank of a pipeline must read the same ones."""
+    windows = Windows(data, LENGTH, 100_000, seed * 1000 + replica)
+    return iter(RepeatingLoader(DataLoader(windows, batch_size=micro_batch)))
+
+
+def train(engine: Any, data: Any, folder: Path, steps: int, console: Console | None) -> list[float]:
+    """Train with a progress bar on rank 0; returns the losses and writes metrics.jsonl."""
+    tokens = engine.train_batch_size() * LENGTH
+    losses: list[float] = []
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn(
+            "loss {task.fields[loss]:.3f} · {task.fields[speed]:,.0f} tokens/s · {task.fields[step]:.2f} s/step"
+        ),
+        TimeRemainingColumn(),
+    )
+    with (
+        Progress(*columns, console=console, disable=console is None) as progress,
+        open(folder / "metrics.jsonl", "a") as log,
+    ):
+        task = progress.add_task("training", total=steps, loss=float("nan"), speed=0.0, step=0.0)
+        for step in range(steps):
+            start = time.perf_counter()
+            losses.append(float(engine.train_batch(data)))
+            seconds = time.perf_counter() - start
+            progress.update(task, advance=1, loss=losses[-1], speed=tokens / seconds, step=seconds)
+            if console is not None:
+                row = {"step": step, "loss": losses[-1], "seconds": seconds, "tokens_per_second": tokens / seconds}
+                log.write(json.dumps(row) + "\n")
+    return losses
+
+
+def report(
+    engine: Any, folder: Path, losses: list[float], evaluated: float, console: Console | None, name: str
+) -> None:
+    """The table at the end, the trace and the picture of the schedule."""
+    table = Table(title=f"{name}: results in {folder}", show_header=False)
+    table.add_row("schedule", name)
+    table.add_row("micro-batches a step", str(engine.gradient_accumulation_steps()))
+    table.add_row("loss at start", f"{losses[0]:.3f} nats/byte")
+    table.add_row("loss at end (mean of 5 steps)", f"{sum(losses[-5:]) / len(losses[-5:]):.3f} nats/byte")
+    table.add_row("loss on held-out text", f"{evaluated:.3f} nats/byte")
+    if hasattr(engine, "timeline"):
+        measured = engine.timeline()
+        simulated = engine.simulated(measured)
+        if console is None:
+            return
+        compute = Timeline(measured.num_ranks, [span for span in measured.spans if span.op.kind in COMPUTE])
+        for what, timeline in (("measured", compute), ("simulated from measured op times", simulated)):
+            bubble = max(timeline.bubble())
+            table.add_row(f"bubble, {what}", f"{bubble * 1e3:.0f} ms of {timeline.makespan * 1e3:.0f} ms")
+        if hasattr(engine, "weight_split"):
+            table.add_row("weights with deferred gradients", f"{engine.weight_split.share:.0%}")
+        write_chrome(folder / "trace.json", measured, title=name)
+        save_figure(folder / "schedule.svg", simulate(engine.plan.compute_only(), UNIT), title=name)
+    if console is not None:
+        console.print(table)
+
+
+def main() -> None:
+    args = parse_arguments()
+    logger.setLevel("ERROR")
+    settings = json.loads(Path(args.deepspeed_config).read_text())
+    if args.schedule:
+        settings.setdefault("pipeline", {})["schedule"] = args.schedule
+    settings["steps_per_print"] = None
+    deepspeed.init_distributed(verbose=False)
+    torch.manual_seed(1)
+    world = torch.distributed.get_world_size()
+    module = PipelineModule(layers(args.blocks, length=LENGTH), num_stages=args.stages or world, loss_fn=loss)
+    replica = module.mpu().get_data_parallel_rank()
+    engine, *_ = dualpipe_engine.initialize(model=module, config=settings)
+
+    name = settings.get("pipeline", {}).get("schedule", "1f1b-deepspeed")
+    folder = Path("runs") / (args.name or name)
+    folder.mkdir(parents=True, exist_ok=True)
+    console = Console() if torch.distributed.get_rank() == 0 else None
+    text = read_folder(args.data)
+    cut = len(text) * 9 // 10
+    data = batches(text[:cut], engine.train_micro_batch_size_per_gpu(), replica, seed=1)
+    losses = train(engine, data, folder, args.steps, console)
+    held_out = batches(text[cut:], engine.train_micro_batch_size_per_gpu(), replica, seed=2)
+    evaluated = float(engine.eval_batch(held_out))
+    report(engine, folder, losses, evaluated, console, name)
+    engine.save_checkpoint(str(folder / "checkpoint"))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,44 @@
+#!/usr/bin/env bash
+# Train a small GPT on text under DualPipe. Sets up everything on the first run.
+set -euo pipefail
+ROOT=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
+
+usage() {
+    cat <<'TEXT'
+usage: bash examples/quickstart.sh [FOLDER] [--schedule NAME] [--steps N] [--name RUN]
+
+Trains a byte-level GPT on the text files in FOLDER (default: the source files of Python's standard library), on all
+GPUs if there are two or more, else on 4 CPU processes. Results go to runs/RUN: metrics.jsonl, trace.json (open it in
+a Chrome trace viewer or with `dualpipe draw`), schedule.svg and a checkpoint.
+
+  --schedule NAME  dualpipe (default), dualpipev, zb1p, zbv, 1f1b, or 1f1b-deepspeed for DeepSpeed's own engine
+  --steps N        training steps (default 120)
+  --name RUN       name of the results folder (default: the schedule)
+TEXT
+}
+
+ARGUMENTS=()
+while [ $# -gt 0 ]; do
+    case "$1" in
+    -h | --help) usage; exit 0 ;;
+    --schedule | --steps | --name)
+        [ $# -ge 2 ] || { echo "$1 needs a value" >&2; usage >&2; exit 2; }
+        ARGUMENTS+=("$1" "$2"); shift 2 ;;
+    -*) echo "unknown option $1" >&2; usage >&2; exit 2 ;;
+    *)
+        [ -d "$1" ] || { echo "there is no folder $1" >&2; exit 2; }
+        ARGUMENTS+=(--data "$(cd "$1" && pwd)"); shift ;;
+    esac
+done
+
+# shellcheck disable=SC1091
+. "$ROOT/examples/setup_env.sh"
+cd "$ROOT"
+RANKS=4
+if [ "$GPUS" -ge 2 ]; then
+    RANKS=$((GPUS / 2 * 2))
+fi
+export TORCH_CPP_LOG_LEVEL=ERROR DS_LOG_LEVEL="${DS_LOG_LEVEL:-error}" PYTHONWARNINGS="${PYTHONWARNINGS:-ignore}"
+exec python -m deepspeed.launcher.runner --num_accelerators "$RANKS" --master_addr 127.0.0.1 \
+    --master_port "${MASTER_PORT:-29500}" \
+    examples/pretrain_gpt.py --deepspeed_config examples/gpt.json ${ARGUMENTS[@]+"${ARGUMENTS[@]}"}
