@@ -1,0 +1,90 @@
+"""Edges between two threads: order, headers, shapes, lifetimes, time-outs."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from dualpipe_engine.comm.meta import HEADER_BYTES, decode, encode, flatten
+from dualpipe_engine.comm.p2p import Edges
+from dualpipe_engine.comm.transport import LocalHub, LocalTransport
+from dualpipe_engine.errors import PipelineRuntimeError
+
+CPU = torch.device("cpu")
+
+
+@pytest.mark.parametrize(
+    "value",
+    [
+        torch.ones(2, 3),
+        torch.zeros((), dtype=torch.bfloat16),
+        (torch.ones(2), torch.ones(1, dtype=torch.bool)),
+        [torch.ones(2), {"a": torch.arange(3), "b": None}, ("text", 4)],
+        (torch.empty(0, 5),),
+    ],
+)
+def test_meta_round_trip(value):
+    tensors, meta = flatten(value)
+    header = encode(meta)
+    assert header.shape == (HEADER_BYTES,)
+    assert decode(header) == meta
+    rebuilt = decode(header).build(tensors)
+    assert type(rebuilt) is type(value)
+    assert flatten(rebuilt)[1] == meta
+
+
+def test_meta_too_large_or_unpicklable():
+    with pytest.raises(PipelineRuntimeError, match="fewer tensors"):
+        encode(flatten((torch.ones(1), "x" * 5000))[1])
+    with pytest.raises(PipelineRuntimeError, match="cannot travel"):
+        encode(flatten((torch.ones(1), lambda: 0))[1])
+
+
+def two_ends(**kwargs):
+    hub = LocalHub(2)
+    return [Edges(LocalTransport(hub, rank), CPU, timeout_s=0.3, **kwargs) for rank in range(2)]
+
+
+def test_forward_and_backward_share_an_edge():
+    left, right = two_ends()
+    for micro in range(3):
+        right.post_forward(1, micro, src=0)
+    left.post_backward(0, 1, src=1)  # before its forward was sent: posted as soon as the shape is known
+    for micro in range(3):
+        left.send_forward(0, micro, (torch.full((2,), float(micro)), torch.tensor([micro])), dst=1)
+    for micro in (2, 0, 1):  # consumed in another order than sent
+        value, number = right.wait_forward(1, micro)
+        assert value.tolist() == [micro, micro]
+        assert number.tolist() == [micro]
+    right.send_backward(1, 1, [torch.tensor([5.0, 6.0])], dst=0)
+    assert [grad.tolist() for grad in left.wait_backward(0, 1)] == [[5.0, 6.0]]
+    left.flush()
+    right.flush()
+    assert left.idle
+    assert right.idle
+
+
+def test_changed_shape():
+    left, _ = two_ends()
+    left.send_forward(0, 0, torch.ones(2), dst=1)
+    with pytest.raises(PipelineRuntimeError, match=r"made \(\[3\] float32\) .* after \(\[2\] float32\)"):
+        left.send_forward(0, 1, torch.ones(3), dst=1)
+    left.reset_shapes()
+    left.send_forward(0, 1, torch.ones(3), dst=1)
+
+
+def test_dynamic_shapes_and_dtypes():
+    left, right = two_ends(dynamic_shape=True)
+    for micro, value in enumerate((torch.ones(2), torch.ones(3, 1, dtype=torch.float64))):
+        right.post_forward(1, micro, src=0)
+        left.send_forward(0, micro, value, dst=1)
+        got = right.wait_forward(1, micro)
+        assert got.dtype == value.dtype
+        assert torch.equal(got, value)
+
+
+def test_time_out_names_the_peer():
+    _, right = two_ends()
+    right.post_forward(1, 0, src=0)
+    with pytest.raises(PipelineRuntimeError, match="receive from pipeline rank 0 failed"):
+        right.wait_forward(1, 0)

@@ -1,0 +1,76 @@
+"""An unedited DeepSpeed script under the deepspeed launcher."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from ranks import free_port
+
+SCRIPT = """
+import argparse, sys
+sys.path.insert(0, {tests!r})
+import deepspeed
+import training
+
+parser = argparse.ArgumentParser()
+parser.add_argument("--local_rank", type=int)
+parser.add_argument("--deepspeed_config")
+args = parser.parse_args()
+deepspeed.init_distributed(dist_backend="gloo", verbose=False)
+engine, *_ = deepspeed.initialize(args=args, model=training.make_module(2, 4))
+data = training.stream(0)
+losses = [float(engine.train_batch(data)) for _ in range(3)]
+print(f"RESULT {{type(engine).__name__}} {{losses}}", flush=True)
+"""
+
+
+def launch(tmp_path, module, pipeline):
+    sys.path.insert(0, str(Path(__file__).parent))
+    import training
+
+    script = tmp_path / "train.py"
+    script.write_text(SCRIPT.format(tests=str(Path(__file__).parent)))
+    config = training.settings(4)
+    if pipeline is not None:
+        config["pipeline"] = pipeline
+    (tmp_path / "ds.json").write_text(json.dumps(config))
+    command = [sys.executable, "-m", "deepspeed.launcher.runner", "--num_accelerators", "2"]
+    command += ["--master_addr", "127.0.0.1", "--master_port", str(free_port())]
+    command += ["--module", "dualpipe_engine.run"] if module else []
+    command += [str(script), "--deepspeed_config", str(tmp_path / "ds.json")]
+    env = os.environ | {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"}
+    return subprocess.run(command, capture_output=True, text=True, env=env, timeout=280, cwd=tmp_path)
+
+
+def results(run):
+    # Two processes write to one pipe, so their lines may run into each other.
+    return re.findall(r"RESULT (\w+) (\[.*?\])", run.stdout)
+
+
+def test_unedited_script_trains_like_stock(tmp_path):
+    ours = launch(tmp_path, True, {"schedule": "dualpipe"})
+    assert ours.returncode == 0, ours.stderr[-3000:]
+    stock = launch(tmp_path, False, {"schedule": "dualpipe"})
+    assert stock.returncode == 0, stock.stderr[-3000:]
+    assert [name for name, _ in results(ours)] == ["DualPipeEngine"] * 2
+    assert [name for name, _ in results(stock)] == ["PipelineEngine"] * 2
+    assert json.loads(results(ours)[0][1]) == pytest.approx(json.loads(results(stock)[0][1]), rel=1e-5)
+
+
+def test_without_a_schedule_stock_deepspeed_runs(tmp_path):
+    run = launch(tmp_path, True, None)
+    assert run.returncode == 0, run.stderr[-3000:]
+    assert [name for name, _ in results(run)] == ["PipelineEngine"] * 2
+
+
+def test_a_configuration_that_cannot_work_ends_all_ranks(tmp_path):
+    run = launch(tmp_path, True, {"schedule": "dualpipo"})
+    assert run.returncode != 0
+    assert 'dualpipe_engine: error: unknown schedule "dualpipo": did you mean "dualpipe"?' in run.stderr
+    assert "Traceback" not in run.stderr.split("dualpipe_engine: error")[0][-400:]
