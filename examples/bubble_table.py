@@ -3,8 +3,8 @@
     python examples/bubble_table.py [--ranks 8] [--micro-batches 20]
 
 Formulas: DeepSeek-V3 report (arXiv 2412.19437), table 2. The bubble is the largest idle time of any rank. DualPipe runs
-as many micro-batches over both directions as the others over one; vee placements cut the model into twice as many stages
-of half the cost.
+as many micro-batches over both directions as the others over one; vee placements cut the model into twice as many
+stages of half the cost.
 """
 
 from __future__ import annotations
@@ -19,6 +19,16 @@ SETTINGS = {
     "F = I = W = 1, F&B = 2.25": CostModel(fb=2.25),
     "F = 1, I = 1.3, W = 0.7, no overlap": CostModel(i=1.3, w=0.7),
 }
+
+COLUMNS = (
+    "schedule",
+    "bubble, formula",
+    "bubble, reference order",
+    "time, reference order",
+    "time, optimized",
+    "activations",
+    "parameters",
+)
 
 
 def formula(schedule: str, ranks: int, costs: CostModel) -> str:
@@ -41,15 +51,14 @@ def main() -> None:
     args = parser.parse_args()
     for title, costs in SETTINGS.items():
         print(f"{title}, {args.ranks} ranks, {args.micro_batches} micro-batches:\n")
-        print("| schedule | bubble, formula | bubble, reference order | time, reference order | time, optimized |", end="")
-        print(" activations | parameters |\n|---|---|---|---|---|---|---|")
+        print("| " + " | ".join(COLUMNS) + " |")
+        print("|" + "---|" * len(COLUMNS))
         reference = compare(args.ranks, args.micro_batches, costs, optimize=False)
         optimized = {row.schedule: row for row in compare(args.ranks, args.micro_batches, costs, optimize=True)}
         for row in reference:
-            print(
-                f"| {row.schedule} | {formula(row.schedule, args.ranks, costs)} | {row.bubble:.2f} | {row.makespan:.2f} "
-                f"| {optimized[row.schedule].makespan:.2f} | {row.peak_activations:g} | {row.parameter_copies}x |"
-            )
+            bubble, best = formula(row.schedule, args.ranks, costs), optimized[row.schedule].makespan
+            numbers = f"{bubble} | {row.bubble:.2f} | {row.makespan:.2f} | {best:.2f} | {row.peak_activations:g}"
+            print(f"| {row.schedule} | {numbers} | {row.parameter_copies}x |")
         print()
 
 

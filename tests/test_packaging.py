@@ -54,9 +54,7 @@ def test_layers_import_downward(layer):
 
 
 def test_import_needs_neither_torch_nor_deepspeed():
-    code = (
-        "import sys, dualpipe_engine; print([m for m in ('torch', 'deepspeed', 'rich') if m in sys.modules])"
-    )
+    code = "import sys, dualpipe_engine; print([m for m in ('torch', 'deepspeed', 'rich') if m in sys.modules])"
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert result.stdout.strip() == "[]"
 

@@ -21,9 +21,7 @@ def test_op_text_round_trip(text):
     assert str(Op.parse(f" {text} ")) == text
 
 
-@pytest.mark.parametrize(
-    "text", ["", "F7", "3X7", "(3F7,4B2)FB", "(4B2;3F7)FB", "3F", "STEP3", "(3F7;4W2)FB"]
-)
+@pytest.mark.parametrize("text", ["", "F7", "3X7", "(3F7,4B2)FB", "(4B2;3F7)FB", "3F", "STEP3", "(3F7;4W2)FB"])
 def test_unknown_text_is_an_error(text):
     with pytest.raises(PlanError):
         Op.parse(text)
