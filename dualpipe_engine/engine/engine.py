@@ -121,7 +121,7 @@ class DualPipeEngine(PipelineEngine):
         last = self.num_stages - 1
         self._chunks = {
             stage: StageChunk(
-                _own_overlap(view) or view,
+                _stage_module(view),
                 stage,
                 overlap=self.dualpipe_config.overlap is not False,
                 is_last=stage == last,
@@ -415,9 +415,9 @@ class DualPipeEngine(PipelineEngine):
         return simulate(self.plan.compute_only(), measured_costs([compute], self.num_stages))
 
 
-def _own_overlap(view: Any) -> Any:
-    """The layer that is a stage by itself and brings its own `overlapped_forward_backward`."""
+def _stage_module(view: Any) -> Any:
+    """The stage as its chunk runs it: the view, or its only layer where that brings `overlapped_forward_backward`."""
     functions = view.forward_funcs
     if len(functions) == 1 and hasattr(type(functions[0]), "overlapped_forward_backward"):
         return functions[0]
-    return None
+    return view

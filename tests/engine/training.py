@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import gc
 import zlib
 
 import torch
@@ -278,4 +279,6 @@ def features(ranks, replicas=1):
     found["more"] = float(engine.train_batch())
     found["plan"] = engine.plan.num_micro
     found["ends"] = (engine.is_first_stage(), engine.is_last_stage())
+    engine.data_iterator = engine.training_dataloader = None  # ends the loader's worker processes
+    gc.collect()
     return found
