@@ -12,7 +12,7 @@ from functools import partial
 from typing import Any
 
 import torch
-from deepspeed import comm as dist
+import torch.distributed as dist
 from deepspeed.accelerator import get_accelerator
 from deepspeed.pipe import LayerSpec, PipelineModule, TiedLayerSpec
 from deepspeed.runtime.activation_checkpointing import checkpointing
@@ -118,42 +118,46 @@ def _build(module: PipelineModule, layers: list[int], old: _Old, old_tied: dict[
 def _move_weights(
     module: PipelineModule, placed: Place, before: list[int], old: _Old, old_tied: dict[str, nn.Module]
 ) -> None:
-    """Copy parameters and buffers of every layer from the rank that built it to the ranks that hold it now."""
+    """Copy parameters and buffers of every layer, with dtype and requires_grad, from the rank that built it to the
+    ranks that hold it now."""
     device = torch.device(get_accelerator().device_name(module.local_rank))
-    me = placed.rank
-    sent_ties: set[tuple[str, int]] = set()
+    kinds: dict[int | str, list[tuple[torch.dtype, bool]]] = {}
+    found: list[Any] = [None] * len(placed.pipeline)
+    built = old_tied | {layer: held for layer, held in old.items() if isinstance(held, nn.Module)}
+    mine = {key: [(tensor.dtype, tensor.requires_grad) for tensor in _tensors(held)] for key, held in built.items()}
+    dist.all_gather_object(found, mine, group=module._grid.pp_proc_group)
+    for theirs in found:
+        kinds |= theirs
+    moved: set[tuple[int | str, int]] = set()
     for layer, spec in enumerate(module._layer_specs):
         if not isinstance(spec, (LayerSpec, nn.Module)):
             continue
+        key = spec.key if isinstance(spec, TiedLayerSpec) else layer
         source = stage_of_layer(before, layer)
-        tie = spec.key if isinstance(spec, TiedLayerSpec) else None
         for target in placed.placement.replicas(stage_of_layer(module.parts, layer)):
-            if target == source or (tie is not None and (tie, target) in sent_ties):
+            if target == source or (key, target) in moved:
                 continue
-            if tie is not None:
-                sent_ties.add((tie, target))
-            if me == source:
-                held = old_tied[tie] if tie is not None else old[layer]
-                _send(held, placed.pipeline[target], device)
-            elif me == target:
-                held = module.tied_modules[tie] if tie is not None else module._modules[str(layer)]
-                _receive(held.to(device), placed.pipeline[source], device)
+            moved.add((key, target))
+            if placed.rank == source:
+                for tensor in _tensors(built[key]):
+                    dist.send(tensor.data.to(device).contiguous().view(-1).view(torch.uint8), placed.pipeline[target])
+            elif placed.rank == target:
+                held = module.tied_modules[key] if isinstance(key, str) else module._modules[str(key)]
+                for tensor, kind in zip(_tensors(held.to(device)), kinds[key], strict=True):
+                    _receive(tensor, kind, placed.pipeline[source], device)
 
 
 def _tensors(held: nn.Module) -> list[torch.Tensor]:
-    return [tensor.data for tensor in (*held.parameters(), *held.buffers())]
+    return [*held.parameters(), *held.buffers()]
 
 
-def _send(held: nn.Module, peer: int, device: torch.device) -> None:
-    for tensor in _tensors(held):
-        dist.send(tensor.to(device).contiguous().view(-1).view(torch.uint8), peer)
-
-
-def _receive(held: nn.Module, peer: int, device: torch.device) -> None:
-    for tensor in _tensors(held):
-        raw = torch.empty(tensor.numel() * tensor.element_size(), dtype=torch.uint8, device=device)
-        dist.recv(raw, peer)
-        tensor.copy_(raw.view(tensor.dtype).view(tensor.shape))
+def _receive(tensor: torch.Tensor, kind: tuple[torch.dtype, bool], peer: int, device: torch.device) -> None:
+    dtype, trained = kind
+    raw = torch.empty(tensor.numel() * dtype.itemsize, dtype=torch.uint8, device=device)
+    dist.recv(raw, peer)
+    tensor.data = raw.view(dtype).view(tensor.shape)
+    if isinstance(tensor, nn.Parameter):
+        tensor.requires_grad_(trained)
 
 
 def stage_views(module: PlacedModule) -> dict[int, PipelineModule]:

@@ -151,11 +151,12 @@ def train(config, ranks, replicas=1, steps=20, blocks=None, tied=True, module_kw
 
 
 def gradients(config, ranks, micros, module_kwargs=None):
-    """Local float64 gradients of one batch after the reduction over tied stages, and the seeds' first losses."""
+    """Weights, and the local float64 gradients of one batch after the reduction over tied stages."""
     import dualpipe_engine
 
     module = make_module(ranks, 2 * ranks, **(module_kwargs or {})).double()
     engine, *_ = dualpipe_engine.initialize(model=module, config=config)
+    start = {name: param.detach().clone() for name, param in engine.module.named_parameters()}
     found = {}
 
     def capture():
@@ -165,12 +166,18 @@ def gradients(config, ranks, micros, module_kwargs=None):
 
     engine._tail.step = capture
     loss = engine.train_batch(stream(0))
-    return {"grads": found, "loss": float(loss), "share": engine.weight_split.share if engine._store else 0.0}
+    return {
+        "start": start,
+        "grads": found,
+        "loss": float(loss),
+        "share": engine.weight_split.share if engine._store else 0.0,
+    }
 
 
-def sequential_gradients(ranks, micros):
+def sequential_gradients(ranks, micros, start):
     """The oracle: one process, all layers, micro-batches one after another."""
     module = make_module(1, 2 * ranks).double()
+    module.load_state_dict(start)
     data = stream(0)
     total = 0.0
     for _ in range(micros):
