@@ -12,6 +12,9 @@ import traceback
 from typing import Any
 
 
+TASKS_A_LIFE = 16  #: tasks after which the processes are replaced
+
+
 def free_port() -> int:
     with socket.socket() as sock:
         sock.bind(("127.0.0.1", 0))
@@ -64,8 +67,13 @@ class RankPool:
 
     def __init__(self) -> None:
         self._workers: list[tuple[Any, Any]] = []
+        self._tasks = 0
 
     def run(self, world: int, function, timeout: float = 300.0, **kwargs) -> list[Any]:
+        # A process group's threads outlive it, and hundreds of them make a process slow.
+        self._tasks += 1
+        if self._tasks % TASKS_A_LIFE == 0:
+            self.close()
         context = mp.get_context("spawn")
         while len(self._workers) < world:
             ours, theirs = context.Pipe()
