@@ -6,6 +6,10 @@ EXTRAS=test
 # shellcheck disable=SC1091
 . "$ROOT/examples/setup_env.sh"
 cd "$ROOT"
-echo "== ruff" && python -m ruff check . && python -m ruff format --check .
-echo "== mypy" && python -m mypy
-echo "== pytest" && python -m pytest "$@"
+echo "== ruff"
+python -m ruff check .
+python -m ruff format --check .
+echo "== mypy"
+python -m mypy
+echo "== pytest"
+python -m pytest "$@"
