@@ -11,7 +11,6 @@ import time
 import traceback
 from typing import Any
 
-
 TASKS_A_LIFE = 16  #: tasks after which the processes are replaced
 
 
