@@ -15,10 +15,11 @@ from typing import TYPE_CHECKING, Any
 from . import __version__
 from .errors import ConfigError, DualPipeError
 from .schedule.bound import plan_bound
-from .schedule.choose import SCHEDULES, compare, make_plan
+from .schedule.choose import SCHEDULES, compare, fastest, make_plan
 from .schedule.collector import collector_paused
 from .schedule.costs import CostModel
 from .schedule.lower import lower
+from .schedule.measurement import Measurement
 from .schedule.plan import Plan
 from .schedule.simulate import peak_activations, simulate
 from .schedule.verify import verify
@@ -53,7 +54,7 @@ exit codes: 0 done; 1 nobody reads the output (a closed pipe); 2 the request can
 _COSTS_HELP = (
     "time of a forward, of the input part and of the weight part of a backward, and of an overlapped F&B pair, on 1/N "
     "of the model (rank count N; dualpipev and zbv run it as two halves). Any unit: all times shown are in that unit. "
-    "Without FB, pairs take F+I+W: no overlap (default: 1,1,1,3)"
+    'Without FB, pairs take F+I+W: no overlap (default: 1,1,1,3). Or the file that "schedule": "auto" measured'
 )
 
 
@@ -109,13 +110,14 @@ def _add_schedule(parser: argparse.ArgumentParser) -> None:
 
 def _add_work(parser: argparse.ArgumentParser, required: bool) -> None:
     where = "" if required else " (a plan file has its own)"
-    parser.add_argument("--ranks", type=int, metavar="N", required=required, help=f"pipeline ranks{where}")
+    measured = " (measured --costs have their own)" if required else where
+    parser.add_argument("--ranks", type=int, metavar="N", help=f"pipeline ranks{measured}")
     parser.add_argument(
         "--micro-batches", type=int, metavar="M", required=required, help=f"micro-batches of one batch{where}"
     )
     parser.add_argument("--costs", type=_costs, default=CostModel(fb=3.0), metavar="F,I,W[,FB]", help=_COSTS_HELP)
-    comm = "time of one transfer between two ranks, in the unit of --costs (default: 0)"
-    parser.add_argument("--comm", type=_finite, default=0.0, metavar="C", help=comm)
+    comm = "time of one transfer between two ranks, in the unit of --costs (default: 0, or the measured one)"
+    parser.add_argument("--comm", type=_finite, metavar="C", help=comm)
     best = "search for the order with the smallest makespan under the costs, instead of the reference order"
     parser.add_argument("--optimize", action="store_true", help=best)
 
@@ -127,7 +129,12 @@ def _finite(text: str) -> float:
     return number
 
 
-def _costs(text: str) -> CostModel:
+def _costs(text: str) -> CostModel | Measurement:
+    if text.endswith(".json"):
+        try:
+            return Measurement.load(text)
+        except ConfigError as error:
+            raise argparse.ArgumentTypeError(str(error)) from None
     try:
         f, i, w, *pair = map(_finite, text.split(","))
         (fb,) = pair or (f + i + w,)
@@ -137,9 +144,18 @@ def _costs(text: str) -> CostModel:
         raise argparse.ArgumentTypeError(message) from None
 
 
+def _work(args: argparse.Namespace) -> tuple[CostModel, Measurement | None]:
+    """The costs that the arguments name, with the measurement that they come from; fills in its number of ranks."""
+    job = args.costs if isinstance(args.costs, Measurement) else None
+    costs = job.costs if job else args.costs
+    if job and args.ranks is None:
+        args.ranks = job.ranks
+    return (costs if args.comm is None else replace(costs, comm=args.comm)), job
+
+
 def _make(args: argparse.Namespace) -> tuple[Plan, CostModel]:
     """The verified plan that the arguments ask for, and the costs of its stages."""
-    costs = replace(args.costs, comm=args.comm)
+    costs, _ = _work(args)
     if args.schedule is None:
         raise ConfigError(f"say which schedule: --schedule with {', '.join(SCHEDULES)} or a plan file")
     if args.schedule.endswith(_FILES):
@@ -230,10 +246,12 @@ def _is_trace(path: str) -> bool:
 
 
 def _run_compare(args: argparse.Namespace) -> None:
-    from .viz.summary import comparison_table, fastest
+    from .viz.summary import comparison_table
 
-    costs = replace(args.costs, comm=args.comm)
-    rows = compare(args.ranks, args.micro_batches, costs, args.activation_cap, args.optimize)
+    costs, job = _work(args)
+    if args.ranks is None:
+        raise ConfigError("say how many ranks: --ranks N, or --costs with a measured file")
+    rows = compare(args.ranks, args.micro_batches, costs, args.activation_cap, args.optimize, job=job)
     for row in rows:
         if row.plan:
             verify(row.plan)
@@ -257,6 +275,9 @@ def _run_compare(args: argparse.Namespace) -> None:
                     "bubble": row.bubble if row.feasible else None,
                     "peak_activations": row.peak_activations if row.feasible else None,
                     "lower_bound": bounds.get(row.schedule),
+                    "reduction": row.reduction if row.feasible else None,
+                    "step": row.total if row.feasible else None,
+                    "memory": row.memory,
                     "fastest": row is first,
                 }
                 for row in rows

@@ -13,7 +13,7 @@ from .placement import Placement
 from .plan import Plan
 from .timeline import Span, Timeline
 
-__all__ = ["Clocks", "CostModel", "peak_activations", "simulate"]
+__all__ = ["Clocks", "CostModel", "peak_activations", "peak_bytes", "simulate"]
 
 _NEVER = -1.0
 
@@ -168,14 +168,29 @@ def peak_activations(plan: Plan) -> list[int]:
     Held from the start of F to the end of W (or of a full B). On a `vee` placement each is half the size of one of a
     `linear` or `bidirectional` placement of the same model.
     """
+    return _peaks(plan, lambda stage: 1)
+
+
+def peak_bytes(plan: Plan, costs: CostModel) -> list[int]:
+    """For each rank the most bytes of activations that it holds at once.
+
+    Raises:
+        PlanError: the costs are for another number of stages.
+    """
+    costs.check(plan.placement.num_stages)
+    size = costs.activation_bytes
+    return _peaks(plan, lambda stage: size[stage] if isinstance(size, tuple) else size)
+
+
+def _peaks(plan: Plan, size: Callable[[int], int]) -> list[int]:
     peaks = []
     for program in _compute(plan):
         alive = peak = 0
         for op in program:
-            kinds = [part.kind for part in atoms(op)]
-            alive += F in kinds
+            parts = atoms(op)
+            alive += sum(size(part.stage) for part in parts if part.kind == F)
             peak = max(peak, alive)
-            alive -= B in kinds or W in kinds
+            alive -= sum(size(part.stage) for part in parts if part.kind in (B, W))
         peaks.append(peak)
     return peaks
 

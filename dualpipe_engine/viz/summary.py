@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
-from ..schedule.choose import Row
+from ..schedule.choose import Row, fastest
+from ..schedule.measurement import gib
 from ..schedule.op import Op, atoms
 from ..schedule.plan import Plan
 from ..schedule.timeline import Timeline
@@ -80,12 +81,6 @@ def schedule_table(
     return table
 
 
-def fastest(rows: Sequence[Row]) -> Row | None:
-    """The feasible row with the smallest makespan; ties go to fewer parameters, then to fewer activations."""
-    feasible = [row for row in rows if row.feasible]
-    return min(feasible, key=lambda r: (r.makespan, r.parameter_copies, r.peak_activations), default=None)
-
-
 def comparison_table(rows: Sequence[Row], lower_bounds: Mapping[str, float], title: str = "") -> Table:
     """Schedules side by side; `>` marks the fastest.
 
@@ -100,16 +95,23 @@ def comparison_table(rows: Sequence[Row], lower_bounds: Mapping[str, float], tit
     first = fastest(rows)
     table = Table(title=Text(title) if title else None, title_justify="left", caption_justify="left")
     table.add_column("schedule", no_wrap=True)
-    for name in ("makespan", "lower bound", "bubble", "peak activations", "parameters"):
+    names = ["makespan", "lower bound", "bubble", "peak activations", "parameters"]
+    known = any(row.memory is not None for row in rows)  # from a job that was measured
+    names += ["reduction", "step", "memory"] if known else []
+    for name in names:
         table.add_column(name, justify="right")
     for row in rows:
         numbers = ["-"] * 4
+        job = ["-"] * 3 if known else []
         if row.feasible:
             values = (row.makespan, lower_bounds[row.schedule], row.bubble, row.peak_activations)
             numbers = [f"{value:.6g}" for value in values]
+            job = [f"{row.reduction:.4g}", f"{row.total:.6g}", gib(row.memory or 0)] if known else []
         mark, look = (">", "bold green") if row is first else (" ", "" if row.feasible else "dim")
-        table.add_row(f"{mark} {row.schedule}", *numbers, f"{row.parameter_copies}x", style=look)
+        table.add_row(f"{mark} {row.schedule}", *numbers, f"{row.parameter_copies}x", *job, style=look)
     notes = ["> fastest", "bubble: of the idlest rank", "peak activations: of 1/N of the model, on N ranks"]
+    if known:
+        notes += ["step: makespan and reduction of gradients", "memory: beside the weights that are there already"]
     reasons = [row.reason for row in rows if not row.feasible]
     table.caption = Text("\n".join(["; ".join(notes), *reasons]))
     return table

@@ -115,7 +115,9 @@ def test_bf16_follows_stock(ranks, stock, micros, zero):
     ours = run_ours(ranks, "dualpipe", 4, micros, zero=zero, precision="bf16")
     theirs = stock(4, micros, zero=zero, precision="bf16")
     assert ours[0]["losses"] == pytest.approx(theirs[0]["losses"], rel=0.03)
-    assert ours[0]["norms"] == pytest.approx(theirs[0]["norms"], rel=0.05)
+    # Norms fall to a tenth within the 20 steps; bf16 rounds what is left by as much as before.
+    norms = theirs[0]["norms"]
+    assert ours[0]["norms"] == pytest.approx(norms, rel=0.05, abs=0.01 * max(norms))
     assert_copies_identical(ours)
 
 

@@ -194,7 +194,7 @@ def test_best_is_the_simulated_best(setting: tuple, expected: str | None) -> Non
         makespans[schedule] = simulate(plan, placed).makespan
     assert chosen.makespan == min(makespans.values()) == makespans[chosen.schedule]
     assert expected is None or chosen.schedule == expected
-    assert chosen.reason.startswith(f"{chosen.schedule} has the smallest simulated makespan")
+    assert chosen.reason.startswith(f"{chosen.schedule} has the shortest simulated step")
     assert all(schedule in chosen.reason for schedule in makespans)
 
 
