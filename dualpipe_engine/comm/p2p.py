@@ -8,6 +8,7 @@ the floating-point tensors that went forward, so it needs no header.
 
 from __future__ import annotations
 
+import math
 from collections import deque
 from dataclasses import dataclass, field
 from typing import Any
@@ -128,6 +129,11 @@ class Edges:
             ticket, _ = self._outbound.popleft()
             ticket.wait(self._timeout_s)
         self._owed.clear()
+
+    def message_bytes(self, stage: int) -> int:
+        """Bytes that `stage` passed on for a micro-batch; 0 where it sent nothing from this rank."""
+        meta = self._sent.get(stage)
+        return 0 if meta is None else sum(math.prod(t.shape) * t.dtype.itemsize for t in meta.tensors)
 
     @property
     def idle(self) -> bool:

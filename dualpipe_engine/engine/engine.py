@@ -35,7 +35,7 @@ from .config import DualPipeConfig
 from .data import BatchFeed, check_same_stream
 from .gradients import GradientTail
 from .grid import Place
-from .module import PlacedModule, needs_input_gradient, stage_views
+from .module import PlacedModule, needs_input_gradient, set_activation_checkpointing, stage_module, stage_views
 from .planning import make_lowered_plan
 
 
@@ -66,7 +66,7 @@ class DualPipeEngine(PipelineEngine):
         self._pipeline_group = base_grid.pp_proc_group
         self._replica_group = base_grid.dp_proc_group
         self._init_pipeline_state()
-        self._init_activation_checkpointing()
+        set_activation_checkpointing(self.module, self._config.pipeline)
         self._init_executor()
         if self.training_data:
             self._build_data_iter(self.training_data)
@@ -104,13 +104,6 @@ class DualPipeEngine(PipelineEngine):
         self.module_forward_post_hook.remove()
         self.module.checkpoint_parallel_write_pipeline = self._config.checkpoint_parallel_write_pipeline
 
-    def _init_activation_checkpointing(self) -> None:
-        section = self._config.pipeline
-        if section.get("use_reentrant") is False:
-            self.module.activation_checkpoint_func = ds_checkpointing.non_reentrant_checkpoint
-        if section["activation_checkpoint_interval"] > 0:
-            self.module.activation_checkpoint_interval = section["activation_checkpoint_interval"]
-
     def _init_executor(self) -> None:
         module: PlacedModule = self.module
         self._views = stage_views(module)
@@ -121,7 +114,7 @@ class DualPipeEngine(PipelineEngine):
         last = self.num_stages - 1
         self._chunks = {
             stage: StageChunk(
-                _stage_module(view),
+                stage_module(view),
                 stage,
                 overlap=self.dualpipe_config.overlap is not False,
                 is_last=stage == last,
@@ -413,11 +406,3 @@ class DualPipeEngine(PipelineEngine):
         overhead."""
         compute = Timeline(measured.num_ranks, [span for span in measured.spans if span.op.kind in COMPUTE])
         return simulate(self.plan.compute_only(), measured_costs([compute], self.num_stages))
-
-
-def _stage_module(view: Any) -> Any:
-    """The stage as its chunk runs it: the view, or its only layer where that brings `overlapped_forward_backward`."""
-    functions = view.forward_funcs
-    if len(functions) == 1 and hasattr(type(functions[0]), "overlapped_forward_backward"):
-        return functions[0]
-    return view

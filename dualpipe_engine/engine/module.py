@@ -8,6 +8,7 @@ bit. Layers are registered by their number in the model, so every copy of a stag
 from __future__ import annotations
 
 import copy
+from collections.abc import Mapping
 from functools import partial
 from typing import Any
 
@@ -185,3 +186,19 @@ def needs_input_gradient(module: PipelineModule) -> bool:
         module.activation_checkpoint_interval > 0
         and module.activation_checkpoint_func is not checkpointing.non_reentrant_checkpoint
     )
+
+
+def set_activation_checkpointing(module: PipelineModule, section: Mapping[str, Any]) -> None:
+    """Apply what the "pipeline" section says of activation checkpointing."""
+    if section.get("use_reentrant") is False:
+        module.activation_checkpoint_func = checkpointing.non_reentrant_checkpoint
+    if section.get("activation_checkpoint_interval", 0) > 0:
+        module.activation_checkpoint_interval = section["activation_checkpoint_interval"]
+
+
+def stage_module(view: Any) -> Any:
+    """The stage as its chunk runs it: the view, or its only layer where that brings `overlapped_forward_backward`."""
+    functions = view.forward_funcs
+    if len(functions) == 1 and hasattr(type(functions[0]), "overlapped_forward_backward"):
+        return functions[0]
+    return view
