@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 from . import __version__
 from .errors import ConfigError, DualPipeError
 from .schedule.bound import plan_bound
-from .schedule.choose import SCHEDULES, compare, fastest, make_plan
+from .schedule.choose import SCHEDULES, compare, fastest, make_plan, placement_of
 from .schedule.collector import collector_paused
 from .schedule.costs import CostModel
 from .schedule.lower import lower
@@ -172,8 +172,7 @@ def _make(args: argparse.Namespace) -> tuple[Plan, CostModel]:
     else:
         if args.ranks is None or args.micro_batches is None:
             raise ConfigError(f"schedule {args.schedule!r} needs --ranks N and --micro-batches M")
-        placement = make_plan(args.schedule, args.ranks, 1).placement  # that of the schedule, for any number
-        costs = costs.for_placement(placement)
+        costs = costs.for_placement(placement_of(args.schedule, args.ranks))
         plan = make_plan(args.schedule, args.ranks, args.micro_batches, costs, args.optimize, args.activation_cap)
     verify(plan, activation_cap=args.activation_cap)
     return plan, costs

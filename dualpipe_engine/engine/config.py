@@ -13,6 +13,7 @@ from ..errors import ConfigError
 from ..schedule.choose import SCHEDULES
 
 STOCK = "1f1b-deepspeed"
+AUTO = "auto"
 #: What DeepSpeed 0.19.8 itself reads from the section.
 DEEPSPEED_KEYS = frozenset(
     (
@@ -33,9 +34,12 @@ class DualPipeConfig(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
 
     schedule: str = STOCK
-    """A name of `schedule.choose.SCHEDULES`, a path to a plan file (.csv, .json), or "1f1b-deepspeed"."""
+    """A name of `schedule.choose.SCHEDULES`, "auto", a path to a plan file (.csv, .json), or "1f1b-deepspeed"."""
     optimize: bool = True
-    """Take the best candidate under unit costs; false runs the reference order."""
+    """Take the best candidate under the known costs; false runs the reference order."""
+    costs: str | None = None
+    """File of measured costs. "auto" writes it (default: dualpipe_costs.json) and reads it at the next start; with a
+    named schedule `optimize` uses it in place of equal costs."""
     split_backward: Literal["auto"] | bool = "auto"
     """Run I and W apart. "auto" and true: wherever a layer's weights allow it; false: full backwards only."""
     overlap: Literal["auto"] | bool = "auto"
@@ -103,13 +107,13 @@ def _load(config: str | Path | dict[str, Any]) -> dict[str, Any]:
 
 
 def _check_schedule(config: DualPipeConfig) -> None:
-    if config.is_stock or config.schedule in SCHEDULES:
+    if config.is_stock or config.schedule in (*SCHEDULES, AUTO):
         return
     if config.plan_file is not None:
         if not config.plan_file.is_file():
             raise ConfigError(f'"schedule": there is no plan file {config.schedule}')
         return
-    names = [*SCHEDULES, STOCK]
+    names = [*SCHEDULES, AUTO, STOCK]
     near = get_close_matches(config.schedule, names, n=1, cutoff=0)
     raise ConfigError(
         f'unknown schedule "{config.schedule}": did you mean "{near[0]}"? There are {", ".join(names)}, '

@@ -25,6 +25,7 @@ from ..runtime.chunk import StageChunk
 from ..runtime.executor import BatchResult, Executor
 from ..runtime.observer import Observer
 from ..runtime.weight_grad import WeightGradStore, install
+from ..schedule.costs import CostModel
 from ..schedule.lower import forward_only, lower
 from ..schedule.measure import measured_costs
 from ..schedule.op import COMPUTE, I, atoms
@@ -50,6 +51,7 @@ class DualPipeEngine(PipelineEngine):
         base_grid: the grid that the PipelineModule was built on, with all pipeline ranks.
         place: this rank's place in its pipeline.
         plan: the lowered training plan.
+        costs: costs of the model cut into as many stages as there are ranks, for plans of other batch sizes.
         deepspeed: arguments of DeepSpeedEngine.
 
     Attributes:
@@ -58,11 +60,19 @@ class DualPipeEngine(PipelineEngine):
     """
 
     def __init__(
-        self, *, dualpipe: DualPipeConfig, base_grid: PipelineParallelGrid, place: Place, plan: Plan, **deepspeed: Any
+        self,
+        *,
+        dualpipe: DualPipeConfig,
+        base_grid: PipelineParallelGrid,
+        place: Place,
+        plan: Plan,
+        costs: CostModel,
+        **deepspeed: Any,
     ) -> None:
         # DeepSpeed's own pipeline set-up (buffers, blocking p2p, ZeRO assertion) does not apply, hence not super().
         DeepSpeedEngine.__init__(self, **deepspeed)
         self.dualpipe_config, self.place, self.plan = dualpipe, place, plan
+        self._costs = costs
         self._pipeline_group = base_grid.pp_proc_group
         self._replica_group = base_grid.dp_proc_group
         self._init_pipeline_state()
@@ -199,7 +209,8 @@ class DualPipeEngine(PipelineEngine):
     def _agree_on_plan(self) -> None:
         """Make a new plan when the number of micro-batches has changed (`set_train_batch_size`)."""
         if self.plan.num_micro != self.micro_batches:
-            self.plan = make_lowered_plan(self.dualpipe_config, self.plan.placement.num_ranks, self.micro_batches)
+            num_ranks = self.plan.placement.num_ranks
+            self.plan = make_lowered_plan(self.dualpipe_config, num_ranks, self.micro_batches, self._costs)
 
     def _feed(self, num_micro: int, fingerprint: bool = False) -> BatchFeed:
         if self.place.feeds and self.data_iterator is None and self.batch_fn is None:
@@ -351,7 +362,7 @@ class DualPipeEngine(PipelineEngine):
             if placement.num_directions == 2:
                 box = [shared[micro]]
                 source = self.place.pipeline[placement.rank_of(last, micro)]
-                dist.broadcast_object_list(box, src=source, group=self._pipeline_group, device=torch.device("cpu"))
+                dist.broadcast_object_list(box, src=source, group=self._pipeline_group)
                 if self.is_last_stage():
                     shared[micro] = box[0]
         return shared

@@ -15,7 +15,9 @@ from deepspeed.pipe import PipelineModule
 from deepspeed.runtime.config import DeepSpeedConfig
 
 from ..errors import ConfigError
-from .config import check_zero, micro_batches, read_config
+from ..schedule.costs import UNIT
+from .auto import choose, job_costs, print_choice
+from .config import AUTO, check_zero, micro_batches, read_config
 from .engine import DualPipeEngine
 from .module import place
 from .param_groups import GroupMap
@@ -92,7 +94,14 @@ def initialize(
     base_grid = model._grid
     num_ranks = base_grid.pipe_parallel_size
     num_micro = micro_batches(settings, base_grid.data_parallel_size)
-    plan = make_lowered_plan(dualpipe, num_ranks, num_micro)
+    measured = job_costs(model, settings, dualpipe, num_micro, training_data, collate_fn)
+    if dualpipe.schedule == AUTO:
+        assert measured is not None
+        dualpipe, rows = choose(dualpipe, measured, num_micro)
+        if ds_comm.get_rank() == 0:
+            print_choice(rows, measured, num_micro)
+    costs = UNIT if measured is None else measured.costs
+    plan = make_lowered_plan(dualpipe, num_ranks, num_micro, costs)
     cut_layers(model, plan.placement.num_stages, dualpipe.partition_method)
     agree(plan, torch.device(get_accelerator().current_device_name()))
 
@@ -105,6 +114,7 @@ def initialize(
         base_grid=base_grid,
         place=placed,
         plan=plan,
+        costs=costs,
         args=args,
         model=model,
         optimizer=groups.optimizer(),

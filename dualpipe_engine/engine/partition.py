@@ -39,14 +39,15 @@ def cut_layers(module: PipelineModule, num_stages: int, method: str | None) -> l
         return [int(part) for part in module.parts]
     if method is not None:
         return _cut(module, num_stages, method)
-    classes = dict.fromkeys(f"type:{_layer_name(layer)}" for layer in module._layer_specs)
+    classes = dict.fromkeys(f"type:{layer_name(layer)}" for layer in module._layer_specs)
     for candidate in ("parameters", "uniform", *classes):
         if _cut(module, len(module.parts) - 1, candidate) == [int(part) for part in module.parts]:
             return _cut(module, num_stages, candidate)
     return _cut(module, num_stages, "parameters")
 
 
-def _layer_name(layer: Any) -> str:
+def layer_name(layer: Any) -> str:
+    """Class or function of an entry of the layer list."""
     if isinstance(layer, LayerSpec):
         return str(layer.typename.__name__)
     return type(layer).__name__ if isinstance(layer, nn.Module) else getattr(layer, "__name__", "")

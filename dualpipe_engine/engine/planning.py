@@ -6,20 +6,22 @@ import torch
 import torch.distributed as dist
 
 from ..errors import ConfigError, PlanError
-from ..schedule.choose import make_plan
+from ..schedule.choose import make_plan, placement_of
+from ..schedule.costs import UNIT, CostModel
 from ..schedule.lower import lower
 from ..schedule.plan import Plan
 from ..schedule.verify import verify
 from .config import DualPipeConfig
 
 
-def make_lowered_plan(config: DualPipeConfig, num_ranks: int, num_micro: int) -> Plan:
+def make_lowered_plan(config: DualPipeConfig, num_ranks: int, num_micro: int, costs: CostModel = UNIT) -> Plan:
     """Make, verify and lower the training plan.
 
     Args:
         config: names the schedule, or the file of a plan.
         num_ranks: pipeline ranks.
         num_micro: micro-batches of one pipeline per batch.
+        costs: costs of the model cut into `num_ranks` stages.
 
     Raises:
         PlanError: the schedule cannot run on these ranks, or a plan file is not valid.
@@ -37,6 +39,7 @@ def make_lowered_plan(config: DualPipeConfig, num_ranks: int, num_micro: int) ->
             config.schedule,
             num_ranks,
             num_micro,
+            costs.for_placement(placement_of(config.schedule, num_ranks)),
             optimize=config.optimize,
             activation_cap=config.activation_cap,
             split_backward=config.split_backward is not False,

@@ -92,6 +92,15 @@ def make_plan(
     return plan if plan is reference else safe_fuse(plan, costs)
 
 
+def placement_of(schedule: str, num_ranks: int) -> Placement:
+    """The placement that a schedule runs on.
+
+    Raises:
+        PlanError: the name is unknown, or the rank count does not fit.
+    """
+    return Placement(_known(schedule).placement, num_ranks)
+
+
 def _known(schedule: str) -> _Schedule:
     if schedule not in _KNOWN:
         near = get_close_matches(schedule, SCHEDULES, n=1, cutoff=0.0)[0]
