@@ -10,7 +10,7 @@ import sys
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from . import __version__
 from .errors import ConfigError, DualPipeError
@@ -23,9 +23,6 @@ from .schedule.measurement import Measurement
 from .schedule.plan import Plan
 from .schedule.simulate import peak_activations, simulate
 from .schedule.verify import verify
-
-if TYPE_CHECKING:
-    from rich.console import Console
 
 _FILES = (".csv", ".json")
 
@@ -207,8 +204,9 @@ def _run_plan(args: argparse.Namespace) -> None:
         return
     from .viz.cells import headline
     from .viz.summary import plan_table
+    from .viz.terminal import wide_console
 
-    console = _console()
+    console = wide_console()
     console.print(plan_table(shown))
     facts = f"lower bound {bound:.4g}, at most {max(peaks)} activations alive on a rank; verified"
     console.print(f"{_title(plan)}: {headline(timeline)}, {facts}", highlight=False, markup=False)
@@ -217,7 +215,7 @@ def _run_plan(args: argparse.Namespace) -> None:
 def _run_draw(args: argparse.Namespace) -> None:
     from .viz.chrome import read_chrome
     from .viz.figure import save_figure
-    from .viz.terminal import draw_terminal
+    from .viz.terminal import draw_terminal, wide_console
 
     if args.file and args.schedule:
         raise ConfigError(f"draw either {args.file} or --schedule {args.schedule}, not both")
@@ -230,7 +228,7 @@ def _run_draw(args: argparse.Namespace) -> None:
     if args.out:
         save_figure(args.out, timeline, title, unit)
     else:
-        draw_terminal(timeline, _console(), title, unit)
+        draw_terminal(timeline, wide_console(), title, unit)
 
 
 def _is_trace(path: str) -> bool:
@@ -246,6 +244,7 @@ def _is_trace(path: str) -> bool:
 
 def _run_compare(args: argparse.Namespace) -> None:
     from .viz.summary import comparison_table
+    from .viz.terminal import wide_console
 
     costs, job = _work(args)
     if args.ranks is None:
@@ -257,7 +256,7 @@ def _run_compare(args: argparse.Namespace) -> None:
     bounds = {row.schedule: plan_bound(row.plan, costs.for_placement(row.plan.placement)) for row in rows if row.plan}
     if args.format == "table":
         title = f"{args.ranks} ranks, {args.micro_batches} micro-batches"
-        _console().print(comparison_table(rows, bounds, title))
+        wide_console().print(comparison_table(rows, bounds, title))
         return
     first = fastest(rows)
     _print_json(
@@ -291,12 +290,6 @@ def _title(plan: Plan) -> str:
 
 def _print_json(data: dict[str, Any]) -> None:
     sys.stdout.write(json.dumps(data) + "\n")
-
-
-def _console() -> Console:
-    from rich.console import Console
-
-    return Console()
 
 
 if __name__ == "__main__":

@@ -106,15 +106,14 @@ def choose(config: DualPipeConfig, measured: Measurement, num_micro: int) -> tup
 
 def print_choice(rows: list[Row], measured: Measurement, num_micro: int) -> None:
     """Say in one table what was taken, and why."""
-    from rich.console import Console
-
     from ..viz.summary import comparison_table
+    from ..viz.terminal import wide_console
 
     bounds = {
         row.schedule: plan_bound(row.plan, measured.costs.for_placement(row.plan.placement)) for row in rows if row.plan
     }
     title = f"auto: {measured.ranks} ranks, {num_micro} micro-batches, seconds simulated with measured costs"
-    console = Console()
+    console = wide_console()
     console.print(comparison_table(rows, bounds, title))
     console.print(best_of(rows).reason, highlight=False)
 

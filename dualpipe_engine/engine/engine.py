@@ -16,11 +16,13 @@ from deepspeed.runtime.engine import DeepSpeedEngine
 from deepspeed.runtime.pipe.engine import TRAIN_BATCH_TIMER, PipelineEngine
 from deepspeed.runtime.pipe.topology import PipelineParallelGrid
 from deepspeed.runtime.torch_autocast import autocast_if_enabled
+from deepspeed.utils import logger
 from deepspeed.utils.timer import ThroughputTimer
 
 from ..comm.p2p import Edges
 from ..comm.transport import GroupTransport
 from ..errors import ConfigError
+from ..runtime.apex_support import apex_status
 from ..runtime.chunk import StageChunk
 from ..runtime.executor import BatchResult, Executor
 from ..runtime.observer import Observer
@@ -119,7 +121,10 @@ class DualPipeEngine(PipelineEngine):
         self._views = stage_views(module)
         self._store = None
         if any(part.kind == I for op in self.plan.programs[self.place.rank] for part in atoms(op)):
-            self._store = WeightGradStore()
+            apex = apex_status()
+            if self.global_rank == 0 and apex.message:
+                logger.info(apex.message)
+            self._store = WeightGradStore(apex.wgrad if self.device.type == "cuda" else None)
             self.weight_split = install(module, self._store)
         last = self.num_stages - 1
         self._chunks = {
@@ -188,7 +193,9 @@ class DualPipeEngine(PipelineEngine):
             result = self._executor.run(self.plan, feed)
         feed.drain()
         self.module.micro_offset += self.micro_batches
-        self._check_stream(feed)
+        if not self._checked_stream:
+            self._check_stream(feed)
+            self._report_split()
         self.agg_train_loss = self._mean_loss(result.losses, self.micro_batches)
         self.timers(TRAIN_BATCH_TIMER).stop()
         self._report_batch()
@@ -226,14 +233,22 @@ class DualPipeEngine(PipelineEngine):
 
     def _check_stream(self, feed: BatchFeed) -> None:
         """After the first batch: both ends of the pipeline must have read the same data."""
-        if self._checked_stream:
-            return
         self._checked_stream = True
         if len(self.place.ends) < 2:
             return
         sums: list[Any] = [None] * len(self.place.pipeline)
         dist.all_gather_object(sums, feed.checksum, group=self._pipeline_group)
         check_same_stream({rank: sums[rank] for rank in self.place.ends})
+
+    def _report_split(self) -> None:
+        """After the first batch, whose forwards show it: which share of the weights runs in W, and what does not."""
+        mine = None if self._store is None else str(self.weight_split)
+        found: list[Any] = [None] * len(self.place.pipeline)
+        dist.all_gather_object(found, mine, group=self._pipeline_group)
+        if self.global_rank == 0:
+            for rank, report in enumerate(found):
+                if report is not None:
+                    logger.info(f"pipeline rank {rank}: {report}")
 
     def _mean_loss(self, losses: dict[int, torch.Tensor], num_micro: int) -> torch.Tensor:
         """Mean over micro-batches and replicas; added up in the order of the micro-batches, whoever computed them."""

@@ -14,6 +14,17 @@ if TYPE_CHECKING:
     from rich.text import Text
 
 
+PLAIN_WIDTH = 120  #: columns where the output is no terminal
+
+
+def wide_console() -> Console:
+    """A console that keeps tables whole in logs and pipes, where rich would assume 80 columns."""
+    from rich.console import Console
+
+    console = Console()
+    return console if console.is_terminal else Console(width=max(PLAIN_WIDTH, console.width))
+
+
 def draw_terminal(timeline: Timeline, console: Console, title: str = "", unit: str = "") -> None:
     """Print the timeline, scaled to the width of `console`; letters carry the meaning where there is no colour."""
     from rich.text import Text
