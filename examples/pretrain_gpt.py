@@ -39,7 +39,10 @@ LENGTH = 128
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", help="folder of text files (default: Python's standard library)")
-    parser.add_argument("--schedule", help="overrides the configuration; 1f1b-deepspeed is DeepSpeed's own engine")
+    parser.add_argument(
+        "--schedule",
+        help="overrides the configuration; auto measures and chooses, 1f1b-deepspeed is DeepSpeed's engine",
+    )
     parser.add_argument("--steps", type=int, default=120, help="training steps")
     parser.add_argument("--stages", type=int, help="pipeline ranks (default: all)")
     parser.add_argument("--blocks", type=int, default=8, help="transformer blocks")
@@ -89,7 +92,7 @@ def report(
 ) -> None:
     """The table at the end, the trace and the picture of the schedule."""
     table = Table(title=f"{name}: results in {folder}", show_header=False)
-    table.add_row("schedule", name)
+    table.add_row("schedule", engine.plan.schedule if hasattr(engine, "plan") else name)
     table.add_row("micro-batches a step", str(engine.gradient_accumulation_steps()))
     table.add_row("loss at start", f"{losses[0]:.3f} nats/byte")
     table.add_row("loss at end (mean of 5 steps)", f"{sum(losses[-5:]) / len(losses[-5:]):.3f} nats/byte")
@@ -123,14 +126,14 @@ def main() -> None:
     world = torch.distributed.get_world_size()
     module = PipelineModule(layers(args.blocks, length=LENGTH), num_stages=args.stages or world, loss_fn=loss)
     replica = module.mpu().get_data_parallel_rank()
-    engine, *_ = dualpipe_engine.initialize(model=module, config=settings)
-
+    text = read_folder(args.data)
+    cut = len(text) * 9 // 10
     name = settings.get("pipeline", {}).get("schedule", "1f1b-deepspeed")
+    sample = Windows(text[:cut], LENGTH, 1000, 0) if name == "auto" else None  # what "auto" measures on
+    engine, *_ = dualpipe_engine.initialize(model=module, config=settings, training_data=sample)
     folder = Path("runs") / (args.name or name)
     folder.mkdir(parents=True, exist_ok=True)
     console = Console() if torch.distributed.get_rank() == 0 else None
-    text = read_folder(args.data)
-    cut = len(text) * 9 // 10
     data = batches(text[:cut], engine.train_micro_batch_size_per_gpu(), replica, seed=1)
     losses = train(engine, data, folder, args.steps, console)
     held_out = batches(text[cut:], engine.train_micro_batch_size_per_gpu(), replica, seed=2)
