@@ -56,7 +56,8 @@ class _Exchange(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> Any:
-        return _post(grads[0], *ctx.splits, ctx.group, ctx.tickets), None, None, None, None
+        send, receive = ctx.splits
+        return _post(grads[0], send, receive, ctx.group, ctx.tickets), None, None, None, None
 
 
 def _post(rows: torch.Tensor, send: Any, receive: Any, group: Any, tickets: Tickets | None) -> torch.Tensor:

@@ -1,0 +1,42 @@
+"""Phases: how a layer lets the communication of one micro-batch hide under the computation of another.
+
+A layer with a method `phases()` is run as the list that it returns, one phase after the other, each handing its result
+(any nest of tensors and plain values) to the next; the whole list does what the layer's `forward` does. An
+expert-parallel transformer block has, for example, attention and routing (compute), dispatch (comm), experts (compute),
+combine (comm).
+
+Each phase is an autograd segment of its own: the graph is cut between phases, so that the backward of one phase can
+run, or wait, apart from the next.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple, Protocol, runtime_checkable
+
+COMPUTE = "compute"
+COMM = "comm"
+
+
+class Phase(NamedTuple):
+    """One phase of a layer.
+
+    Args:
+        name: for traces and the overlap report, such as "dispatch".
+        kind: "compute" or "comm".
+        run: of a compute phase: `run(state) -> state`. Of a comm phase: `run(state, tickets) -> state`, which posts its
+            transfers, adds them to `tickets` (`comm.tickets.Tickets`) and does not read their results; the autograd
+            functions in it do the same in their backward, with the same `tickets`. A comm phase has no parameters and
+            uses each tensor of its state at most once.
+    """
+
+    name: str
+    kind: str
+    run: Callable[..., Any]
+
+
+@runtime_checkable
+class Phased(Protocol):
+    """A layer that offers phases."""
+
+    def phases(self) -> list[Phase]: ...
