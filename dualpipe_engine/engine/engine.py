@@ -23,7 +23,6 @@ from ..comm.p2p import Edges
 from ..comm.transport import GroupTransport
 from ..errors import ConfigError
 from ..runtime.apex_support import apex_status
-from ..runtime.chunk import StageChunk
 from ..runtime.executor import BatchResult, Executor
 from ..runtime.observer import Observer
 from ..runtime.weight_grad import WeightGradStore, install
@@ -38,7 +37,14 @@ from .config import DualPipeConfig
 from .data import BatchFeed, check_same_stream
 from .gradients import GradientTail
 from .grid import Place
-from .module import PlacedModule, needs_input_gradient, set_activation_checkpointing, stage_module, stage_views
+from .module import (
+    PlacedModule,
+    has_phases,
+    make_chunk,
+    needs_input_gradient,
+    set_activation_checkpointing,
+    stage_views,
+)
 from .planning import make_lowered_plan
 
 
@@ -127,11 +133,14 @@ class DualPipeEngine(PipelineEngine):
             self._store = WeightGradStore(apex.wgrad if self.device.type == "cuda" else None)
             self.weight_split = install(module, self._store)
         last = self.num_stages - 1
+        overlap, timeout = self.dualpipe_config.overlap is not False, self.dualpipe_config.p2p_timeout_s
         self._chunks = {
-            stage: StageChunk(
-                stage_module(view),
+            stage: make_chunk(
+                view,
                 stage,
-                overlap=self.dualpipe_config.overlap is not False,
+                by_phases=overlap and has_phases(module),
+                timeout_s=timeout,
+                overlap=overlap,
                 is_last=stage == last,
                 loss_fn=module.loss_fn if stage == last else None,
                 store=self._store,
@@ -139,7 +148,6 @@ class DualPipeEngine(PipelineEngine):
             for stage, view in self._views.items()
         }
         transport = GroupTransport(self.place.pipeline, self.place.rank, self._pipeline_group)
-        timeout = self.dualpipe_config.p2p_timeout_s
         self._edges = Edges(transport, self.device, timeout, dynamic_shape=module.dynamic_shape)
         self._observer = Observer(self.place.rank, self.device)
         self._tail = GradientTail(self)

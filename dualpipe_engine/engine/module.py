@@ -19,6 +19,9 @@ from deepspeed.pipe import LayerSpec, PipelineModule, TiedLayerSpec
 from deepspeed.runtime.activation_checkpointing import checkpointing
 from torch import nn
 
+from ..runtime.chunk import StageChunk
+from ..runtime.overlap import PhasedChunk, phases_of
+from ..runtime.phases import Phased
 from ..schedule.placement import Placement
 from .grid import Place, deepspeed_grid, position_of
 from .partition import cut_layers, same_random_state, stage_of_layer
@@ -196,7 +199,34 @@ def set_activation_checkpointing(module: PipelineModule, section: Mapping[str, A
         module.activation_checkpoint_interval = section["activation_checkpoint_interval"]
 
 
-def stage_module(view: Any) -> Any:
+def make_chunk(view: PipelineModule, stage: int, by_phases: bool, timeout_s: float, **options: Any) -> StageChunk:
+    """The chunk that runs a stage.
+
+    Args:
+        view: the stage.
+        stage: its number.
+        by_phases: run it by phases, as `has_phases` allows; all stages of a rank alike, so that they can pair.
+        timeout_s: seconds after which a transfer within a phase is given up.
+        options: of `StageChunk`.
+    """
+    if not by_phases:
+        return StageChunk(_runnable(view), stage, **options)
+    recomputed = view.activation_checkpoint_interval > 0
+
+    def recompute(layer: Any) -> bool:
+        return recomputed and view._is_checkpointable([layer])
+
+    return PhasedChunk(view, stage, phases_of(view.forward_funcs, recompute), timeout_s, **options)
+
+
+def has_phases(module: PipelineModule) -> bool:
+    """Whether any layer of this rank offers phases and nothing stands against running the layers one by one: a
+    PipelineModule with a forward of its own, or with `seed_layers`, whose seeds belong to whole layers."""
+    own = getattr(type(module), "forward", None) is not PipelineModule.forward
+    return not own and not module.seed_layers and any(isinstance(layer, Phased) for layer in module.forward_funcs)
+
+
+def _runnable(view: PipelineModule) -> Any:
     """The stage as its chunk runs it: the view, or its only layer where that brings `overlapped_forward_backward`."""
     functions = view.forward_funcs
     if len(functions) == 1 and hasattr(type(functions[0]), "overlapped_forward_backward"):

@@ -31,7 +31,7 @@ from ..schedule.timeline import Span, Timeline
 from .data import BatchFeed
 from .grid import Place
 from .links import transfer_seconds
-from .module import needs_input_gradient, stage_module
+from .module import has_phases, make_chunk, needs_input_gradient
 from .partition import same_random_state
 
 BATCHES = 3  #: measured, after one that warms up
@@ -69,14 +69,17 @@ def stage_costs(
         store = WeightGradStore() if split_backward else None
         if store is not None:
             install(view, store)
-        chunk = _CountingChunk(
-            stage_module(view),
+        chunk = make_chunk(
+            view,
             stage,
+            by_phases=overlap and has_phases(module),
+            timeout_s=timeout_s,
             is_last=stage == ranks - 1,
             loss_fn=module.loss_fn if stage == ranks - 1 else None,
             store=store,
             overlap=overlap,
         )
+        saved = _SavedBytes(chunk, module)
         transport = GroupTransport(place.pipeline, stage, module._grid.pp_proc_group)
         edges = Edges(transport, device, timeout_s, dynamic_shape=module.dynamic_shape)
         observer = Observer(stage, device)
@@ -102,7 +105,7 @@ def stage_costs(
         dist.all_gather_object(sizes, edges.message_bytes(stage), group=module._grid.pp_proc_group)
         hop = transfer_seconds(place, transport, sizes, device, timeout_s)
     mine = measured_costs([Timeline(ranks, spans)], ranks).at(stage)
-    return _same_on_all(place, mine, chunk.saved_bytes, hop)
+    return _same_on_all(place, mine, saved.total, hop)
 
 
 def _from_all(value: Any) -> list[Any]:
@@ -125,28 +128,31 @@ def _same_on_all(place: Place, mine: tuple[float, ...], size: int, hop: float) -
     return CostModel(f, i, w, fb, comm=max(hops), activation_bytes=tuple(sizes))
 
 
-class _CountingChunk(StageChunk):
-    """Counts the bytes that the first forward leaves behind for its backward, parameters aside."""
+class _SavedBytes:
+    """Counts the bytes that the first forward of a chunk leaves behind for its backward, parameters aside.
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
-        self.saved_bytes = 0
+    Attributes:
+        total: the bytes.
+    """
 
-    def forward(self, micro: int, inputs: Any, labels: Any = None) -> Any:
-        if self.saved_bytes:
-            return super().forward(micro, inputs, labels)
-        owner: Any = self.module
-        seen = {param.untyped_storage().data_ptr() for param in owner.parameters()}
+    def __init__(self, chunk: StageChunk, module: PipelineModule) -> None:
+        self.total = 0
+        self._seen = {param.untyped_storage().data_ptr() for param in module.parameters()}
+        forward = chunk.forward
 
-        def count(tensor: torch.Tensor) -> torch.Tensor:
-            storage = tensor.untyped_storage()
-            if storage.data_ptr() not in seen:
-                seen.add(storage.data_ptr())
-                self.saved_bytes += storage.nbytes()
-            return tensor.detach()
+        def counted(*args: Any) -> Any:
+            vars(chunk).pop("forward")
+            with torch.autograd.graph.saved_tensors_hooks(self._count, lambda tensor: tensor):
+                return forward(*args)
 
-        with torch.autograd.graph.saved_tensors_hooks(count, lambda tensor: tensor):
-            return super().forward(micro, inputs, labels)
+        vars(chunk)["forward"] = counted
+
+    def _count(self, tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in self._seen:
+            self._seen.add(storage.data_ptr())
+            self.total += storage.nbytes()
+        return tensor.detach()
 
 
 @contextmanager

@@ -153,8 +153,12 @@ class StageChunk:
 
     @property
     def brings_overlap(self) -> bool:
-        """Whether pairs run through the module's own `overlapped_forward_backward`."""
+        """Whether a pair can run as one; here: through the module's own `overlapped_forward_backward`."""
         return self._overlap and hasattr(type(self.module), "overlapped_forward_backward")
+
+    def pairs_with(self, other: StageChunk) -> bool:
+        """Whether a forward here and a backward on `other` can run through `overlapped`."""
+        return self.brings_overlap and type(self) is type(other) and type(self.module) is type(other.module)
 
     def clear(self) -> None:
         """Drop everything that is kept, after a batch that failed."""
@@ -176,7 +180,8 @@ class StageChunk:
         tensors, meta = flatten(output)
         differentiable = [tensor for tensor in tensors if tensor.is_floating_point() or tensor.is_complex()]
         edges = [get_gradient_edge(tensor) if tensor.requires_grad else None for tensor in differentiable]
-        outputs = differentiable if self.brings_overlap else []
+        wanted = self._overlap and hasattr(type(self.module), "overlapped_forward_backward")
+        outputs = differentiable if wanted else []
         self._alive[micro] = Activation(leaves, edges, outputs=outputs)
         return meta.build([tensor.detach() for tensor in tensors])
 

@@ -195,7 +195,7 @@ class Executor:
     def _pair(self, op: Op) -> None:
         forward, backward = op.parts
         chunk, other = self._chunks[forward.stage], self._chunks[backward.stage]
-        if chunk.brings_overlap and type(chunk.module) is type(other.module) and backward.kind == B:
+        if backward.kind == B and chunk.pairs_with(other):
             inputs, labels = self._prepare(forward)
             grads = self._take_grads(backward)
             with self._observer.span(op):

@@ -33,7 +33,9 @@ class ListFeed:
         return self.all_labels[micro]
 
 
-def run_plan(plan: Plan, stages_of_rank, loss_fn, feed, *, train=True, split=False, dynamic=False, timeout=20.0):
+def run_plan(
+    plan: Plan, stages_of_rank, loss_fn, feed, *, train=True, split=False, dynamic=False, timeout=20.0, make=StageChunk
+):
     """Run all ranks in threads; returns the results by rank and the executors' observers."""
     size = plan.placement.num_ranks
     hub = LocalHub(size)
@@ -50,7 +52,7 @@ def run_plan(plan: Plan, stages_of_rank, loss_fn, feed, *, train=True, split=Fal
                     store = WeightGradStore()
                     install(module, store)
                 is_last = stage == plan.placement.num_stages - 1
-                chunks[stage] = StageChunk(module, stage, is_last=is_last, loss_fn=loss_fn, store=store)
+                chunks[stage] = make(module, stage, is_last=is_last, loss_fn=loss_fn, store=store)
             edges = Edges(LocalTransport(hub, rank), CPU, timeout, dynamic)
             executor = Executor(rank, chunks, edges, observers[rank])
             with torch.set_grad_enabled(train):

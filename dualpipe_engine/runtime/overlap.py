@@ -1,0 +1,269 @@
+"""Overlap: a stage run phase by phase, so that a forward and a backward hide each other's communication.
+
+Each phase is an autograd segment. Forward and backward of a micro-batch are coroutines that stop wherever they have
+posted communication; `interleave` lets one compute while the other communicates, as in figure 4 of the DeepSeek-V3
+report (arXiv 2412.19437), on one Python thread and in an order that depends on the phases alone, so that all ranks of
+an expert-parallel group post their collectives in one order. Weight gradients fill what is left of a wait.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Generator, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, TypeVar
+
+import torch
+from torch.autograd.graph import GradientEdge, get_gradient_edge
+from torch.utils import _pytree as pytree
+from torch.utils.checkpoint import checkpoint
+
+from ..comm.tickets import Tickets, Transfer
+from .chunk import StageChunk
+from .phases import COMM, COMPUTE, Phase, Phased
+
+Result = TypeVar("Result")
+#: Yields what it has posted and must not be resumed before that is done.
+Steps = Generator[Tickets, None, Result]
+Grads = list[torch.Tensor | None]
+_Weights = deque[Callable[[], None]]
+
+
+def phases_of(
+    layers: Sequence[Callable[..., Any]], recompute: Callable[[Any], bool] = lambda layer: False
+) -> list[Phase]:
+    """The phases of a stage: those of its layers, with computation that nothing separates merged into one.
+
+    Args:
+        layers: the layers, in order; one without `phases` is one computation.
+        recompute: whether the computation of a layer is activation-checkpointed. What its communication delivers is
+            kept, so nothing is sent twice.
+    """
+    merged: list[Phase] = []
+    for layer in layers:
+        parts = layer.phases() if isinstance(layer, Phased) else [Phase(type(layer).__name__, COMPUTE, layer)]
+        for name, kind, run in parts:
+            if kind == COMPUTE and recompute(layer):
+                run = partial(checkpoint, run, use_reentrant=False)
+            if kind == COMPUTE and merged and merged[-1].kind == COMPUTE:
+                before = merged.pop()
+                name, run = f"{before.name}+{name}", partial(_chain, before.run, run)
+            merged.append(Phase(name, kind, run))
+    return merged
+
+
+def _chain(first: Callable[[Any], Any], second: Callable[[Any], Any], state: Any) -> Any:
+    return second(first(state))
+
+
+@dataclass
+class _Segment:
+    """One phase of one micro-batch, between its forward and its backward."""
+
+    leaves: list[torch.Tensor]
+    #: For each output that needs a gradient its edge, or the index of the leaf that it is.
+    edges: list[GradientEdge | int]
+    tickets: Tickets
+
+
+class PhasedChunk(StageChunk):
+    """A stage that runs by phases; see `StageChunk`.
+
+    Args:
+        module: the stage, for inference.
+        stage: global stage number.
+        phases: what `phases_of` makes of the stage.
+        timeout_s: seconds after which a transfer is given up.
+        options: as for `StageChunk`.
+
+    Attributes:
+        transfers: what became of each transfer; whoever reads it empties it.
+    """
+
+    def __init__(
+        self, module: Callable[[Any], Any], stage: int, phases: Sequence[Phase], timeout_s: float, **options: Any
+    ) -> None:
+        super().__init__(module, stage, **options)
+        # The last phase hands over to the next stage or to the loss, so it computes.
+        self._phases = [*phases, Phase("out", COMPUTE, _same)] if phases[-1].kind == COMM else list(phases)
+        self._timeout_s = timeout_s
+        self._segments: dict[int, list[_Segment]] = {}
+        self.transfers: list[Transfer] = []
+
+    @property
+    def brings_overlap(self) -> bool:
+        return self._overlap
+
+    def pairs_with(self, other: StageChunk) -> bool:
+        return self._overlap and isinstance(other, PhasedChunk)
+
+    def forward(self, micro: int, inputs: Any, labels: Any = None) -> Any:
+        return finish(self._forward_steps(micro, inputs, labels), partial(self._wait, weights=deque()))
+
+    def backward(self, micro: int, grads: list[torch.Tensor] | None, scale: float = 1.0) -> list[torch.Tensor]:
+        weights: _Weights = deque()
+        back = finish(self._backward_steps(micro, grads, scale, weights), partial(self._wait, weights=weights))
+        _run_all(weights)
+        return back
+
+    def input_backward(self, micro: int, grads: list[torch.Tensor] | None, scale: float = 1.0) -> list[torch.Tensor]:
+        weights: _Weights = deque()
+        back = finish(self._backward_steps(micro, grads, scale, weights), partial(self._wait, weights=deque()))
+        self._pending[micro] = list(weights)
+        return back
+
+    def overlapped(
+        self, micro: int, inputs: Any, labels: Any, other: StageChunk, back: int, grads: Any, scale: float
+    ) -> Any:
+        """Run F of `micro` here together with the full backward of micro-batch `back` on `other`.
+
+        Returns:
+            What `forward` returns, and what `backward` returns.
+        """
+        assert isinstance(other, PhasedChunk)
+        weights: _Weights = deque()
+        forward = self._forward_steps(micro, inputs, labels)
+        backward = other._backward_steps(back, grads, scale, weights)
+        output, found = interleave(forward, backward, partial(self._wait, weights=weights))
+        _run_all(weights)
+        return output, found
+
+    def clear(self) -> None:
+        super().clear()
+        self._segments.clear()
+
+    def _wait(self, tickets: Tickets, weights: _Weights) -> None:
+        """Wait, and run weight gradients for as long as there is time."""
+        while weights and not tickets.done():
+            weights.popleft()()
+        tickets.wait(self._timeout_s)
+
+    def _forward_steps(self, micro: int, inputs: Any, labels: Any) -> Steps[Any]:
+        segments: list[_Segment] = []
+        state = inputs
+        for phase in self._phases[:-1]:
+            tickets = Tickets(phase.name, self.transfers)
+            if phase.kind == COMPUTE:
+                entered, leaves = self._enter(state)
+                state = phase.run(entered)
+                segments.append(_Segment(leaves, _edges(state, ()), tickets))
+            else:
+                leaves = _differentiable(state)
+                state = phase.run(state, tickets)
+                segments.append(_Segment(leaves, _edges(state, leaves), tickets))
+                yield tickets
+            state = pytree.tree_map(_cut, state)
+        entered, leaves = self._enter(state)
+        output = self._phases[-1].run(entered)
+        self._segments[micro] = segments
+        if not self.is_last:
+            return self._keep(micro, leaves, output)
+        return self._keep_loss(micro, leaves, self.loss_fn(output, labels) if self.loss_fn is not None else output)
+
+    def _backward_steps(
+        self, micro: int, grads: list[torch.Tensor] | None, scale: float, weights: _Weights
+    ) -> Steps[list[torch.Tensor]]:
+        last, segments = self._alive.pop(micro), self._segments.pop(micro)
+        with self._keeping_back(weights):
+            self._run_backward(last, grads, scale)
+        leaves = last.leaves
+        found: Grads = [leaf.grad for leaf in leaves]
+        for phase, segment in zip(reversed(self._phases[:-1]), reversed(segments), strict=True):
+            leaves = segment.leaves
+            given = [(edge, grad) for edge, grad in zip(segment.edges, found, strict=True) if grad is not None]
+            edges = [edge for edge, _ in given if not isinstance(edge, int)]
+            of_edges = [grad for edge, grad in given if not isinstance(edge, int)]
+            if phase.kind == COMPUTE:
+                with self._keeping_back(weights):
+                    if edges:
+                        torch.autograd.backward(edges, of_edges)
+                found = [leaf.grad for leaf in leaves]
+                continue
+            # `grad` hands over what the phase has posted; `backward` would copy it before it has arrived.
+            found = (
+                list(torch.autograd.grad(edges, leaves, of_edges, allow_unused=True)) if edges else [None] * len(leaves)
+            )
+            yield segment.tickets
+            for edge, grad in given:
+                if isinstance(edge, int):
+                    before = found[edge]
+                    found[edge] = grad if before is None else before + grad
+        return [torch.zeros_like(leaf) if grad is None else grad for leaf, grad in zip(leaves, found, strict=True)]
+
+    @contextmanager
+    def _keeping_back(self, weights: _Weights) -> Iterator[None]:
+        """Put the weight gradients of the backward in the body into `weights`."""
+        if self._store is None:
+            yield
+            return
+        with self._store.defer():
+            yield
+        weights.extend(self._store.take())
+
+
+def finish(steps: Steps[Result], wait: Callable[[Tickets], None], posted: Tickets | None = None) -> Result:
+    """Run a coroutine to its end, waiting for everything that it posts.
+
+    Args:
+        steps: the coroutine.
+        wait: called for what it posts.
+        posted: what it has posted already.
+    """
+    try:
+        while True:
+            if posted is not None:
+                wait(posted)
+            posted = next(steps)
+    except StopIteration as end:
+        return end.value
+
+
+def interleave(first: Steps[Any], second: Steps[Any], wait: Callable[[Tickets], None]) -> tuple[Any, Any]:
+    """Run two coroutines in turns, so that each computes while what the other has posted is under way.
+
+    `second` begins: a backward starts with the communication that comes last in a forward.
+
+    Returns:
+        What each returns.
+    """
+    sides = (first, second)
+    posted: list[Tickets | None] = [None, None]
+    results: list[Any] = [None, None]
+    turn = 1
+    try:
+        while True:
+            if (tickets := posted[turn]) is not None:
+                wait(tickets)
+            posted[turn] = next(sides[turn])
+            turn = 1 - turn
+    except StopIteration as end:
+        results[turn] = end.value
+    results[1 - turn] = finish(sides[1 - turn], wait, posted[1 - turn])
+    return results[0], results[1]
+
+
+def _run_all(weights: _Weights) -> None:
+    while weights:
+        weights.popleft()()
+
+
+def _same(state: Any) -> Any:
+    return state
+
+
+def _cut(value: Any) -> Any:
+    """Cut a tensor off from the graph; what needs a gradient becomes a leaf that collects it."""
+    if not isinstance(value, torch.Tensor) or not value.requires_grad:
+        return value
+    return value.detach().requires_grad_()
+
+
+def _differentiable(state: Any) -> list[torch.Tensor]:
+    return [leaf for leaf in pytree.tree_leaves(state) if isinstance(leaf, torch.Tensor) and leaf.requires_grad]
+
+
+def _edges(state: Any, leaves: Sequence[torch.Tensor]) -> list[GradientEdge | int]:
+    index = {id(leaf): number for number, leaf in enumerate(leaves)}
+    return [index[id(out)] if id(out) in index else get_gradient_edge(out) for out in _differentiable(state)]

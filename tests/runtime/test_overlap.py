@@ -1,0 +1,244 @@
+"""Phases: the gradients stay, nothing is read before it has arrived, communication runs under computation."""
+
+from __future__ import annotations
+
+from functools import partial
+
+import pytest
+import torch
+from test_executor import ListFeed, check_against_oracle, make_stages, mean_square, run_plan
+from torch import nn
+
+from dualpipe_engine.comm.tickets import Tickets
+from dualpipe_engine.runtime.chunk import StageChunk
+from dualpipe_engine.runtime.overlap import PhasedChunk, finish, interleave, phases_of
+from dualpipe_engine.runtime.phases import COMM, COMPUTE, Phase
+from dualpipe_engine.runtime.weight_grad import WeightGradStore, install
+from dualpipe_engine.schedule.choose import make_plan
+from dualpipe_engine.schedule.lower import lower
+from dualpipe_engine.schedule.op import FB
+
+
+class Arrival:
+    """A transfer that delivers at `wait`; before, the receiver's memory holds NaN."""
+
+    def __init__(self, source, target, events, name):
+        self._source, self._target, self._events, self._name = source.clone(), target, events, name
+        events.append(("post", name))
+
+    def wait(self, timeout_s):
+        with torch.no_grad():
+            self._target.copy_(self._source)
+        self._events.append(("wait", self._name))
+
+    def done(self):
+        return False
+
+    def finished_at(self):
+        return None
+
+
+class Travel(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, rows, tickets, events, name):
+        ctx.info = (tickets, events, name)
+        return Travel.post(rows, *ctx.info)
+
+    @staticmethod
+    def backward(ctx, grad):
+        tickets, events, name = ctx.info
+        return Travel.post(grad, tickets, events, name + "'"), None, None, None
+
+    @staticmethod
+    def post(rows, tickets, events, name):
+        out = torch.full_like(rows, float("nan"))
+        ticket = Arrival(rows, out, events, name)
+        if tickets is None:
+            ticket.wait(0)
+        else:
+            tickets.add(ticket)
+        return out
+
+
+class Block(nn.Module):
+    """Shaped like an expert-parallel block: the residual passes by while the rows travel."""
+
+    def __init__(self, width=6):
+        super().__init__()
+        self.attention, self.experts = nn.Linear(width, width), nn.Linear(width, width)
+        self.events = []
+
+    def phases(self):
+        return [
+            Phase("attention", COMPUTE, self._attention),
+            Phase("dispatch", COMM, partial(self._travel, name="dispatch")),
+            Phase("experts", COMPUTE, self._experts),
+            Phase("combine", COMM, partial(self._travel, name="combine")),
+            Phase("add", COMPUTE, self._add),
+        ]
+
+    def _attention(self, x):
+        self.events.append(("compute", "attention"))
+        x = x + torch.tanh(self.attention(x))
+        return {"residual": x, "rows": x * 2, "count": torch.tensor(x.shape[0]), "tag": "t"}
+
+    def _travel(self, state, tickets, name):
+        return state | {"rows": Travel.apply(state["rows"], tickets, self.events, name)}
+
+    def _experts(self, state):
+        self.events.append(("compute", "experts"))
+        return state | {"rows": torch.relu(self.experts(state["rows"])) * state["count"]}
+
+    def _add(self, state):
+        return state["residual"] + state["rows"]
+
+    def forward(self, x):
+        for phase in self.phases():
+            x = phase.run(x) if phase.kind == COMPUTE else phase.run(x, None)
+        return x
+
+
+def phased(module, stage, recompute=False, **options):
+    layers = list(module) if isinstance(module, nn.Sequential) else [module]
+    return PhasedChunk(module, stage, phases_of(layers, lambda layer: recompute), 10.0, **options)
+
+
+def stage_of(stage):
+    return nn.Sequential(nn.Linear(6, 6), Block(), Block()) if stage % 2 else nn.Sequential(Block(), nn.Tanh())
+
+
+def test_computation_that_nothing_separates_is_one_phase():
+    block = Block()
+    names = [phase.name for phase in phases_of([nn.Linear(6, 6), block, nn.Tanh(), block])]
+    assert names == [
+        "Linear+attention",
+        "dispatch",
+        "experts",
+        "combine",
+        "add+Tanh+attention",
+        "dispatch",
+        "experts",
+        "combine",
+        "add",
+    ]
+
+
+@pytest.mark.parametrize("recompute", [False, True], ids=["kept", "recomputed"])
+@pytest.mark.parametrize("split", [False, True], ids=["full", "split"])
+@pytest.mark.parametrize("schedule", ["1f1b", "zb1p", "dualpipe", "dualpipev"])
+@pytest.mark.parametrize(("ranks", "micros"), [(2, 5), (4, 10)])
+def test_gradients_equal_one_process(schedule, ranks, micros, split, recompute):
+    plan = lower(make_plan(schedule, ranks, micros))
+    originals, copies = make_stages(plan.placement, stage_of)
+    generator = torch.Generator().manual_seed(1)
+    inputs = [torch.randn(3, 6, dtype=torch.float64, generator=generator) for _ in range(micros)]
+    feed = ListFeed(inputs, [-value for value in inputs])
+    make = partial(phased, recompute=recompute)
+    results, observers = run_plan(plan, copies, mean_square, feed, split=split, make=make)
+    check_against_oracle(plan, originals, copies, mean_square, feed, results)
+    pairs = sum(op.kind == FB for program in plan.programs for op in program)
+    assert sum(span.op.kind == FB for observer in observers for span in observer.spans()) == pairs
+
+
+def pair(split=True, recompute=False):
+    """One F&B of two micro-batches on a stage; returns its events, the chunk and what came out."""
+    torch.manual_seed(0)
+    block = Block().double()
+    store = WeightGradStore() if split else None
+    if store is not None:
+        install(block, store)
+    chunk = phased(block, 0, is_last=False, store=store, recompute=recompute)
+    inputs = [torch.randn(3, 6, dtype=torch.float64, requires_grad=True) for _ in range(2)]
+    chunk.forward(0, inputs[0])
+    block.events.clear()
+    chunk.transfers.clear()
+    output, grads = chunk.overlapped(1, inputs[1], None, chunk, 0, [torch.ones(3, 6, dtype=torch.float64)], 1.0)
+    return block, chunk, inputs, output, grads
+
+
+@pytest.mark.parametrize("split", [False, True])
+@pytest.mark.parametrize("recompute", [False, True])
+def test_a_pair_equals_its_halves(split, recompute):
+    block, _, inputs, output, grads = pair(split, recompute)
+    oracle = Block().double()
+    oracle.load_state_dict(block.state_dict())
+    wanted, first = oracle(inputs[1].detach()), inputs[0].detach().requires_grad_()
+    oracle(first).sum().backward()
+    assert torch.equal(output, wanted) and torch.equal(grads[0], first.grad)
+    for (name, param), other in zip(block.named_parameters(), oracle.parameters(), strict=True):
+        assert torch.equal(param.grad, other.grad), name
+
+
+def test_each_transfer_of_a_pair_is_under_a_computation_of_the_other_side():
+    block, chunk, *_ = pair(recompute=True)  # recomputation makes the computations of the backward visible
+    assert [" ".join(event) for event in block.events] == [
+        "post combine'",
+        "compute attention",
+        "post dispatch",
+        "wait combine'",
+        "compute experts",  # again, for its backward
+        "post dispatch'",
+        "wait dispatch",
+        "compute experts",
+        "post combine",
+        "wait dispatch'",
+        "compute attention",  # again, for its backward
+        "wait combine",
+    ]
+    assert sorted(transfer.name for transfer in chunk.transfers) == ["combine", "combine", "dispatch", "dispatch"]
+
+
+def test_weight_gradients_fill_what_is_left_of_a_wait():
+    torch.manual_seed(0)
+    block = Block().double()
+    store = WeightGradStore()
+    install(block, store)
+    chunk = phased(block, 0, is_last=False, store=store)
+    chunk.forward(0, torch.randn(3, 6, dtype=torch.float64, requires_grad=True))
+    seen = {}
+
+    class Watch(Tickets):
+        def wait(self, timeout_s):
+            seen[self._name] = block.experts.weight.grad is not None
+            super().wait(timeout_s)
+
+    for segment in chunk._segments[0]:
+        segment.tickets.__class__ = Watch
+    chunk.backward(0, [torch.ones(3, 6, dtype=torch.float64)])
+    assert seen == {"combine": False, "dispatch": True}
+
+
+def test_turns_depend_on_the_steps_alone():
+    order = []
+
+    def side(name, count):
+        for number in range(count):
+            order.append(f"{name}{number}")
+            yield Tickets(f"{name}{number}")
+        order.append(f"{name} ends")
+        return name
+
+    waited = []
+    result = interleave(side("f", 3), side("b", 1), lambda tickets: waited.append(tickets._name))
+    assert result == ("f", "b")
+    assert order == ["b0", "f0", "b ends", "f1", "f2", "f ends"]
+    assert waited == ["b0", "f0", "f1", "f2"]
+    order.clear()
+    assert interleave(side("f", 0), side("b", 2), lambda tickets: None) == ("f", "b")
+    assert order == ["b0", "f ends", "b1", "b ends"]
+    assert finish(side("x", 2), lambda tickets: None) == "x"
+
+
+def test_a_phased_stage_pairs_only_with_its_like():
+    block = Block()
+    one, two = (phased(block, stage, is_last=False) for stage in (0, 1))
+    plain = StageChunk(block, 2, is_last=False)
+    off = phased(block, 3, is_last=False, overlap=False)
+    assert one.pairs_with(two) and not one.pairs_with(plain) and not plain.pairs_with(one) and not off.pairs_with(one)
+
+
+def test_a_failed_batch_leaves_nothing():
+    chunk = phased(Block(), 0, is_last=False)
+    chunk.forward(0, torch.randn(3, 6, requires_grad=True))
+    chunk.clear()
+    assert chunk.alive == 0 and not chunk._segments
