@@ -2,41 +2,37 @@
 
 from __future__ import annotations
 
-import socket
-import time
 from collections.abc import Iterator
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from deepspeed.runtime.activation_checkpointing import checkpointing as ds_checkpointing
 from deepspeed.runtime.bf16_optimizer import BF16_Optimizer
 from deepspeed.runtime.dataloader import RepeatingLoader
 from deepspeed.runtime.engine import DeepSpeedEngine
-from deepspeed.runtime.pipe.engine import TRAIN_BATCH_TIMER, PipelineEngine
+from deepspeed.runtime.pipe.engine import TRAIN_BATCH_TIMER
 from deepspeed.runtime.pipe.topology import PipelineParallelGrid
 from deepspeed.runtime.torch_autocast import autocast_if_enabled
 from deepspeed.utils import logger
 from deepspeed.utils.timer import ThroughputTimer
 
 from ..comm.p2p import Edges
+from ..comm.tickets import Transfer
 from ..comm.transport import GroupTransport
 from ..errors import ConfigError
 from ..runtime.apex_support import apex_status
-from ..runtime.executor import BatchResult, Executor
+from ..runtime.executor import Executor
 from ..runtime.observer import Observer
 from ..runtime.weight_grad import WeightGradStore, install
 from ..schedule.costs import CostModel
-from ..schedule.lower import forward_only, lower
-from ..schedule.measure import measured_costs
-from ..schedule.op import COMPUTE, I, atoms
+from ..schedule.op import I, atoms
 from ..schedule.plan import Plan
-from ..schedule.simulate import simulate
-from ..schedule.timeline import Span, Timeline
 from .config import DualPipeConfig
 from .data import BatchFeed, check_same_stream
+from .evaluation import Evaluation
 from .gradients import GradientTail
 from .grid import Place
+from .measuring import Measuring
 from .module import (
     PlacedModule,
     has_phases,
@@ -48,7 +44,7 @@ from .module import (
 from .planning import make_lowered_plan
 
 
-class DualPipeEngine(PipelineEngine):
+class DualPipeEngine(Evaluation, Measuring):
     """What `dualpipe_engine.initialize` returns.
 
     `train_batch`, `eval_batch`, `save_checkpoint`, `load_checkpoint` and the rest of DeepSpeed's PipelineEngine keep
@@ -133,6 +129,7 @@ class DualPipeEngine(PipelineEngine):
             self._store = WeightGradStore(apex.wgrad if self.device.type == "cuda" else None)
             self.weight_split = install(module, self._store)
         last = self.num_stages - 1
+        self._transfers: list[Transfer] = []  # of the last batch, within phases
         overlap, timeout = self.dualpipe_config.overlap is not False, self.dualpipe_config.p2p_timeout_s
         self._chunks = {
             stage: make_chunk(
@@ -140,6 +137,7 @@ class DualPipeEngine(PipelineEngine):
                 stage,
                 by_phases=overlap and has_phases(module),
                 timeout_s=timeout,
+                log=self._transfers,
                 overlap=overlap,
                 is_last=stage == last,
                 loss_fn=module.loss_fn if stage == last else None,
@@ -195,6 +193,7 @@ class DualPipeEngine(PipelineEngine):
         self._agree_on_plan()
         self.timers(TRAIN_BATCH_TIMER).start()
         self._tail.begin()
+        self._transfers.clear()
         self._executor.scale = self._loss_factor()
         feed = self._feed(self.micro_batches, fingerprint=not self._checked_stream)
         with autocast_if_enabled(self):
@@ -313,83 +312,6 @@ class DualPipeEngine(PipelineEngine):
         """Clip by the norm over all stages, every parameter counted once."""
         self._global_grad_norm = self._tail.clip(self.gradient_clipping())
 
-    # -- evaluation ----------------------------------------------------------------------------------------------
-
-    def eval_batch(
-        self,
-        data_iter: Iterator[Any],
-        return_logits: bool = False,
-        compute_loss: bool = True,
-        reduce_output: str | None = "avg",
-        bcast_loss: bool = True,
-        num_micro_batches: int | None = None,
-    ) -> Any:
-        """Run the forward of one batch, without gradients.
-
-        Args:
-            data_iter: as in `train_batch`.
-            return_logits: also return the last stage's output for the last micro-batch.
-            compute_loss: reduce losses; False reduces the outputs themselves.
-            reduce_output: "avg" for the mean over micro-batches and replicas, None for the list over micro-batches.
-            bcast_loss: give the loss to all ranks, not only to those that hold the last stage.
-            num_micro_batches: None for as many as in training.
-
-        Returns:
-            The mean loss, or what `compute_loss` and `reduce_output` ask for; with `return_logits` a pair with the
-            output of the last micro-batch. Outputs are on the ranks that hold the last stage, None elsewhere.
-        """
-        num_micro = num_micro_batches or self.micro_batches
-        train_iterator = self.data_iterator
-        self.set_dataiterator(data_iter)
-        self._set_training(False)
-        plan = lower(forward_only(self.plan.placement, num_micro), train=False)
-        feed = self._feed(num_micro)
-        with torch.no_grad(), autocast_if_enabled(self):
-            result = self._eval_executor.run(plan, feed, train=False)
-            feed.drain()
-            self.module.micro_offset += num_micro
-            value = self._eval_value(result, num_micro, compute_loss, reduce_output)
-        if not self.module.training:
-            ds_checkpointing.reset()
-        if compute_loss and not bcast_loss and not self.is_last_stage():
-            value = None
-        if self.global_rank == 0 and self.monitor.enabled and isinstance(value, torch.Tensor):
-            self.monitor.write_events([("Train/Samples/eval_loss", value.mean().item(), self.global_samples)])
-        self.data_iterator = train_iterator
-        if return_logits:
-            return value, self._share_outputs(result, [num_micro - 1])[num_micro - 1]
-        return value
-
-    def _eval_value(self, result: BatchResult, num_micro: int, compute_loss: bool, reduce: str | None) -> Any:
-        loss_fn = self.module.loss_fn
-        if reduce not in (None, "avg"):
-            raise ConfigError(f'reduce_output must be "avg" or None, got {reduce!r}')
-        if compute_loss:
-            losses = {m: out if loss_fn is None else loss_fn(out, y) for m, (out, y) in result.outputs.items()}
-            if reduce == "avg":
-                return self._mean_loss(losses, num_micro)
-            result = BatchResult(outputs={micro: (loss, None) for micro, loss in losses.items()})
-        shared = self._share_outputs(result, list(range(num_micro)))
-        if not self.is_last_stage():
-            return None
-        outputs = [shared[micro] for micro in range(num_micro)]
-        return outputs if reduce is None else self._reduce_outputs(outputs, reduce, micro_batches=num_micro)
-
-    def _share_outputs(self, result: BatchResult, micros: list[int]) -> dict[int, Any]:
-        """Give the outputs of `micros` to every rank that holds the last stage; None on the others."""
-        placement, last = self.plan.placement, self.num_stages - 1
-        shared = dict.fromkeys(micros)
-        for micro in micros:
-            if micro in result.outputs:
-                shared[micro] = result.outputs[micro][0]
-            if placement.num_directions == 2:
-                box = [shared[micro]]
-                source = self.place.pipeline[placement.rank_of(last, micro)]
-                dist.broadcast_object_list(box, src=source, group=self._pipeline_group)
-                if self.is_last_stage():
-                    shared[micro] = box[0]
-        return shared
-
     # -- what DeepSpeed asks about this rank ---------------------------------------------------------------------
 
     def is_first_stage(self) -> bool:
@@ -415,28 +337,3 @@ class DualPipeEngine(PipelineEngine):
             dataset, num_replicas=self.data_replicas, rank=self.data_rank, shuffle=False
         )
         self.set_dataloader(RepeatingLoader(self.deepspeed_io(dataset, data_sampler=sampler)))
-
-    # -- measurements --------------------------------------------------------------------------------------------
-
-    def timeline(self) -> Timeline:
-        """When each op of the last training batch ran on each rank of this pipeline.
-
-        Collective over the ranks of the pipeline. Ranks on one machine share a clock; across machines clocks are
-        aligned at a barrier, to about a tenth of a millisecond.
-        """
-        dist.barrier(group=self._pipeline_group)
-        mine = (socket.gethostname(), time.monotonic(), self._observer.spans())
-        found: list[Any] = [None] * len(self.place.pipeline)
-        dist.all_gather_object(found, mine, group=self._pipeline_group)
-        host, zero, _ = found[0]
-        spans = []
-        for other, now, theirs in found:
-            shift = 0.0 if other == host else now - zero
-            spans += [Span(s.rank, s.op, s.start - shift, s.end - shift) for s in theirs]
-        return Timeline(self.plan.placement.num_ranks, spans)
-
-    def simulated(self, measured: Timeline) -> Timeline:
-        """The plan simulated with the costs that `measured` shows: what is left between the two is communication and
-        overhead."""
-        compute = Timeline(measured.num_ranks, [span for span in measured.spans if span.op.kind in COMPUTE])
-        return simulate(self.plan.compute_only(), measured_costs([compute], self.num_stages))

@@ -19,12 +19,13 @@ from deepspeed.pipe import LayerSpec, PipelineModule, TiedLayerSpec
 from deepspeed.runtime.activation_checkpointing import checkpointing
 from torch import nn
 
+from ..comm.tickets import Transfer
 from ..runtime.chunk import StageChunk
 from ..runtime.overlap import PhasedChunk, phases_of
 from ..runtime.phases import Phased
 from ..schedule.placement import Placement
 from .grid import Place, deepspeed_grid, position_of
-from .partition import cut_layers, same_random_state, stage_of_layer
+from .partition import same_random_state, stage_of_layer
 
 
 class PlacedModule(PipelineModule):
@@ -46,24 +47,21 @@ class PlacedModule(PipelineModule):
         return super().ckpt_layer_path_list(ckpt_dir, self.dualpipe_layers[local_layer_idx] - self._local_start)
 
 
-def place(module: PipelineModule, placement: Placement, method: str | None = None) -> Place:
+def place(module: PipelineModule, placement: Placement, bounds: Sequence[int]) -> Place:
     """Convert `module` in place. Collective over all ranks.
 
     Args:
         module: a PipelineModule as its constructor left it (weights may have been changed since).
         placement: stages on the ranks of one pipeline.
-        method: see `cut_layers`.
+        bounds: stage s has layers bounds[s] to bounds[s+1] - 1.
 
     Returns:
         This rank's place.
-
-    Raises:
-        ConfigError: the layers cannot be cut.
     """
     base_grid = module._grid
     placed = Place(base_grid.topology(), placement, module.global_rank)
     before = [int(part) for part in module.parts]
-    module.parts = cut_layers(module, placement.num_stages, method)
+    module.parts = list(bounds)
     layers = [layer for stage in placed.stages for layer in range(module.parts[stage], module.parts[stage + 1])]
 
     old_layers = range(before[module.stage_id], before[module.stage_id + 1])
@@ -199,7 +197,14 @@ def set_activation_checkpointing(module: PipelineModule, section: Mapping[str, A
         module.activation_checkpoint_interval = section["activation_checkpoint_interval"]
 
 
-def make_chunk(view: PipelineModule, stage: int, by_phases: bool, timeout_s: float, **options: Any) -> StageChunk:
+def make_chunk(
+    view: PipelineModule,
+    stage: int,
+    by_phases: bool,
+    timeout_s: float,
+    log: list[Transfer] | None = None,
+    **options: Any,
+) -> StageChunk:
     """The chunk that runs a stage.
 
     Args:
@@ -207,6 +212,7 @@ def make_chunk(view: PipelineModule, stage: int, by_phases: bool, timeout_s: flo
         stage: its number.
         by_phases: run it by phases, as `has_phases` allows; all stages of a rank alike, so that they can pair.
         timeout_s: seconds after which a transfer within a phase is given up.
+        log: takes what became of the transfers within phases.
         options: of `StageChunk`.
     """
     if not by_phases:
@@ -216,7 +222,7 @@ def make_chunk(view: PipelineModule, stage: int, by_phases: bool, timeout_s: flo
     def recompute(layer: Any) -> bool:
         return recomputed and view._is_checkpointable([layer])
 
-    return PhasedChunk(view, stage, phases_of(view.forward_funcs, recompute), timeout_s, **options)
+    return PhasedChunk(view, stage, phases_of(view.forward_funcs, recompute), timeout_s, log, **options)
 
 
 def has_phases(module: PipelineModule) -> bool:

@@ -76,21 +76,25 @@ class PhasedChunk(StageChunk):
         stage: global stage number.
         phases: what `phases_of` makes of the stage.
         timeout_s: seconds after which a transfer is given up.
+        log: takes what became of each transfer; None: nobody wants to know.
         options: as for `StageChunk`.
-
-    Attributes:
-        transfers: what became of each transfer; whoever reads it empties it.
     """
 
     def __init__(
-        self, module: Callable[[Any], Any], stage: int, phases: Sequence[Phase], timeout_s: float, **options: Any
+        self,
+        module: Callable[[Any], Any],
+        stage: int,
+        phases: Sequence[Phase],
+        timeout_s: float,
+        log: list[Transfer] | None = None,
+        **options: Any,
     ) -> None:
         super().__init__(module, stage, **options)
         # The last phase hands over to the next stage or to the loss, so it computes.
         self._phases = [*phases, Phase("out", COMPUTE, _same)] if phases[-1].kind == COMM else list(phases)
         self._timeout_s = timeout_s
         self._segments: dict[int, list[_Segment]] = {}
-        self.transfers: list[Transfer] = []
+        self._log = log
 
     @property
     def brings_overlap(self) -> bool:
@@ -144,7 +148,7 @@ class PhasedChunk(StageChunk):
         segments: list[_Segment] = []
         state = inputs
         for phase in self._phases[:-1]:
-            tickets = Tickets(phase.name, self.transfers)
+            tickets = Tickets(phase.name, self._log)
             if phase.kind == COMPUTE:
                 entered, leaves = self._enter(state)
                 state = phase.run(entered)
