@@ -13,6 +13,7 @@ from ..errors import ConfigError
 from ..schedule.choose import SCHEDULES
 
 STOCK = "1f1b-deepspeed"
+PAIRS = "pairs"  #: the partition method that is ours
 AUTO = "auto"
 #: What DeepSpeed 0.19.8 itself reads from the section.
 DEEPSPEED_KEYS = frozenset(
@@ -49,8 +50,10 @@ class DualPipeConfig(BaseModel):
     p2p_timeout_s: float = Field(default=600.0, gt=0)
     """Seconds after which a transfer that does not come is an error."""
     partition_method: str | None = None
-    """How layers are cut into stages when the schedule needs another cut than the PipelineModule made; null keeps the
-    PipelineModule's own method."""
+    """How layers are cut into stages: "pairs" so that ranks have equal work and the plan runs fast, "parameters",
+    "uniform" or "type:REGEX"; null keeps the PipelineModule's cut, or its method where the schedule has more stages."""
+    layer_costs: str | None = None
+    """File with the seconds of each layer, for "pairs"; null estimates them from parameters."""
 
     @property
     def is_stock(self) -> bool:
@@ -91,6 +94,8 @@ def read_config(config: str | Path | dict[str, Any]) -> tuple[dict[str, Any], Du
         first = error.errors()[0]
         raise ConfigError(f'"pipeline": {{"{first["loc"][0]}": ...}}: {first["msg"]}, got {first["input"]!r}') from None
     _check_schedule(parsed)
+    if parsed.layer_costs is not None and parsed.partition_method != PAIRS:
+        raise ConfigError('"layer_costs" is for "partition_method": "pairs": add it, or leave "layer_costs" out')
     return data, parsed
 
 

@@ -17,11 +17,11 @@ from deepspeed.runtime.config import DeepSpeedConfig
 from ..errors import ConfigError
 from ..schedule.costs import UNIT
 from .auto import choose, job_costs, print_choice
+from .balance import stage_bounds
 from .config import AUTO, check_zero, micro_batches, read_config
 from .engine import DualPipeEngine
 from .module import place
 from .param_groups import GroupMap
-from .partition import cut_layers
 from .planning import agree, make_lowered_plan
 
 _stock_initialize = deepspeed.initialize  # before `dualpipe_engine.run` puts ours in its place
@@ -102,11 +102,11 @@ def initialize(
             print_choice(rows, measured, num_micro)
     costs = UNIT if measured is None else measured.costs
     plan = make_lowered_plan(dualpipe, num_ranks, num_micro, costs)
-    cut_layers(model, plan.placement.num_stages, dualpipe.partition_method)
     agree(plan, torch.device(get_accelerator().current_device_name()))
+    bounds = stage_bounds(model, plan, dualpipe)
 
     groups = GroupMap(model, model_parameters, optimizer, base_grid)
-    placed = place(model, plan.placement, dualpipe.partition_method)
+    placed = place(model, plan.placement, bounds)
     config_class = DeepSpeedConfig(settings, base_grid)
     deepspeed.set_optimizer_flags(config_class, model)
     engine = DualPipeEngine(

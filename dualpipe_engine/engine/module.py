@@ -8,7 +8,7 @@ bit. Layers are registered by their number in the model, so every copy of a stag
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any
 

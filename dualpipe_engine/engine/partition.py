@@ -29,12 +29,7 @@ def cut_layers(module: PipelineModule, num_stages: int, method: str | None) -> l
     Raises:
         ConfigError: there are fewer layers than stages, or the method is unknown.
     """
-    layers = len(module._layer_specs)
-    if layers < num_stages:
-        raise ConfigError(
-            f"{layers} layers cannot fill {num_stages} pipeline stages: use at most {layers} stages, or split the "
-            "PipelineModule into more layers"
-        )
+    check_layers(module, num_stages)
     if method is None and len(module.parts) == num_stages + 1:
         return [int(part) for part in module.parts]
     if method is not None:
@@ -44,6 +39,20 @@ def cut_layers(module: PipelineModule, num_stages: int, method: str | None) -> l
         if _cut(module, len(module.parts) - 1, candidate) == [int(part) for part in module.parts]:
             return _cut(module, num_stages, candidate)
     return _cut(module, num_stages, "parameters")
+
+
+def check_layers(module: PipelineModule, num_stages: int) -> None:
+    """Refuse fewer layers than stages.
+
+    Raises:
+        ConfigError: there are.
+    """
+    layers = len(module._layer_specs)
+    if layers < num_stages:
+        raise ConfigError(
+            f"{layers} layers cannot fill {num_stages} pipeline stages: use at most {layers} stages, or split the "
+            "PipelineModule into more layers"
+        )
 
 
 def layer_name(layer: Any) -> str:
@@ -66,7 +75,7 @@ def _cut(module: PipelineModule, num_stages: int, method: str) -> list[int]:
         weights = [int(index in chosen) for index in range(layers)]
     else:
         raise ConfigError(
-            f'unknown partition_method "{method}": use "parameters", "uniform" or '
+            f'unknown partition_method "{method}": use "pairs", "parameters", "uniform" or '
             '"type:<regular expression of the class>"'
         )
     if weights is None:

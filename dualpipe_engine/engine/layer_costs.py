@@ -1,0 +1,151 @@
+"""Times of a PipelineModule's layers: measured on a micro-batch, or estimated from parameters."""
+
+from __future__ import annotations
+
+import time
+from functools import partial
+from statistics import median
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from deepspeed.accelerator import get_accelerator
+from deepspeed.pipe import PipelineModule, TiedLayerSpec
+from torch.utils import _pytree as pytree
+
+from ..errors import ConfigError
+from ..schedule.placement import LINEAR, Placement
+from .grid import Place
+from .module import PlacedModule
+from .partition import same_random_state
+
+
+def estimated_costs(module: PipelineModule) -> list[float]:
+    """Estimate of each layer's time, in parameters. Collective over the ranks of a pipeline.
+
+    A layer's time is taken as proportional to the parameters in its matrices: a product with a matrix takes two
+    operations a parameter and token forward and four backward, whatever the layer. A table that is looked up counts
+    nothing, though it may have most parameters of the model: parameters of `nn.Embedding` and of other classes with
+    "embedding" in their name. A `TiedLayerSpec` with a `forward_fn` is a head that multiplies by the tied table, so
+    there the table counts. Vectors (norms, biases) and layers without parameters count nothing.
+
+    The estimate is wrong where a parameter works for more or less than each token: experts of which a token sees a
+    few, convolutions, attention over long sequences. `measure_layers` is right there.
+
+    Args:
+        module: a PipelineModule as its constructor left it.
+    """
+    start = int(module.parts[module.stage_id])
+    mine = {start + index: _matrix_parameters(module, start + index) for index in range(len(module.forward_funcs))}
+    estimate = [float(size) for size in _gathered(module, mine)]
+    return estimate if any(estimate) else [1.0] * len(estimate)
+
+
+def _matrix_parameters(module: PipelineModule, layer: int) -> int:
+    spec = module._layer_specs[layer]
+    head = isinstance(spec, TiedLayerSpec) and spec.forward_fn is not None
+    tied = isinstance(spec, TiedLayerSpec)
+    held = module.tied_modules[spec.key] if tied else module._modules.get(str(layer))
+    if held is None:  # a plain function
+        return 0
+    counted: dict[int, torch.nn.Parameter] = {}
+    for part in held.modules():
+        if "embedding" not in type(part).__name__.lower():
+            counted |= {id(param): param for param in part.parameters(recurse=False)}
+    if head:
+        names = spec.tied_weight_attr
+        for name in [names] if isinstance(names, str) else names:
+            weight = module._recursive_getattr(held, name)
+            counted[id(weight)] = weight
+    return sum(param.numel() for param in counted.values() if param.dim() > 1)
+
+
+def measure_layers(module: PipelineModule, batch: Any, repeats: int = 5) -> list[float]:
+    """Seconds that forward and backward of each layer take on one micro-batch. Collective over all ranks.
+
+    Every rank runs its layers, one at a time, on what the rank before it computed; the last layer includes the loss.
+    Weights, buffers, gradients and random generators are left as they were. Activation checkpointing is not applied.
+    `schedule.layer_costs.write_layer_costs` keeps the result for `"layer_costs"`.
+
+    Args:
+        module: a PipelineModule as its constructor left it, in the precision in which it will train.
+        batch: one micro-batch `(inputs, labels)`, the same on all ranks of a pipeline.
+        repeats: runs of which the median is taken, after one that warms up.
+
+    Returns:
+        One number a layer, the mean over the replicas of the pipeline; the same list on every rank.
+
+    Raises:
+        ConfigError: the module has been given to initialize already.
+    """
+    if isinstance(module, PlacedModule):
+        raise ConfigError("measure_layers needs the PipelineModule as it was built: call it before initialize")
+    place = Place(module._grid.topology(), Placement(LINEAR, module.num_stages), module.global_rank)
+    device = torch.device(get_accelerator().device_name(module.local_rank))
+    first, last = place.rank == 0, place.rank == module.num_stages - 1
+    start = int(module.parts[module.stage_id])
+    buffers = {name: buffer.detach().clone() for name, buffer in module.named_buffers()}
+    box: list[Any] = [batch[0]]
+    if not first:
+        dist.recv_object_list(box, place.pipeline[place.rank - 1])
+    x = _moved(box[0], device)
+    mine = {}
+    with same_random_state(), torch.enable_grad():
+        for index, layer in enumerate(module.forward_funcs):
+            ends = last and index == len(module.forward_funcs) - 1 and module.loss_fn is not None
+            labels = (_moved(batch[1], device),) if ends else ()
+            runs = []
+            for _ in range(repeats + 1):
+                seconds, y = _run(module, layer, x, labels, input_gradient=not (first and index == 0))
+                runs.append(seconds)
+            mine[start + index] = median(runs[1:])
+            x = y
+    if not last:
+        dist.send_object_list([_moved(x, torch.device("cpu"))], place.pipeline[place.rank + 1])
+    for name, buffer in module.named_buffers():
+        buffer.data.copy_(buffers[name])
+    table = torch.tensor(_gathered(module, mine), dtype=torch.float64, device=device)
+    dist.all_reduce(table)
+    return [float(total) / dist.get_world_size() for total in table]
+
+
+def _run(
+    module: PipelineModule, layer: Any, x: Any, labels: tuple[Any, ...], input_gradient: bool
+) -> tuple[float, Any]:
+    """Seconds of one forward and backward, and the output."""
+    kept = {param: param.grad for param in module.parameters()}
+    for param in kept:
+        param.grad = None
+    given = pytree.tree_map(partial(_input, gradient=input_gradient), x)
+    get_accelerator().synchronize()
+    began = time.perf_counter()
+    y = layer(given)
+    results = module.loss_fn(y, *labels) if labels else y
+    roots = [leaf for leaf in pytree.tree_leaves(results) if isinstance(leaf, torch.Tensor) and leaf.requires_grad]
+    if roots:
+        torch.autograd.backward(roots, [torch.ones_like(root) for root in roots])
+    get_accelerator().synchronize()
+    seconds = time.perf_counter() - began
+    for param, grad in kept.items():
+        param.grad = grad
+    return seconds, pytree.tree_map(lambda leaf: leaf.detach() if isinstance(leaf, torch.Tensor) else leaf, y)
+
+
+def _input(value: Any, gradient: bool) -> Any:
+    """A copy that layers may work on in place, so no leaf; with a gradient where it can have one."""
+    if not isinstance(value, torch.Tensor):
+        return value
+    return value.detach().requires_grad_(gradient and value.is_floating_point()).clone()
+
+
+def _moved(value: Any, device: torch.device) -> Any:
+    value = tuple(value) if isinstance(value, list) else value
+    return pytree.tree_map(lambda leaf: leaf.to(device) if isinstance(leaf, torch.Tensor) else leaf, value)
+
+
+def _gathered(module: PipelineModule, mine: dict[int, Any]) -> list[Any]:
+    """What the ranks of this pipeline know of their layers, in the order of the layers."""
+    found: list[Any] = [None] * module._grid.pipe_parallel_size
+    dist.all_gather_object(found, mine, group=module._grid.pp_proc_group)
+    known = {layer: value for theirs in found for layer, value in theirs.items()}
+    return [known[layer] for layer in range(len(module._layer_specs))]
