@@ -18,9 +18,11 @@ from .schedule.bound import plan_bound
 from .schedule.choose import SCHEDULES, compare, fastest, make_plan, placement_of
 from .schedule.collector import collector_paused
 from .schedule.costs import CostModel
+from .schedule.layer_costs import parse_layer_costs
 from .schedule.lower import lower
 from .schedule.measurement import Measurement
 from .schedule.plan import Plan
+from .schedule.recut import compare_cuts
 from .schedule.simulate import peak_activations, simulate
 from .schedule.verify import verify
 
@@ -44,6 +46,7 @@ examples:
   dualpipe draw --schedule dualpipe --ranks 8 --micro-batches 20 --out schedule.svg
   dualpipe draw trace.json
   dualpipe compare --ranks 8 --micro-batches 32 --costs 1,1,1,2.25 --optimize
+  dualpipe compare --ranks 8 --micro-batches 32 --layer-costs 0.2,1x40,3
 
 exit codes: 0 done; 1 nobody reads the output (a closed pipe); 2 the request cannot work (the reason is on stderr)
 """
@@ -52,6 +55,12 @@ _COSTS_HELP = (
     "time of a forward, of the input part and of the weight part of a backward, and of an overlapped F&B pair, on 1/N "
     "of the model (rank count N; dualpipev and zbv run it as two halves). Any unit: all times shown are in that unit. "
     'Without FB, pairs take F+I+W: no overlap (default: 1,1,1,3). Or the file that "schedule": "auto" measured'
+)
+
+
+_LAYERS_HELP = (
+    "time of each layer's forward and backward, as numbers (0.5,1x24,3: 1x24 is 24 layers of 1) or a .json file with a "
+    "list: shows what balanced stages win over equal counts of layers; --costs then says how a layer's time divides"
 )
 
 
@@ -93,6 +102,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_work(side, required=True)
     cap = "activations that a rank may hold, in those of 1/N of the model (default: what each schedule is known for)"
     side.add_argument("--activation-cap", type=_finite, metavar="K", help=cap)
+    side.add_argument("--layer-costs", type=_layer_costs, metavar="T,T,..", help=_LAYERS_HELP)
     side.add_argument("--format", choices=("table", "json"), default="table", help="default: table")
     side.set_defaults(run=_run_compare)
     return parser
@@ -139,6 +149,13 @@ def _costs(text: str) -> CostModel | Measurement:
     except ValueError:
         message = f"{text!r} is not F,I,W or F,I,W,FB: 3 or 4 numbers, such as 1,1,1,2.25, none negative"
         raise argparse.ArgumentTypeError(message) from None
+
+
+def _layer_costs(text: str) -> list[float]:
+    try:
+        return parse_layer_costs(text)
+    except ConfigError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
 
 
 def _work(args: argparse.Namespace) -> tuple[CostModel, Measurement | None]:
@@ -249,6 +266,9 @@ def _run_compare(args: argparse.Namespace) -> None:
     costs, job = _work(args)
     if args.ranks is None:
         raise ConfigError("say how many ranks: --ranks N, or --costs with a measured file")
+    if args.layer_costs is not None:
+        _compare_cuts(args, costs)
+        return
     rows = compare(args.ranks, args.micro_batches, costs, args.activation_cap, args.optimize, job=job)
     for row in rows:
         if row.plan:
@@ -282,6 +302,22 @@ def _run_compare(args: argparse.Namespace) -> None:
             ],
         }
     )
+
+
+def _compare_cuts(args: argparse.Namespace, costs: CostModel) -> None:
+    from .viz.cuts import cut_data, cut_table
+    from .viz.terminal import wide_console
+
+    layers = args.layer_costs
+    rows = compare_cuts(layers, args.ranks, args.micro_batches, costs, args.activation_cap, args.optimize)
+    for cut in (cut for row in rows for cut in (row.equal, row.best) if cut):
+        verify(cut.plan)
+    if args.format == "table":
+        title = f"{len(layers)} layers, {args.ranks} ranks, {args.micro_batches} micro-batches"
+        wide_console().print(cut_table(rows, title))
+        return
+    shape = {"ranks": args.ranks, "micro_batches": args.micro_batches, "layers": len(layers)}
+    _print_json({**shape, "schedules": cut_data(rows)})
 
 
 def _title(plan: Plan) -> str:

@@ -1,8 +1,9 @@
-"""Times of layers as a JSON file: a list of seconds, one number a layer."""
+"""Times of layers: a list of seconds, one number a layer, as a JSON file or as text."""
 
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Sequence
 from math import isfinite
 from pathlib import Path
@@ -36,6 +37,24 @@ def read_layer_costs(path: str | Path) -> list[float]:
     return check_layer_costs(data, str(path))
 
 
+def parse_layer_costs(text: str) -> list[float]:
+    """Times from the command line: a .json file, or numbers with commas, where 1x40 stands for forty of 1.
+
+    Raises:
+        ConfigError: see `check_layer_costs`.
+    """
+    if text.endswith(".json"):
+        return read_layer_costs(text)
+    times: list[Any] = []
+    for part in text.split(","):
+        match = re.fullmatch(r"([^x]+)(?:x([1-9]\d{0,5}))?", part)
+        try:
+            times += [float(match[1])] * int(match[2] or 1) if match else [None]
+        except ValueError:
+            times += [None]
+    return check_layer_costs(times, repr(text))
+
+
 def check_layer_costs(data: Any, source: str) -> list[float]:
     """The times, if they are some; `source` stands in the error.
 
@@ -43,7 +62,7 @@ def check_layer_costs(data: Any, source: str) -> list[float]:
         ConfigError: it is no list of numbers, or one is negative or not finite, or all are 0.
     """
     if not isinstance(data, list) or not all(_is_time(value) for value in data) or not sum(data):
-        raise ConfigError(f"{source} is no list of seconds, one number a layer, such as [0.2, 1.0, 1.0, 2.0]")
+        raise ConfigError(f"{source} is no list of times, one number a layer, none negative and not all 0")
     return [float(value) for value in data]
 
 

@@ -12,7 +12,7 @@ from functools import partial
 from itertools import pairwise
 
 from ..errors import PlanError
-from .choose import SCHEDULES, make_plan
+from .choose import SCHEDULES, make_plan, placement_of
 from .costs import CostModel
 from .partition import balance_pairs, balanced_cuts, equal_counts, stage_loads
 from .placement import LINEAR, Placement
@@ -29,10 +29,12 @@ class Cut:
     Args:
         bounds: stage s has layers bounds[s] to bounds[s+1] - 1.
         makespan: simulated, in the unit of the layers' times.
+        plan: what was simulated.
     """
 
     bounds: tuple[int, ...]
     makespan: float
+    plan: Plan
 
     @property
     def layers(self) -> list[int]:
@@ -93,7 +95,8 @@ def _simulated(
     bounds: tuple[int, ...], weights: Sequence[float], costs: CostModel, plan_for: Callable[[CostModel], Plan]
 ) -> Cut:
     placed = stage_costs(weights, bounds, costs)
-    return Cut(bounds, simulate(plan_for(placed), placed).makespan)
+    plan = plan_for(placed)
+    return Cut(bounds, simulate(plan, placed).makespan, plan)
 
 
 @dataclass(frozen=True)
@@ -145,7 +148,7 @@ def compare_cuts(
     rows = []
     for schedule in SCHEDULES:
         try:
-            placement = make_plan(schedule, num_ranks, 1).placement
+            placement = placement_of(schedule, num_ranks)
             cap = None if activation_cap is None else int(activation_cap * placement.num_stages / num_ranks)
             plan_for = partial(make_plan, schedule, num_ranks, num_micro, optimize=optimize, activation_cap=cap)
             equal = _simulated(equal_counts(len(weights), placement.num_stages), weights, costs, plan_for)

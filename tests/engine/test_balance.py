@@ -67,7 +67,9 @@ def test_times_of_layers(ranks, tmp_path):
     assert cut == [0, 6, 13]
 
 
-@pytest.mark.parametrize(("text", "message"), [(None, "cannot read"), ("[1, 2]", "2 times"), ("{}", "no list")])
+@pytest.mark.parametrize(
+    ("text", "message"), [(None, "cannot read"), ("[1, 2]", "2 times"), ("{}", "no list of times")]
+)
 def test_files_that_do_not_fit_are_refused_on_every_rank(ranks, tmp_path, text, message):
     path = tmp_path / "layers.json"
     if text is not None:

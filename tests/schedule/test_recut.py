@@ -5,7 +5,7 @@ from functools import partial
 import pytest
 
 from dualpipe_engine.errors import PlanError
-from dualpipe_engine.schedule.choose import SCHEDULES, make_plan
+from dualpipe_engine.schedule.choose import SCHEDULES, make_plan, placement_of
 from dualpipe_engine.schedule.costs import CostModel
 from dualpipe_engine.schedule.partition import balance_pairs, equal_counts
 from dualpipe_engine.schedule.recut import best_cut, compare_cuts, stage_costs
@@ -33,7 +33,7 @@ def test_best_cut_is_no_slower_than_other_cuts(schedule, overlap):
     weights = [0.2, 0.6, 0.6, 0.6, *[1.0, 1.2, 1.2] * 7, 2.5]
     costs = CostModel(fb=3 * overlap)
     plan_for = partial(make_plan, schedule, 4, 8, optimize=True)
-    placement = make_plan(schedule, 4, 8).placement
+    placement = placement_of(schedule, 4)
     found = best_cut(weights, placement, costs, plan_for)
     for bounds in (equal_counts(len(weights), placement.num_stages), balance_pairs(weights, placement)):
         placed = stage_costs(weights, bounds, costs)
