@@ -30,7 +30,7 @@ class Wide(nn.Module):
 ESTIMATE = [0, 0, *[256] * 6, 1536, 1536, 256, 0, 136]
 
 
-def make_module(ranks, method):
+def make_module(ranks, method, replicas=1):
     torch.manual_seed(7)
     layers = [
         TiedLayerSpec("embed", Embed, tied_weight_attr="weight"),
@@ -43,7 +43,7 @@ def make_module(ranks, method):
     ]
     return PipelineModule(
         layers=layers,
-        topology=PipeDataParallelTopology(ranks, 1),
+        topology=PipeDataParallelTopology(ranks, replicas),
         loss_fn=training.cross_entropy,
         partition_method=method,
     )
@@ -67,12 +67,12 @@ def train(config, ranks, method="uniform", steps=6):
     }
 
 
-def measure(ranks, path):
+def measure(ranks, replicas, path):
     """Estimate and measurement, and that the module is untouched; rank 0 keeps the measurement."""
     from dualpipe_engine.engine.layer_costs import estimated_costs, measure_layers
     from dualpipe_engine.schedule.layer_costs import write_layer_costs
 
-    module = make_module(ranks, "parameters")
+    module = make_module(ranks, "parameters", replicas)
     before = {name: value.clone() for name, value in module.state_dict().items()}
     state = torch.get_rng_state()
     seconds = measure_layers(module, next(training.stream(0)), repeats=2)

@@ -51,7 +51,7 @@ def test_balanced_cuts_train_like_stock(ranks, stock, schedule):
 
 def test_times_of_layers(ranks, tmp_path):
     path = tmp_path / "layers.json"
-    found = ranks.run(2, balancing.measure, ranks=2, path=str(path))
+    found = ranks.run(4, balancing.measure, ranks=2, replicas=2, path=str(path))
     for rank in found:
         assert rank["estimate"] == balancing.ESTIMATE
         assert rank["seconds"] == found[0]["seconds"]
