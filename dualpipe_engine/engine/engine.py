@@ -332,6 +332,11 @@ class DualPipeEngine(Evaluation, Measuring):
         """Replicas of the pipeline."""
         return self.place.replicas
 
+    @property
+    def weight_grad_store(self) -> WeightGradStore | None:
+        """Takes weight gradients that layers of one's own defer (`put` while `deferring`); None if the plan has no W."""
+        return self._store
+
     def _build_data_iter(self, dataset: Any) -> None:
         sampler: Any = torch.utils.data.distributed.DistributedSampler(
             dataset, num_replicas=self.data_replicas, rank=self.data_rank, shuffle=False

@@ -1,0 +1,149 @@
+"""The pipelines that the benchmarks compare, all on the same stages: each builder returns a function that trains a step.
+
+A builder is called on every rank. `stages` is the model cut into one stage a rank; vee placements run halves.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import tempfile
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import deepspeed
+import torch
+import torch.distributed as dist
+from deepspeed.pipe import LayerSpec, PipelineModule
+from sleeping import WIDTH, Times, mean, stage_class
+from torch.distributed import pipelining
+
+import dualpipe_engine
+from dualpipe_engine.schedule.choose import make_plan, placement_of
+from dualpipe_engine.schedule.costs import CostModel
+from dualpipe_engine.schedule.plan import Plan
+from dualpipe_engine.schedule.simulate import simulate
+
+ROWS = 2  #: of a micro-batch
+TORCH = {
+    "1f1b": pipelining.Schedule1F1B,
+    "interleaved 1f1b": pipelining.ScheduleInterleaved1F1B,
+    "zbv": pipelining.ScheduleZBVZeroBubble,
+    "dualpipev": pipelining.ScheduleDualPipeV,
+}
+
+
+@dataclass
+class Job:
+    """What is run: `micros` micro-batches through `ranks` stages that take `times` each."""
+
+    ranks: int
+    micros: int
+    times: Times
+
+    @property
+    def costs(self) -> CostModel:
+        return CostModel(self.times.f, self.times.i, self.times.w, self.times.fb)
+
+
+def micro_batches() -> Iterator[Any]:
+    while True:
+        yield torch.ones(ROWS, WIDTH, requires_grad=True), torch.zeros(ROWS, WIDTH)
+
+
+def deepspeed_engine(job: Job, initialize: Callable[..., Any], layers: int, **pipeline: Any) -> Any:
+    """An engine on `layers` sleeping layers, made by `initialize`."""
+    config = {
+        "train_micro_batch_size_per_gpu": ROWS,
+        "gradient_accumulation_steps": job.micros,
+        "steps_per_print": None,
+        "pipeline": pipeline,
+    }
+    part = job.times.part(job.ranks / layers)
+    with contextlib.redirect_stdout(io.StringIO()):
+        module = PipelineModule(
+            [LayerSpec(stage_class(part), part) for _ in range(layers)],
+            num_stages=job.ranks,
+            loss_fn=mean,
+            partition_method="uniform",
+        )
+        optimizer = torch.optim.SGD(module.parameters(), lr=0.0)
+        data = _Samples() if pipeline.get("schedule") == "auto" else None
+        engine, *_ = initialize(model=module, optimizer=optimizer, config=config, training_data=data)
+    engine.training_dataloader = None
+    return engine
+
+
+class _Samples(torch.utils.data.Dataset[Any]):
+    def __len__(self) -> int:
+        return 1024
+
+    def __getitem__(self, index: int) -> Any:
+        return torch.ones(WIDTH), torch.zeros(WIDTH)
+
+
+def stock(job: Job) -> Callable[[], Any]:
+    """DeepSpeed's own 1F1B."""
+    engine = deepspeed_engine(job, deepspeed.initialize, job.ranks)
+    data = micro_batches()
+    return lambda: engine.train_batch(data)
+
+
+def best_plan(job: Job, schedule: str) -> tuple[Plan, float]:
+    """The best candidate of a schedule under the job's costs, and its simulated makespan."""
+    costs = job.costs.for_placement(placement_of(schedule, job.ranks))
+    plan = make_plan(schedule, job.ranks, job.micros, costs, optimize=True)
+    return plan, simulate(plan, costs).makespan
+
+
+def ours(job: Job, schedule: str) -> tuple[Callable[[], Any], float, str]:
+    """This engine with a named schedule or "auto"; also the simulated makespan and the schedule that runs."""
+    with tempfile.TemporaryDirectory() as folder:
+        if schedule == "auto":
+            box = [folder]
+            dist.broadcast_object_list(box, src=0)  # one file for all ranks
+            layers = job.ranks if job.times.fb is not None else 2 * job.ranks
+            keys = {"schedule": "auto", "costs": str(Path(box[0]) / "costs.json")}
+        else:
+            plan, _ = best_plan(job, schedule)
+            path = Path(folder) / "plan.json"
+            path.write_text(plan.to_json())
+            layers, keys = plan.placement.num_stages, {"schedule": str(path)}
+        engine = deepspeed_engine(job, dualpipe_engine.initialize, layers, **keys)
+        dist.barrier()
+    for layer in engine.module.modules():
+        if hasattr(layer, "times"):
+            layer.store = engine.weight_grad_store
+    costs = job.costs.for_placement(engine.plan.placement)
+    makespan = simulate(engine.plan.compute_only(), costs).makespan
+    data = micro_batches()
+    return lambda: engine.train_batch(data), makespan, engine.plan.schedule
+
+
+def torch_pipelining(job: Job, name: str) -> Callable[[], Any]:
+    """A schedule of torch.distributed.pipelining; those with two stages a rank run halves."""
+    rank, ranks = dist.get_rank(), job.ranks
+    count = ranks if name == "1f1b" else 2 * ranks
+    held = {"1f1b": [rank], "interleaved 1f1b": [rank, rank + ranks]}.get(name, [rank, 2 * ranks - 1 - rank])
+    x = torch.ones(ROWS, WIDTH, requires_grad=True)
+    part = job.times.part(ranks / count)
+    stages = [
+        pipelining.PipelineStage(
+            stage_class(part)(part), index, count, torch.device("cpu"), input_args=x, output_args=x
+        )
+        for index in held
+    ]
+    kind: Any = TORCH[name]
+    schedule = kind(stages[0] if name == "1f1b" else stages, n_microbatches=job.micros, loss_fn=mean)
+    batch, target = x.detach().repeat(job.micros, 1), torch.zeros(ROWS * job.micros, WIDTH)
+
+    def step() -> None:
+        for stage in stages:
+            for param in stage.submod.parameters():
+                param.grad = None
+        inputs = (batch,) if 0 in held else ()
+        schedule.step(*inputs, **({"target": target} if count - 1 in held else {}))
+
+    return step

@@ -1,0 +1,150 @@
+"""Schedules on stages that sleep: what each pipeline's order of work costs, beside DeepSpeed's 1F1B and torch's schedules.
+
+Every stage sleeps F in a forward, I and W in a backward; its tensors are real and travel over gloo between processes
+on this machine. So two cores are enough for eight ranks, and the times show the schedule and the engine's overhead.
+
+    python examples/bench/schedules.py                       # 8 ranks, F = I = W = 20 ms, M = 16 and 32, no overlap
+    python examples/bench/schedules.py --fb 45               # pairs of a forward and a backward take 45 ms, not 60
+    python examples/bench/schedules.py --only stock,dualpipe --out bench.json
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import json
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import torch.distributed as dist
+from ranks import run_ranks
+from sleeping import Times
+
+STOCK, AUTO = "DeepSpeed 1f1b", "auto"
+OURS = ("1f1b", "zb1p", "dualpipe", "dualpipev", "zbv")
+
+
+def timed(step: Callable[[], Any], steps: int) -> float:
+    """Median seconds of a step, from barrier to barrier, after one that warms up."""
+    times = []
+    for _ in range(steps + 1):
+        dist.barrier()
+        start = time.perf_counter()
+        step()
+        dist.barrier()
+        times.append(time.perf_counter() - start)
+    return median(times[1:])
+
+
+def names(overlap: bool) -> list[str]:
+    """All contestants."""
+    from contestants import TORCH
+
+    return [STOCK, *(f"torch {name}" for name in TORCH), *(f"ours {name}" for name in OURS), f"ours {AUTO}"]
+
+
+def rows(rank: int, times: Times, micros: list[int], steps: int, only: list[str]) -> list[dict[str, Any]]:
+    """Measure on one rank; all ranks measure the same."""
+    from contestants import Job, ours, stock, torch_pipelining
+    from rich.progress import Progress
+
+    found: list[dict[str, Any]] = []
+    chosen = [name for name in names(times.fb is not None) if not only or any(word in name for word in only)]
+    with Progress(disable=rank != 0, transient=True) as progress:
+        task = progress.add_task("measuring", total=len(chosen) * len(micros))
+        for count in micros:
+            for name in chosen:
+                job = Job(dist.get_world_size(), count, times)
+                progress.update(task, description=f"{name}, {count} micro-batches")
+                simulated, runs = None, name
+                who, _, schedule = name.partition(" ")
+                if name == STOCK:
+                    step = stock(job)
+                elif who == "torch":
+                    step = torch_pipelining(job, schedule)
+                else:
+                    step, simulated, taken = ours(job, schedule)
+                    runs = f"{name} ({taken})" if schedule == AUTO else name
+                seconds = timed(step, steps)
+                found.append({"name": runs, "micro_batches": count, "seconds": seconds, "simulated": simulated})
+                del step
+                gc.collect()
+                progress.advance(task)
+    return found
+
+
+def table(found: list[dict[str, Any]], title: str) -> Any:
+    from rich.table import Table
+
+    out = Table(title=title, title_justify="left")
+    for column in ("micro-batches", "pipeline", "step [ms]", "simulated [ms]", "measured / simulated", "DeepSpeed's / its"):
+        out.add_column(column, justify="left" if column == "pipeline" else "right")
+    base = {row["micro_batches"]: row["seconds"] for row in found if row["name"] == STOCK}
+    for row in found:
+        seconds, simulated = row["seconds"], row["simulated"]
+        row["speedup"] = base[row["micro_batches"]] / seconds if row["micro_batches"] in base else None
+        out.add_row(
+            str(row["micro_batches"]),
+            row["name"],
+            f"{seconds * 1e3:.1f}",
+            f"{simulated * 1e3:.1f}" if simulated else "-",
+            f"{seconds / simulated:.3f}" if simulated else "-",
+            f"{row['speedup']:.2f}x" if row["speedup"] else "-",
+        )
+    return out
+
+
+def plot(found: list[dict[str, Any]], title: str, path: Path) -> None:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    labels = list(dict.fromkeys(row["name"] for row in found))
+    counts = sorted({row["micro_batches"] for row in found})
+    figure, axes = plt.subplots(1, len(counts), figsize=(6 * len(counts), 0.4 * len(labels) + 1.5), squeeze=False)
+    for axis, count in zip(axes[0], counts, strict=True):
+        mine = [row for row in found if row["micro_batches"] == count]
+        axis.barh([row["name"] for row in mine], [row["seconds"] for row in mine], color="#4878b0", label="measured")
+        marked = [row for row in mine if row["simulated"]]
+        axis.plot([row["simulated"] for row in marked], [row["name"] for row in marked], "k|", ms=14, label="simulated")
+        axis.set(title=f"{count} micro-batches", xlabel="seconds per step")
+        axis.invert_yaxis()
+        axis.legend(loc="lower right", fontsize=8)
+    figure.suptitle(title)
+    figure.tight_layout()
+    figure.savefig(path)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--ranks", type=int, default=8, help="pipeline ranks, one process each (default 8)")
+    parser.add_argument("--micro-batches", default="16,32", help="comma-separated counts (default 16,32)")
+    for option, what in (("f", "forward"), ("i", "input gradient"), ("w", "weight gradient")):
+        parser.add_argument(f"--{option}", type=float, default=20.0, help=f"ms of a stage's {what} (default 20)")
+    parser.add_argument("--fb", type=float, help="ms of an overlapped pair of forward and backward (default: no overlap)")
+    parser.add_argument("--steps", type=int, default=3, help="measured steps; the median counts (default 3)")
+    parser.add_argument("--only", default="", help="comma-separated words; contestants whose name has one of them")
+    parser.add_argument("--out", type=Path, help="write FILE.json with the rows and FILE.png with bars")
+    args = parser.parse_args()
+    times = Times(args.f / 1e3, args.i / 1e3, args.w / 1e3, None if args.fb is None else args.fb / 1e3)
+    micros = [int(count) for count in args.micro_batches.split(",")]
+    only = [word.strip() for word in args.only.split(",") if word.strip()]
+    found = run_ranks(rows, args.ranks, times, micros, args.steps, only)
+    pair = "no overlap" if args.fb is None else f"F&B = {args.fb:g}"
+    title = f"{args.ranks} ranks, F, I, W = {args.f:g}, {args.i:g}, {args.w:g} ms, {pair}"
+    from rich.console import Console
+
+    Console(width=110).print(table(found, title))
+    if args.out:
+        args.out.with_suffix(".json").write_text(json.dumps({"title": title, "rows": found}, indent=1))
+        plot(found, title, args.out.with_suffix(".png"))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
