@@ -159,20 +159,21 @@ def micro_batches(config: dict[str, Any], replicas: int) -> int:
 
 
 def check_zero(config: dict[str, Any]) -> None:
-    """Refuse ZeRO stages that cannot work with a pipeline.
+    """Refuse what cannot work with a pipeline.
 
     Raises:
-        ConfigError: ZeRO-2 or ZeRO-3 is asked for.
+        ConfigError: ZeRO-3 is asked for, or ZeRO-2 for an optimizer that works on whole gradients.
     """
-    zero = config.get("zero_optimization", {})
-    stage = zero.get("stage", 0) if isinstance(zero, dict) else 0
+    sections = {name: config.get(name) for name in ("zero_optimization", "optimizer")}
+    zero, optimizer = (found if isinstance(found, dict) else {} for found in sections.values())
+    stage = zero.get("stage", 0)
     if stage == 3:
         raise ConfigError(
             "ZeRO-3 cannot work with a pipeline: it would gather every stage's weights again for each micro-batch; use "
             '"zero_optimization": {"stage": 1}, which partitions the optimizer state over all copies of a stage'
         )
-    if stage == 2:
+    whole = "Muon" if str(optimizer.get("type", "")).lower() == "muon" else "ZenFlow" if zero.get("zenflow") else None
+    if stage == 2 and whole:
         raise ConfigError(
-            "ZeRO-2 reduces gradients in every backward, in the middle of the pipeline; use "
-            '"zero_optimization": {"stage": 1}, which partitions the optimizer state over all copies of a stage'
+            f'ZeRO-2 keeps no whole gradients, which {whole} needs: use "zero_optimization": {{"stage": 1}}'
         )

@@ -8,6 +8,10 @@ import torch
 import torch.distributed as dist
 from deepspeed.moe.utils import is_moe_param
 from deepspeed.runtime.utils import is_model_parallel_parameter
+from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
+
+from .reduction import AllReduce, Reduction
+from .zero import PartitionedReduction
 
 
 class GradientTail:
@@ -15,45 +19,24 @@ class GradientTail:
 
     def __init__(self, engine: Any) -> None:
         self._engine = engine
+        self.reduction = choose_reduction(engine)
 
     def begin(self) -> None:
         """Start of a batch."""
-        clear = getattr(self._engine.optimizer, "clear_backward_seen_flag", None)
-        if clear is not None:
-            clear()
+        self.reduction.begin()
 
     def accumulate(self, stage: int) -> None:
-        """Move fresh gradients to where the optimizer accumulates them, when that is not `param.grad`."""
-        optimizer = self._engine.optimizer
-        if self._engine.using_bf16_optimizer:
-            optimizer.update_hp_grads(clear_lp_grads=False)
-            optimizer.clear_lp_grads(set_to_none=True)
-        elif getattr(optimizer, "use_grad_accum_attribute", False):
-            optimizer.fill_grad_accum_attribute()
+        """Move fresh gradients to where they are added up, when that is not `param.grad`."""
+        self.reduction.accumulate(stage)
 
     def reduce(self, stage: int) -> None:
-        """Gradients of all stages are reduced together in `step`."""
+        """Start the reduction of a stage over its copies and replicas."""
+        self.reduction.reduce(stage)
 
     def step(self) -> None:
-        """Reduce over tied stages, copies and replicas, then step."""
-        self._fill_missing()
-        self._engine._exec_reduce_tied_grads()
-        self._engine._exec_reduce_grads()
+        """Wait for all reductions, then step."""
+        self.reduction.finish()
         self._engine._exec_optimizer_step()
-
-    def _fill_missing(self) -> None:
-        """Zero gradients where this rank ran no backward, so that all copies of a stage reduce the same tensors."""
-        if self._engine.using_bf16_optimizer:
-            return
-        accumulated = getattr(self._engine.optimizer, "use_grad_accum_attribute", False)
-        for param in self._engine.module.parameters():
-            if not param.requires_grad:
-                continue
-            if accumulated and param.grad_accum is None:
-                dtype = self._engine.optimizer.gradient_accumulation_dtype
-                param.grad_accum = torch.zeros_like(param, dtype=dtype)
-            elif not accumulated and param.grad is None:
-                param.grad = torch.zeros_like(param)
 
     def clip(self, max_norm: float) -> torch.Tensor:
         """Clip all gradients by their global 2-norm; returns the norm before clipping (scalar).
@@ -75,3 +58,61 @@ class GradientTail:
         for param in params:
             param.grad.mul_(factor.to(param.grad.dtype))
         return norm
+
+
+def choose_reduction(engine: Any) -> Reduction:
+    """The reduction that fits the engine's optimizer."""
+    optimizer = engine.optimizer
+    inner = getattr(optimizer, "optimizer", optimizer)
+    if engine.zenflow or "muon" in type(inner).__name__.lower():
+        return AfterSchedule(engine)
+    if type(optimizer) is DeepSpeedZeroOptimizer:
+        return PartitionedReduction(engine)
+    sparse = any(getattr(part, "sparse", False) for part in engine.module.modules())  # nn.Embedding, nn.EmbeddingBag
+    return AfterSchedule(engine) if sparse else AllReduce(engine)
+
+
+class AfterSchedule:
+    """DeepSpeed's own reduction, of all stages together after the schedule: for sparse gradients, and for optimizers
+    that work on whole gradients within it (Muon, ZenFlow)."""
+
+    def __init__(self, engine: Any) -> None:
+        self._engine = engine
+
+    def begin(self) -> None:
+        clear = getattr(self._engine.optimizer, "clear_backward_seen_flag", None)
+        if clear is not None:
+            clear()
+
+    def accumulate(self, stage: int) -> None:
+        optimizer = self._engine.optimizer
+        if self._engine.using_bf16_optimizer:
+            optimizer.update_hp_grads(clear_lp_grads=False)
+            optimizer.clear_lp_grads(set_to_none=True)
+        elif getattr(optimizer, "use_grad_accum_attribute", False):
+            optimizer.fill_grad_accum_attribute()
+
+    def reduce(self, stage: int) -> None:
+        """Nothing yet: see `finish`."""
+
+    def finish(self) -> None:
+        self._fill_missing()
+        self._engine._exec_reduce_tied_grads()
+        self._engine._exec_reduce_grads()
+
+    def buffers(self) -> list[torch.Tensor]:
+        return []
+
+    def _fill_missing(self) -> None:
+        """Zero gradients where this rank ran no backward, so that all copies of a stage reduce the same tensors."""
+        if self._engine.using_bf16_optimizer:
+            return
+        accumulated = getattr(self._engine.optimizer, "use_grad_accum_attribute", False)
+        for param in self._engine.module.parameters():
+            if not param.requires_grad:
+                continue
+            if accumulated and param.grad_accum is None:
+                dtype = self._engine.optimizer.gradient_accumulation_dtype
+                param.grad_accum = torch.zeros_like(param, dtype=dtype)
+            elif not accumulated and param.grad is None:
+                param.grad = torch.zeros_like(param)

@@ -22,7 +22,12 @@ CASES = {
     "few layers": (4, 0, training.settings(4, schedule="dualpipev"), "4 layers cannot fill 8 pipeline stages"),
     "batch sizes": (4, 8, without_fit(training.settings(4, schedule="dualpipe")), "batch sizes do not fit"),
     "zero 3": (4, 8, training.settings(4, zero=3, schedule="dualpipe"), "ZeRO-3 cannot work with a pipeline"),
-    "zero 2": (4, 8, training.settings(4, zero=2, schedule="dualpipe"), '"stage": 1'),
+    "zero 2 and Muon": (
+        4,
+        8,
+        training.settings(4, zero=2, schedule="dualpipe") | {"optimizer": {"type": "Muon"}},
+        "whole gradients, which Muon needs",
+    ),
     "small cap": (4, 8, training.settings(8, schedule="dualpipe", activation_cap=1), "cap"),
     "bad value": (4, 8, training.settings(4, schedule="dualpipe", p2p_timeout_s=-1), "p2p_timeout_s"),
     "no plan file": (4, 8, training.settings(4, schedule="nowhere.csv"), "there is no plan file"),

@@ -151,7 +151,7 @@ def train(config, ranks, replicas=1, steps=20, blocks=None, tied=True, module_kw
 
 
 def gradients(config, ranks, micros, module_kwargs=None):
-    """Weights, and the local float64 gradients of one batch after the reduction over tied stages."""
+    """Weights, and the reduced float64 gradients of one batch."""
     import dualpipe_engine
 
     module = make_module(ranks, 2 * ranks, **(module_kwargs or {})).double()
@@ -160,11 +160,9 @@ def gradients(config, ranks, micros, module_kwargs=None):
     found = {}
 
     def capture():
-        engine._tail._fill_missing()
-        engine._exec_reduce_tied_grads()
         found.update({name: param.grad.clone() for name, param in engine.module.named_parameters()})
 
-    engine._tail.step = capture
+    engine._exec_optimizer_step = capture
     loss = engine.train_batch(stream(0))
     return {
         "start": start,
