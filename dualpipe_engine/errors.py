@@ -21,3 +21,7 @@ class MissingExtraError(DualPipeError, ImportError):
 
 class PipelineRuntimeError(DualPipeError, RuntimeError):
     """A step failed while it ran: a peer was lost, a transfer timed out or shapes disagree."""
+
+
+class CheckpointError(DualPipeError, RuntimeError):
+    """A checkpoint cannot be loaded or converted; the message names the file and the remedy."""

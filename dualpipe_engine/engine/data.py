@@ -87,6 +87,8 @@ class BatchFeed:
                 leaf.requires_grad_()
             return leaf
 
+        if isinstance(value, torch.Tensor):
+            return move(value)
         return pytree.tree_map(move, tuple(value) if isinstance(value, list) else value)
 
 

@@ -258,16 +258,12 @@ class DualPipeEngine(Evaluation, Measuring):
                     logger.info(f"pipeline rank {rank}: {report}")
 
     def _mean_loss(self, losses: dict[int, torch.Tensor], num_micro: int) -> torch.Tensor:
-        """Mean over micro-batches and replicas; added up in the order of the micro-batches, whoever computed them."""
+        """Mean over micro-batches and replicas; summed in float64, so that the order does not show."""
         with torch.no_grad():
-            table = torch.zeros(num_micro, dtype=torch.float32, device=self.device)
-            for micro, loss in losses.items():
-                table[micro] = loss.float()
-            dist.all_reduce(table, group=self._pipeline_group)
-            total = torch.zeros((), device=self.device)
-            for loss in table.unbind():
-                total += loss
-            self.dp_group_loss = total / num_micro
+            own = [loss.double() for loss in losses.values()]
+            total = torch.stack(own).sum() if own else torch.zeros((), dtype=torch.float64, device=self.device)
+            dist.all_reduce(total, group=self._pipeline_group)
+            self.dp_group_loss = (total / num_micro).float()
             mean = self.dp_group_loss.clone()
             if self.is_data_parallel:
                 dist.all_reduce(mean, group=self._replica_group)
@@ -334,7 +330,7 @@ class DualPipeEngine(Evaluation, Measuring):
 
     @property
     def weight_grad_store(self) -> WeightGradStore | None:
-        """Takes weight gradients that layers of one's own defer (`put` while `deferring`); None if the plan has no W."""
+        """Takes weight gradients that user layers defer (`put` while `deferring`); None if the plan has no W."""
         return self._store
 
     def _build_data_iter(self, dataset: Any) -> None:

@@ -166,6 +166,8 @@ class StageChunk:
         self._pending.clear()
 
     def _enter(self, inputs: Any) -> tuple[Any, list[torch.Tensor]]:
+        if isinstance(inputs, torch.Tensor):  # the usual case, without the cost of a nest
+            return (_Enter.apply(inputs), [inputs]) if inputs.requires_grad else (inputs, [])
         leaves: list[torch.Tensor] = []
 
         def enter(value: Any) -> Any:
@@ -212,4 +214,4 @@ def as_leaves(value: Any) -> Any:
             leaf.requires_grad_()
         return leaf
 
-    return pytree.tree_map(mark, value)
+    return mark(value) if isinstance(value, torch.Tensor) else pytree.tree_map(mark, value)

@@ -1,4 +1,4 @@
-"""The pipelines that the benchmarks compare, all on the same stages: each builder returns a function that trains a step.
+"""The pipelines that the benchmarks compare, all on the same stages: each builder returns a step to be timed.
 
 A builder is called on every rank. `stages` is the model cut into one stage a rank; vee placements run halves.
 """

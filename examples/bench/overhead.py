@@ -1,6 +1,6 @@
 """What an engine itself costs: stages that compute next to nothing, so a step is transfers and bookkeeping.
 
-    python examples/bench/overhead.py                        # 4 ranks, 64 micro-batches, [2, 8] floats
+python examples/bench/overhead.py                        # 4 ranks, 64 micro-batches, [2, 8] floats
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Schedules on stages that sleep: what each pipeline's order of work costs, beside DeepSpeed's 1F1B and torch's schedules.
+"""Schedules on stages that sleep: what an order of work costs, beside DeepSpeed's 1F1B and torch's schedules.
 
 Every stage sleeps F in a forward, I and W in a backward; its tensors are real and travel over gloo between processes
 on this machine. So two cores are enough for eight ranks, and the times show the schedule and the engine's overhead.
@@ -22,7 +22,7 @@ from typing import Any
 
 import torch.distributed as dist
 from ranks import run_ranks
-from sleeping import Times
+from sleeping import Times, lateness
 
 STOCK, AUTO = "DeepSpeed 1f1b", "auto"
 OURS = ("1f1b", "zb1p", "dualpipe", "dualpipev", "zbv")
@@ -53,6 +53,8 @@ def rows(rank: int, times: Times, micros: list[int], steps: int, only: list[str]
     from rich.progress import Progress
 
     found: list[dict[str, Any]] = []
+    if longest := max(times.f, times.i, times.w):
+        times.late = lateness(longest)
     chosen = [name for name in names(times.fb is not None) if not only or any(word in name for word in only)]
     with Progress(disable=rank != 0, transient=True) as progress:
         task = progress.add_task("measuring", total=len(chosen) * len(micros))
@@ -81,7 +83,8 @@ def table(found: list[dict[str, Any]], title: str) -> Any:
     from rich.table import Table
 
     out = Table(title=title, title_justify="left")
-    for column in ("micro-batches", "pipeline", "step [ms]", "simulated [ms]", "measured / simulated", "DeepSpeed's / its"):
+    ratios = ("measured / simulated", "DeepSpeed's / its")
+    for column in ("micro-batches", "pipeline", "step [ms]", "simulated [ms]", *ratios):
         out.add_column(column, justify="left" if column == "pipeline" else "right")
     base = {row["micro_batches"]: row["seconds"] for row in found if row["name"] == STOCK}
     for row in found:
@@ -126,7 +129,7 @@ def main() -> int:
     parser.add_argument("--micro-batches", default="16,32", help="comma-separated counts (default 16,32)")
     for option, what in (("f", "forward"), ("i", "input gradient"), ("w", "weight gradient")):
         parser.add_argument(f"--{option}", type=float, default=20.0, help=f"ms of a stage's {what} (default 20)")
-    parser.add_argument("--fb", type=float, help="ms of an overlapped pair of forward and backward (default: no overlap)")
+    parser.add_argument("--fb", type=float, help="ms of an overlapped forward and backward (default: no overlap)")
     parser.add_argument("--steps", type=int, default=3, help="measured steps; the median counts (default 3)")
     parser.add_argument("--only", default="", help="comma-separated words; contestants whose name has one of them")
     parser.add_argument("--out", type=Path, help="write FILE.json with the rows and FILE.png with bars")

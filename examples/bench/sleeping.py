@@ -1,4 +1,4 @@
-"""Stages that sleep instead of computing: forward, input gradient and weight gradient each take the time they are given.
+"""Stages that sleep instead of computing: forward, input and weight gradient each take the time they are given.
 
 A sleeping process leaves its processor to others, so many ranks can run on a few cores and still show what a schedule
 does. The tensors are real and small; they travel between processes as in training.
@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import time
 from dataclasses import dataclass
+from statistics import median
 from typing import Any
 
 import torch
@@ -18,9 +19,9 @@ WIDTH = 8
 
 @dataclass
 class Times:
-    """Seconds of one stage; `fb` is an overlapped pair of a forward and a full backward, None where pairs do not overlap.
+    """Seconds of one stage; `fb` is an overlapped forward and full backward, None where pairs do not overlap.
 
-    `slept` counts the sleeps of each kind.
+    `slept` counts the sleeps of each kind; `late` is what the machine adds to a sleep, see `lateness`.
     """
 
     f: float
@@ -28,6 +29,7 @@ class Times:
     w: float
     fb: float | None = None
     quiet: bool = False
+    late: float = 0.0
 
     def __post_init__(self) -> None:
         self.slept = {"f": 0, "i": 0, "w": 0, "fb": 0}
@@ -36,11 +38,22 @@ class Times:
         if not self.quiet:
             self.slept[kind] += 1
             if seconds := getattr(self, kind):
-                time.sleep(seconds)
+                time.sleep(max(0.0, seconds - self.late))
 
     def part(self, share: float) -> Times:
         """The times of a part of the stage."""
-        return Times(self.f * share, self.i * share, self.w * share, None if self.fb is None else self.fb * share)
+        fb = None if self.fb is None else self.fb * share
+        return Times(self.f * share, self.i * share, self.w * share, fb, late=self.late)
+
+
+def lateness(seconds: float, repeats: int = 40) -> float:
+    """Seconds by which a sleep of `seconds` ends late on this machine (median)."""
+    found = []
+    for _ in range(repeats):
+        start = time.perf_counter()
+        time.sleep(seconds)
+        found.append(time.perf_counter() - start - seconds)
+    return median(found)
 
 
 class _Input(torch.autograd.Function):

@@ -55,9 +55,9 @@ def both_ways(config, ranks, replicas=1, steps=3, tied=True):
     found = {}
     for name, choose in (("tail", gradients.choose_reduction), ("after", gradients.AfterSchedule)):
         module = training.make_module(ranks, 2 * ranks, tied=tied, replicas=replicas)
+        data = training.stream(module._grid.data_parallel_id)
         with patch.object(gradients, "choose_reduction", choose):
             engine, *_ = dualpipe_engine.initialize(model=module, config=copy.deepcopy(config))
-        data = training.stream(module._grid.data_parallel_id)
         losses = [float(engine.train_batch(data)) for _ in range(steps)]
         kind = type(engine._tail.reduction).__name__
         found[name] = {"losses": losses, "weights": training.weights(engine), "kind": kind}
