@@ -15,14 +15,13 @@ from deepspeed.pipe import PipelineModule
 from deepspeed.runtime.config import DeepSpeedConfig
 
 from ..errors import ConfigError
-from ..schedule.costs import UNIT
 from .auto import choose, job_costs, print_choice
 from .balance import stage_bounds
 from .config import AUTO, check_zero, micro_batches, read_config
 from .engine import DualPipeEngine
 from .module import place
 from .param_groups import GroupMap
-from .planning import agree, make_lowered_plan
+from .planning import agree, make_lowered_plan, unmeasured_costs
 
 _stock_initialize = deepspeed.initialize  # before `dualpipe_engine.run` puts ours in its place
 
@@ -100,7 +99,7 @@ def initialize(
         dualpipe, rows = choose(dualpipe, measured, num_micro)
         if ds_comm.get_rank() == 0:
             print_choice(rows, measured, num_micro)
-    costs = UNIT if measured is None else measured.costs
+    costs = unmeasured_costs(model, dualpipe) if measured is None else measured.costs
     plan = make_lowered_plan(dualpipe, num_ranks, num_micro, costs)
     agree(plan, torch.device(get_accelerator().current_device_name()))
     bounds = stage_bounds(model, plan, dualpipe)

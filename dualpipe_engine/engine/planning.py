@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 import torch.distributed as dist
+from deepspeed.pipe import LayerSpec, PipelineModule
 
 from ..errors import ConfigError, PlanError
 from ..schedule.choose import make_plan, placement_of
@@ -12,6 +13,18 @@ from ..schedule.lower import lower
 from ..schedule.plan import Plan
 from ..schedule.verify import verify
 from .config import DualPipeConfig
+
+OVERLAPPED = CostModel(fb=2.25)
+"""Where pairs overlap and nothing was measured: a pair takes three quarters of its halves one after the other."""
+
+
+def unmeasured_costs(module: PipelineModule, config: DualPipeConfig) -> CostModel:
+    """What plans are optimized for when no costs are known: every stage alike, pairs faster than their halves if any
+    layer brings an overlap."""
+    kinds = [spec.typename if isinstance(spec, LayerSpec) else type(spec) for spec in module._layer_specs]
+    ways = ("phases", "overlapped_forward_backward")
+    overlaps = any(hasattr(kind, way) for kind in kinds for way in ways)
+    return OVERLAPPED if overlaps and config.overlap is not False else UNIT
 
 
 def make_lowered_plan(config: DualPipeConfig, num_ranks: int, num_micro: int, costs: CostModel = UNIT) -> Plan:
