@@ -8,7 +8,6 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from deepspeed.runtime.bf16_optimizer import BF16_Optimizer
-from deepspeed.runtime.dataloader import RepeatingLoader
 from deepspeed.runtime.engine import DeepSpeedEngine
 from deepspeed.runtime.pipe.engine import TRAIN_BATCH_TIMER
 from deepspeed.runtime.pipe.topology import PipelineParallelGrid
@@ -27,6 +26,8 @@ from ..runtime.weight_grad import WeightGradStore, install
 from ..schedule.costs import CostModel
 from ..schedule.op import I, atoms
 from ..schedule.plan import Plan
+from .checkpoint import Checkpoints
+from .checkpoint_loader import ResumableLoader, ResumableSampler
 from .config import DualPipeConfig
 from .data import BatchFeed, check_same_stream
 from .evaluation import Evaluation
@@ -44,7 +45,7 @@ from .module import (
 from .planning import make_lowered_plan
 
 
-class DualPipeEngine(Evaluation, Measuring):
+class DualPipeEngine(Evaluation, Measuring, Checkpoints):
     """What `dualpipe_engine.initialize` returns.
 
     `train_batch`, `eval_batch`, `save_checkpoint`, `load_checkpoint` and the rest of DeepSpeed's PipelineEngine keep
@@ -334,7 +335,6 @@ class DualPipeEngine(Evaluation, Measuring):
         return self._store
 
     def _build_data_iter(self, dataset: Any) -> None:
-        sampler: Any = torch.utils.data.distributed.DistributedSampler(
-            dataset, num_replicas=self.data_replicas, rank=self.data_rank, shuffle=False
-        )
-        self.set_dataloader(RepeatingLoader(self.deepspeed_io(dataset, data_sampler=sampler)))
+        sampler = ResumableSampler(dataset, self.data_replicas, self.data_rank)
+        loader = self.deepspeed_io(dataset, data_sampler=sampler)
+        self.set_dataloader(ResumableLoader(loader, sampler, self.micro_batch_size))

@@ -1,0 +1,69 @@
+"""What a checkpoint keeps beside DeepSpeed's own state: random generators, and what the universal converter needs."""
+
+from __future__ import annotations
+
+import random
+import re
+from typing import Any
+
+import numpy as np
+import torch
+from deepspeed.accelerator import get_accelerator
+from deepspeed.checkpoint.constants import (
+    AUTOTP_UNSUPPORTED_PARAMETER_PATTERNS,
+    PIPELINE_REPLICATED_PARAMETER_PATTERNS,
+    UNIVERSAL_CHECKPOINT_VERSION_KEY,
+    UNIVERSAL_CHECKPOINT_VERSION_VALUE,
+)
+from deepspeed.pipe import PipelineModule, TiedLayerSpec
+from deepspeed.runtime.activation_checkpointing import checkpointing
+
+
+def random_state(device: torch.device) -> dict[str, Any]:
+    """The state of every random generator that a layer may draw from on this rank."""
+    return {
+        "python": random.getstate(),
+        "numpy": np.random.get_state(),
+        "torch": torch.get_rng_state(),
+        "device": None if device.type == "cpu" else get_accelerator().get_rng_state(device),
+        "tracker": checkpointing.get_cuda_rng_tracker().get_states(),
+    }
+
+
+def set_random_state(state: dict[str, Any], device: torch.device) -> None:
+    """Take up what `random_state` returned."""
+    random.setstate(state["python"])
+    np.random.set_state(state["numpy"])
+    torch.set_rng_state(state["torch"])
+    if state["device"] is not None and device.type != "cpu":
+        get_accelerator().set_rng_state(state["device"], device)
+    checkpointing.get_cuda_rng_tracker().set_states(state["tracker"])
+
+
+def universal_info(module: PipelineModule) -> dict[str, Any]:
+    """What DeepSpeed's universal converter must know of a pipeline. It looks for "universal_checkpoint_info" in the
+    saved state, where DeepSpeed puts the module's attribute of that name.
+
+    Weights tied between pipeline positions are saved by each of them. The converter takes those of position 0 and skips
+    the others; a tie without position 0 it would mix up, so it is told to refuse.
+    """
+    positions: dict[str, set[int]] = {}
+    for layer, spec in enumerate(module._layer_specs):
+        if isinstance(spec, TiedLayerSpec):
+            positions.setdefault(spec.key, set()).add(module.stage_owner(layer))
+    shared = {rf"tied_modules\.{re.escape(key)}\.": held for key, held in positions.items() if len(held) > 1}
+    refused = {
+        pattern: f"it is tied between pipeline positions {sorted(held)}, none of which is the first"
+        for pattern, held in shared.items()
+        if 0 not in held
+    }
+    if module._grid.model_parallel_size > 1:
+        refused[".*"] = (
+            "the model is tensor parallel: say how its parameters are cut, in "
+            "save_checkpoint(client_state={'universal_checkpoint_info': ...})"
+        )
+    return {
+        UNIVERSAL_CHECKPOINT_VERSION_KEY: UNIVERSAL_CHECKPOINT_VERSION_VALUE,
+        PIPELINE_REPLICATED_PARAMETER_PATTERNS: [pattern for pattern, held in shared.items() if 0 in held],
+        AUTOTP_UNSUPPORTED_PARAMETER_PATTERNS: refused,
+    }

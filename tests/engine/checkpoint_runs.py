@@ -1,0 +1,149 @@
+"""Runs that save and load checkpoints, on pooled ranks."""
+
+import copy
+import os
+from pathlib import Path
+from unittest.mock import patch
+
+import torch
+import training
+from deepspeed.pipe import LayerSpec, PipelineModule
+from deepspeed.runtime.pipe.topology import PipeDataParallelTopology
+from torch import nn
+
+
+class Dropped(training.Block):
+    """A block that draws random numbers."""
+
+    def forward(self, x):
+        return nn.functional.dropout(super().forward(x), 0.1, self.training)
+
+
+def make_module(ranks, replicas=1, dropout=False, blocks=8):
+    torch.manual_seed(7)
+    layers = training.make_layers(blocks, tied=True)
+    layers.insert(2, layers.pop(1))  # DeepSpeed's converter of universal checkpoints wants a file of layer 1
+    if dropout:
+        layers = [LayerSpec(Dropped) if getattr(each, "typename", 0) is training.Block else each for each in layers]
+    topology = PipeDataParallelTopology(ranks, replicas)
+    return PipelineModule(layers, topology=topology, loss_fn=training.cross_entropy)
+
+
+def start(config, ranks, replicas=1, dropout=False, **kwargs):
+    import dualpipe_engine
+
+    module = make_module(ranks, replicas, dropout)
+    engine, *_ = dualpipe_engine.initialize(model=module, config=copy.deepcopy(config), **kwargs)
+    return engine
+
+
+class Tokens(torch.utils.data.Dataset):
+    """90 samples: a batch of 16 does not divide them, nor do two replicas' batches."""
+
+    def __len__(self):
+        return 90
+
+    def __getitem__(self, index):
+        tokens = torch.randint(0, training.VOCABULARY, (training.LENGTH + 1,), generator=torch.Generator().manual_seed(index))
+        return tokens[:-1], tokens[1:]
+
+
+def train_from(config, ranks, folder, steps, save_at=(), load=False, replicas=1):
+    """Losses of `steps` steps on a data set, saved after the steps of `save_at`, resumed from the latest if `load`."""
+    engine = start(config, ranks, replicas, dropout=True, training_data=Tokens())
+    torch.manual_seed(1000 + engine.global_rank)  # dropout differs between ranks
+    client = engine.load_checkpoint(folder)[1] if load else None
+    losses = []
+    while engine.global_steps < steps:
+        losses.append(float(engine.train_batch()))
+        if engine.global_steps in save_at:
+            engine.save_checkpoint(folder, client_state={"mine": [1, 2]})
+    engine.data_iterator = engine.training_dataloader = None
+    return {"losses": losses, "client": client, "lr": engine.get_lr(), "digests": digests(engine)}
+
+
+def digests(engine):
+    return {name: training.digest(value) for name, value in training.weights(engine).items()}
+
+
+def hop(config, ranks, folder, load=None, save=None, replicas=1, steps=0, skip=0, **options):
+    """Load, evaluate, train, evaluate, save: one link of a chain of schedules."""
+    engine = start(config, ranks, replicas)
+    if load is not None:
+        engine.load_checkpoint(folder, tag=load, **options)
+    replica = engine.grid.data_parallel_id if options.get("stock") else getattr(engine, "data_rank", None)
+    data = training.stream(engine.grid.data_parallel_id if replica is None else replica)
+    for _ in range(skip * engine.gradient_accumulation_steps()):
+        next(data)
+
+    def evaluate():
+        return float(engine.eval_batch(training.stream(0, seed=5), num_micro_batches=4))
+
+    found = {"before": evaluate(), "losses": [float(engine.train_batch(data)) for _ in range(steps)]}
+    found["after"] = evaluate()
+    if save is not None:
+        engine.save_checkpoint(folder, tag=save)
+    return found
+
+
+def convert(source, target):
+    """DeepSpeed's converter to universal checkpoints, as its command line calls it."""
+    from types import SimpleNamespace
+
+    from deepspeed.checkpoint.ds_to_universal import main
+
+    main(
+        SimpleNamespace(
+            input_folder=str(source),
+            output_folder=str(target),
+            num_extract_workers=1,
+            num_merge_workers=1,
+            keep_temp_folder=False,
+            strict=True,
+            inject_missing_state=True,
+        )
+    )
+
+
+class Torn(Exception):
+    pass
+
+
+def torn_save(config, ranks, folder, broken_tag):
+    """Save, train, then stop in the middle of the next save; returns what the latest checkpoint restores."""
+    engine = start(config, ranks)
+    data = training.stream(0)
+    engine.train_batch(data)
+    engine.save_checkpoint(folder, tag="first")
+    saved = digests(engine)
+    engine.train_batch(data)
+    written = []
+
+    def save(state_dict, path):
+        if len(written) == 1:
+            raise Torn(path)
+        written.append(path)
+        Path(path).write_bytes(b"PK half")
+
+    try:
+        with patch.object(engine.checkpoint_engine, "save", save):
+            engine.save_checkpoint(folder, tag=broken_tag)
+    except Torn:
+        pass
+    again = start(config, ranks)
+    path, _ = again.load_checkpoint(folder)
+    return {"path": path, "same": digests(again) == saved, "files": sorted(os.listdir(folder)), "written": written}
+
+
+def files_written(config, ranks, folder, replicas=1):
+    """Paths that this rank writes for a checkpoint."""
+    engine = start(config, ranks, replicas)
+    save, paths = engine.checkpoint_engine.save, []
+
+    def noted(state_dict, path):
+        paths.append(os.path.basename(path))
+        save(state_dict, path)
+
+    with patch.object(engine.checkpoint_engine, "save", noted):
+        engine.save_checkpoint(folder, tag="all")
+    return paths
