@@ -55,7 +55,7 @@ def test_each_rank_is_a_process_with_named_tracks():
     trace = to_chrome(timeline_of([(1, "0F0", 0, 2), (1, "0SEND_F0", 1, 3), (1, "2REDUCE", 5, 1)]))
     names = {(e["pid"], e.get("tid"), e["args"].get("name")) for e in trace["traceEvents"] if e["ph"] == "M"}
     assert {(0, None, "rank 0"), (3, None, "rank 3")} <= names
-    assert {(1, 0, "compute"), (1, 1, "tail"), (1, 2, "communication 1")} <= names
+    assert {(1, 0, "compute"), (1, 1, "reduction"), (1, 2, "communication 1")} <= names
     tracks = {e["name"]: (e["pid"], e["tid"]) for e in trace["traceEvents"] if e["ph"] == "X"}
     assert tracks == {"0F0": (1, 0), "0SEND_F0": (1, 2), "2REDUCE": (1, 1)}
     event = next(e for e in trace["traceEvents"] if e["name"] == "0SEND_F0")
