@@ -231,10 +231,11 @@ def _exposed_communication(case: _Case) -> Finding | None:
             "Use larger micro-batches or bf16 activations, and a schedule with one stage a rank (zbv and dualpipev "
             'send twice as often); layers with phases() hide their own transfers under "dualpipe" and "dualpipev".'
         )
+    gain = case.makespan - simulate(case.plan, replace(case.costs, comm=0.0)).makespan
     return Finding(
         "exposed communication",
         cost,
-        max(0.0, case.makespan - simulate(case.plan, replace(case.costs, comm=0.0)).makespan) or cost,
+        min(cost, gain) if gain > 0 else cost,
         f"{rank.name} stands still for transfers under way for {case.share(cost)}; {hidden * 1e3:.1f} ms are hidden.",
         advice,
     )
