@@ -15,7 +15,7 @@ from ..schedule.measure import measured_costs
 from ..schedule.op import COMM, COMPUTE, NONE, RECV_B, RECV_F, REDUCE, SEND_F, Op
 from ..schedule.plan import Plan
 from ..schedule.timeline import Span, Timeline
-from ..viz.chrome import COMM_TRACK, COMPUTE_TRACK, REDUCTION_TRACK, Note, to_chrome
+from ..viz.chrome import COMM_TRACK, COMPUTE_TRACK, MICROSECONDS, REDUCTION_TRACK, Note, to_chrome
 from .breakdown import CATEGORIES, COMMUNICATION, REDUCING, Breakdown, Message, break_down, messages, reductions
 from .profile import KEY, Profile, RankProfile
 from .records import DATA, DRAIN, FLUSH, LOSS, OP, PHASE, RECEIVE, SEND, BatchRecord, RankRecord
@@ -155,7 +155,8 @@ def _notes(process: int, step: BatchRecord) -> list[Note]:
         if mark.kind == OP and mark.op.kind == REDUCE:
             notes.append(Note(process, COMPUTE_TRACK, f"start {mark.op}", "start", mark.start, mark.end))
         elif mark.kind == PHASE:
-            notes.append(Note(process, COMM_TRACK, mark.name, PHASE, mark.start, max(mark.start, mark.end)))
+            waited = {"waited_us": mark.waited * MICROSECONDS}
+            notes.append(Note(process, COMM_TRACK, mark.name, PHASE, mark.start, max(mark.start, mark.end), waited))
         elif mark.kind in _TEXTS:
             text = _TEXTS[mark.kind].format(mark.op)
             notes.append(Note(process, COMPUTE_TRACK, text, mark.kind, mark.start, mark.end))

@@ -13,6 +13,8 @@ from ..profiling.records import OP, PHASE, REDUCTION, BatchRecord, Mark
 from ..schedule.op import NONE, REDUCE, STEP, Op
 from ..schedule.timeline import Span
 
+BETWEEN_STAGES = ("send", "receive")  #: names of transfers that carry stage outputs and their gradients
+
 _NO_OP = Op(STEP, NONE, NONE)
 
 
@@ -53,10 +55,11 @@ class Observer:
         """The step ends; returns what was recorded.
 
         Args:
-            transfers: what became of the transfers within layers.
+            transfers: what became of transfers; those between stages (`BETWEEN_STAGES`) are left out, because the
+                waits for them and their hand-overs are marks.
         """
         self._batch.end = self.now()
-        self._batch.transfers = list(transfers)
+        self._batch.transfers = [each for each in transfers if each.name not in BETWEEN_STAGES]
         return self._batch
 
     def span(self, op: Op) -> Stretch:

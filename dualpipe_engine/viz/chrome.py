@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 from ..errors import PlanError
@@ -30,6 +31,7 @@ class Note(NamedTuple):
         kind: its category.
         start: seconds, as is `end`.
         end: see `start`.
+        args: shown when it is selected.
     """
 
     process: int
@@ -38,6 +40,7 @@ class Note(NamedTuple):
     kind: str
     start: float
     end: float
+    args: Mapping[str, Any] = MappingProxyType({})
 
 
 def to_chrome(
@@ -59,8 +62,8 @@ def to_chrome(
     events = []
     for each in everything:
         if isinstance(each, Note):
-            process, track, name, kind, start, end = each
-            args: dict[str, Any] = {}
+            process, track, name, kind, start, end, shown = each
+            args = dict(shown)
         else:
             process, op, start, end = each
             track, name, kind = _track(op), str(op), op.kind
