@@ -69,6 +69,8 @@ def print_findings(profile: Profile, findings: Sequence[Finding], console: Conso
         gain = "not known"
         if finding.gain is not None:
             gain = f"{finding.gain * 1e3:.1f} ms a step ({finding.gain / step:.0%})"
+            if finding.gain < 0:
+                gain = f"memory, for {-finding.gain * 1e3:.1f} ms a step ({-finding.gain / step:.0%})"
         lines += ["", f"{number}. {finding.name}: {finding.fact}", f"   {finding.advice}", f"   expected gain: {gain}"]
     console.print("\n".join(lines), highlight=False, markup=False, soft_wrap=True)
 

@@ -84,10 +84,14 @@ def test_each_fault_alone_is_named_with_its_remedy(name, advice, change):
 
 
 def test_pairs_that_do_not_overlap_lead_to_dualpipev():
-    findings = found(profile(costs=replace(HEALTHY, fb=0.03)))
+    case = profile(costs=replace(HEALTHY, fb=0.03))
+    findings = found(case)
     assert '"dualpipev"' in findings["overlap not effective"].advice
     assert "100%" in findings["overlap not effective"].fact
     assert "another schedule is faster" not in findings
+    console = Console(file=io.StringIO(), width=200)
+    print_findings(case, [replace(findings["overlap not effective"], gain=-0.001)], console)
+    assert "expected gain: memory, for 1.0 ms a step" in console.file.getvalue()
 
 
 def test_a_few_micro_batches_are_too_few():
@@ -115,6 +119,7 @@ def test_a_slower_schedule_is_named():
     case = profile("1f1b", micros=12, costs=CostModel(0.01, 0.01, 0.01))
     finding = found(case)["another schedule is faster"]
     assert '"schedule": "' in finding.advice
+    assert "1x parameters" in finding.fact  # without overlap a second copy wins too little
     assert finding.gain > 0.05 * case.step
 
 
