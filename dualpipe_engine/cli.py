@@ -8,7 +8,7 @@ import math
 import os
 import sys
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -45,6 +45,7 @@ examples:
   dualpipe plan --schedule plan.json
   dualpipe draw --schedule dualpipe --ranks 8 --micro-batches 20 --out schedule.svg
   dualpipe draw trace.json
+  dualpipe doctor dualpipe_profile.json
   dualpipe compare --ranks 8 --micro-batches 32 --costs 1,1,1,2.25 --optimize
   dualpipe compare --ranks 8 --micro-batches 32 --layer-costs 0.2,1x40,3
   dualpipe compare --model deepseek-v3 --gpus 2048 --hardware h800
@@ -85,7 +86,7 @@ def _parser() -> argparse.ArgumentParser:
     shape: dict[str, Any] = {"formatter_class": argparse.RawDescriptionHelpFormatter, "epilog": _EPILOG}
     parser = argparse.ArgumentParser(prog="dualpipe", description=_DESCRIPTION, **shape)
     parser.add_argument("--version", action="version", version=f"dualpipe_engine {__version__}")
-    commands = parser.add_subparsers(metavar="plan|draw|compare", required=True)
+    commands = parser.add_subparsers(metavar="plan|draw|compare|doctor", required=True)
 
     plan = commands.add_parser("plan", help="print the ops of every rank, with makespan and bubble", **shape)
     _add_schedule(plan)
@@ -107,6 +108,11 @@ def _parser() -> argparse.ArgumentParser:
     side.add_argument("--format", choices=("table", "json"), default="table", help="default: table")
     _add_job(side)
     side.set_defaults(run=_run_compare)
+
+    doctor = commands.add_parser("doctor", help="say what costs most in a profile, and what to change", **shape)
+    doctor.add_argument("profile", help="what get_profiler().save_to_file() wrote")
+    doctor.add_argument("--format", choices=("table", "json"), default="table", help="default: table")
+    doctor.set_defaults(run=_run_doctor)
     return parser
 
 
@@ -322,6 +328,20 @@ def _run_compare(args: argparse.Namespace) -> None:
             ],
         }
     )
+
+
+def _run_doctor(args: argparse.Namespace) -> None:
+    from .profiling.doctor import diagnose
+    from .profiling.profile import read_profile
+    from .profiling.report import print_findings, print_summary
+
+    profile = read_profile(args.profile)
+    findings = diagnose(profile)
+    if args.format == "json":
+        _print_json({"step": profile.step, "findings": [asdict(finding) for finding in findings]})
+        return
+    print_summary(profile)
+    print_findings(profile, findings)
 
 
 def _compare_cuts(args: argparse.Namespace, costs: CostModel) -> None:

@@ -10,10 +10,19 @@ from pathlib import Path
 import pytest
 
 PACKAGE = Path(__file__).parent.parent / "dualpipe_engine"
-LAYERS = ["schedule", "viz", "comm", "runtime", "engine", "adapters"]  # a layer may import itself and those before it
+LAYERS = [
+    "schedule",
+    "viz",
+    "profiling",
+    "comm",
+    "runtime",
+    "engine",
+    "adapters",
+]  # a layer may import itself and those before it
 FOREIGN = {
     "schedule": set(),
     "viz": {"rich", "matplotlib", "numpy"},
+    "profiling": {"rich"},
     "comm": {"torch"},
     "runtime": {"torch"},
     "engine": {"torch", "deepspeed", "pydantic", "numpy"},

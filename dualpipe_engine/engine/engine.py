@@ -20,6 +20,7 @@ from ..comm.p2p import Edges
 from ..comm.tickets import Transfer
 from ..comm.transport import GroupTransport
 from ..errors import ConfigError
+from ..profiling.records import LOSS
 from ..runtime.apex_support import apex_status
 from ..runtime.executor import Executor
 from ..runtime.observer import Observer
@@ -203,7 +204,9 @@ class DualPipeEngine(Evaluation, Measuring):
         if not self._checked_stream:
             self._check_stream(feed)
             self._report_split()
-        self.agg_train_loss = self._mean_loss(result.losses, self.micro_batches)
+        with self._observer.waiting(LOSS):
+            self.agg_train_loss = self._mean_loss(result.losses, self.micro_batches)
+        self._keep_record()
         self.timers(TRAIN_BATCH_TIMER).stop()
         self._report_batch()
         return self.agg_train_loss

@@ -10,6 +10,7 @@ from deepspeed.moe.utils import is_moe_param
 from deepspeed.runtime.utils import is_model_parallel_parameter
 from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
 
+from ..profiling.records import DRAIN
 from .reduction import AllReduce, Reduction
 from .zero import PartitionedReduction
 
@@ -35,7 +36,8 @@ class GradientTail:
 
     def step(self) -> None:
         """Wait for all reductions, then step."""
-        self.reduction.finish()
+        with self._engine._observer.waiting(DRAIN):
+            self.reduction.finish()
         self._engine._exec_optimizer_step()
 
     def clip(self, max_norm: float) -> torch.Tensor:

@@ -9,6 +9,7 @@ from typing import Any
 import torch.distributed as dist
 from deepspeed.runtime.pipe.engine import PipelineEngine
 
+from ..runtime.profiler import Job, current_profiler
 from ..schedule.measure import measured_costs
 from ..schedule.op import COMPUTE
 from ..schedule.simulate import simulate
@@ -40,3 +41,26 @@ class Measuring(PipelineEngine):
         overhead."""
         compute = Timeline(measured.num_ranks, [span for span in measured.spans if span.op.kind in COMPUTE])
         return simulate(self.plan.compute_only(), measured_costs([compute], self.num_stages))
+
+    def _keep_record(self) -> None:
+        """The step ends: the profiler keeps it while profiling is on."""
+        batch = self._observer.end_batch(self._transfers)
+        profiler = current_profiler()
+        self._observer.nvtx = profiler is not None and self.device.type == "cuda"
+        if profiler is not None:
+            profiler.add(batch, Job(self.plan, self.place.rank, self.place.replica, self.device, self._profile_facts))
+
+    def _profile_facts(self) -> dict[str, Any]:
+        """What `Profile.facts` names."""
+        config = self.dualpipe_config
+        return {
+            "schedule": config.schedule,
+            "optimize": config.optimize,
+            "partition_method": config.partition_method,
+            "overlap": any(chunk.brings_overlap for chunk in self._chunks.values()),
+            "micro_batch_size": self.train_micro_batch_size_per_gpu(),
+            "replicas": self.place.replicas,
+            "zero_stage": self.zero_optimization_stage(),
+            "weight_split": None if self._store is None else self.weight_split.share,
+            "device": self.device.type,
+        }
