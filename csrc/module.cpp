@@ -41,7 +41,7 @@ struct Closing {
 
 PYBIND11_MODULE(TORCH_EXTENSION_NAME, module) {
   module.attr("TORCH_VERSION") = TORCH_VERSION;
-  py::register_exception_translator([](std::exception_ptr raised) {
+  py::register_local_exception_translator([](std::exception_ptr raised) {
     try {
       std::rethrow_exception(raised);
     } catch (const dualpipe::TransferError& error) {
@@ -50,7 +50,7 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, module) {
     }
   });
 
-  py::class_<Ticket, std::shared_ptr<Ticket>>(module, "Ticket")
+  py::class_<Ticket, std::shared_ptr<Ticket>>(module, "Ticket", py::module_local())
       .def("wait", &Ticket::wait, py::arg("timeout_s"), no_gil())
       .def("done", &Ticket::done, no_gil())
       .def("finished_at",
@@ -65,7 +65,7 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, module) {
       .def_property_readonly("finished_ns", [](const Ticket& t) { return t.finished_ns.load(); })
       .def_property_readonly("waited_ns", [](const Ticket& t) { return t.waited_ns.load(); });
 
-  py::class_<CommStream, std::unique_ptr<CommStream, Closing>>(module, "CommStream")
+  py::class_<CommStream, std::unique_ptr<CommStream, Closing>>(module, "CommStream", py::module_local())
       .def(py::init([](const std::string& device) {
              return std::unique_ptr<CommStream, Closing>(new CommStream(c10::Device(device)));
            }),

@@ -111,8 +111,9 @@ def implementation(how: str) -> Callable[[str], CommStream]:
         try:
             return ways[way]().CommStream
         except Exception as error:
-            reasons.append(f"{way}: {str(error).strip().splitlines()[-1] if str(error).strip() else error!r}")
-    raise ConfigError(f"{VARIABLE}={how}: {reasons[0]}; unset it to use what works")
+            text = str(error).strip() or type(error).__name__
+            reasons.append(f"{way}: {text.splitlines()[-1]}")
+    raise ConfigError(f"no communication stream ({'; '.join(reasons)}): unset {VARIABLE} to use what works")
 
 
 def _prebuilt() -> ModuleType:

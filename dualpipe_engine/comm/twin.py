@@ -49,18 +49,20 @@ class Ticket:
 
     def finish(self, timeout: timedelta) -> None:
         """Wait for the work itself; call it after `take`."""
-        error = None
+        error, kept, work = None, self._kept, self.work  # `close` drops what gloo may still write to
         try:
-            if not self.work.wait(timeout):
+            if not work.wait(timeout):
                 error = "it was given up"
         except RuntimeError as raised:
             error = str(raised)
         self.complete(error)
+        del kept
 
     def complete(self, error: str | None) -> None:
         with self._lock:
             if self._done.is_set():
                 return
+            self.take()
             if error is None and self._land is not None:
                 self._landed = self._land()
             self._error = error
@@ -70,11 +72,6 @@ class Ticket:
             self._sums["bytes"] += self.size
             self._sums["finished" if error is None else "failed"] += 1
             self._done.set()
-
-    def abort(self) -> None:
-        work = self.work
-        if work is not None and not self.native and not self.by_callback:
-            work.abort()
 
     def wait(self, timeout_s: float) -> None:
         start = time.monotonic_ns()
@@ -120,8 +117,7 @@ class _Lane:
         self._changed = threading.Condition()
         self._current: Ticket | None = None
         self._closing = False
-        self._thread = threading.Thread(target=self._run, daemon=True, name="dualpipe-lane")
-        self._thread.start()
+        threading.Thread(target=self._run, daemon=True, name="dualpipe-lane").start()
 
     def add(self, ticket: Ticket) -> None:
         with self._changed:
@@ -132,12 +128,11 @@ class _Lane:
     def close(self) -> None:
         with self._changed:
             self._closing = True
-            if self._current is not None:
-                self._current.abort()
             self._changed.notify()
-        self._thread.join()
-        for ticket in self._queue:
-            if ticket.take():
+            unfinished = [self._current, *self._queue]
+        # Python cannot end a wait for gloo; its thread is a daemon.
+        for ticket in unfinished:
+            if ticket is not None and (ticket is self._current or ticket.take()):
                 ticket.complete(_CLOSED)
 
     def _run(self) -> None:
@@ -189,7 +184,8 @@ class CommStream:
         what: str,
     ) -> Ticket:
         def launch(to: Any, rows: Any) -> Any:
-            return dist.all_to_all_single(to, rows, list(receive), list(send), group=group, async_op=True)
+            post: Any = getattr(group, "all_to_all_single", None) or group.alltoall_base  # renamed in torch 2.13
+            return post(to, rows, list(receive), list(send))
 
         return self._post("all_to_all", group, rows, out, -1, what, launch)
 
