@@ -9,7 +9,8 @@ namespace dualpipe {
 
 namespace {
 
-constexpr auto kGrace = std::chrono::microseconds(200);
+constexpr auto kGrace = std::chrono::milliseconds(1);
+constexpr int kIdleLooks = 50;  // in a row with nothing to do, then the watcher sleeps until the next post
 constexpr auto kForever = std::chrono::hours(24 * 365);
 
 // The method has another name since torch 2.13.
@@ -40,41 +41,53 @@ Lane::~Lane() {
     if (current_) current_->abort();
   }
   changed_.notify_all();
-  thread_.join();
+  if (thread_.joinable()) thread_.join();
   for (const auto& ticket : queue_) {
     if (ticket->take()) ticket->complete("the communication stream was closed");
   }
 }
 
 void Lane::add(Shared ticket) {
-  bool idle = false;
-  {
-    std::lock_guard<std::mutex> lock(mutex_);
-    idle = queue_.empty();
-    queue_.push_back(std::move(ticket));
+  std::lock_guard<std::mutex> lock(mutex_);
+  queue_.push_back(std::move(ticket));
+}
+
+bool Lane::drop_taken() {
+  while (!queue_.empty() && queue_.front()->taken()) queue_.pop_front();
+  return !queue_.empty();
+}
+
+bool Lane::look_after() {
+  std::lock_guard<std::mutex> lock(mutex_);
+  if (working_) return true;
+  if (!drop_taken()) return false;
+  if (std::chrono::nanoseconds(now_ns() - queue_.front()->posted_ns) < kGrace) return true;
+  working_ = true;
+  if (thread_.joinable()) {
+    changed_.notify_one();
+  } else {
+    thread_ = std::thread([this] { run(); });
   }
-  if (idle) changed_.notify_one();
+  return true;
 }
 
 void Lane::run() {
   std::unique_lock<std::mutex> lock(mutex_);
   while (true) {
-    changed_.wait(lock, [this] { return closing_ || !queue_.empty(); });
+    changed_.wait(lock, [this] { return closing_ || working_; });
+    while (!closing_ && drop_taken()) {
+      current_ = std::move(queue_.front());
+      queue_.pop_front();
+      if (current_->take()) {
+        auto ticket = current_;
+        lock.unlock();
+        ticket->finish(std::chrono::duration_cast<std::chrono::milliseconds>(kForever));
+        lock.lock();
+      }
+      current_.reset();
+    }
     if (closing_) return;
-    const auto age = std::chrono::nanoseconds(now_ns() - queue_.front()->posted_ns);
-    if (age < kGrace && !queue_.front()->done()) {
-      changed_.wait_for(lock, kGrace - age, [this] { return closing_; });
-      continue;
-    }
-    current_ = std::move(queue_.front());
-    queue_.pop_front();
-    if (current_->take()) {
-      auto ticket = current_;
-      lock.unlock();
-      ticket->finish(std::chrono::duration_cast<std::chrono::milliseconds>(kForever));
-      lock.lock();
-    }
-    current_.reset();
+    working_ = false;
   }
 }
 
@@ -87,17 +100,45 @@ CommStream::CommStream(c10::Device device) : device_(device) {
 
 void CommStream::close() {
   decltype(lanes_) lanes;
+  std::thread watcher;
   {
     std::lock_guard<std::mutex> lock(mutex_);
     closed_ = true;
     lanes.swap(lanes_);
+    watcher.swap(watcher_);
+  }
+  changed_.notify_all();
+  if (watcher.joinable()) watcher.join();
+}
+
+void CommStream::watch() {
+  std::unique_lock<std::mutex> lock(mutex_);
+  int idle = 0;
+  while (!closed_) {
+    bool busy = false;
+    for (const auto& entry : lanes_) busy = entry.second->look_after() || busy;
+    idle = busy ? 0 : idle + 1;
+    if (idle < kIdleLooks) {
+      changed_.wait_for(lock, kGrace, [this] { return closed_; });
+    } else {
+      watching_ = false;
+      changed_.wait(lock, [this] { return closed_ || watching_; });
+      idle = 0;
+    }
   }
 }
 
-Lane& CommStream::lane(Kind kind, const Group& group, int peer) {
-  auto& found = lanes_[{kind, group.get(), peer}];
-  if (!found) found = std::make_unique<Lane>();
-  return *found;
+void CommStream::keep(Kind kind, const Group& group, int peer, const Shared& ticket) {
+  auto& lane = lanes_[{kind, group.get(), peer}];
+  if (!lane) lane = std::make_unique<Lane>();
+  lane->add(ticket);
+  if (watching_) return;
+  watching_ = true;
+  if (watcher_.joinable()) {
+    changed_.notify_all();
+  } else {
+    watcher_ = std::thread([this] { watch(); });
+  }
 }
 
 // Swaps tensors of the accelerator for pinned ones. The copy waits for the op that made `in`, and the host for the copy.
@@ -158,7 +199,7 @@ Shared CommStream::post(Kind kind, const Group& group, const at::Tensor& in, con
       ticket->complete(future.hasError() ? future.tryRetrieveErrorMessage() : std::string());
     });
   } else {
-    lane(kind, group, peer).add(ticket);
+    keep(kind, group, peer, ticket);
   }
   return ticket;
 }

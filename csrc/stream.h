@@ -19,23 +19,27 @@ namespace dualpipe {
 using Group = c10::intrusive_ptr<c10d::ProcessGroup>;
 using Shared = std::shared_ptr<Ticket>;
 
-// A thread that waits for the transfers of one directed edge in their order, since nothing but a blocking wait tells
-// when gloo has finished one. A caller that waits within kGrace does it itself, which saves two changes of thread.
+// Waits for the transfers of one directed edge in their order, on a thread of its own, since nothing but a blocking wait
+// tells when gloo has finished one. Only for those that no caller has taken within kGrace: a caller that waits soon does
+// so itself, which saves the changes of thread.
 class Lane {
  public:
-  Lane() : thread_([this] { run(); }) {}
   ~Lane();
   void add(Shared ticket);
+  // Sets the thread to work where it is needed; returns whether anything is left to look after.
+  bool look_after();
 
  private:
   void run();
+  bool drop_taken();
 
   std::mutex mutex_;
   std::condition_variable changed_;
   std::deque<Shared> queue_;
   Shared current_;
+  bool working_ = false;
   bool closing_ = false;
-  std::thread thread_;  // the last member: it uses the others
+  std::thread thread_;
 };
 
 class CommStream {
@@ -59,13 +63,17 @@ class CommStream {
   Shared post(Kind kind, const Group& group, const at::Tensor& in, const at::Tensor& out, int peer, std::string what,
               Launch launch);
   void stage(Ticket& ticket, at::Tensor& in, at::Tensor& out);
-  Lane& lane(Kind kind, const Group& group, int peer);
+  void watch();
+  void keep(Kind kind, const Group& group, int peer, const Shared& ticket);
 
   c10::Device device_;
   std::optional<c10::Stream> stream_;
   std::shared_ptr<Counters> counters_ = std::make_shared<Counters>();
   std::mutex mutex_;
+  std::condition_variable changed_;
   bool closed_ = false;
+  bool watching_ = false;
+  std::thread watcher_;  // looks after the lanes every kGrace while there are transfers; posting wakes nobody
   std::map<std::tuple<Kind, void*, int>, std::unique_ptr<Lane>> lanes_;
   std::deque<Shared> native_;  // kept until the accelerator is done with their tensors
 };

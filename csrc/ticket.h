@@ -72,6 +72,8 @@ class Ticket {
     return state_.compare_exchange_strong(expected, kTaken);
   }
 
+  bool taken() const { return state_ != kPosted; }
+
   // Ends the wait of a thread that is in finish().
   void abort();
 

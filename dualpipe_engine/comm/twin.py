@@ -14,7 +14,8 @@ import torch.distributed as dist
 
 from ..errors import PipelineRuntimeError
 
-GRACE_NS = 1_000_000  #: a caller that waits within this time does so itself; later the lane does
+GRACE_NS = 2_000_000  #: a caller that waits within this time does so itself; later the lane does
+_IDLE_LOOKS = 50  #: in a row with nothing to do, then the watcher sleeps until the next post
 _FOREVER = timedelta(days=365)
 _CLOSED = "the communication stream was closed"
 
@@ -46,6 +47,9 @@ class Ticket:
     def take(self) -> bool:
         """True for the one thread that may wait for the work: gloo hands out each completion once."""
         return self._claim.acquire(blocking=False)
+
+    def taken(self) -> bool:
+        return self._claim.locked()
 
     def finish(self, timeout: timedelta) -> None:
         """Wait for the work itself; call it after `take`."""
@@ -110,20 +114,34 @@ class Ticket:
 
 
 class _Lane:
-    """A thread that waits for the transfers of one directed edge in their order; see `Lane` in csrc/stream.h."""
+    """Waits for the transfers of one directed edge that no caller took; see `Lane` in csrc/stream.h."""
 
     def __init__(self) -> None:
         self._queue: deque[Ticket] = deque()
         self._changed = threading.Condition()
         self._current: Ticket | None = None
-        self._closing = False
-        threading.Thread(target=self._run, daemon=True, name="dualpipe-lane").start()
+        self._thread: threading.Thread | None = None
+        self._working = self._closing = False
 
     def add(self, ticket: Ticket) -> None:
         with self._changed:
             self._queue.append(ticket)
-            if len(self._queue) == 1:
-                self._changed.notify()
+
+    def look_after(self) -> bool:
+        """Set the thread to work where it is needed; returns whether anything is left to look after."""
+        with self._changed:
+            if self._working:
+                return True
+            if not self._drop_taken():
+                return False
+            if time.monotonic_ns() - self._queue[0].posted_ns < GRACE_NS:
+                return True
+            self._working = True
+            if self._thread is None:
+                self._thread = threading.Thread(target=self._run, daemon=True, name="dualpipe-lane")
+                self._thread.start()
+            self._changed.notify()
+            return True
 
     def close(self) -> None:
         with self._changed:
@@ -135,16 +153,21 @@ class _Lane:
             if ticket is not None and (ticket is self._current or ticket.take()):
                 ticket.complete(_CLOSED)
 
+    def _drop_taken(self) -> bool:
+        while self._queue and self._queue[0].taken():
+            self._queue.popleft()
+        return bool(self._queue)
+
     def _run(self) -> None:
         while True:
             with self._changed:
                 self._current = None
-                self._changed.wait_for(lambda: self._closing or self._queue)
+                if not self._drop_taken():
+                    self._working = False
+                self._changed.wait_for(lambda: self._closing or self._working)
                 if self._closing:
                     return
-                left = self._queue[0].posted_ns + GRACE_NS - time.monotonic_ns()
-                if left > 0 and not self._queue[0].done():
-                    self._changed.wait_for(lambda: self._closing, left * 1e-9)
+                if not self._drop_taken():
                     continue
                 self._current = ticket = self._queue.popleft()
             if ticket.take():
@@ -166,7 +189,10 @@ class CommStream:
         self._lanes: dict[tuple[str, Any, int], _Lane] = {}
         self._native: deque[Ticket] = deque()
         self._lock = threading.Lock()
+        self._changed = threading.Condition(self._lock)
         self._closed = False
+        self._watching = False
+        self._watcher: threading.Thread | None = None
 
     def send(self, group: dist.ProcessGroup, tensor: torch.Tensor, peer: int, tag: int, what: str) -> Ticket:
         return self._post("send", group, tensor, None, peer, what, lambda to, rows: group.send([rows], peer, tag))
@@ -196,6 +222,7 @@ class CommStream:
         with self._lock:
             self._closed = True
             lanes, self._lanes = self._lanes, {}
+            self._changed.notify()
         for lane in lanes.values():
             lane.close()
 
@@ -231,11 +258,34 @@ class CommStream:
                 ticket.by_callback = True
                 ticket.work.get_future().add_done_callback(lambda future: ticket.complete(_error_of(future)))
             else:
-                key = (kind, group, peer)
-                if key not in self._lanes:
-                    self._lanes[key] = _Lane()
-                self._lanes[key].add(ticket)
+                self._keep((kind, group, peer), ticket)
         return ticket
+
+    def _keep(self, key: tuple[str, Any, int], ticket: Ticket) -> None:
+        if key not in self._lanes:
+            self._lanes[key] = _Lane()
+        self._lanes[key].add(ticket)
+        if self._watching:
+            return
+        self._watching = True
+        if self._watcher is None:
+            self._watcher = threading.Thread(target=self._watch, daemon=True, name="dualpipe-watcher")
+            self._watcher.start()
+        self._changed.notify()
+
+    def _watch(self) -> None:
+        """Look after the lanes every now and then while there are transfers; so posting wakes nobody."""
+        idle = 0
+        with self._changed:
+            while not self._closed:
+                busy = [lane.look_after() for lane in self._lanes.values()]
+                idle = 0 if any(busy) else idle + 1
+                if idle < _IDLE_LOOKS:
+                    self._changed.wait_for(lambda: self._closed, GRACE_NS * 1e-9)
+                else:
+                    self._watching = False
+                    self._changed.wait_for(lambda: self._closed or self._watching)
+                    idle = 0
 
     def _launch_on_stream(
         self, ticket: Ticket, group: dist.ProcessGroup, rows: Any, out: Any, launch: Callable[[Any, Any], Any]
