@@ -17,7 +17,8 @@ import torch
 
 from ..errors import PipelineRuntimeError
 from .meta import HEADER_BYTES, MessageMeta, TensorMeta, decode, encode, flatten
-from .transport import Ticket, Transport
+from .tickets import Ticket
+from .transport import Transport
 
 FORWARD = 0
 BACKWARD = 1

@@ -17,6 +17,7 @@ from deepspeed.utils import logger
 from deepspeed.utils.timer import ThroughputTimer
 
 from ..comm.p2p import Edges
+from ..comm.stream import StreamTicket
 from ..comm.tickets import Transfer
 from ..comm.transport import GroupTransport
 from ..errors import ConfigError
@@ -146,7 +147,10 @@ class DualPipeEngine(Evaluation, Measuring):
             )
             for stage, view in self._views.items()
         }
-        transport = GroupTransport(self.place.pipeline, self.place.rank, self._pipeline_group)
+        self._transported: list[StreamTicket] = []  # of the last batch, between stages
+        transport = GroupTransport(
+            self.place.pipeline, self.place.rank, self._pipeline_group, self.device, self._transported
+        )
         self._edges = Edges(transport, self.device, timeout, dynamic_shape=module.dynamic_shape)
         self._observer = Observer(self.place.rank, self.device)
         self._tail = GradientTail(self)
@@ -195,6 +199,7 @@ class DualPipeEngine(Evaluation, Measuring):
         self.timers(TRAIN_BATCH_TIMER).start()
         self._tail.begin()
         self._transfers.clear()
+        self._transported.clear()
         self._executor.scale = self._loss_factor()
         feed = self._feed(self.micro_batches, fingerprint=not self._checked_stream)
         with autocast_if_enabled(self):
