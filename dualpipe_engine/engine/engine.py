@@ -10,7 +10,7 @@ import torch.distributed as dist
 from deepspeed.runtime.bf16_optimizer import BF16_Optimizer
 from deepspeed.runtime.dataloader import RepeatingLoader
 from deepspeed.runtime.engine import DeepSpeedEngine
-from deepspeed.runtime.pipe.engine import TRAIN_BATCH_TIMER
+from deepspeed.runtime.pipe.engine import TRAIN_BATCH_TIMER, PipelineEngine
 from deepspeed.runtime.pipe.topology import PipelineParallelGrid
 from deepspeed.runtime.torch_autocast import autocast_if_enabled
 from deepspeed.utils import logger
@@ -42,6 +42,7 @@ from .module import (
     stage_views,
 )
 from .planning import make_lowered_plan
+from .watch import Watch, watched
 
 
 class DualPipeEngine(Evaluation, Measuring):
@@ -56,6 +57,7 @@ class DualPipeEngine(Evaluation, Measuring):
         place: this rank's place in its pipeline.
         plan: the lowered training plan.
         costs: costs of the model cut into as many stages as there are ranks, for plans of other batch sizes.
+        watch: ends the job when a rank is lost.
         deepspeed: arguments of DeepSpeedEngine.
 
     Attributes:
@@ -71,12 +73,15 @@ class DualPipeEngine(Evaluation, Measuring):
         place: Place,
         plan: Plan,
         costs: CostModel,
+        watch: Watch,
         **deepspeed: Any,
     ) -> None:
         # DeepSpeed's own pipeline set-up (buffers, blocking p2p, ZeRO assertion) does not apply, hence not super().
         DeepSpeedEngine.__init__(self, **deepspeed)
         self.dualpipe_config, self.place, self.plan = dualpipe, place, plan
         self._costs = costs
+        self.watch = watch
+        watch.position.pipeline = place.pipeline
         self._pipeline_group = base_grid.pp_proc_group
         self._replica_group = base_grid.dp_proc_group
         self._init_pipeline_state()
@@ -146,7 +151,7 @@ class DualPipeEngine(Evaluation, Measuring):
             for stage, view in self._views.items()
         }
         transport = GroupTransport(self.place.pipeline, self.place.rank, self._pipeline_group)
-        self._edges = Edges(transport, self.device, timeout, dynamic_shape=module.dynamic_shape)
+        self._edges = Edges(transport, self.device, timeout, module.dynamic_shape, self.watch.position)
         self._observer = Observer(self.place.rank, self.device)
         self._tail = GradientTail(self)
         self._executor = Executor(
@@ -156,7 +161,7 @@ class DualPipeEngine(Evaluation, Measuring):
         self._eval_executor = Executor(
             self.place.rank,
             self._chunks,
-            Edges(transport, self.device, timeout, dynamic_shape=True),
+            Edges(transport, self.device, timeout, True, self.watch.position),
             Observer(self.place.rank, self.device),
             on_micro=self._before_forward,
         )
@@ -167,6 +172,7 @@ class DualPipeEngine(Evaluation, Measuring):
 
     # -- training ------------------------------------------------------------------------------------------------
 
+    @watched
     def train_batch(self, data_iter: Iterator[Any] | None = None) -> torch.Tensor:
         """Train on one batch of `train_batch_size()` samples and step the optimizer.
 
@@ -307,6 +313,9 @@ class DualPipeEngine(Evaluation, Measuring):
     def clip_fp32_gradients(self) -> None:
         """Clip by the norm over all stages, every parameter counted once."""
         self._global_grad_norm = self._tail.clip(self.gradient_clipping())
+
+    save_checkpoint = watched(PipelineEngine.save_checkpoint)
+    load_checkpoint = watched(PipelineEngine.load_checkpoint)
 
     # -- what DeepSpeed asks about this rank ---------------------------------------------------------------------
 
