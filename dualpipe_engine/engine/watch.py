@@ -51,6 +51,7 @@ class Watch:
         self._patience = max(0.6 * timeout_s, timeout_s - 10)
         self._grace = min(3.0, 0.2 * timeout_s)
         self._section: str | None = None
+        self._broken = False  # a transfer has failed, and this rank waits to be told why
         self._depth = self._batches = 0
         self._seen: tuple[Any, float] = (None, 0.0)
         self._main = threading.get_ident()
@@ -114,6 +115,7 @@ class Watch:
     def _explain(self, error: BaseException) -> None:
         """Raise what is behind an error of communication; tell the others of any other error."""
         if _from_comm(error):
+            self._broken = True
             self._lifeline.decided.wait(SETTLE_S + 1)
         if self._lifeline.text is None:
             self._lifeline.fail("".join(traceback.format_exception(error)), comm=_from_comm(error))
@@ -127,7 +129,8 @@ class Watch:
             self._lifeline.close()
         section, op = self._section, self.position.op
         frame = sys._current_frames().get(self._main)
-        waiting = self.position.awaits is not None or (frame is not None and _is_comm(frame.f_code.co_filename))
+        waiting = self._broken or self.position.awaits is not None
+        waiting = waiting or (frame is not None and _is_comm(frame.f_code.co_filename))
         now, here = time.monotonic(), (section, self._batches, id(op), waiting)
         if here != self._seen[0]:
             self._seen = (here, now)

@@ -39,7 +39,7 @@ def plant(engine, fault, phase):
     from dualpipe_engine.schedule.op import COMPUTE
 
     if phase == "saving":
-        engine.checkpoint_engine.save = lambda *_: strike(fault)
+        engine.checkpoint_engine.save = lambda *_, **__: strike(fault)
         return
     program = engine.plan.programs[engine.place.rank]
     compute = [op for op in program if op.kind in COMPUTE]
