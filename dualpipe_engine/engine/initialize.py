@@ -16,6 +16,7 @@ from deepspeed.runtime.config import DeepSpeedConfig
 
 from ..comm.position import Position
 from ..errors import ConfigError
+from .agreement import agree_on_copies, agree_on_job
 from .auto import choose, job_costs, print_choice
 from .balance import stage_bounds
 from .config import AUTO, check_zero, micro_batches, read_config
@@ -94,6 +95,7 @@ def initialize(
     )
     watch = Watch(dualpipe.p2p_timeout_s, Position())
     with watch.section("initialize"):
+        agree_on_job(settings, model)
         base_grid = model._grid
         num_ranks = base_grid.pipe_parallel_size
         num_micro = micro_batches(settings, base_grid.data_parallel_size)
@@ -110,6 +112,7 @@ def initialize(
 
         groups = GroupMap(model, model_parameters, optimizer, base_grid)
         placed = place(model, plan.placement, bounds)
+        agree_on_copies(model)
         config_class = DeepSpeedConfig(settings, base_grid)
         deepspeed.set_optimizer_flags(config_class, model)
         engine = DualPipeEngine(
