@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -314,7 +315,26 @@ class DualPipeEngine(Evaluation, Measuring):
         """Clip by the norm over all stages, every parameter counted once."""
         self._global_grad_norm = self._tail.clip(self.gradient_clipping())
 
-    save_checkpoint = watched(PipelineEngine.save_checkpoint)
+    @watched
+    def save_checkpoint(
+        self,
+        save_dir: str,
+        tag: str | None = None,
+        client_state: dict[str, Any] | None = None,
+        save_latest: bool = True,
+        exclude_frozen_parameters: bool = False,
+    ) -> bool:
+        """Save a checkpoint, as DeepSpeed does; it becomes the latest one when every rank has written its files."""
+        tag = str(tag or f"global_step{self.global_steps}")
+        super().save_checkpoint(save_dir, tag, client_state or {}, False, exclude_frozen_parameters)
+        dist.barrier()
+        if save_latest and self.global_rank == 0:
+            fresh = Path(save_dir, "latest.new")
+            fresh.write_text(tag)
+            fresh.replace(Path(save_dir, "latest"))
+        dist.barrier()
+        return True
+
     load_checkpoint = watched(PipelineEngine.load_checkpoint)
 
     # -- what DeepSpeed asks about this rank ---------------------------------------------------------------------
