@@ -43,6 +43,7 @@ from .module import (
     stage_views,
 )
 from .planning import make_lowered_plan
+from .twins import check_twins
 from .watch import Watch, watched
 
 
@@ -188,7 +189,7 @@ class DualPipeEngine(Evaluation, Measuring):
             RuntimeError: gradients are switched off.
             ConfigError: no optimizer is configured, there is no data, or the ends of the pipeline read different data.
             StopIteration: the data ended within the batch.
-            PipelineRuntimeError: a transfer failed.
+            PipelineRuntimeError: a rank was lost, a transfer failed, or copies of a parameter differ.
         """
         if not torch.is_grad_enabled():
             raise RuntimeError("train_batch() needs gradients; use eval_batch() without")
@@ -212,6 +213,9 @@ class DualPipeEngine(Evaluation, Measuring):
             self._report_split()
         self.agg_train_loss = self._mean_loss(result.losses, self.micro_batches)
         self.timers(TRAIN_BATCH_TIMER).stop()
+        every = self.dualpipe_config.check_twins
+        if every is not None and self.global_steps % every == 0:
+            check_twins(self.module, self.mpu.get_data_parallel_group())
         self._report_batch()
         return self.agg_train_loss
 
