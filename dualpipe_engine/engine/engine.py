@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -10,7 +11,7 @@ import torch.distributed as dist
 from deepspeed.runtime.bf16_optimizer import BF16_Optimizer
 from deepspeed.runtime.dataloader import RepeatingLoader
 from deepspeed.runtime.engine import DeepSpeedEngine
-from deepspeed.runtime.pipe.engine import TRAIN_BATCH_TIMER
+from deepspeed.runtime.pipe.engine import TRAIN_BATCH_TIMER, PipelineEngine
 from deepspeed.runtime.pipe.topology import PipelineParallelGrid
 from deepspeed.runtime.torch_autocast import autocast_if_enabled
 from deepspeed.utils import logger
@@ -44,6 +45,8 @@ from .module import (
     stage_views,
 )
 from .planning import make_lowered_plan
+from .twins import check_twins
+from .watch import Watch, watched
 
 
 class DualPipeEngine(Evaluation, Measuring):
@@ -58,6 +61,7 @@ class DualPipeEngine(Evaluation, Measuring):
         place: this rank's place in its pipeline.
         plan: the lowered training plan.
         costs: costs of the model cut into as many stages as there are ranks, for plans of other batch sizes.
+        watch: ends the job when a rank is lost.
         deepspeed: arguments of DeepSpeedEngine.
 
     Attributes:
@@ -73,12 +77,15 @@ class DualPipeEngine(Evaluation, Measuring):
         place: Place,
         plan: Plan,
         costs: CostModel,
+        watch: Watch,
         **deepspeed: Any,
     ) -> None:
         # DeepSpeed's own pipeline set-up (buffers, blocking p2p, ZeRO assertion) does not apply, hence not super().
         DeepSpeedEngine.__init__(self, **deepspeed)
         self.dualpipe_config, self.place, self.plan = dualpipe, place, plan
         self._costs = costs
+        self.watch = watch
+        watch.position.pipeline = place.pipeline
         self._pipeline_group = base_grid.pp_proc_group
         self._replica_group = base_grid.dp_proc_group
         self._init_pipeline_state()
@@ -151,7 +158,7 @@ class DualPipeEngine(Evaluation, Measuring):
         transport = GroupTransport(
             self.place.pipeline, self.place.rank, self._pipeline_group, self.device, self._transported
         )
-        self._edges = Edges(transport, self.device, timeout, dynamic_shape=module.dynamic_shape)
+        self._edges = Edges(transport, self.device, timeout, module.dynamic_shape, self.watch.position)
         self._observer = Observer(self.place.rank, self.device)
         self._tail = GradientTail(self)
         self._executor = Executor(
@@ -161,7 +168,7 @@ class DualPipeEngine(Evaluation, Measuring):
         self._eval_executor = Executor(
             self.place.rank,
             self._chunks,
-            Edges(transport, self.device, timeout, dynamic_shape=True),
+            Edges(transport, self.device, timeout, True, self.watch.position),
             Observer(self.place.rank, self.device),
             on_micro=self._before_forward,
         )
@@ -172,6 +179,7 @@ class DualPipeEngine(Evaluation, Measuring):
 
     # -- training ------------------------------------------------------------------------------------------------
 
+    @watched
     def train_batch(self, data_iter: Iterator[Any] | None = None) -> torch.Tensor:
         """Train on one batch of `train_batch_size()` samples and step the optimizer.
 
@@ -186,7 +194,7 @@ class DualPipeEngine(Evaluation, Measuring):
             RuntimeError: gradients are switched off.
             ConfigError: no optimizer is configured, there is no data, or the ends of the pipeline read different data.
             StopIteration: the data ended within the batch.
-            PipelineRuntimeError: a transfer failed.
+            PipelineRuntimeError: a rank was lost, a transfer failed, or copies of a parameter differ.
         """
         if not torch.is_grad_enabled():
             raise RuntimeError("train_batch() needs gradients; use eval_batch() without")
@@ -213,6 +221,9 @@ class DualPipeEngine(Evaluation, Measuring):
             self.agg_train_loss = self._mean_loss(result.losses, self.micro_batches)
         self._keep_record()
         self.timers(TRAIN_BATCH_TIMER).stop()
+        every = self.dualpipe_config.check_twins
+        if every is not None and self.global_steps % every == 0:
+            check_twins(self.module, self.mpu.get_data_parallel_group())
         self._report_batch()
         return self.agg_train_loss
 
@@ -315,6 +326,28 @@ class DualPipeEngine(Evaluation, Measuring):
     def clip_fp32_gradients(self) -> None:
         """Clip by the norm over all stages, every parameter counted once."""
         self._global_grad_norm = self._tail.clip(self.gradient_clipping())
+
+    @watched
+    def save_checkpoint(
+        self,
+        save_dir: str,
+        tag: str | None = None,
+        client_state: dict[str, Any] | None = None,
+        save_latest: bool = True,
+        exclude_frozen_parameters: bool = False,
+    ) -> bool:
+        """Save a checkpoint, as DeepSpeed does; it becomes the latest one when every rank has written its files."""
+        tag = str(tag or f"global_step{self.global_steps}")
+        super().save_checkpoint(save_dir, tag, client_state or {}, False, exclude_frozen_parameters)
+        dist.barrier()
+        if save_latest and self.global_rank == 0:
+            fresh = Path(save_dir, "latest.new")
+            fresh.write_text(tag)
+            fresh.replace(Path(save_dir, "latest"))
+        dist.barrier()
+        return True
+
+    load_checkpoint = watched(PipelineEngine.load_checkpoint)
 
     # -- what DeepSpeed asks about this rank ---------------------------------------------------------------------
 

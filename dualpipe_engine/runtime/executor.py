@@ -111,8 +111,11 @@ class Executor:
         self._grads: dict[tuple[int, int], list[torch.Tensor]] = {}
         self._observer.start_batch()
         program = plan.programs[self._rank]
+        position = self._edges.position
+        position.plan, position.awaits = plan, None
         try:
             for op in program:
+                position.op = op
                 self._handlers[op.kind](op)
             with self._observer.waiting(FLUSH):
                 self._edges.flush()
