@@ -28,6 +28,7 @@ def play():
     ours, theirs = mp.get_context("spawn").Pipe()
     server = mp.get_context("spawn").Process(target=fault_runs.serve, args=(theirs,))
     server.start()
+    theirs.close()  # so that a server that has died is an error, not a wait
 
     def ask(function, folder, **task):
         ours.send({"function": function, "folder": str(folder), **task})
