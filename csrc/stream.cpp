@@ -9,8 +9,8 @@ namespace dualpipe {
 
 namespace {
 
-constexpr auto kGrace = std::chrono::milliseconds(1);
-constexpr int kIdleLooks = 50;  // in a row with nothing to do, then the watcher sleeps until the next post
+constexpr auto kGrace = std::chrono::milliseconds(5);
+constexpr int kIdleLooks = 10;  // in a row with nothing to do, then the watcher sleeps until the next post
 constexpr auto kForever = std::chrono::hours(24 * 365);
 
 // The method has another name since torch 2.13.
@@ -26,6 +26,12 @@ auto launch_all_to_all(long, G& group, Args&... args) {
 bool needs_host(const Group& group, c10::DeviceType device) {
   const auto name = group->getBackend(device)->getBackendName();
   return name == "gloo" || name == "mpi";
+}
+
+// The same memory in a tensor that Python has not seen: dropping the last C++ reference of one that it has takes the GIL,
+// which would make threads that only complete transfers queue for it.
+at::Tensor unseen(const at::Tensor& tensor) {
+  return tensor.defined() ? tensor.variable_data() : tensor;
 }
 
 at::Tensor pinned_like(const at::Tensor& tensor) {
@@ -157,8 +163,9 @@ void CommStream::stage(Ticket& ticket, at::Tensor& in, at::Tensor& out) {
 }
 
 template <typename Launch>
-Shared CommStream::post(Kind kind, const Group& group, const at::Tensor& in, const at::Tensor& out, int peer,
+Shared CommStream::post(Kind kind, const Group& group, const at::Tensor& given, const at::Tensor& taken, int peer,
                         std::string what, Launch launch) {
+  const at::Tensor in = unseen(given), out = unseen(taken);
   const at::Tensor& counted = in.defined() ? in : out;
   auto ticket = std::make_shared<Ticket>(kind, std::move(what), static_cast<int64_t>(counted.nbytes()), counters_);
   ticket->in_ = in;

@@ -60,8 +60,8 @@ class CommStream {
 
  private:
   template <typename Launch>
-  Shared post(Kind kind, const Group& group, const at::Tensor& in, const at::Tensor& out, int peer, std::string what,
-              Launch launch);
+  Shared post(Kind kind, const Group& group, const at::Tensor& given, const at::Tensor& taken, int peer,
+              std::string what, Launch launch);
   void stage(Ticket& ticket, at::Tensor& in, at::Tensor& out);
   void watch();
   void keep(Kind kind, const Group& group, int peer, const Shared& ticket);

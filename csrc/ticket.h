@@ -41,8 +41,8 @@ struct Counter {
 };
 using Counters = std::array<Counter, kKinds>;
 
-// What the threads of one transfer share. The tensors are released outside of the lock and by whoever completes the
-// ticket: dropping the last reference of a tensor that Python has seen takes the GIL.
+// What the threads of one transfer share. Whoever completes it releases the tensors, outside of the lock: the last
+// reference of a storage that Python has seen takes the GIL.
 class Ticket {
  public:
   Ticket(Kind kind, std::string what, int64_t bytes, std::shared_ptr<Counters> counters)
@@ -100,7 +100,7 @@ class Ticket {
   std::condition_variable changed_;
   std::string error_;
   c10::intrusive_ptr<c10d::Work> work_;
-  at::Tensor in_, out_;      // the caller's tensors
+  at::Tensor in_, out_;      // the caller's memory
   at::Tensor pinned_;        // what arrives for out_, with pinned staging
   bool native_ = false;      // the process group works on the accelerator's streams by itself
   bool by_callback_ = false; // the process group calls complete()

@@ -14,8 +14,8 @@ import torch.distributed as dist
 
 from ..errors import PipelineRuntimeError
 
-GRACE_NS = 2_000_000  #: a caller that waits within this time does so itself; later the lane does
-_IDLE_LOOKS = 50  #: in a row with nothing to do, then the watcher sleeps until the next post
+GRACE_NS = 5_000_000  #: a caller that waits within this time does so itself; later the lane does
+_IDLE_LOOKS = 10  #: in a row with nothing to do, then the watcher sleeps until the next post
 _FOREVER = timedelta(days=365)
 _CLOSED = "the communication stream was closed"
 

@@ -82,11 +82,11 @@ def test_done_without_wait(streams, groups):
 
 
 def test_lifetimes(streams, groups):
-    """Tensors live as long as their transfer, with nobody holding them or the tickets, and no longer."""
+    """Memory lives as long as its transfer, with nobody holding tensors or tickets, and no longer."""
     kept = []
 
     def post(rank, tensor, call):
-        kept.append(weakref.ref(tensor))
+        kept.append(weakref.ref(tensor.untyped_storage()))
         call(groups[rank], tensor, 1 - rank, 2, "lifetime")
 
     post(0, torch.ones(1000), streams[0].send)
