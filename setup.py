@@ -4,6 +4,8 @@ from pathlib import Path
 
 from setuptools import find_packages, setup
 
+INTEGRATIONS = ["dualpipe_engine.integrations", "dualpipe_engine.integrations.lightning"]
+
 setup(
     name="dualpipe_engine",
     version="0.1.0",
@@ -12,7 +14,7 @@ setup(
     long_description_content_type="text/markdown",
     license="MIT",
     python_requires=">=3.10",
-    packages=[*find_packages(include=["dualpipe_engine", "dualpipe_engine.*"]), "dualpipe_engine.integrations"],
+    packages=[*find_packages(include=["dualpipe_engine", "dualpipe_engine.*"]), *INTEGRATIONS],
     package_dir={"dualpipe_engine.integrations": "integrations"},
     package_data={"dualpipe_engine": ["py.typed"]},
     # The engine overrides methods of DeepSpeed's PipelineEngine, which change between minor versions.

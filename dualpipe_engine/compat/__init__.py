@@ -6,14 +6,22 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from dualpipe_engine.integrations.lightning import DualPipeLightningModule
+
     from .deepseek import DualPipe, DualPipeV, set_p2p_tensor_dtype, set_p2p_tensor_shapes
 
-__all__ = ["DualPipe", "DualPipeV", "set_p2p_tensor_dtype", "set_p2p_tensor_shapes"]
+__all__ = ["DualPipe", "DualPipeLightningModule", "DualPipeV", "set_p2p_tensor_dtype", "set_p2p_tensor_shapes"]
 
-_LAZY = dict.fromkeys(("DualPipe", "DualPipeV", "set_p2p_tensor_dtype", "set_p2p_tensor_shapes"), ".deepseek")
+_LAZY = {
+    "DualPipe": "dualpipe_engine.compat.deepseek",
+    "DualPipeLightningModule": "dualpipe_engine.integrations.lightning",
+    "DualPipeV": "dualpipe_engine.compat.deepseek",
+    "set_p2p_tensor_dtype": "dualpipe_engine.compat.deepseek",
+    "set_p2p_tensor_shapes": "dualpipe_engine.compat.deepseek",
+}
 
 
 def __getattr__(name: str) -> Any:
     if name not in _LAZY:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(import_module(_LAZY[name], __name__), name)
+    return getattr(import_module(_LAZY[name]), name)
