@@ -125,6 +125,12 @@ class DualPipeLightningModule(LightningModule):
             self.clip_gradients(optimizer, gradient_clip_val, gradient_clip_algorithm)
 
 
+_UNTIED = (
+    "no one would add up the gradients of both uses; give each layer its own, or train a PipelineModule with "
+    "TiedLayerSpecs by dualpipe_engine.initialize"
+)
+
+
 def _layers_of(model: Any) -> dict[str, nn.Module]:
     if isinstance(model, nn.Module) and not isinstance(model, (nn.Sequential, nn.ModuleList)):
         raise ConfigError(
@@ -132,6 +138,9 @@ def _layers_of(model: Any) -> dict[str, nn.Module]:
             f"{type(model).__name__}"
         )
     parts = model._modules if isinstance(model, nn.Module) else {str(index): each for index, each in enumerate(model)}
+    for name, each in parts.items():
+        if hasattr(each, "tied_weight_attr"):
+            raise ConfigError(f"layer {name} is a TiedLayerSpec: {_UNTIED}")
     layers: dict[str, Any] = {name: each.build() if hasattr(each, "build") else each for name, each in parts.items()}
     owners: dict[int, str] = {}
     for name, layer in layers.items():
@@ -139,10 +148,7 @@ def _layers_of(model: Any) -> dict[str, nn.Module]:
             raise ConfigError(f"layer {name} must be an nn.Module or a LayerSpec, got {type(layer).__name__}")
         for param in layer.parameters():
             if owners.setdefault(id(param), name) != name:
-                raise ConfigError(
-                    f"layers {owners[id(param)]} and {name} share a parameter, whose gradients no one would add up: "
-                    "give each its own, or train a PipelineModule with TiedLayerSpecs by dualpipe_engine.initialize"
-                )
+                raise ConfigError(f"layers {owners[id(param)]} and {name} share a parameter: {_UNTIED}")
     return layers
 
 

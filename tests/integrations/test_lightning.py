@@ -73,6 +73,8 @@ except dualpipe_engine.MissingExtraError as error:
 
 
 def test_what_cannot_be_cut_is_refused():
+    from deepspeed.pipe import TiedLayerSpec
+
     from dualpipe_engine import ConfigError
 
     shared = torch.nn.Linear(4, 4)
@@ -80,6 +82,7 @@ def test_what_cannot_be_cut_is_refused():
         ([shared, torch.nn.GELU(), shared], "layers 0 and 2 share a parameter"),
         (torch.nn.Sequential(shared, torch.nn.GELU(), shared), "layers 0 and 2 share a parameter"),
         (torch.nn.Transformer(8, 2, 1, 1, 8), "must be an nn.Sequential or a list of layers"),
+        ([TiedLayerSpec("head", torch.nn.Linear, 4, 4)], "layer 0 is a TiedLayerSpec"),
         ([len], "layer 0 must be an nn.Module or a LayerSpec"),
     ):
         with pytest.raises(ConfigError, match=message):
