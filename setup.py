@@ -27,6 +27,10 @@ def extension():
     return {"ext_modules": [helper], "cmdclass": {"build_ext": OptionalBuild}}
 
 
+INTEGRATIONS = ["dualpipe_engine.integrations", "dualpipe_engine.integrations.lightning"]
+HF = ["transformers>=5", "accelerate", "peft", "safetensors"]
+LIGHTNING = ["lightning>=2.6"]
+
 setup(
     name="dualpipe_engine",
     version="0.1.0",
@@ -35,20 +39,16 @@ setup(
     long_description_content_type="text/markdown",
     license="MIT",
     python_requires=">=3.10",
-    packages=[
-        *find_packages(include=["dualpipe_engine", "dualpipe_engine.*"]),
-        "dualpipe_engine.integrations",
-        "dualpipe_engine.csrc",
-    ],
+    packages=[*find_packages(include=["dualpipe_engine", "dualpipe_engine.*"]), *INTEGRATIONS, "dualpipe_engine.csrc"],
     package_dir={"dualpipe_engine.integrations": "integrations", "dualpipe_engine.csrc": "csrc"},
     package_data={"dualpipe_engine": ["py.typed"], "dualpipe_engine.csrc": ["*.cpp", "*.h"]},
     **extension(),
     # The engine overrides methods of DeepSpeed's PipelineEngine, which change between minor versions.
     install_requires=["torch>=2.8", "deepspeed>=0.19.8,<0.20", "pybind11", "numpy", "rich", "matplotlib"],
     extras_require={
-        "hf": ["transformers>=5", "accelerate", "peft"],
-        "lightning": ["lightning>=2.6"],
-        "test": ["pytest", "hypothesis", "ruff", "mypy"],
+        "hf": HF,
+        "lightning": LIGHTNING,
+        "test": ["pytest", "hypothesis", "ruff", "mypy", *HF, *LIGHTNING],
     },
     entry_points={"console_scripts": ["dualpipe = dualpipe_engine.cli:main"]},
 )

@@ -26,7 +26,10 @@ FOREIGN = {
     "comm": {"torch"},
     "runtime": {"torch"},
     "engine": {"torch", "deepspeed", "pydantic", "numpy"},
+    "compat": {"torch"},
 }
+#: What a package beside the layers may import; compat re-exports the integrations.
+ABOVE = {"compat": {"schedule", "comm", "runtime", "compat", "utils", "integrations"}}
 
 
 def imports(path):
@@ -49,7 +52,7 @@ def imports(path):
 
 @pytest.mark.parametrize("layer", FOREIGN)
 def test_layers_import_downward(layer):
-    allowed = {"errors", *LAYERS[: LAYERS.index(layer) + 1]}
+    allowed = {"errors", *(ABOVE[layer] if layer in ABOVE else LAYERS[: LAYERS.index(layer) + 1])}
     files = sorted((PACKAGE / layer).rglob("*.py"))
     assert files
     for path in files:
@@ -62,8 +65,18 @@ def test_layers_import_downward(layer):
                 assert top in FOREIGN[layer] or optional, f"{path.name} imports {module}"
 
 
+def test_lightning_stands_on_compat():
+    for path in sorted((PACKAGE.parent / "integrations" / "lightning").glob("*.py")):
+        for module in imports(path):
+            top, *rest = module.split(".")
+            assert top in {"torch", "lightning", "integrations", *sys.stdlib_module_names} or (
+                top == "dualpipe_engine" and rest[0] in ("compat", "errors")
+            ), f"{path.name} imports {module}"
+
+
 def test_import_needs_neither_torch_nor_deepspeed():
-    code = "import sys, dualpipe_engine; print([m for m in ('torch', 'deepspeed', 'rich') if m in sys.modules])"
+    heavy = ("torch", "deepspeed", "rich", "transformers", "lightning", "matplotlib", "numpy")
+    code = f"import sys, dualpipe_engine, dualpipe_engine.compat; print([m for m in {heavy} if m in sys.modules])"
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert result.stdout.strip() == "[]"
 
