@@ -9,6 +9,15 @@ import torch
 
 from .runtime.profiler import Profiler, disable_profiling, enable_profiling, get_profiler
 
+__all__ = [
+    "Profiler",
+    "WeightGradStore",
+    "disable_profiling",
+    "enable_profiling",
+    "get_profiler",
+    "run_backward",
+]
+
 
 class WeightGradStore:
     """Where a layer of its own leaves its weight gradient while `enabled`, for the W that follows the I.

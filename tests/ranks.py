@@ -55,7 +55,7 @@ def _serve(pipe) -> None:
 
 
 def _remove_stale_lock() -> None:
-    """A process that was killed while DeepSpeed built its shared-memory op has left a lock on which all others sleep."""
+    """Left by a process that was killed while DeepSpeed built its shared-memory op: all others would sleep on it."""
     from torch.utils.cpp_extension import _get_build_directory
 
     lock = Path(_get_build_directory("deepspeed_shm_comm", verbose=False)) / "lock"
