@@ -10,14 +10,24 @@ from pathlib import Path
 import pytest
 
 PACKAGE = Path(__file__).parent.parent / "dualpipe_engine"
-LAYERS = ["schedule", "viz", "comm", "runtime", "engine", "adapters"]  # a layer may import itself and those before it
+LAYERS = [
+    "schedule",
+    "viz",
+    "comm",
+    "runtime",
+    "models",
+    "engine",
+    "adapters",
+]  # a layer imports itself and those before
 FOREIGN = {
     "schedule": set(),
     "viz": {"rich", "matplotlib", "numpy"},
     "comm": {"torch"},
     "runtime": {"torch"},
+    "models": {"torch", "deepspeed"},
     "engine": {"torch", "deepspeed", "pydantic", "numpy"},
 }
+OPTIONAL = {("apex_support.py", "apex"), ("deep_ep.py", "deep_ep")}
 
 
 def imports(path):
@@ -49,8 +59,7 @@ def test_layers_import_downward(layer):
             if top == "dualpipe_engine":
                 assert rest[0] in allowed, f"{path.name} imports {module}"
             elif top not in sys.stdlib_module_names:
-                optional = path.name == "apex_support.py" and top == "apex"
-                assert top in FOREIGN[layer] or optional, f"{path.name} imports {module}"
+                assert top in FOREIGN[layer] or (path.name, top) in OPTIONAL, f"{path.name} imports {module}"
 
 
 def test_import_needs_neither_torch_nor_deepspeed():

@@ -30,6 +30,7 @@ from ..schedule.plan import Plan
 from .config import DualPipeConfig
 from .data import BatchFeed, check_same_stream
 from .evaluation import Evaluation
+from .experts import has_experts
 from .gradients import GradientTail
 from .grid import Place
 from .measuring import Measuring
@@ -62,6 +63,8 @@ class DualPipeEngine(Evaluation, Measuring):
         plan: the lowered training plan.
         place: stages, pipeline rank and replica of this process.
     """
+
+    has_moe_layers: bool
 
     def __init__(
         self,
@@ -117,6 +120,27 @@ class DualPipeEngine(Evaluation, Measuring):
         self.module_forward_pre_hook.remove()
         self.module_forward_post_hook.remove()
         self.module.checkpoint_parallel_write_pipeline = self._config.checkpoint_parallel_write_pipeline
+
+    def _configure_optimizer(self, client_optimizer: Any, model_parameters: Any) -> None:
+        """DeepSpeed's optimizers learn of experts from this flag, which it sets for layers of its own only; elsewhere
+        the flag would mean checkpoint files of such layers."""
+        before = self.has_moe_layers
+        self.has_moe_layers = has_experts(self.module)
+        super()._configure_optimizer(client_optimizer, model_parameters)
+        self.has_moe_layers = before
+
+    def save_checkpoint(self, *args: Any, **kwargs: Any) -> Any:
+        """As DeepSpeed's.
+
+        Raises:
+            ConfigError: experts are shared by several ranks and their optimizer states are not partitioned.
+        """
+        if not self.zero_optimization() and not self.using_bf16_optimizer and has_experts(self.module):
+            raise ConfigError(
+                "without ZeRO, DeepSpeed's files hold the optimizer states of one of the ranks that share the experts: "
+                'set "zero_optimization": {"stage": 1} to save checkpoints'
+            )
+        return super().save_checkpoint(*args, **kwargs)
 
     def _init_executor(self) -> None:
         module: PlacedModule = self.module
