@@ -23,6 +23,7 @@ from ..errors import ConfigError
 from ..runtime.apex_support import apex_status
 from ..runtime.executor import Executor
 from ..runtime.observer import Observer
+from ..runtime.timed import TimedTransport
 from ..runtime.weight_grad import WeightGradStore, install
 from ..schedule.costs import CostModel
 from ..schedule.op import I, atoms
@@ -153,7 +154,7 @@ class DualPipeEngine(Evaluation, Measuring):
             self._store = WeightGradStore(apex.wgrad if self.device.type == "cuda" else None)
             self.weight_split = install(module, self._store)
         last = self.num_stages - 1
-        self._transfers: list[Transfer] = []  # of the last batch, within phases
+        self._transfers: list[Transfer] = []  # of the last batch, finished ones
         overlap, timeout = self.dualpipe_config.overlap is not False, self.dualpipe_config.p2p_timeout_s
         self._chunks = {
             stage: make_chunk(
@@ -170,7 +171,8 @@ class DualPipeEngine(Evaluation, Measuring):
             for stage, view in self._views.items()
         }
         transport = GroupTransport(self.place.pipeline, self.place.rank, self._pipeline_group)
-        self._edges = Edges(transport, self.device, timeout, dynamic_shape=module.dynamic_shape)
+        timed = TimedTransport(transport, self._transfers)
+        self._edges = Edges(timed, self.device, timeout, dynamic_shape=module.dynamic_shape)
         self._observer = Observer(self.place.rank, self.device)
         self._tail = GradientTail(self)
         self._executor = Executor(

@@ -1,26 +1,34 @@
 """Chrome trace JSON (chrome://tracing, ui.perfetto.dev) of a timeline, and back.
 
 One process a rank. Track 0 holds compute ops, track 1 the tail (gradient reduction and optimizer step), tracks 2 and
-up the transfers: transfers of one rank overlap in time, and a track can only show spans that do not.
+up the transfers: transfers of one rank overlap in time, and a track can only show spans that do not. Measured
+transfers say in `args` for how long they were waited for; they are no ops, and reading a trace leaves them out.
 """
 
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from ..errors import PlanError
 from ..schedule.op import COMM, COMPUTE, Op
-from ..schedule.timeline import Span, Timeline
+from ..schedule.timeline import Hop, Span, Timeline
 
 MICROSECONDS = 1e6  #: of a second, or of the cost model's unit
 COMPUTE_TRACK, TAIL_TRACK, COMM_TRACK = 0, 1, 2
 
 
-def to_chrome(timeline: Timeline, title: str = "") -> dict[str, Any]:
-    """The trace as a JSON object; each event's name and `args["op"]` are the op's text, times are microseconds."""
-    begin = min((span.start for span in timeline.spans), default=0.0)
+def to_chrome(timeline: Timeline, title: str = "", transfers: Sequence[Hop] = ()) -> dict[str, Any]:
+    """The trace as a JSON object; each event's name and `args["op"]` are the op's text, times are microseconds.
+
+    Args:
+        timeline: simulated or measured.
+        title: kept in the file.
+        transfers: measured ones, on the clock of `timeline`.
+    """
+    begin = min([span.start for span in timeline.spans] + [hop.start for hop in transfers], default=0.0)
     busy_until: list[list[float]] = [[] for _ in range(timeline.num_ranks)]  # of each communication track of each rank
     events: list[dict[str, Any]] = []
     for rank, op, start, end in timeline.spans:
@@ -31,6 +39,11 @@ def to_chrome(timeline: Timeline, title: str = "") -> dict[str, Any]:
         event = {"ph": "X", "pid": rank, "tid": track, "name": str(op), "cat": op.kind}
         times = {"ts": (start - begin) * MICROSECONDS, "dur": (end - start) * MICROSECONDS}
         events.append(event | times | {"args": {"op": str(op), "stage": op.stage, "micro_batch": op.micro}})
+    for hop in sorted(transfers, key=lambda hop: hop.start):
+        track = COMM_TRACK + _free_lane(busy_until[hop.rank], hop.start, hop.end)
+        event = {"ph": "X", "pid": hop.rank, "tid": track, "name": hop.name, "cat": "transfer"}
+        times = {"ts": (hop.start - begin) * MICROSECONDS, "dur": (hop.end - hop.start) * MICROSECONDS}
+        events.append(event | times | {"args": {"waited_us": hop.waited * MICROSECONDS, "bytes": hop.size}})
     names = [event for rank in range(timeline.num_ranks) for event in _names(rank, len(busy_until[rank]))]
     return {
         "traceEvents": names + events,
@@ -39,9 +52,9 @@ def to_chrome(timeline: Timeline, title: str = "") -> dict[str, Any]:
     }
 
 
-def write_chrome(path: str | Path, timeline: Timeline, title: str = "") -> None:
-    """Write `to_chrome(timeline, title)` to a file."""
-    Path(path).write_text(json.dumps(to_chrome(timeline, title)))
+def write_chrome(path: str | Path, timeline: Timeline, title: str = "", transfers: Sequence[Hop] = ()) -> None:
+    """Write `to_chrome(timeline, title, transfers)` to a file."""
+    Path(path).write_text(json.dumps(to_chrome(timeline, title, transfers)))
 
 
 def read_chrome(path: str | Path) -> Timeline:

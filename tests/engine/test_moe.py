@@ -82,7 +82,7 @@ def test_gradients_of_expert_parallelism_equal_one_process(ranks):
     for index, (name, case) in enumerate(CASES.items()):
         each = [rank[index] for rank in found]
         grads, routers = check(each, case)
-        assert all(rank["transfers"] == ["combine", "dispatch"] for rank in each), name
+        assert all({"combine", "dispatch"} <= set(rank["transfers"]) for rank in each), name
         assert any(rank["pairs"] for rank in each), name
         if case[2] is not None and case[0].get("top_k") != 4:
             idle = [copy[3] for key, copies in grads.items() if ".experts." in key for copy in copies]
