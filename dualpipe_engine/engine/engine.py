@@ -33,6 +33,7 @@ from ..schedule.plan import Plan
 from .config import DualPipeConfig
 from .data import BatchFeed, check_same_stream
 from .evaluation import Evaluation
+from .experts import has_experts
 from .gradients import GradientTail
 from .grid import Place
 from .measuring import Measuring
@@ -68,6 +69,8 @@ class DualPipeEngine(Evaluation, Measuring):
         plan: the lowered training plan.
         place: stages, pipeline rank and replica of this process.
     """
+
+    has_moe_layers: bool
 
     def __init__(
         self,
@@ -127,6 +130,26 @@ class DualPipeEngine(Evaluation, Measuring):
         self.module_forward_post_hook.remove()
         self.module.checkpoint_parallel_write_pipeline = self._config.checkpoint_parallel_write_pipeline
 
+    def _configure_optimizer(self, client_optimizer: Any, model_parameters: Any) -> None:
+        """DeepSpeed's optimizers learn of experts from this flag, which it sets for layers of its own only; elsewhere
+        the flag would mean checkpoint files of such layers."""
+        before = self.has_moe_layers
+        self.has_moe_layers = has_experts(self.module)
+        super()._configure_optimizer(client_optimizer, model_parameters)
+        self.has_moe_layers = before
+
+    def _check_expert_states(self) -> None:
+        """Refuse to save what could not be loaded.
+
+        Raises:
+            ConfigError: experts are shared by several ranks and their optimizer states are not partitioned.
+        """
+        if not self.zero_optimization() and not self.using_bf16_optimizer and has_experts(self.module):
+            raise ConfigError(
+                "without ZeRO, DeepSpeed's files hold the optimizer states of one of the ranks that share the experts: "
+                'set "zero_optimization": {"stage": 1} to save checkpoints'
+            )
+
     def _init_executor(self) -> None:
         module: PlacedModule = self.module
         self._views = stage_views(module)
@@ -138,7 +161,7 @@ class DualPipeEngine(Evaluation, Measuring):
             self._store = WeightGradStore(apex.wgrad if self.device.type == "cuda" else None)
             self.weight_split = install(module, self._store)
         last = self.num_stages - 1
-        self._transfers: list[Transfer] = []  # of the last batch, within phases
+        self._transfers: list[Transfer] = []  # of the last batch, finished ones
         overlap, timeout = self.dualpipe_config.overlap is not False, self.dualpipe_config.p2p_timeout_s
         self._chunks = {
             stage: make_chunk(
@@ -337,6 +360,7 @@ class DualPipeEngine(Evaluation, Measuring):
         exclude_frozen_parameters: bool = False,
     ) -> bool:
         """Save a checkpoint, as DeepSpeed does; it becomes the latest one when every rank has written its files."""
+        self._check_expert_states()
         tag = str(tag or f"global_step{self.global_steps}")
         super().save_checkpoint(save_dir, tag, client_state or {}, False, exclude_frozen_parameters)
         dist.barrier()

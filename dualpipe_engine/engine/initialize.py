@@ -21,6 +21,7 @@ from .auto import choose, job_costs, print_choice
 from .balance import stage_bounds
 from .config import AUTO, check_zero, micro_batches, read_config
 from .engine import DualPipeEngine
+from .experts import make_expert_groups
 from .module import place
 from .param_groups import GroupMap
 from .planning import agree, make_lowered_plan, unmeasured_costs
@@ -112,6 +113,7 @@ def initialize(
 
         groups = GroupMap(model, model_parameters, optimizer, base_grid)
         placed = place(model, plan.placement, bounds)
+        make_expert_groups(model, base_grid)
         agree_on_copies(model)
         config_class = DeepSpeedConfig(settings, base_grid)
         deepspeed.set_optimizer_flags(config_class, model)

@@ -24,6 +24,7 @@ from ..runtime.chunk import StageChunk
 from ..runtime.overlap import PhasedChunk, phases_of
 from ..runtime.phases import Phased
 from ..schedule.placement import Placement
+from .experts import whole_experts
 from .grid import Place, deepspeed_grid, position_of
 from .partition import same_random_state, stage_of_layer
 
@@ -42,6 +43,12 @@ class PlacedModule(PipelineModule):
 
     def ckpt_layer_path(self, ckpt_dir: str, local_layer_idx: int) -> str:
         return super().ckpt_layer_path(ckpt_dir, self.dualpipe_layers[local_layer_idx] - self._local_start)
+
+    def save_state_dict(self, save_dir: str, checkpoint_engine: Any, exclude_frozen_params: bool = False) -> None:
+        """As DeepSpeed's; the layer files hold the experts of all ranks."""
+        writes = self._grid.data_parallel_id == 0 or self.checkpoint_parallel_write_pipeline
+        with whole_experts(self, writes):
+            super().save_state_dict(save_dir, checkpoint_engine, exclude_frozen_params)
 
     def ckpt_layer_path_list(self, ckpt_dir: str, local_layer_idx: int) -> list[str]:
         return super().ckpt_layer_path_list(ckpt_dir, self.dualpipe_layers[local_layer_idx] - self._local_start)

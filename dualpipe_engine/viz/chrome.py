@@ -81,9 +81,9 @@ def to_chrome(
     }
 
 
-def write_chrome(path: str | Path, timeline: Timeline, title: str = "") -> None:
-    """Write `to_chrome(timeline, title)` to a file."""
-    Path(path).write_text(json.dumps(to_chrome(timeline, title)))
+def write_chrome(path: str | Path, timeline: Timeline, title: str = "", notes: Sequence[Note] = ()) -> None:
+    """Write `to_chrome(timeline, title, notes)` to a file."""
+    Path(path).write_text(json.dumps(to_chrome(timeline, title, notes)))
 
 
 def read_chrome(path: str | Path) -> Timeline:
