@@ -65,6 +65,15 @@ def test_replicas(ranks):
     check(ranks.run(4, topology_runs.many, cases=cases))
 
 
+def test_changed_batch_size(ranks):
+    """The plan of another number of micro-batches may finish stages in another order; here they share a weight."""
+    cases = {
+        f"{first} to {micros}": {"ranks": 2, "layers": "tied to the end", "first": first, "micros": micros}
+        for first, micros in ((2, 3), (3, 2), (1, 2), (2, 1), (1, 4))
+    }
+    check(ranks.run(2, topology_runs.many, cases={k: {"schedule": "dualpipe", **case} for k, case in cases.items()}))
+
+
 @pytest.mark.parametrize("zero", [1, 2])
 def test_zero_with_ties_and_frozen_parts(ranks, zero):
     """Three fp32 steps under ZeRO are those under ZeRO-0, whose gradients the other tests compare."""

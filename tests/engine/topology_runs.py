@@ -101,8 +101,13 @@ def build(layers, ranks, replicas, double=True, freeze=None, reentrant=True, **k
     return module
 
 
-def gradients(schedule, ranks, replicas=1, micros=3, layers="plain", freeze=None, lengths=(5,), compiled="", **kwargs):
+def gradients(
+    schedule, ranks, replicas=1, micros=3, first=None, layers="plain", freeze=None, lengths=(5,), compiled="", **kwargs
+):
     """The largest difference between the float64 gradients of one batch and those of one process.
+
+    Args:
+        first: micro-batches of a batch before that, after which the batch size is changed.
 
     Returns:
         Relative error of the loss, the same of the gradients, and names that have a gradient on one side only.
@@ -110,7 +115,7 @@ def gradients(schedule, ranks, replicas=1, micros=3, layers="plain", freeze=None
     import dualpipe_engine
 
     module = build(layers, ranks, replicas, freeze=freeze, dynamic_shape=len(set(lengths)) > 1, **kwargs)
-    config = training.settings(micros, replicas, zero=0, schedule=schedule)
+    config = training.settings(first or micros, replicas, zero=0, schedule=schedule)
     if compiled == "before":
         module.compile(backend="aot_eager")
     engine, *_ = dualpipe_engine.initialize(model=module, config=config)
@@ -126,6 +131,10 @@ def gradients(schedule, ranks, replicas=1, micros=3, layers="plain", freeze=None
         )
 
     engine._exec_optimizer_step = capture
+    if first is not None:
+        engine.train_batch(stream(engine.data_rank, lengths))
+        engine.zero_grad()
+        engine.set_train_batch_size(2 * micros * replicas)
     loss = float(engine.train_batch(stream(engine.data_rank, lengths)))
     everyone = [None] * dist.get_world_size()
     dist.all_gather_object(everyone, (start, found))
