@@ -30,6 +30,7 @@ from ..runtime.weight_grad import WeightGradStore, install
 from ..schedule.costs import CostModel
 from ..schedule.op import I, atoms
 from ..schedule.plan import Plan
+from .additional_losses import AdditionalLosses
 from .config import DualPipeConfig
 from .data import BatchFeed, check_same_stream
 from .evaluation import Evaluation
@@ -161,7 +162,8 @@ class DualPipeEngine(Evaluation, Measuring):
             self._store = WeightGradStore(apex.wgrad if self.device.type == "cuda" else None)
             self.weight_split = install(module, self._store)
         last = self.num_stages - 1
-        self._transfers: list[Transfer] = []  # of the last batch, finished ones
+        self._transfers: list[Transfer] = []  # of the last batch, within phases
+        self._additional = AdditionalLosses(module, self._pipeline_group, self._replica_group)
         overlap, timeout = self.dualpipe_config.overlap is not False, self.dualpipe_config.p2p_timeout_s
         self._chunks = {
             stage: make_chunk(
@@ -172,7 +174,7 @@ class DualPipeEngine(Evaluation, Measuring):
                 log=self._transfers,
                 overlap=overlap,
                 is_last=stage == last,
-                loss_fn=module.loss_fn if stage == last else None,
+                loss_fn=self._additional.watch(module.loss_fn) if stage == last else None,
                 store=self._store,
             )
             for stage, view in self._views.items()
@@ -231,6 +233,7 @@ class DualPipeEngine(Evaluation, Measuring):
         self._tail.begin()
         self._transfers.clear()
         self._transported.clear()
+        self._additional.begin()
         self._executor.scale = self._loss_factor()
         feed = self._feed(self.micro_batches, fingerprint=not self._checked_stream)
         with autocast_if_enabled(self):
@@ -242,6 +245,7 @@ class DualPipeEngine(Evaluation, Measuring):
             self._report_split()
         with self._observer.waiting(LOSS):
             self.agg_train_loss = self._mean_loss(result.losses, self.micro_batches)
+            self.agg_additional_losses = self._additional.mean(self.micro_batches, self.device)
         self._keep_record()
         self.timers(TRAIN_BATCH_TIMER).stop()
         every = self.dualpipe_config.check_twins
@@ -317,8 +321,9 @@ class DualPipeEngine(Evaluation, Measuring):
         if every is not None and steps % every == 0:
             elapsed = self.timers(TRAIN_BATCH_TIMER).elapsed(reset=True) / 1000.0 / every
             if self.global_rank == 0:
+                extra = "".join(f"{name}: {loss:0.4f} " for name, loss in (self.agg_additional_losses or {}).items())
                 print(
-                    f"steps: {steps} loss: {self.agg_train_loss:0.4f} iter time (s): {elapsed:0.3f} "
+                    f"steps: {steps} loss: {self.agg_train_loss:0.4f} {extra}iter time (s): {elapsed:0.3f} "
                     f"samples/sec: {self.train_batch_size() / elapsed:0.3f}"
                 )
         if self.global_rank == 0 and self.monitor.enabled:

@@ -22,10 +22,14 @@ class GradientTail:
 
     def __init__(self, engine: Any) -> None:
         self._engine = engine
+        self._plan = engine.plan
         self.reduction = choose_reduction(engine)
 
     def begin(self) -> None:
         """Start of a batch."""
+        if self._plan is not self._engine.plan:  # which stage closes a weight that two share depends on the plan
+            self._plan = self._engine.plan
+            self.reduction = choose_reduction(self._engine)
         self.reduction.begin()
 
     def accumulate(self, stage: int) -> None:

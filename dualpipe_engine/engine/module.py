@@ -28,6 +28,9 @@ from .experts import whole_experts
 from .grid import Place, deepspeed_grid, position_of
 from .partition import same_random_state, stage_of_layer
 
+PLACEHOLDER = "nothing_to_train"
+"""Parameter of a rank that trains none, always 0: DeepSpeed's optimizers need one."""
+
 
 class PlacedModule(PipelineModule):
     """What a PipelineModule becomes: the stages of one rank. Made by `place`, never constructed."""
@@ -88,6 +91,9 @@ def place(module: PipelineModule, placement: Placement, bounds: Sequence[int]) -
     module._topo = module._grid.topology()
     module.stage_id = module._grid.get_stage_id()
     module.num_stages = module._grid.pipe_parallel_size
+    if not any(param.requires_grad for param in module.parameters()):
+        device = get_accelerator().device_name(module.local_rank)
+        module.register_parameter(PLACEHOLDER, nn.Parameter(torch.zeros(1, device=device)))
     for param in module.parameters():
         param.ds_pipe_replicated = False
     module.tied_comms = module._index_tied_modules()
