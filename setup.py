@@ -1,8 +1,35 @@
-"""Packaging. `integrations/` lies beside the package and installs as `dualpipe_engine.integrations`."""
+"""Packaging. `integrations/` and `csrc/` lie beside the package and install as parts of it."""
 
+import warnings
 from pathlib import Path
 
 from setuptools import find_packages, setup
+
+SOURCES = ["csrc/ticket.cpp", "csrc/stream.cpp", "csrc/module.cpp"]
+
+
+def extension():
+    """Arguments for the C++ helper, where torch is there at install; else it is built on first use (comm/stream.py)."""
+    try:
+        from torch.utils.cpp_extension import BuildExtension, CppExtension, include_paths
+    except ImportError:
+        return {}
+
+    class OptionalBuild(BuildExtension):
+        def run(self):
+            try:
+                super().run()
+            except Exception as error:
+                warnings.warn(f"dualpipe_engine._comm was not built: {error}", stacklevel=1)
+
+    flags = ["-O2", "-g0", "-Wall", "-Wextra", *(f"-isystem{path}" for path in include_paths())]
+    helper = CppExtension("dualpipe_engine._comm", SOURCES, extra_compile_args=flags, optional=True)
+    return {"ext_modules": [helper], "cmdclass": {"build_ext": OptionalBuild}}
+
+
+INTEGRATIONS = ["dualpipe_engine.integrations", "dualpipe_engine.integrations.lightning"]
+HF = ["transformers>=5", "accelerate", "peft", "safetensors"]
+LIGHTNING = ["lightning>=2.6"]
 
 setup(
     name="dualpipe_engine",
@@ -12,15 +39,16 @@ setup(
     long_description_content_type="text/markdown",
     license="MIT",
     python_requires=">=3.10",
-    packages=[*find_packages(include=["dualpipe_engine", "dualpipe_engine.*"]), "dualpipe_engine.integrations"],
-    package_dir={"dualpipe_engine.integrations": "integrations"},
-    package_data={"dualpipe_engine": ["py.typed"]},
+    packages=[*find_packages(include=["dualpipe_engine", "dualpipe_engine.*"]), *INTEGRATIONS, "dualpipe_engine.csrc"],
+    package_dir={"dualpipe_engine.integrations": "integrations", "dualpipe_engine.csrc": "csrc"},
+    package_data={"dualpipe_engine": ["py.typed"], "dualpipe_engine.csrc": ["*.cpp", "*.h"]},
+    **extension(),
     # The engine overrides methods of DeepSpeed's PipelineEngine, which change between minor versions.
     install_requires=["torch>=2.8", "deepspeed>=0.19.8,<0.20", "pybind11", "numpy", "rich", "matplotlib"],
     extras_require={
-        "hf": ["transformers>=5", "accelerate", "peft"],
-        "lightning": ["lightning>=2.6"],
-        "test": ["pytest", "hypothesis", "ruff", "mypy"],
+        "hf": HF,
+        "lightning": LIGHTNING,
+        "test": ["pytest", "hypothesis", "ruff", "mypy", *HF, *LIGHTNING],
     },
     entry_points={"console_scripts": ["dualpipe = dualpipe_engine.cli:main"]},
 )

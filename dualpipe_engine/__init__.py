@@ -16,26 +16,38 @@ from typing import TYPE_CHECKING, Any
 from .errors import ConfigError, DualPipeError, MissingExtraError, PipelineRuntimeError, PlanError
 
 if TYPE_CHECKING:
+    from .compat.deepseek import DualPipe, DualPipeV, set_p2p_tensor_dtype, set_p2p_tensor_shapes
     from .engine.engine import DualPipeEngine
     from .engine.initialize import initialize
     from .engine.pipe_schedule import DualPipeSchedule
+    from .utils import WeightGradStore
 
 __version__ = "0.1.0"
 __all__ = [
     "ConfigError",
+    "DualPipe",
     "DualPipeEngine",
     "DualPipeError",
     "DualPipeSchedule",
+    "DualPipeV",
     "MissingExtraError",
     "PipelineRuntimeError",
     "PlanError",
+    "WeightGradStore",
     "initialize",
+    "set_p2p_tensor_dtype",
+    "set_p2p_tensor_shapes",
 ]
 
 _LAZY = {
+    "DualPipe": "compat.deepseek",
     "DualPipeEngine": "engine.engine",
     "DualPipeSchedule": "engine.pipe_schedule",
+    "DualPipeV": "compat.deepseek",
+    "WeightGradStore": "utils",
     "initialize": "engine.initialize",
+    "set_p2p_tensor_dtype": "compat.deepseek",
+    "set_p2p_tensor_shapes": "compat.deepseek",
 }
 
 

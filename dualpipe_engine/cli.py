@@ -8,7 +8,7 @@ import math
 import os
 import sys
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -45,8 +45,10 @@ examples:
   dualpipe plan --schedule plan.json
   dualpipe draw --schedule dualpipe --ranks 8 --micro-batches 20 --out schedule.svg
   dualpipe draw trace.json
+  dualpipe doctor dualpipe_profile.json
   dualpipe compare --ranks 8 --micro-batches 32 --costs 1,1,1,2.25 --optimize
   dualpipe compare --ranks 8 --micro-batches 32 --layer-costs 0.2,1x40,3
+  dualpipe compare --model deepseek-v3 --gpus 2048 --hardware h800
 
 exit codes: 0 done; 1 nobody reads the output (a closed pipe); 2 the request cannot work (the reason is on stderr)
 """
@@ -84,7 +86,7 @@ def _parser() -> argparse.ArgumentParser:
     shape: dict[str, Any] = {"formatter_class": argparse.RawDescriptionHelpFormatter, "epilog": _EPILOG}
     parser = argparse.ArgumentParser(prog="dualpipe", description=_DESCRIPTION, **shape)
     parser.add_argument("--version", action="version", version=f"dualpipe_engine {__version__}")
-    commands = parser.add_subparsers(metavar="plan|draw|compare", required=True)
+    commands = parser.add_subparsers(metavar="plan|draw|compare|doctor", required=True)
 
     plan = commands.add_parser("plan", help="print the ops of every rank, with makespan and bubble", **shape)
     _add_schedule(plan)
@@ -99,28 +101,47 @@ def _parser() -> argparse.ArgumentParser:
     draw.set_defaults(run=_run_draw)
 
     side = commands.add_parser("compare", help="every schedule side by side on the same model and batch", **shape)
-    _add_work(side, required=True)
+    _add_work(side, plan_file=False)
     cap = "activations that a rank may hold, in those of 1/N of the model (default: what each schedule is known for)"
     side.add_argument("--activation-cap", type=_finite, metavar="K", help=cap)
     side.add_argument("--layer-costs", type=_layer_costs, metavar="T,T,..", help=_LAYERS_HELP)
     side.add_argument("--format", choices=("table", "json"), default="table", help="default: table")
+    _add_job(side)
     side.set_defaults(run=_run_compare)
+
+    doctor = commands.add_parser("doctor", help="say what costs most in a profile, and what to change", **shape)
+    doctor.add_argument("profile", help="what get_profiler().save_to_file() wrote")
+    doctor.add_argument("--format", choices=("table", "json"), default="table", help="default: table")
+    doctor.set_defaults(run=_run_doctor)
     return parser
 
 
 def _add_schedule(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--schedule", metavar="S", help=f"{', '.join(SCHEDULES)}, or a plan file (.csv, .json)")
-    _add_work(parser, required=False)
+    _add_work(parser, plan_file=True)
     cap = "(stage, micro-batch) activations that a rank may hold (default: what the schedule is known for)"
     parser.add_argument("--activation-cap", type=int, metavar="K", help=cap)
 
 
-def _add_work(parser: argparse.ArgumentParser, required: bool) -> None:
-    where = "" if required else " (a plan file has its own)"
-    measured = " (measured --costs have their own)" if required else where
+def _add_job(parser: argparse.ArgumentParser) -> None:
+    job = parser.add_argument_group(
+        "whole jobs", "estimate memory and speed of a model on a cluster from FLOPs, bandwidths and the simulator"
+    )
+    job.add_argument("--model", metavar="NAME", help="deepseek-v3, ..., or a Hugging Face config.json")
+    job.add_argument("--gpus", type=int, metavar="N", help="GPUs of the whole job")
+    job.add_argument("--hardware", default="h800", help="h800 (default), h100, h200, a100, or a .json file")
+    job.add_argument("--expert-parallel", type=int, metavar="N", help="ranks that share the experts of a layer")
+    job.add_argument("--micro-batch-size", type=int, default=1, metavar="N", help="sequences (default: 1)")
+    job.add_argument("--sequence-length", type=int, metavar="N", help="tokens (default: 4096, or as published)")
+    job.add_argument("--no-fp8", action="store_true", help="matrix products in bf16 where the hardware has FP8")
+
+
+def _add_work(parser: argparse.ArgumentParser, plan_file: bool) -> None:
+    where = " (a plan file has its own)" if plan_file else ""
+    measured = where or " (measured --costs have their own)"
     parser.add_argument("--ranks", type=int, metavar="N", help=f"pipeline ranks{measured}")
     parser.add_argument(
-        "--micro-batches", type=int, metavar="M", required=required, help=f"micro-batches of one batch{where}"
+        "--micro-batches", type=int, metavar="M", help=f"micro-batches of one pipeline in a batch{where}"
     )
     parser.add_argument("--costs", type=_costs, default=CostModel(fb=3.0), metavar="F,I,W[,FB]", help=_COSTS_HELP)
     comm = "time of one transfer between two ranks, in the unit of --costs (default: 0, or the measured one)"
@@ -263,9 +284,14 @@ def _run_compare(args: argparse.Namespace) -> None:
     from .viz.summary import comparison_table
     from .viz.terminal import wide_console
 
+    if args.model is not None:
+        _estimate(args)
+        return
     costs, job = _work(args)
     if args.ranks is None:
         raise ConfigError("say how many ranks: --ranks N, or --costs with a measured file")
+    if args.micro_batches is None:
+        raise ConfigError("say how many micro-batches: --micro-batches M")
     if args.layer_costs is not None:
         _compare_cuts(args, costs)
         return
@@ -304,6 +330,20 @@ def _run_compare(args: argparse.Namespace) -> None:
     )
 
 
+def _run_doctor(args: argparse.Namespace) -> None:
+    from .profiling.doctor import diagnose
+    from .profiling.profile import read_profile
+    from .profiling.report import print_findings, print_summary
+
+    profile = read_profile(args.profile)
+    findings = diagnose(profile)
+    if args.format == "json":
+        _print_json({"step": profile.step, "findings": [asdict(finding) for finding in findings]})
+        return
+    print_summary(profile)
+    print_findings(profile, findings)
+
+
 def _compare_cuts(args: argparse.Namespace, costs: CostModel) -> None:
     from .viz.cuts import cut_data, cut_table
     from .viz.terminal import wide_console
@@ -318,6 +358,27 @@ def _compare_cuts(args: argparse.Namespace, costs: CostModel) -> None:
         return
     shape = {"ranks": args.ranks, "micro_batches": args.micro_batches, "layers": len(layers)}
     _print_json({**shape, "schedules": cut_data(rows)})
+
+
+def _estimate(args: argparse.Namespace) -> None:
+    from .schedule.estimate import estimate, make_job
+    from .schedule.hardware import load_hardware
+    from .schedule.model_shape import load_shape
+    from .viz.estimates import assumption_table, estimate_data, estimate_table
+    from .viz.terminal import wide_console
+
+    if args.gpus is None:
+        raise ConfigError(f"say how many GPUs train {args.model}: --gpus N")
+    model, hardware = load_shape(args.model), load_hardware(args.hardware)
+    counts = (args.gpus, args.ranks, args.expert_parallel, args.micro_batches, args.micro_batch_size)
+    job = make_job(model, *counts, args.sequence_length, not args.no_fp8)
+    rows = estimate(model, job, hardware)
+    if args.format == "json":
+        _print_json(estimate_data(rows, model, job, hardware))
+        return
+    console = wide_console()
+    console.print(estimate_table(rows, model, job, hardware))
+    console.print(assumption_table(job, hardware))
 
 
 def _title(plan: Plan) -> str:

@@ -15,6 +15,10 @@ class PlanError(DualPipeError, ValueError):
     """A plan, an op text or a schedule request is not valid; the message names rank, op and reason."""
 
 
+class ProfileError(DualPipeError, ValueError):
+    """A profile cannot be made or read; the message names the file or the remedy."""
+
+
 class MissingExtraError(DualPipeError, ImportError):
     """An optional package is needed; the message holds the install command."""
 

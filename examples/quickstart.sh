@@ -1,26 +1,31 @@
 #!/usr/bin/env bash
-# Train a small GPT on text under DualPipe. Sets up everything on the first run.
+# Train a small GPT, or a mixture of experts, on text under DualPipe. Sets up everything on the first run.
 set -euo pipefail
 ROOT=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 
 usage() {
     cat <<'TEXT'
-usage: bash examples/quickstart.sh [FOLDER] [--schedule NAME] [--steps N] [--name RUN]
+usage: bash examples/quickstart.sh [FOLDER] [--model gpt|moe] [--schedule NAME] [--steps N] [--name RUN]
 
 Trains a byte-level GPT on the text files in FOLDER (default: the source files of Python's standard library), on all
 GPUs if there are two or more, else on 4 CPU processes. Results go to runs/RUN: metrics.jsonl, trace.json (open it in
 a Chrome trace viewer or with `dualpipe draw`), schedule.svg and a checkpoint.
 
+  --model NAME     gpt (default), or moe: a mixture-of-experts transformer, two replicas of the pipeline share experts
   --schedule NAME  dualpipe (default), dualpipev, zb1p, zbv, 1f1b, or 1f1b-deepspeed for DeepSpeed's own engine
   --steps N        training steps (default 120)
-  --name RUN       name of the results folder (default: the schedule)
+  --name RUN       name of the results folder (default: the schedule; of moe with a prefix)
 TEXT
 }
 
 ARGUMENTS=()
+MODEL=gpt
 while [ $# -gt 0 ]; do
     case "$1" in
     -h | --help) usage; exit 0 ;;
+    --model)
+        case "${2:-}" in gpt | moe) MODEL=$2 ;; *) echo "--model is gpt or moe" >&2; usage >&2; exit 2 ;; esac
+        shift 2 ;;
     --schedule | --steps | --name)
         [ $# -ge 2 ] || { echo "$1 needs a value" >&2; usage >&2; exit 2; }
         ARGUMENTS+=("$1" "$2"); shift 2 ;;
@@ -37,8 +42,12 @@ cd "$ROOT"
 RANKS=4
 if [ "$GPUS" -ge 2 ]; then
     RANKS=$((GPUS / 2 * 2))
+    if [ "$MODEL" = moe ]; then
+        [ "$GPUS" -ge 4 ] || { echo "--model moe needs 4 GPUs, or DS_ACCELERATOR=cpu" >&2; exit 2; }
+        RANKS=$((GPUS / 4 * 4))
+    fi
 fi
 export TORCH_CPP_LOG_LEVEL=ERROR DS_LOG_LEVEL="${DS_LOG_LEVEL:-error}" PYTHONWARNINGS="${PYTHONWARNINGS:-ignore}"
 exec python -m deepspeed.launcher.runner --num_accelerators "$RANKS" --master_addr 127.0.0.1 \
     --master_port "${MASTER_PORT:-29500}" \
-    examples/pretrain_gpt.py --deepspeed_config examples/gpt.json ${ARGUMENTS[@]+"${ARGUMENTS[@]}"}
+    "examples/pretrain_$MODEL.py" --deepspeed_config "examples/$MODEL.json" ${ARGUMENTS[@]+"${ARGUMENTS[@]}"}

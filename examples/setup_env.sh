@@ -30,7 +30,7 @@ _setup_step() { # what, command...
     }
 }
 
-_setup_stamp="$VIRTUAL_ENV/dualpipe_engine-$(printf '%s' "${EXTRAS:-} $ROOT" | cat - "$ROOT/setup.py" "$ROOT/pyproject.toml" |
+_setup_stamp="$VIRTUAL_ENV/dualpipe_engine-$(printf '%s' "${EXTRAS:-} $ROOT" | cat - "$ROOT/setup.py" "$ROOT/pyproject.toml" "$ROOT"/csrc/* |
     python -c 'import hashlib, sys; print(hashlib.sha256(sys.stdin.buffer.read()).hexdigest()[:16])')"
 if [ ! -e "$_setup_stamp" ]; then
     _setup_step "installing build tools" python -m pip install -q setuptools wheel ninja numpy

@@ -9,6 +9,7 @@ import socket
 import sys
 import time
 import traceback
+from pathlib import Path
 from typing import Any
 
 TASKS_A_LIFE = 16  #: tasks after which the processes are replaced
@@ -53,6 +54,15 @@ def _serve(pipe) -> None:
         pipe.send(answer)
 
 
+def _remove_stale_lock() -> None:
+    """Left by a process that was killed while DeepSpeed built its shared-memory op: all others would sleep on it."""
+    from torch.utils.cpp_extension import _get_build_directory
+
+    lock = Path(_get_build_directory("deepspeed_shm_comm", verbose=False)) / "lock"
+    if lock.exists() and time.time() - lock.stat().st_mtime > 180:
+        lock.unlink()
+
+
 class RankError(Exception):
     """A task failed; `errors` maps rank to (type name, message, traceback)."""
 
@@ -67,6 +77,7 @@ class RankPool:
     def __init__(self) -> None:
         self._workers: list[tuple[Any, Any]] = []
         self._tasks = 0
+        _remove_stale_lock()
 
     def run(self, world: int, function, timeout: float = 300.0, **kwargs) -> list[Any]:
         # A process group's threads outlive it, and hundreds of them make a process slow.

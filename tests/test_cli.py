@@ -165,7 +165,6 @@ def test_requests_that_cannot_work(capsys, tmp_path, argv, reason):
         ["plan", *PAPER, "--costs", "1,1,-1"],
         ["plan", *PAPER, "--costs", "1,1,nan"],
         ["plan", *PAPER, "--comm", "inf"],
-        ["compare", "--ranks", "4"],
     ],
 )
 def test_malformed_command_lines_exit_with_two(capsys, argv):
@@ -235,3 +234,23 @@ def test_a_reader_that_goes_away_is_quiet(argv, read):
     assert process.stderr.read() == b""
     process.stderr.close()
     assert process.wait(60) in ((0, 1) if read else (1,))
+
+
+def test_whole_jobs_are_estimated_without_torch():
+    result = run("compare", "--model", "deepseek-v3", "--gpus", "2048", "--hardware", "h800")
+    assert result.returncode == 0, result.stderr
+    assert "published, with DualPipe: 180,000 GPU-hours" in result.stdout and "fp8 efficiency" in result.stdout
+
+
+def test_whole_jobs_as_json(capsys):
+    data = json.loads(
+        output(capsys, "compare", "--model", "mixtral-8x7b", "--gpus", "16", "--ranks", "4", "--micro-batches", "8",
+               "--format", "json")
+    )  # fmt: skip
+    assert [row["schedule"] for row in data["schedules"]] == list(SCHEDULES)
+    assert sum(row["best"] for row in data["schedules"]) == 1
+
+
+def test_a_comparison_without_micro_batches_says_so(capsys):
+    assert main(["compare", "--ranks", "4"]) == 2
+    assert "--micro-batches" in capsys.readouterr().err

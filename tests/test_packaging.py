@@ -10,14 +10,29 @@ from pathlib import Path
 import pytest
 
 PACKAGE = Path(__file__).parent.parent / "dualpipe_engine"
-LAYERS = ["schedule", "viz", "comm", "runtime", "engine", "adapters"]  # a layer may import itself and those before it
+LAYERS = [
+    "schedule",
+    "viz",
+    "profiling",
+    "comm",
+    "runtime",
+    "models",
+    "engine",
+    "adapters",
+]  # a layer may import itself and those before it
 FOREIGN = {
     "schedule": set(),
     "viz": {"rich", "matplotlib", "numpy"},
+    "profiling": {"rich"},
     "comm": {"torch"},
     "runtime": {"torch"},
+    "models": {"torch", "deepspeed"},
     "engine": {"torch", "deepspeed", "pydantic", "numpy"},
+    "compat": {"torch"},
 }
+#: What a package beside the layers may import; compat re-exports the integrations.
+ABOVE = {"compat": {"schedule", "comm", "runtime", "compat", "utils", "integrations"}}
+OPTIONAL = {("apex_support.py", "apex"), ("deep_ep.py", "deep_ep")}
 
 
 def imports(path):
@@ -40,7 +55,7 @@ def imports(path):
 
 @pytest.mark.parametrize("layer", FOREIGN)
 def test_layers_import_downward(layer):
-    allowed = {"errors", *LAYERS[: LAYERS.index(layer) + 1]}
+    allowed = {"errors", *(ABOVE[layer] if layer in ABOVE else LAYERS[: LAYERS.index(layer) + 1])}
     files = sorted((PACKAGE / layer).rglob("*.py"))
     assert files
     for path in files:
@@ -49,12 +64,21 @@ def test_layers_import_downward(layer):
             if top == "dualpipe_engine":
                 assert rest[0] in allowed, f"{path.name} imports {module}"
             elif top not in sys.stdlib_module_names:
-                optional = path.name == "apex_support.py" and top == "apex"
-                assert top in FOREIGN[layer] or optional, f"{path.name} imports {module}"
+                assert top in FOREIGN[layer] or (path.name, top) in OPTIONAL, f"{path.name} imports {module}"
+
+
+def test_lightning_stands_on_compat():
+    for path in sorted((PACKAGE.parent / "integrations" / "lightning").glob("*.py")):
+        for module in imports(path):
+            top, *rest = module.split(".")
+            assert top in {"torch", "lightning", "integrations", *sys.stdlib_module_names} or (
+                top == "dualpipe_engine" and rest[0] in ("compat", "errors")
+            ), f"{path.name} imports {module}"
 
 
 def test_import_needs_neither_torch_nor_deepspeed():
-    code = "import sys, dualpipe_engine; print([m for m in ('torch', 'deepspeed', 'rich') if m in sys.modules])"
+    heavy = ("torch", "deepspeed", "rich", "transformers", "lightning", "matplotlib", "numpy")
+    code = f"import sys, dualpipe_engine, dualpipe_engine.compat; print([m for m in {heavy} if m in sys.modules])"
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert result.stdout.strip() == "[]"
 

@@ -6,15 +6,13 @@ and "combine"). The backward of one is the other with the splits exchanged.
 
 from __future__ import annotations
 
-import time
 from collections.abc import Sequence
-from datetime import timedelta
 from typing import Any
 
 import torch
 import torch.distributed as dist
 
-from ..errors import PipelineRuntimeError
+from .stream import CommStream, open_stream
 from .tickets import Tickets
 
 TIMEOUT_S = 600.0  #: of an exchange that nobody overlaps
@@ -26,6 +24,7 @@ def exchange(
     receive: Sequence[int],
     group: dist.ProcessGroup,
     tickets: Tickets | None = None,
+    stream: CommStream | None = None,
 ) -> torch.Tensor:
     """Send consecutive blocks of rows to the ranks of a group and receive theirs.
 
@@ -36,6 +35,7 @@ def exchange(
         group: the ranks.
         tickets: takes the ticket, of the backward too; the result (the gradient) holds no data before its `wait`. The
             rows must then be used by nothing else that backward adds up. None: wait here.
+        stream: posts it, and the backward; None: one for this exchange.
 
     Returns:
         [sum(receive), ...], on one rank the rows themselves.
@@ -45,55 +45,29 @@ def exchange(
     """
     if group.size() == 1:
         return rows
-    return _Exchange.apply(rows, tuple(send), tuple(receive), group, tickets)
+    return _Exchange.apply(rows, tuple(send), tuple(receive), group, tickets, stream or open_stream(rows.device))
 
 
 class _Exchange(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, rows: torch.Tensor, send: Any, receive: Any, group: Any, tickets: Any) -> torch.Tensor:
-        ctx.splits, ctx.group, ctx.tickets = (receive, send), group, tickets
-        return _post(rows, send, receive, group, tickets)
+    def forward(ctx: Any, rows: torch.Tensor, send: Any, receive: Any, *route: Any) -> torch.Tensor:
+        ctx.splits, ctx.route = (receive, send), route
+        return _post(rows, send, receive, *route)
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> Any:
         send, receive = ctx.splits
-        return _post(grads[0], send, receive, ctx.group, ctx.tickets), None, None, None, None
+        return _post(grads[0], send, receive, *ctx.route), None, None, None, None, None
 
 
-def _post(rows: torch.Tensor, send: Any, receive: Any, group: Any, tickets: Tickets | None) -> torch.Tensor:
+def _post(
+    rows: torch.Tensor, send: Any, receive: Any, group: Any, tickets: Tickets | None, stream: CommStream
+) -> torch.Tensor:
     rows = rows.contiguous()
     out = rows.new_empty((sum(receive), *rows.shape[1:]))
-    work = dist.all_to_all_single(out, rows, list(receive), list(send), group=group, async_op=True)
-    ticket = _Ticket(work, rows, out)
+    ticket = stream.all_to_all(group, out, rows, receive, send, f"all-to-all of group rank {group.rank()}")
     if tickets is None:
         ticket.wait(TIMEOUT_S)
     else:
         tickets.add(ticket, rows.nbytes)
     return out
-
-
-class _Ticket:
-    """One all-to-all; keeps both tensors until it is done."""
-
-    def __init__(self, work: Any, rows: torch.Tensor, out: torch.Tensor) -> None:
-        self._work = work
-        self._kept: Any = (rows, out)
-        self._finished: float | None = None
-        if out.device.type == "cpu":
-            work.get_future().add_done_callback(self._stamp)
-
-    def _stamp(self, _: Any) -> None:
-        self._finished = time.monotonic()
-
-    def wait(self, timeout_s: float) -> None:
-        try:
-            self._work.wait(timedelta(seconds=timeout_s))
-        except RuntimeError as error:
-            raise PipelineRuntimeError(f"all-to-all failed: {error}") from error
-        self._kept = None
-
-    def done(self) -> bool:
-        return bool(self._work.is_completed())
-
-    def finished_at(self) -> float | None:
-        return self._finished

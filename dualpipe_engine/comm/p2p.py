@@ -17,7 +17,9 @@ import torch
 
 from ..errors import PipelineRuntimeError
 from .meta import HEADER_BYTES, MessageMeta, TensorMeta, decode, encode, flatten
-from .transport import Ticket, Transport
+from .position import Position
+from .tickets import Ticket
+from .transport import Transport
 
 FORWARD = 0
 BACKWARD = 1
@@ -42,10 +44,14 @@ class Inbound:
     tensors: list[torch.Tensor] = field(default_factory=list)
     tickets: list[Ticket] | None = None
 
+    @property
+    def made_by(self) -> int:
+        """The stage that sends it."""
+        return self.stage + (1 if self.kind == BACKWARD else -1)
+
     def tag(self, index: int) -> int:
         """Messages are named by the stage that made them."""
-        made_by = self.stage + (1 if self.kind == BACKWARD else -1)
-        return _tag(self.kind, made_by, self.micro, index)
+        return _tag(self.kind, self.made_by, self.micro, index)
 
 
 class Edges:
@@ -56,11 +62,18 @@ class Edges:
         device: where received tensors are allocated.
         timeout_s: seconds after which a wait gives up.
         dynamic_shape: send a header with every forward message, so that shapes may change between micro-batches.
+        position: told what is waited for; None: nobody wants to know.
     """
 
     def __init__(
-        self, transport: Transport, device: torch.device, timeout_s: float = 600.0, dynamic_shape: bool = False
+        self,
+        transport: Transport,
+        device: torch.device,
+        timeout_s: float = 600.0,
+        dynamic_shape: bool = False,
+        position: Position | None = None,
     ) -> None:
+        self.position = Position() if position is None else position
         self._transport = transport
         self._device = device
         self._timeout_s = timeout_s
@@ -181,6 +194,7 @@ class Edges:
 
     def _finish(self, key: tuple[int, int, int]) -> Inbound:
         inbound = self._inbound[key]
+        self.position.awaits = (inbound.src, inbound.made_by, inbound.micro, inbound.kind == BACKWARD)
         waiting = self._waiting[inbound.src]
         # Receives of one edge are posted in the sender's order, so headers of earlier messages are read first.
         while inbound.tickets is None:
@@ -190,6 +204,7 @@ class Edges:
             self._post(first)
         for ticket in inbound.tickets:
             ticket.wait(self._timeout_s)
+        self.position.awaits = None
         self._advance(waiting)
         del self._inbound[key]
         return inbound

@@ -4,9 +4,24 @@ from __future__ import annotations
 
 import time
 from dataclasses import dataclass
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
-from .transport import Ticket
+if TYPE_CHECKING:
+    from .stream import StreamTicket
+
+
+class Ticket(Protocol):
+    """A transfer under way."""
+
+    def wait(self, timeout_s: float) -> None:
+        """Return when the transfer is done (on an accelerator: when the current stream waits for it).
+
+        Raises:
+            PipelineRuntimeError: the peer was lost, or `timeout_s` seconds passed.
+        """
+
+    def done(self) -> bool:
+        """Whether the transfer is finished, without waiting."""
 
 
 class TimedTicket(Ticket, Protocol):
@@ -38,6 +53,13 @@ class Transfer:
     def hidden(self) -> float:
         """Seconds of the transfer that ran under something else."""
         return max(0.0, self.finished - self.posted - self.waited)
+
+
+def transfer_of(ticket: StreamTicket) -> Transfer:
+    """What has become of a transfer of a communication stream; named after its kind, `finished` is 0 while it runs."""
+    return Transfer(
+        ticket.kind, ticket.posted_ns * 1e-9, ticket.waited_ns * 1e-9, ticket.finished_at() or 0.0, ticket.size
+    )
 
 
 class Tickets:

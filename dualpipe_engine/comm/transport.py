@@ -8,29 +8,17 @@ each directed edge, so that nothing queues behind a transfer of another edge.
 from __future__ import annotations
 
 import threading
+import weakref
 from collections import defaultdict, deque
 from collections.abc import Sequence
-from datetime import timedelta
-from typing import Any, Protocol
+from typing import Protocol
 
 import torch
 import torch.distributed as dist
 
 from ..errors import PipelineRuntimeError
-
-
-class Ticket(Protocol):
-    """A transfer under way."""
-
-    def wait(self, timeout_s: float) -> None:
-        """Return when the transfer is done (on an accelerator: when the current stream waits for it).
-
-        Raises:
-            PipelineRuntimeError: the peer was lost, or `timeout_s` seconds passed.
-        """
-
-    def done(self) -> bool:
-        """Whether the transfer is finished, without waiting."""
+from .stream import StreamTicket, open_stream
+from .tickets import Ticket
 
 
 class Transport(Protocol):
@@ -43,34 +31,33 @@ class Transport(Protocol):
     def recv(self, tensor: torch.Tensor, src: int, tag: int) -> Ticket: ...
 
 
-class _WorkTicket:
-    __slots__ = ("_what", "_work")
-
-    def __init__(self, work: Any, what: str) -> None:
-        self._work = work
-        self._what = what
-
-    def wait(self, timeout_s: float) -> None:
-        try:
-            self._work.wait(timedelta(seconds=timeout_s))
-        except RuntimeError as error:
-            raise PipelineRuntimeError(f"{self._what} failed: {error}") from error
-
-    def done(self) -> bool:
-        return self._work.is_completed()
-
-
 class GroupTransport:
-    """Transport over torch.distributed.
+    """Transport over torch.distributed, on a communication stream of its own.
 
     Args:
         ranks: global ranks of the pipeline, in order of its positions.
         rank: own position.
         group: a process group that holds all of `ranks`.
+        device: of the tensors.
+        log: takes the ticket of every transfer (`tickets.transfer_of` makes a `Transfer` of it), for whoever clears it;
+            None: nothing is kept.
+        how: which communication stream, see `stream.open_stream`.
     """
 
-    def __init__(self, ranks: Sequence[int], rank: int, group: dist.ProcessGroup) -> None:
+    def __init__(
+        self,
+        ranks: Sequence[int],
+        rank: int,
+        group: dist.ProcessGroup,
+        device: torch.device = torch.device("cpu"),  # noqa: B008 (a constant)
+        log: list[StreamTicket] | None = None,
+        how: str | None = None,
+    ) -> None:
         self.rank = rank
+        self.stream = open_stream(device, how)
+        self._log = log
+        # At the latest when the interpreter ends: its threads must not outlive what they wait for.
+        weakref.finalize(self, self.stream.close)
         self._ranks = tuple(ranks)
         self._tagged = dist.get_backend(group) in ("gloo", "mpi")
         self._groups: dict[tuple[int, int], dist.ProcessGroup] = {}
@@ -78,17 +65,21 @@ class GroupTransport:
             self._peer = [dist.get_group_rank(group, global_rank) for global_rank in ranks]
             self._group = group
         else:
-            self._connect_edges()
+            self._connect_edges(dist.get_backend(group))
 
-    def _connect_edges(self) -> None:
+    def _connect_edges(self, backend: str) -> None:
         """One communicator for each directed edge of this rank; only its two ends take part in making it."""
+        options = dist.ProcessGroupNCCL.Options(is_high_priority_stream=True) if backend == "nccl" else None
         size = len(self._ranks)
         edges = [(a, a + 1) for a in range(size - 1)] + [(a + 1, a) for a in range(size - 1)]
         for src, dst in edges:
             if self.rank in (src, dst):
                 ends = sorted((self._ranks[src], self._ranks[dst]))
                 self._groups[src, dst] = dist.new_group(
-                    ends, use_local_synchronization=True, group_desc=f"dualpipe_edge_{src}_{dst}"
+                    ends,
+                    use_local_synchronization=True,
+                    pg_options=options,
+                    group_desc=f"dualpipe_edge_{src}_{dst}",
                 )
 
     def _route(self, src: int, dst: int) -> tuple[dist.ProcessGroup, int]:
@@ -98,13 +89,18 @@ class GroupTransport:
         group = self._groups[src, dst]
         return group, dist.get_group_rank(group, self._ranks[peer])
 
-    def send(self, tensor: torch.Tensor, dst: int, tag: int) -> Ticket:
+    def send(self, tensor: torch.Tensor, dst: int, tag: int) -> StreamTicket:
         group, peer = self._route(self.rank, dst)
-        return _WorkTicket(group.send([tensor], peer, tag), f"send to pipeline rank {dst}")
+        return self._keep(self.stream.send(group, tensor, peer, tag, f"send to pipeline rank {dst}"))
 
-    def recv(self, tensor: torch.Tensor, src: int, tag: int) -> Ticket:
+    def recv(self, tensor: torch.Tensor, src: int, tag: int) -> StreamTicket:
         group, peer = self._route(src, self.rank)
-        return _WorkTicket(group.recv([tensor], peer, tag), f"receive from pipeline rank {src}")
+        return self._keep(self.stream.recv(group, tensor, peer, tag, f"receive from pipeline rank {src}"))
+
+    def _keep(self, ticket: StreamTicket) -> StreamTicket:
+        if self._log is not None:
+            self._log.append(ticket)
+        return ticket
 
 
 class LocalHub:

@@ -49,6 +49,8 @@ class DualPipeConfig(BaseModel):
     """Most stage activations a rank may hold; null is the schedule's own bound."""
     p2p_timeout_s: float = Field(default=600.0, gt=0)
     """Seconds after which a transfer that does not come is an error."""
+    check_twins: int | None = Field(default=None, ge=1)
+    """Compare all copies of every parameter by hash after every so many steps; null: never."""
     partition_method: str | None = None
     """How layers are cut into stages: "pairs" so that ranks have equal work and the plan runs fast, "parameters",
     "uniform" or "type:REGEX"; null keeps the PipelineModule's cut, or its method where the schedule has more stages."""

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -16,9 +18,11 @@ from deepspeed.utils import logger
 from deepspeed.utils.timer import ThroughputTimer
 
 from ..comm.p2p import Edges
+from ..comm.stream import StreamTicket
 from ..comm.tickets import Transfer
 from ..comm.transport import GroupTransport
 from ..errors import ConfigError
+from ..profiling.records import LOSS
 from ..runtime.apex_support import apex_status
 from ..runtime.executor import Executor
 from ..runtime.observer import Observer
@@ -26,11 +30,13 @@ from ..runtime.weight_grad import WeightGradStore, install
 from ..schedule.costs import CostModel
 from ..schedule.op import I, atoms
 from ..schedule.plan import Plan
+from .additional_losses import AdditionalLosses
 from .checkpoint import Checkpoints
 from .checkpoint_loader import ResumableLoader, ResumableSampler
 from .config import DualPipeConfig
 from .data import BatchFeed, check_same_stream
 from .evaluation import Evaluation
+from .experts import has_experts
 from .gradients import GradientTail
 from .grid import Place
 from .measuring import Measuring
@@ -43,6 +49,8 @@ from .module import (
     stage_views,
 )
 from .planning import make_lowered_plan
+from .twins import check_twins
+from .watch import Watch, watched
 
 
 class DualPipeEngine(Evaluation, Measuring, Checkpoints):
@@ -57,12 +65,15 @@ class DualPipeEngine(Evaluation, Measuring, Checkpoints):
         place: this rank's place in its pipeline.
         plan: the lowered training plan.
         costs: costs of the model cut into as many stages as there are ranks, for plans of other batch sizes.
+        watch: ends the job when a rank is lost.
         deepspeed: arguments of DeepSpeedEngine.
 
     Attributes:
         plan: the lowered training plan.
         place: stages, pipeline rank and replica of this process.
     """
+
+    has_moe_layers: bool
 
     def __init__(
         self,
@@ -72,12 +83,15 @@ class DualPipeEngine(Evaluation, Measuring, Checkpoints):
         place: Place,
         plan: Plan,
         costs: CostModel,
+        watch: Watch,
         **deepspeed: Any,
     ) -> None:
         # DeepSpeed's own pipeline set-up (buffers, blocking p2p, ZeRO assertion) does not apply, hence not super().
         DeepSpeedEngine.__init__(self, **deepspeed)
         self.dualpipe_config, self.place, self.plan = dualpipe, place, plan
         self._costs = costs
+        self.watch = watch
+        watch.position.pipeline = place.pipeline
         self._pipeline_group = base_grid.pp_proc_group
         self._replica_group = base_grid.dp_proc_group
         self._init_pipeline_state()
@@ -103,7 +117,7 @@ class DualPipeEngine(Evaluation, Measuring, Checkpoints):
         self.data_iterator: Iterator[Any] | None = None
         self.batch_fn = None
         self.agg_train_loss: torch.Tensor | None = None
-        self.agg_additional_losses = None
+        self.agg_additional_losses: OrderedDict[str, torch.Tensor] | None = None
         self.dp_group_loss = torch.zeros((), device=self.device)
         self._force_grad_boundary = False
         self._checked_stream = False
@@ -119,6 +133,26 @@ class DualPipeEngine(Evaluation, Measuring, Checkpoints):
         self.module_forward_post_hook.remove()
         self.module.checkpoint_parallel_write_pipeline = self._config.checkpoint_parallel_write_pipeline
 
+    def _configure_optimizer(self, client_optimizer: Any, model_parameters: Any) -> None:
+        """DeepSpeed's optimizers learn of experts from this flag, which it sets for layers of its own only; elsewhere
+        the flag would mean checkpoint files of such layers."""
+        before = self.has_moe_layers
+        self.has_moe_layers = has_experts(self.module)
+        super()._configure_optimizer(client_optimizer, model_parameters)
+        self.has_moe_layers = before
+
+    def _check_expert_states(self) -> None:
+        """Refuse to save what could not be loaded.
+
+        Raises:
+            ConfigError: experts are shared by several ranks and their optimizer states are not partitioned.
+        """
+        if not self.zero_optimization() and not self.using_bf16_optimizer and has_experts(self.module):
+            raise ConfigError(
+                "without ZeRO, DeepSpeed's files hold the optimizer states of one of the ranks that share the experts: "
+                'set "zero_optimization": {"stage": 1} to save checkpoints'
+            )
+
     def _init_executor(self) -> None:
         module: PlacedModule = self.module
         self._views = stage_views(module)
@@ -131,6 +165,7 @@ class DualPipeEngine(Evaluation, Measuring, Checkpoints):
             self.weight_split = install(module, self._store)
         last = self.num_stages - 1
         self._transfers: list[Transfer] = []  # of the last batch, within phases
+        self._additional = AdditionalLosses(module, self._pipeline_group, self._replica_group)
         overlap, timeout = self.dualpipe_config.overlap is not False, self.dualpipe_config.p2p_timeout_s
         self._chunks = {
             stage: make_chunk(
@@ -141,13 +176,16 @@ class DualPipeEngine(Evaluation, Measuring, Checkpoints):
                 log=self._transfers,
                 overlap=overlap,
                 is_last=stage == last,
-                loss_fn=module.loss_fn if stage == last else None,
+                loss_fn=self._additional.watch(module.loss_fn) if stage == last else None,
                 store=self._store,
             )
             for stage, view in self._views.items()
         }
-        transport = GroupTransport(self.place.pipeline, self.place.rank, self._pipeline_group)
-        self._edges = Edges(transport, self.device, timeout, dynamic_shape=module.dynamic_shape)
+        self._transported: list[StreamTicket] = []  # of the last batch, between stages
+        transport = GroupTransport(
+            self.place.pipeline, self.place.rank, self._pipeline_group, self.device, self._transported
+        )
+        self._edges = Edges(transport, self.device, timeout, module.dynamic_shape, self.watch.position)
         self._observer = Observer(self.place.rank, self.device)
         self._tail = GradientTail(self)
         self._executor = Executor(
@@ -157,7 +195,7 @@ class DualPipeEngine(Evaluation, Measuring, Checkpoints):
         self._eval_executor = Executor(
             self.place.rank,
             self._chunks,
-            Edges(transport, self.device, timeout, dynamic_shape=True),
+            Edges(transport, self.device, timeout, True, self.watch.position),
             Observer(self.place.rank, self.device),
             on_micro=self._before_forward,
         )
@@ -168,6 +206,7 @@ class DualPipeEngine(Evaluation, Measuring, Checkpoints):
 
     # -- training ------------------------------------------------------------------------------------------------
 
+    @watched
     def train_batch(self, data_iter: Iterator[Any] | None = None) -> torch.Tensor:
         """Train on one batch of `train_batch_size()` samples and step the optimizer.
 
@@ -182,7 +221,7 @@ class DualPipeEngine(Evaluation, Measuring, Checkpoints):
             RuntimeError: gradients are switched off.
             ConfigError: no optimizer is configured, there is no data, or the ends of the pipeline read different data.
             StopIteration: the data ended within the batch.
-            PipelineRuntimeError: a transfer failed.
+            PipelineRuntimeError: a rank was lost, a transfer failed, or copies of a parameter differ.
         """
         if not torch.is_grad_enabled():
             raise RuntimeError("train_batch() needs gradients; use eval_batch() without")
@@ -195,6 +234,8 @@ class DualPipeEngine(Evaluation, Measuring, Checkpoints):
         self.timers(TRAIN_BATCH_TIMER).start()
         self._tail.begin()
         self._transfers.clear()
+        self._transported.clear()
+        self._additional.begin()
         self._executor.scale = self._loss_factor()
         feed = self._feed(self.micro_batches, fingerprint=not self._checked_stream)
         with autocast_if_enabled(self):
@@ -204,8 +245,14 @@ class DualPipeEngine(Evaluation, Measuring, Checkpoints):
         if not self._checked_stream:
             self._check_stream(feed)
             self._report_split()
-        self.agg_train_loss = self._mean_loss(result.losses, self.micro_batches)
+        with self._observer.waiting(LOSS):
+            self.agg_train_loss = self._mean_loss(result.losses, self.micro_batches)
+            self.agg_additional_losses = self._additional.mean(self.micro_batches, self.device)
+        self._keep_record()
         self.timers(TRAIN_BATCH_TIMER).stop()
+        every = self.dualpipe_config.check_twins
+        if every is not None and self.global_steps % every == 0:
+            check_twins(self.module, self.mpu.get_data_parallel_group())
         self._report_batch()
         return self.agg_train_loss
 
@@ -276,8 +323,9 @@ class DualPipeEngine(Evaluation, Measuring, Checkpoints):
         if every is not None and steps % every == 0:
             elapsed = self.timers(TRAIN_BATCH_TIMER).elapsed(reset=True) / 1000.0 / every
             if self.global_rank == 0:
+                extra = "".join(f"{name}: {loss:0.4f} " for name, loss in (self.agg_additional_losses or {}).items())
                 print(
-                    f"steps: {steps} loss: {self.agg_train_loss:0.4f} iter time (s): {elapsed:0.3f} "
+                    f"steps: {steps} loss: {self.agg_train_loss:0.4f} {extra}iter time (s): {elapsed:0.3f} "
                     f"samples/sec: {self.train_batch_size() / elapsed:0.3f}"
                 )
         if self.global_rank == 0 and self.monitor.enabled:
@@ -308,6 +356,13 @@ class DualPipeEngine(Evaluation, Measuring, Checkpoints):
     def clip_fp32_gradients(self) -> None:
         """Clip by the norm over all stages, every parameter counted once."""
         self._global_grad_norm = self._tail.clip(self.gradient_clipping())
+
+    @watched
+    def save_checkpoint(self, *args: Any, **kwargs: Any) -> bool:
+        self._check_expert_states()
+        return super().save_checkpoint(*args, **kwargs)
+
+    load_checkpoint = watched(Checkpoints.load_checkpoint)
 
     # -- what DeepSpeed asks about this rank ---------------------------------------------------------------------
 

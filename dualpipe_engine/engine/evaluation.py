@@ -14,6 +14,7 @@ from deepspeed.runtime.torch_autocast import autocast_if_enabled
 from ..errors import ConfigError
 from ..runtime.executor import BatchResult
 from ..schedule.lower import forward_only, lower
+from .watch import watched
 
 
 class Evaluation(PipelineEngine):
@@ -21,6 +22,7 @@ class Evaluation(PipelineEngine):
 
     data_iterator: Iterator[Any] | None
 
+    @watched
     def eval_batch(
         self,
         data_iter: Iterator[Any],

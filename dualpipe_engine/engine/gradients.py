@@ -10,6 +10,9 @@ from deepspeed.moe.utils import is_moe_param
 from deepspeed.runtime.utils import is_model_parallel_parameter
 from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
 
+from ..models.routing import rebalance
+from ..profiling.records import DRAIN
+from .experts import sum_over_experts
 from .reduction import AllReduce, Reduction
 from .zero import PartitionedReduction
 
@@ -19,10 +22,14 @@ class GradientTail:
 
     def __init__(self, engine: Any) -> None:
         self._engine = engine
+        self._plan = engine.plan
         self.reduction = choose_reduction(engine)
 
     def begin(self) -> None:
         """Start of a batch."""
+        if self._plan is not self._engine.plan:  # which stage closes a weight that two share depends on the plan
+            self._plan = self._engine.plan
+            self.reduction = choose_reduction(self._engine)
         self.reduction.begin()
 
     def accumulate(self, stage: int) -> None:
@@ -34,9 +41,11 @@ class GradientTail:
         self.reduction.reduce(stage)
 
     def step(self) -> None:
-        """Wait for all reductions, then step."""
-        self.reduction.finish()
+        """Wait for all reductions, then step; routers follow what the batch has shown."""
+        with self._engine._observer.waiting(DRAIN):
+            self.reduction.finish()
         self._engine._exec_optimizer_step()
+        rebalance(self._engine.module, self._engine.mpu.get_data_parallel_group())
 
     def clip(self, max_norm: float) -> torch.Tensor:
         """Clip all gradients by their global 2-norm; returns the norm before clipping (scalar).
@@ -49,9 +58,10 @@ class GradientTail:
         params = [param for param in self._engine.module.parameters() if param.grad is not None]
         square = torch.zeros((), dtype=torch.float64, device=self._engine.device)
         for param in params:
-            if param.ds_pipe_replicated or not (first or is_model_parallel_parameter(param) or is_moe_param(param)):
+            if is_moe_param(param) or param.ds_pipe_replicated or not (first or is_model_parallel_parameter(param)):
                 continue
             square += param.grad.detach().double().square().sum()
+        sum_over_experts(square, params)
         dist.all_reduce(square, group=mpu.get_model_parallel_group())
         norm = square.sqrt().float()
         factor = torch.clamp(max_norm / (norm + 1e-6), max=1.0)

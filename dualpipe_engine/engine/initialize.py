@@ -14,14 +14,18 @@ from deepspeed.constants import TORCH_DISTRIBUTED_DEFAULT_PORT
 from deepspeed.pipe import PipelineModule
 from deepspeed.runtime.config import DeepSpeedConfig
 
+from ..comm.position import Position
 from ..errors import ConfigError
+from .agreement import agree_on_copies, agree_on_job
 from .auto import choose, job_costs, print_choice
 from .balance import stage_bounds
 from .config import AUTO, check_zero, micro_batches, read_config
 from .engine import DualPipeEngine
+from .experts import make_expert_groups
 from .module import place
 from .param_groups import GroupMap
 from .planning import agree, make_lowered_plan, unmeasured_costs
+from .watch import Watch
 
 _stock_initialize = deepspeed.initialize  # before `dualpipe_engine.run` puts ours in its place
 
@@ -90,42 +94,48 @@ def initialize(
         distributed_port=distributed_port,
         dist_init_required=dist_init_required,
     )
-    base_grid = model._grid
-    num_ranks = base_grid.pipe_parallel_size
-    num_micro = micro_batches(settings, base_grid.data_parallel_size)
-    measured = job_costs(model, settings, dualpipe, num_micro, training_data, collate_fn)
-    if dualpipe.schedule == AUTO:
-        assert measured is not None
-        dualpipe, rows = choose(dualpipe, measured, num_micro)
-        if ds_comm.get_rank() == 0:
-            print_choice(rows, measured, num_micro)
-    costs = unmeasured_costs(model, dualpipe) if measured is None else measured.costs
-    plan = make_lowered_plan(dualpipe, num_ranks, num_micro, costs)
-    agree(plan, torch.device(get_accelerator().current_device_name()))
-    bounds = stage_bounds(model, plan, dualpipe)
+    watch = Watch(dualpipe.p2p_timeout_s, Position())
+    with watch.section("initialize"):
+        agree_on_job(settings, model)
+        base_grid = model._grid
+        num_ranks = base_grid.pipe_parallel_size
+        num_micro = micro_batches(settings, base_grid.data_parallel_size)
+        measured = job_costs(model, settings, dualpipe, num_micro, training_data, collate_fn)
+        if dualpipe.schedule == AUTO:
+            assert measured is not None
+            dualpipe, rows = choose(dualpipe, measured, num_micro)
+            if ds_comm.get_rank() == 0:
+                print_choice(rows, measured, num_micro)
+        costs = unmeasured_costs(model, dualpipe) if measured is None else measured.costs
+        plan = make_lowered_plan(dualpipe, num_ranks, num_micro, costs)
+        agree(plan, torch.device(get_accelerator().current_device_name()))
+        bounds = stage_bounds(model, plan, dualpipe)
 
-    groups = GroupMap(model, model_parameters, optimizer, base_grid)
-    placed = place(model, plan.placement, bounds)
-    config_class = DeepSpeedConfig(settings, base_grid)
-    deepspeed.set_optimizer_flags(config_class, model)
-    engine = DualPipeEngine(
-        dualpipe=dualpipe,
-        base_grid=base_grid,
-        place=placed,
-        plan=plan,
-        costs=costs,
-        args=args,
-        model=model,
-        optimizer=groups.optimizer(),
-        model_parameters=groups.parameters(),
-        training_data=training_data,
-        lr_scheduler=lr_scheduler,
-        mpu=model.mpu(),
-        dist_init_required=dist_init_required,
-        collate_fn=collate_fn,
-        config=settings,
-        config_class=config_class,
-    )
-    zero.partition_parameters.restore_init_context()
-    engine._configure_python_gc()
+        groups = GroupMap(model, model_parameters, optimizer, base_grid)
+        placed = place(model, plan.placement, bounds)
+        make_expert_groups(model, base_grid)
+        agree_on_copies(model)
+        config_class = DeepSpeedConfig(settings, base_grid)
+        deepspeed.set_optimizer_flags(config_class, model)
+        engine = DualPipeEngine(
+            dualpipe=dualpipe,
+            base_grid=base_grid,
+            place=placed,
+            plan=plan,
+            costs=costs,
+            watch=watch,
+            args=args,
+            model=model,
+            optimizer=groups.optimizer(),
+            model_parameters=groups.parameters(),
+            training_data=training_data,
+            lr_scheduler=lr_scheduler,
+            mpu=model.mpu(),
+            dist_init_required=dist_init_required,
+            collate_fn=collate_fn,
+            config=settings,
+            config_class=config_class,
+        )
+        zero.partition_parameters.restore_init_context()
+        engine._configure_python_gc()
     return engine, engine.optimizer, engine.training_dataloader, engine.lr_scheduler

@@ -9,6 +9,8 @@ from typing import Any
 
 import torch
 
+from ..runtime.observer import Observer, Stretch
+
 
 class Lane:
     """Collectives under way, finished in the order in which they were posted.
@@ -18,16 +20,18 @@ class Lane:
 
     Args:
         device: where the gradients are.
+        observer: records from when to when each collective is under way.
     """
 
-    def __init__(self, device: torch.device) -> None:
+    def __init__(self, device: torch.device, observer: Observer) -> None:
+        self._observer = observer
         self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
-        self._open: deque[tuple[Any, torch.Tensor, Callable[[], None]]] = deque()
+        self._open: deque[tuple[Any, torch.Tensor, Callable[[], None], Stretch]] = deque()
 
     @property
     def buffers(self) -> list[torch.Tensor]:
         """What the collectives under way work on."""
-        return [buffer for _, buffer, _ in self._open]
+        return [buffer for _, buffer, _, _ in self._open]
 
     @contextmanager
     def behind(self, tensors: Sequence[torch.Tensor]) -> Iterator[None]:
@@ -50,7 +54,8 @@ class Lane:
             buffer: kept alive until it is done.
             done: called once it is, on the lane's stream.
         """
-        self._open.append((work, buffer, done))
+        with self.behind(()):
+            self._open.append((work, buffer, done, self._observer.reducing()))
 
     def poll(self) -> None:
         """Finish what is done; never waits."""
@@ -69,8 +74,9 @@ class Lane:
         self._open.clear()
 
     def _finish(self) -> None:
-        work, _, done = self._open.popleft()
+        work, _, done, stretch = self._open.popleft()
         with self.behind(()):
             if work is not None:
                 work.wait()
             done()
+            stretch.stop()

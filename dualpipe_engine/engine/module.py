@@ -24,8 +24,12 @@ from ..runtime.chunk import StageChunk
 from ..runtime.overlap import PhasedChunk, phases_of
 from ..runtime.phases import Phased
 from ..schedule.placement import Placement
+from .experts import whole_experts
 from .grid import Place, deepspeed_grid, position_of
 from .partition import same_random_state, stage_of_layer
+
+PLACEHOLDER = "nothing_to_train"
+"""Parameter of a rank that trains none, always 0: DeepSpeed's optimizers need one."""
 
 
 class PlacedModule(PipelineModule):
@@ -42,6 +46,12 @@ class PlacedModule(PipelineModule):
 
     def ckpt_layer_path(self, ckpt_dir: str, local_layer_idx: int) -> str:
         return super().ckpt_layer_path(ckpt_dir, self.dualpipe_layers[local_layer_idx] - self._local_start)
+
+    def save_state_dict(self, save_dir: str, checkpoint_engine: Any, exclude_frozen_params: bool = False) -> None:
+        """As DeepSpeed's; the layer files hold the experts of all ranks."""
+        writes = self._grid.data_parallel_id == 0 or self.checkpoint_parallel_write_pipeline
+        with whole_experts(self, writes):
+            super().save_state_dict(save_dir, checkpoint_engine, exclude_frozen_params)
 
     def ckpt_layer_path_list(self, ckpt_dir: str, local_layer_idx: int) -> list[str]:
         return super().ckpt_layer_path_list(ckpt_dir, self.dualpipe_layers[local_layer_idx] - self._local_start)
@@ -81,6 +91,9 @@ def place(module: PipelineModule, placement: Placement, bounds: Sequence[int]) -
     module._topo = module._grid.topology()
     module.stage_id = module._grid.get_stage_id()
     module.num_stages = module._grid.pipe_parallel_size
+    if not any(param.requires_grad for param in module.parameters()):
+        device = get_accelerator().device_name(module.local_rank)
+        module.register_parameter(PLACEHOLDER, nn.Parameter(torch.zeros(1, device=device)))
     for param in module.parameters():
         param.ds_pipe_replicated = False
     module.tied_comms = module._index_tied_modules()

@@ -15,6 +15,7 @@ from deepspeed.pipe import PipelineModule
 from deepspeed.runtime.pipe.topology import PipelineParallelGrid
 
 from ..errors import ConfigError
+from .module import PLACEHOLDER
 
 
 class GroupMap:
@@ -70,6 +71,8 @@ class GroupMap:
         for name, param in self._model.named_parameters():
             if name in self._number:
                 params[self._number[name]].append(param)
+        if hasattr(self._model, PLACEHOLDER):
+            params[0].append(getattr(self._model, PLACEHOLDER))
         return params
 
     def parameters(self) -> list[Any] | None:

@@ -80,7 +80,7 @@ def stage_costs(
             overlap=overlap,
         )
         saved = _SavedBytes(chunk, module)
-        transport = GroupTransport(place.pipeline, stage, module._grid.pp_proc_group)
+        transport = GroupTransport(place.pipeline, stage, module._grid.pp_proc_group, device)
         edges = Edges(transport, device, timeout_s, dynamic_shape=module.dynamic_shape)
         observer = Observer(stage, device)
         executor = Executor(stage, {stage: chunk}, edges, observer)

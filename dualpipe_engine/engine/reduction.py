@@ -86,7 +86,7 @@ class AllReduce:
     def __init__(self, engine: Any) -> None:
         self._engine = engine
         self._params = StageParams(engine)
-        self._lane = Lane(engine.device)
+        self._lane = Lane(engine.device, engine._observer)
         self._sums: dict[nn.Parameter, Tensor] = {}
         if engine.using_bf16_optimizer:
             optimizer = engine.optimizer

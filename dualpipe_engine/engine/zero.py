@@ -58,7 +58,7 @@ class PartitionedReduction:
         self._optimizer = engine.optimizer
         self._each = engine.zero_optimization_partition_gradients()
         self._params = StageParams(engine)
-        self._lane = Lane(engine.device)
+        self._lane = Lane(engine.device, engine._observer)
         self._partitions: dict[int, Tensor] = {}
         for hook in self._optimizer._grad_acc_hooks:
             hook.remove()

@@ -11,6 +11,7 @@ from torch.utils import _pytree as pytree
 
 from ..comm.p2p import Edges
 from ..errors import DualPipeError
+from ..profiling.records import DATA, FLUSH, RECEIVE, SEND
 from ..schedule.op import FB, RECV_B, RECV_F, REDUCE, SEND_B, SEND_F, STEP, B, F, I, Op, W
 from ..schedule.plan import Plan
 from .chunk import StageChunk, as_leaves
@@ -110,10 +111,14 @@ class Executor:
         self._grads: dict[tuple[int, int], list[torch.Tensor]] = {}
         self._observer.start_batch()
         program = plan.programs[self._rank]
+        position = self._edges.position
+        position.plan, position.awaits = plan, None
         try:
             for op in program:
+                position.op = op
                 self._handlers[op.kind](op)
-            self._edges.flush()
+            with self._observer.waiting(FLUSH):
+                self._edges.flush()
         except BaseException as error:
             for chunk in self._chunks.values():
                 chunk.clear()
@@ -128,9 +133,14 @@ class Executor:
     def _take_inputs(self, op: Op) -> Any:
         stage, micro = op.stage, op.micro
         if stage == 0:
-            return self._feed.inputs(micro)
+            with self._observer.waiting(DATA, op):
+                return self._feed.inputs(micro)
         key = (stage, micro)
-        inputs = self._inputs.pop(key) if key in self._inputs else self._edges.wait_forward(stage, micro)
+        if key in self._inputs:
+            inputs = self._inputs.pop(key)
+        else:
+            with self._observer.waiting(RECEIVE, op):
+                inputs = self._edges.wait_forward(stage, micro)
         return as_leaves(inputs) if self._train else inputs
 
     def _take_grads(self, op: Op) -> list[torch.Tensor] | None:
@@ -138,10 +148,16 @@ class Executor:
         if stage == self._last:
             return None
         key = (stage, micro)
-        return self._grads.pop(key) if key in self._grads else self._edges.wait_backward(stage, micro)
+        if key in self._grads:
+            return self._grads.pop(key)
+        with self._observer.waiting(RECEIVE, op):
+            return self._edges.wait_backward(stage, micro)
 
     def _labels(self, op: Op) -> Any:
-        return self._feed.labels(op.micro) if op.stage == self._last else None
+        if op.stage != self._last:
+            return None
+        with self._observer.waiting(DATA, op):
+            return self._feed.labels(op.micro)
 
     def _prepare(self, op: Op) -> tuple[Any, Any]:
         inputs, labels = self._take_inputs(op), self._labels(op)
@@ -212,11 +228,13 @@ class Executor:
 
     def _send_forward(self, op: Op) -> None:
         if (output := self._outputs.pop((op.stage, op.micro), None)) is not None:
-            self._edges.send_forward(op.stage, op.micro, output, self._neighbour(op.stage + 1, op.micro))
+            with self._observer.waiting(SEND, Op(SEND_F, op.stage, op.micro)):
+                self._edges.send_forward(op.stage, op.micro, output, self._neighbour(op.stage + 1, op.micro))
 
     def _send_backward(self, op: Op) -> None:
         grads = self._grads.pop((op.stage, op.micro))
-        self._edges.send_backward(op.stage, op.micro, grads, self._neighbour(op.stage - 1, op.micro))
+        with self._observer.waiting(SEND, op):
+            self._edges.send_backward(op.stage, op.micro, grads, self._neighbour(op.stage - 1, op.micro))
 
     def _recv_forward(self, op: Op) -> None:
         self._edges.post_forward(op.stage, op.micro, self._neighbour(op.stage - 1, op.micro))

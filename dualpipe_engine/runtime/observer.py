@@ -1,69 +1,170 @@
-"""Observer: when each op of the last batch ran. The executor's only profiling hook."""
+"""Observer: what a rank did in its last batch, and when. The executor's only profiling hook."""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Sequence
+from typing import Any
 
 import torch
 
-from ..schedule.op import Op
+from ..comm.tickets import Transfer
+from ..profiling.records import OP, PHASE, REDUCTION, BatchRecord, Mark
+from ..schedule.op import NONE, REDUCE, STEP, Op
 from ..schedule.timeline import Span
+
+BETWEEN_STAGES = ("send", "receive")  #: names of transfers that carry stage outputs and their gradients
+
+_NO_OP = Op(STEP, NONE, NONE)
 
 
 class Observer:
-    """Records a span for each op, with the host's monotonic clock or, on an accelerator, with events of its stream.
+    """Records marks with the host's monotonic clock or, on an accelerator, with events of the stream that waits or
+    computes, so that nothing is synchronized while a batch runs.
+
+    While torch.profiler or `emit_nvtx` is active every op is a range of it, named `dualpipe 3F7`.
 
     Args:
         rank: position in the pipeline, written into the spans.
         device: where the stages run.
+
+    Attributes:
+        nvtx: mark ops as NVTX ranges (CUDA only).
     """
 
     def __init__(self, rank: int, device: torch.device) -> None:
         self._rank = rank
         self._device = device
         self._on_host = device.type == "cpu"
-        self._marks: list[tuple[Op, float, float]] = []
-        self._events: list[tuple[Op, torch.Event, torch.Event]] = []
-        self._origin: tuple[float, torch.Event] | None = None
+        self.nvtx = False
+        self._current: Op | None = None
+        self._batch = Batch(None)
 
     def start_batch(self) -> None:
-        """Forget the previous batch."""
-        self._marks.clear()
-        self._events.clear()
+        """Forget the previous batch; the step begins."""
+        origin = None
         if not self._on_host:
             torch.accelerator.synchronize()
-            event = self._record()
+            event = self.now()
             event.synchronize()
-            self._origin = (time.monotonic(), event)
+            origin = (time.monotonic(), event)
+        self._batch = Batch(origin)
+        self._batch.start = self.now()
 
-    @contextmanager
-    def span(self, op: Op) -> Iterator[None]:
-        """Time the body as `op`."""
-        if self._on_host:
-            start = time.monotonic()
-            yield
-            self._marks.append((op, start, time.monotonic()))
-        else:
-            first = self._record()
-            yield
-            self._events.append((op, first, self._record()))
+    def end_batch(self, transfers: Sequence[Transfer] = ()) -> Batch:
+        """The step ends; returns what was recorded.
+
+        Args:
+            transfers: what became of transfers; those between stages (`BETWEEN_STAGES`) are left out, because the
+                waits for them and their hand-overs are marks.
+        """
+        self._batch.end = self.now()
+        self._batch.transfers = [each for each in transfers if each.name not in BETWEEN_STAGES]
+        return self._batch
+
+    def span(self, op: Op) -> Stretch:
+        """Context manager: the body is `op`."""
+        return Stretch(self, OP, op)
+
+    def waiting(self, kind: str, op: Op = _NO_OP) -> Stretch:
+        """Context manager: in the body the rank does something for `op` that is no computation.
+
+        Args:
+            kind: one of the kinds of `profiling.records`.
+            op: whose input or output it is.
+        """
+        return Stretch(self, kind, op)
+
+    def reducing(self) -> Stretch:
+        """Begin a reduction, which runs beside other things until its `stop()`, on the current stream."""
+        stage = NONE if self._current is None else self._current.stage
+        stretch = Stretch(self, REDUCTION, Op(REDUCE, stage, NONE))
+        stretch.start = self.now()
+        return stretch
 
     def spans(self) -> list[Span]:
-        """Spans of the last batch; times in seconds of the host's monotonic clock."""
-        if self._on_host:
-            return [Span(self._rank, op, start, end) for op, start, end in self._marks]
-        if self._origin is None:
-            return []
-        torch.accelerator.synchronize()
-        zero, origin = self._origin
-        return [
-            Span(self._rank, op, zero + origin.elapsed_time(a) / 1e3, zero + origin.elapsed_time(b) / 1e3)
-            for op, a, b in self._events
-        ]
+        """Ops of the last batch; times in seconds of the host's monotonic clock."""
+        marks = self._batch.resolve().marks
+        return [Span(self._rank, mark.op, mark.start, mark.end) for mark in marks if mark.kind == OP]
 
-    def _record(self) -> torch.Event:
+    def now(self) -> Any:
+        """Now: seconds, or an event that has been recorded on the current stream."""
+        if self._on_host:
+            return time.monotonic()
         event = torch.Event(self._device, enable_timing=True)
         event.record()
         return event
+
+
+class Stretch:
+    """Something that began and ends."""
+
+    __slots__ = ("_observer", "_range", "end", "kind", "op", "start")
+
+    def __init__(self, observer: Observer, kind: str, op: Op) -> None:
+        self._observer, self.kind, self.op = observer, kind, op
+        self.start: Any = None
+        self.end: Any = None
+        self._range: Any = None
+
+    def stop(self) -> None:
+        """It ends now."""
+        self.end = self._observer.now()
+        self._observer._batch.stretches.append(self)
+
+    def __enter__(self) -> None:
+        observer = self._observer
+        if self.kind == OP:
+            observer._current = self.op
+            if torch.autograd._profiler_enabled():
+                self._range = torch.profiler.record_function(f"dualpipe {self.op}")
+                self._range.__enter__()
+            elif observer.nvtx:
+                torch.cuda.nvtx.range_push(f"dualpipe {self.op}")
+                self._range = _NvtxRange
+        self.start = observer.now()
+
+    def __exit__(self, *error: Any) -> None:
+        self.stop()
+        if self._range is not None:
+            self._range.__exit__(*error)
+        if self.kind == OP:
+            self._observer._current = None
+
+
+class _NvtxRange:
+    @staticmethod
+    def __exit__(*error: Any) -> None:
+        torch.cuda.nvtx.range_pop()
+
+
+class Batch:
+    """What an observer recorded of one batch, on an accelerator still as events.
+
+    Args:
+        origin: seconds of the host's monotonic clock, and an event of the same moment; None on the host.
+    """
+
+    def __init__(self, origin: tuple[float, Any] | None) -> None:
+        self._origin = origin
+        self.stretches: list[Stretch] = []
+        self.start: Any = None
+        self.end: Any = None
+        self.transfers: list[Transfer] = []
+
+    def resolve(self) -> BatchRecord:
+        """The record in seconds of the host's monotonic clock; waits for the accelerator."""
+        if self._origin is not None:
+            torch.accelerator.synchronize()
+        marks = [
+            Mark(each.kind, each.op, self._seconds(each.start), self._seconds(each.end)) for each in self.stretches
+        ]
+        marks += [Mark(PHASE, _NO_OP, t.posted, t.finished, t.name, t.waited) for t in self.transfers]
+        start = 0.0 if self.start is None else self._seconds(self.start)
+        return BatchRecord(start, start if self.end is None else self._seconds(self.end), marks)
+
+    def _seconds(self, moment: Any) -> float:
+        if self._origin is None:
+            return float(moment)
+        zero, event = self._origin
+        return zero + float(event.elapsed_time(moment)) / 1e3

@@ -66,7 +66,7 @@ class WeightGradStore:
         closures: list[Callable[[], None]] = []
         for each in waiting:
             if not isinstance(each, Contribution):
-                closures.append(each)
+                closures.append(torch.no_grad()(each))  # as in a backward
             elif each.param in groups:
                 groups[each.param].append(each)
             else:

@@ -17,6 +17,26 @@ class Span(NamedTuple):
     end: float
 
 
+class Hop(NamedTuple):
+    """One measured transfer.
+
+    Args:
+        rank: that posted it.
+        name: what it belongs to, such as "dispatch" or "send".
+        start: when it was posted, seconds.
+        end: when it was seen to be finished, seconds.
+        waited: seconds that the rank stood still for it.
+        size: bytes that the rank sent.
+    """
+
+    rank: int
+    name: str
+    start: float
+    end: float
+    waited: float
+    size: int
+
+
 class Timeline:
     """Spans of all ranks of one pipeline over one batch.
 

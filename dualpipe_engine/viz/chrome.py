@@ -1,47 +1,89 @@
 """Chrome trace JSON (chrome://tracing, ui.perfetto.dev) of a timeline, and back.
 
-One process a rank. Track 0 holds compute ops, track 1 the tail (gradient reduction and optimizer step), tracks 2 and
-up the transfers: transfers of one rank overlap in time, and a track can only show spans that do not.
+One process a rank, one track a stream: track 0 holds computation (the optimizer step too), track 1 the reduction of
+gradients, tracks 2 and up the transfers: transfers of one rank overlap in time, and a track can only show spans that
+do not.
 """
 
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from types import MappingProxyType
+from typing import Any, NamedTuple
 
 from ..errors import PlanError
-from ..schedule.op import COMM, COMPUTE, Op
+from ..schedule.op import COMM, REDUCE, Op
 from ..schedule.timeline import Span, Timeline
 
 MICROSECONDS = 1e6  #: of a second, or of the cost model's unit
-COMPUTE_TRACK, TAIL_TRACK, COMM_TRACK = 0, 1, 2
+COMPUTE_TRACK, REDUCTION_TRACK, COMM_TRACK = 0, 1, 2
 
 
-def to_chrome(timeline: Timeline, title: str = "") -> dict[str, Any]:
-    """The trace as a JSON object; each event's name and `args["op"]` are the op's text, times are microseconds."""
-    begin = min((span.start for span in timeline.spans), default=0.0)
-    busy_until: list[list[float]] = [[] for _ in range(timeline.num_ranks)]  # of each communication track of each rank
-    events: list[dict[str, Any]] = []
-    for rank, op, start, end in timeline.spans:
-        if op.kind in COMM:
-            track = COMM_TRACK + _free_lane(busy_until[rank], start, end)
+class Note(NamedTuple):
+    """Something that viewers of traces show and `read_chrome` leaves out, because it is no op of the schedule.
+
+    Args:
+        process: number of the process it is shown in.
+        track: one of the tracks of this module.
+        name: its text.
+        kind: its category.
+        start: seconds, as is `end`.
+        end: see `start`.
+        args: shown when it is selected.
+    """
+
+    process: int
+    track: int
+    name: str
+    kind: str
+    start: float
+    end: float
+    args: Mapping[str, Any] = MappingProxyType({})
+
+
+def to_chrome(
+    timeline: Timeline, title: str = "", notes: Sequence[Note] = (), processes: Mapping[int, str] | None = None
+) -> dict[str, Any]:
+    """The trace as a JSON object; each event's name and `args["op"]` are the op's text, times are microseconds.
+
+    Args:
+        timeline: the ops; the rank is the number of the process.
+        title: kept in the file.
+        notes: shown beside the ops.
+        processes: number -> name of a process; a rank without one is called by its number.
+    """
+    everything: list[Span | Note] = [*timeline.spans, *notes]
+    everything.sort(key=lambda each: each.start)
+    begin = everything[0].start if everything else 0.0
+    names = {rank: f"rank {rank}" for rank in range(timeline.num_ranks)} | dict(processes or {})
+    busy_until: dict[int, list[float]] = {process: [] for process in names}  # of each communication track
+    events = []
+    for each in everything:
+        if isinstance(each, Note):
+            process, track, name, kind, start, end, shown = each
+            args = dict(shown)
         else:
-            track = COMPUTE_TRACK if op.kind in COMPUTE else TAIL_TRACK
-        event = {"ph": "X", "pid": rank, "tid": track, "name": str(op), "cat": op.kind}
+            process, op, start, end = each
+            track, name, kind = _track(op), str(op), op.kind
+            args = {"op": name, "stage": op.stage, "micro_batch": op.micro}
+        if track == COMM_TRACK:
+            track += _free_lane(busy_until[process], start, end)
+        event = {"ph": "X", "pid": process, "tid": track, "name": name, "cat": kind}
         times = {"ts": (start - begin) * MICROSECONDS, "dur": (end - start) * MICROSECONDS}
-        events.append(event | times | {"args": {"op": str(op), "stage": op.stage, "micro_batch": op.micro}})
-    names = [event for rank in range(timeline.num_ranks) for event in _names(rank, len(busy_until[rank]))]
+        events.append(event | times | {"args": args})
+    rows = [event for process in names for event in _names(process, names[process], len(busy_until[process]))]
     return {
-        "traceEvents": names + events,
+        "traceEvents": rows + events,
         "displayTimeUnit": "ms",
         "otherData": {"ranks": timeline.num_ranks, "title": title},
     }
 
 
-def write_chrome(path: str | Path, timeline: Timeline, title: str = "") -> None:
-    """Write `to_chrome(timeline, title)` to a file."""
-    Path(path).write_text(json.dumps(to_chrome(timeline, title)))
+def write_chrome(path: str | Path, timeline: Timeline, title: str = "", notes: Sequence[Note] = ()) -> None:
+    """Write `to_chrome(timeline, title, notes)` to a file."""
+    Path(path).write_text(json.dumps(to_chrome(timeline, title, notes)))
 
 
 def read_chrome(path: str | Path) -> Timeline:
@@ -69,6 +111,12 @@ def read_chrome(path: str | Path) -> Timeline:
     return Timeline(max(1 + spans[-1].rank, ranks if isinstance(ranks, int) else 0), spans)
 
 
+def _track(op: Op) -> int:
+    if op.kind in COMM:
+        return COMM_TRACK
+    return REDUCTION_TRACK if op.kind == REDUCE else COMPUTE_TRACK
+
+
 def _free_lane(busy_until: list[float], start: float, end: float) -> int:
     for lane, until in enumerate(busy_until):
         if until <= start:
@@ -78,14 +126,14 @@ def _free_lane(busy_until: list[float], start: float, end: float) -> int:
     return len(busy_until) - 1
 
 
-def _names(rank: int, lanes: int) -> list[dict[str, Any]]:
-    tracks = ["compute", "tail", *(f"communication {lane + 1}" for lane in range(lanes))]
+def _names(process: int, name: str, lanes: int) -> list[dict[str, Any]]:
+    tracks = ["compute", "reduction", *(f"communication {lane + 1}" for lane in range(lanes))]
     return [
-        {"ph": "M", "pid": rank, "name": "process_name", "args": {"name": f"rank {rank}"}},
-        {"ph": "M", "pid": rank, "name": "process_sort_index", "args": {"sort_index": rank}},
+        {"ph": "M", "pid": process, "name": "process_name", "args": {"name": name}},
+        {"ph": "M", "pid": process, "name": "process_sort_index", "args": {"sort_index": process}},
         *(
-            {"ph": "M", "pid": rank, "tid": track, "name": "thread_name", "args": {"name": name}}
-            for track, name in enumerate(tracks)
+            {"ph": "M", "pid": process, "tid": track, "name": "thread_name", "args": {"name": text}}
+            for track, text in enumerate(tracks)
         ),
     ]
 

@@ -8,6 +8,7 @@ from unittest.mock import patch
 import torch
 import training
 from deepspeed.pipe import LayerSpec, PipelineModule
+from deepspeed.runtime.engine import DeepSpeedEngine
 from deepspeed.runtime.pipe.topology import PipeDataParallelTopology
 from torch import nn
 
@@ -44,13 +45,25 @@ class Tokens(torch.utils.data.Dataset):
         return 90
 
     def __getitem__(self, index):
-        tokens = torch.randint(0, training.VOCABULARY, (training.LENGTH + 1,), generator=torch.Generator().manual_seed(index))
+        tokens = torch.randint(
+            0, training.VOCABULARY, (training.LENGTH + 1,), generator=torch.Generator().manual_seed(index)
+        )
         return tokens[:-1], tokens[1:]
+
+
+def without_workers(deepspeed_io):
+    """DeepSpeed's loaders start two processes a rank and pass, which takes longer here than the training."""
+
+    def made(*args, **kwargs):
+        return deepspeed_io(*args, **kwargs, num_local_io_workers=0)
+
+    return made
 
 
 def train_from(config, ranks, folder, steps, save_at=(), load=False, replicas=1):
     """Losses of `steps` steps on a data set, saved after the steps of `save_at`, resumed from the latest if `load`."""
-    engine = start(config, ranks, replicas, dropout=True, training_data=Tokens())
+    with patch.object(DeepSpeedEngine, "deepspeed_io", without_workers(DeepSpeedEngine.deepspeed_io)):
+        engine = start(config, ranks, replicas, dropout=True, training_data=Tokens())
     torch.manual_seed(1000 + engine.global_rank)  # dropout differs between ranks
     client = engine.load_checkpoint(folder)[1] if load else None
     losses = []

@@ -76,3 +76,21 @@ def test_micro_batches(config, expected):
 def test_micro_batches_that_do_not_fit(config):
     with pytest.raises(ConfigError):
         micro_batches(config, replicas=2)
+
+
+@pytest.mark.parametrize(
+    ("what", "text"),
+    [
+        ("key", "configuration key optimizer.params.lr is 0.01 on ranks 0, 2, 3, 0.5 on rank 1"),
+        ("absent", "configuration key gradient_clipping is 1.0 on ranks 0, 2, 3, absent on rank 1"),
+        ("layer", "layer 2 is Block() on ranks 0, 2, 3, Linear(8, 8) on rank 1"),
+        ("frozen", "parameter 2.up.weight is [16, 8] torch.float32"),
+    ],
+)
+def test_ranks_that_differ_are_named(ranks, what, text):
+    with pytest.raises(RankError) as caught:
+        ranks.run(4, training.differs, timeout=60, what=what)
+    errors = caught.value.errors
+    assert sorted(errors) == [0, 1, 2, 3]
+    assert {error[0] for error in errors.values()} == {"ConfigError"}
+    assert all(text in error[1] for error in errors.values()), errors

@@ -287,3 +287,32 @@ def features(ranks, replicas=1):
     engine.data_iterator = engine.training_dataloader = None  # ends the loader's worker processes
     gc.collect()
     return found
+
+
+def differs(what):
+    """Initialize with something else on rank 1; every rank must raise."""
+    import dualpipe_engine
+
+    module, config = make_module(4, 4), settings(4, schedule="dualpipe")
+    if torch.distributed.get_rank() == 1:
+        if what == "key":
+            config["optimizer"]["params"]["lr"] = 0.5
+        elif what == "absent":
+            del config["gradient_clipping"]
+        elif what == "layer":
+            module._layer_specs[2] = LayerSpec(nn.Linear, WIDTH, WIDTH)
+    if what == "frozen":
+        place = dualpipe_engine.engine.initialize.place
+
+        def frozen(placed, *args):
+            found = place(placed, *args)
+            if torch.distributed.get_rank() == 0:
+                placed.get_submodule("2").up.weight.requires_grad_(False)
+            return found
+
+        dualpipe_engine.engine.initialize.place = frozen
+        try:
+            dualpipe_engine.initialize(model=module, config=config)
+        finally:
+            dualpipe_engine.engine.initialize.place = place
+    dualpipe_engine.initialize(model=module, config=config)

@@ -111,6 +111,15 @@ def test_store_hands_over_in_order_and_once() -> None:
     assert not store.deferring
 
 
+def test_user_closures_run_without_a_graph() -> None:
+    """Gradients that need gradients would break what clips and reduces them in place."""
+    store, x, seen = WeightGradStore(), torch.ones(2, requires_grad=True), []
+    store.put(lambda: seen.append(2 * x))
+    for closure in store.take():
+        closure()
+    assert not seen[0].requires_grad
+
+
 def test_a_weight_closure_works_once_and_frees_its_tensors() -> None:
     layer, store = nn.Linear(HIDDEN, HIDDEN), WeightGradStore()
     install(layer, store)

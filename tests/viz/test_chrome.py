@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from dualpipe_engine.errors import PlanError
 from dualpipe_engine.schedule.op import COMM, Op
 from dualpipe_engine.schedule.timeline import Span, Timeline
-from dualpipe_engine.viz.chrome import read_chrome, to_chrome, write_chrome
+from dualpipe_engine.viz.chrome import COMM_TRACK, Note, read_chrome, to_chrome, write_chrome
 
 TEXTS = ["0F0", "1I3", "1W3", "(0F14;7B7)FB", "0SEND_F0", "0RECV_B1", "1SEND_B2", "2REDUCE", "STEP"]
 TIMES = st.floats(0, 50, allow_nan=False)
@@ -55,7 +55,7 @@ def test_each_rank_is_a_process_with_named_tracks():
     trace = to_chrome(timeline_of([(1, "0F0", 0, 2), (1, "0SEND_F0", 1, 3), (1, "2REDUCE", 5, 1)]))
     names = {(e["pid"], e.get("tid"), e["args"].get("name")) for e in trace["traceEvents"] if e["ph"] == "M"}
     assert {(0, None, "rank 0"), (3, None, "rank 3")} <= names
-    assert {(1, 0, "compute"), (1, 1, "tail"), (1, 2, "communication 1")} <= names
+    assert {(1, 0, "compute"), (1, 1, "reduction"), (1, 2, "communication 1")} <= names
     tracks = {e["name"]: (e["pid"], e["tid"]) for e in trace["traceEvents"] if e["ph"] == "X"}
     assert tracks == {"0F0": (1, 0), "0SEND_F0": (1, 2), "2REDUCE": (1, 1)}
     event = next(e for e in trace["traceEvents"] if e["name"] == "0SEND_F0")
@@ -97,3 +97,14 @@ def test_files_that_are_no_trace_are_named(tmp_path, text, reason):
 def test_a_missing_file_is_named(tmp_path):
     with pytest.raises(PlanError, match="nowhere"):
         read_chrome(tmp_path / "nowhere.json")
+
+
+def test_notes_are_shown_and_not_read(tmp_path):
+    path = tmp_path / "trace.json"
+    timeline = timeline_of([(1, "0F0", 0, 2)])
+    notes = [Note(1, COMM_TRACK, "dispatch", "phase", 0.5, 1.5, {"waited_us": 3}), Note(5, 0, "0F0", "F", -1.0, 0.0)]
+    path.write_text(json.dumps(to_chrome(timeline, "", notes, {5: "replica 1 rank 1"})))
+    events = {e["name"]: e for e in json.loads(path.read_text())["traceEvents"] if e["ph"] == "X" and e["pid"] == 1}
+    assert (events["dispatch"]["tid"], events["dispatch"]["ts"], events["dispatch"]["dur"]) == (2, 1.5e6, 1e6)
+    assert events["dispatch"]["args"] == {"waited_us": 3}
+    assert read_chrome(path).spans == [Span(1, Op("F", 0, 0), 1.0, 3.0)]

@@ -1,0 +1,235 @@
+#include "stream.h"
+
+#include <ATen/ops/empty.h>
+#include <c10/core/GradMode.h>
+#include <c10/core/StreamGuard.h>
+#include <c10/core/impl/VirtualGuardImpl.h>
+
+namespace dualpipe {
+
+namespace {
+
+constexpr auto kGrace = std::chrono::milliseconds(5);
+constexpr int kIdleLooks = 10;  // in a row with nothing to do, then the watcher sleeps until the next post
+constexpr auto kForever = std::chrono::hours(24 * 365);
+
+// The method has another name since torch 2.13.
+template <typename G, typename... Args>
+auto launch_all_to_all(int, G& group, Args&... args) -> decltype(group.all_to_all_single(args...)) {
+  return group.all_to_all_single(args...);
+}
+template <typename G, typename... Args>
+auto launch_all_to_all(long, G& group, Args&... args) {
+  return group.alltoall_base(args...);
+}
+
+bool needs_host(const Group& group, c10::DeviceType device) {
+  const auto name = group->getBackend(device)->getBackendName();
+  return name == "gloo" || name == "mpi";
+}
+
+// The same memory in a tensor that Python has not seen: dropping the last C++ reference of one that it has takes the GIL,
+// which would make threads that only complete transfers queue for it.
+at::Tensor unseen(const at::Tensor& tensor) {
+  return tensor.defined() ? tensor.variable_data() : tensor;
+}
+
+at::Tensor pinned_like(const at::Tensor& tensor) {
+  return at::empty(tensor.sizes(), tensor.options().device(at::kCPU).pinned_memory(true));
+}
+
+} // namespace
+
+Lane::~Lane() {
+  {
+    std::lock_guard<std::mutex> lock(mutex_);
+    closing_ = true;
+    if (current_) current_->abort();
+  }
+  changed_.notify_all();
+  if (thread_.joinable()) thread_.join();
+  for (const auto& ticket : queue_) {
+    if (ticket->take()) ticket->complete("the communication stream was closed");
+  }
+}
+
+void Lane::add(Shared ticket) {
+  std::lock_guard<std::mutex> lock(mutex_);
+  queue_.push_back(std::move(ticket));
+}
+
+bool Lane::drop_taken() {
+  while (!queue_.empty() && queue_.front()->taken()) queue_.pop_front();
+  return !queue_.empty();
+}
+
+bool Lane::look_after() {
+  std::lock_guard<std::mutex> lock(mutex_);
+  if (working_) return true;
+  if (!drop_taken()) return false;
+  if (std::chrono::nanoseconds(now_ns() - queue_.front()->posted_ns) < kGrace) return true;
+  working_ = true;
+  if (thread_.joinable()) {
+    changed_.notify_one();
+  } else {
+    thread_ = std::thread([this] { run(); });
+  }
+  return true;
+}
+
+void Lane::run() {
+  std::unique_lock<std::mutex> lock(mutex_);
+  while (true) {
+    changed_.wait(lock, [this] { return closing_ || working_; });
+    while (!closing_ && drop_taken()) {
+      current_ = std::move(queue_.front());
+      queue_.pop_front();
+      if (current_->take()) {
+        auto ticket = current_;
+        lock.unlock();
+        ticket->finish(std::chrono::duration_cast<std::chrono::milliseconds>(kForever));
+        lock.lock();
+      }
+      current_.reset();
+    }
+    if (closing_) return;
+    working_ = false;
+  }
+}
+
+CommStream::CommStream(c10::Device device) : device_(device) {
+  if (device.is_cpu()) return;
+  const c10::impl::VirtualGuardImpl impl(device.type());
+  if (!device_.has_index()) device_ = impl.getDevice();
+  stream_ = impl.getStreamFromGlobalPool(device_, /*isHighPriority=*/true);
+}
+
+void CommStream::close() {
+  decltype(lanes_) lanes;
+  std::thread watcher;
+  {
+    std::lock_guard<std::mutex> lock(mutex_);
+    closed_ = true;
+    lanes.swap(lanes_);
+    watcher.swap(watcher_);
+  }
+  changed_.notify_all();
+  if (watcher.joinable()) watcher.join();
+}
+
+void CommStream::watch() {
+  std::unique_lock<std::mutex> lock(mutex_);
+  int idle = 0;
+  while (!closed_) {
+    bool busy = false;
+    for (const auto& entry : lanes_) busy = entry.second->look_after() || busy;
+    idle = busy ? 0 : idle + 1;
+    if (idle < kIdleLooks) {
+      changed_.wait_for(lock, kGrace, [this] { return closed_; });
+    } else {
+      watching_ = false;
+      changed_.wait(lock, [this] { return closed_ || watching_; });
+      idle = 0;
+    }
+  }
+}
+
+void CommStream::keep(Kind kind, const Group& group, int peer, const Shared& ticket) {
+  auto& lane = lanes_[{kind, group.get(), peer}];
+  if (!lane) lane = std::make_unique<Lane>();
+  lane->add(ticket);
+  if (watching_) return;
+  watching_ = true;
+  if (watcher_.joinable()) {
+    changed_.notify_all();
+  } else {
+    watcher_ = std::thread([this] { watch(); });
+  }
+}
+
+// Swaps tensors of the accelerator for pinned ones. The copy waits for the op that made `in`, and the host for the copy.
+void CommStream::stage(Ticket& ticket, at::Tensor& in, at::Tensor& out) {
+  c10::StreamGuard guard(*stream_);
+  ticket.stream_ = stream_;
+  if (in.defined()) {
+    at::Tensor host = pinned_like(in);
+    host.copy_(in, /*non_blocking=*/true);
+    c10::Event copied(device_.type());
+    copied.record(*stream_);
+    copied.synchronize();
+    in = host;
+  }
+  if (out.defined()) out = ticket.pinned_ = pinned_like(out);
+}
+
+template <typename Launch>
+Shared CommStream::post(Kind kind, const Group& group, const at::Tensor& given, const at::Tensor& taken, int peer,
+                        std::string what, Launch launch) {
+  const at::Tensor in = unseen(given), out = unseen(taken);
+  const at::Tensor& counted = in.defined() ? in : out;
+  auto ticket = std::make_shared<Ticket>(kind, std::move(what), static_cast<int64_t>(counted.nbytes()), counters_);
+  ticket->in_ = in;
+  ticket->out_ = out;
+  const c10::AutoGradMode no_grad(false);
+  std::lock_guard<std::mutex> lock(mutex_);  // one order of posting, whoever posts
+  try {
+    TORCH_CHECK(!closed_, "the communication stream is closed");
+    at::Tensor from = in, to = out;
+    std::optional<c10::StreamGuard> guard;
+    if (!counted.is_cpu()) {
+      TORCH_CHECK(stream_, "a stream of the CPU was given a tensor on ", counted.device());
+      const c10::impl::VirtualGuardImpl impl(device_.type());
+      c10::Event produced(device_.type());
+      produced.record(impl.getStream(device_));
+      produced.block(*stream_);
+      ticket->native_ = !needs_host(group, device_.type());
+      if (ticket->native_) {
+        guard.emplace(*stream_);
+      } else {
+        stage(*ticket, from, to);
+      }
+    }
+    ticket->work_ = launch(to, from);
+  } catch (const c10::Error& error) {
+    ticket->complete(error.what_without_backtrace());
+    return ticket;
+  } catch (const std::exception& error) {
+    ticket->complete(error.what());
+    return ticket;
+  }
+  if (ticket->native_) {
+    while (!native_.empty() && native_.front()->done()) native_.pop_front();
+    native_.push_back(ticket);
+  } else if (kind == kAllToAll) {
+    ticket->by_callback_ = true;
+    ticket->work_->getFuture()->addCallback([ticket](c10::ivalue::Future& future) {
+      ticket->complete(future.hasError() ? future.tryRetrieveErrorMessage() : std::string());
+    });
+  } else {
+    keep(kind, group, peer, ticket);
+  }
+  return ticket;
+}
+
+Shared CommStream::send(const Group& group, const at::Tensor& tensor, int peer, int tag, std::string what) {
+  return post(kSend, group, tensor, {}, peer, std::move(what), [&](at::Tensor&, at::Tensor& from) {
+    std::vector<at::Tensor> tensors{from};
+    return group->send(tensors, peer, tag);
+  });
+}
+
+Shared CommStream::recv(const Group& group, const at::Tensor& tensor, int peer, int tag, std::string what) {
+  return post(kRecv, group, {}, tensor, peer, std::move(what), [&](at::Tensor& to, at::Tensor&) {
+    std::vector<at::Tensor> tensors{to};
+    return group->recv(tensors, peer, tag);
+  });
+}
+
+Shared CommStream::all_to_all(const Group& group, const at::Tensor& out, const at::Tensor& in,
+                              std::vector<int64_t> receive, std::vector<int64_t> send, std::string what) {
+  return post(kAllToAll, group, in, out, -1, std::move(what), [&](at::Tensor& to, at::Tensor& from) {
+    return launch_all_to_all(0, *group, to, from, receive, send);
+  });
+}
+
+} // namespace dualpipe

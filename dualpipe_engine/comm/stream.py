@@ -1,0 +1,155 @@
+"""The communication stream: transfers of process groups, posted in order, with tickets that count their time.
+
+One interface, three ways to get it; `DUALPIPE_COMM` (or an argument) forces one:
+
+    prebuilt    the C++ helper that was built at install (`dualpipe_engine._comm`)
+    build       the C++ helper, built on first use and kept in torch's folder of extensions (`TORCH_EXTENSIONS_DIR`)
+    python      its twin in Python (`comm.twin`)
+
+Unset, they are tried in this order, and the twin comes with one warning.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import functools
+import hashlib
+import importlib
+import importlib.util
+import os
+import sys
+import warnings
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from types import ModuleType
+from typing import Protocol
+
+import torch
+import torch.distributed as dist
+
+from ..errors import ConfigError
+from .tickets import TimedTicket
+
+VARIABLE = "DUALPIPE_COMM"
+_NAME = "dualpipe_comm"
+
+
+class StreamTicket(TimedTicket, Protocol):
+    """A transfer of a `CommStream`; it keeps the tensors alive until it is done.
+
+    Attributes:
+        kind: "send", "recv" or "all_to_all".
+        what: how errors call it, with the rank of the peer.
+        size: bytes sent; of a receive the bytes received.
+        posted_ns: nanoseconds of the monotonic clock.
+        finished_ns: the same; 0 until it is done. On an accelerator: when it was seen to be done.
+        waited_ns: how long `wait` held its callers.
+    """
+
+    kind: str
+    what: str
+    size: int
+    posted_ns: int
+    finished_ns: int
+    waited_ns: int
+
+
+class CommStream(Protocol):
+    """Posts transfers in the caller's order, without holding the GIL.
+
+    Tensors on an accelerator travel on a high-priority stream that waits only for what made them; over gloo and MPI,
+    which take CPU tensors only, through pinned host memory. Posting never raises for a lost peer: the ticket does.
+    """
+
+    def send(self, group: dist.ProcessGroup, tensor: torch.Tensor, peer: int, tag: int, what: str) -> StreamTicket:
+        """Send a contiguous tensor to group rank `peer`."""
+
+    def recv(self, group: dist.ProcessGroup, tensor: torch.Tensor, peer: int, tag: int, what: str) -> StreamTicket:
+        """Receive into a contiguous tensor from group rank `peer`."""
+
+    def all_to_all(
+        self,
+        group: dist.ProcessGroup,
+        out: torch.Tensor,
+        rows: torch.Tensor,
+        receive: Sequence[int],
+        send: Sequence[int],
+        what: str,
+    ) -> StreamTicket:
+        """Exchange blocks of rows: `send[i]` rows to, `receive[i]` rows from group rank i."""
+
+    def counters(self) -> dict[str, dict[str, int]]:
+        """For each kind of ticket: posted, finished, failed, bytes, flight_ns (posted to finished), waited_ns."""
+
+    def close(self) -> None:
+        """Give up open sends and receives and end the threads."""
+
+
+def open_stream(device: torch.device, how: str | None = None) -> CommStream:
+    """A communication stream for tensors of a device.
+
+    Args:
+        device: of the tensors.
+        how: "prebuilt", "build" or "python"; None: what `DUALPIPE_COMM` says, else the first that works.
+
+    Raises:
+        ConfigError: `how` is none of these, or what it asks for does not work; the message holds the reason.
+    """
+    return implementation(how or os.environ.get(VARIABLE, ""))(str(device))
+
+
+@functools.cache
+def implementation(how: str) -> Callable[[str], CommStream]:
+    """The class that `open_stream` makes; "" takes the first that works."""
+    ways: dict[str, Callable[[], ModuleType]] = {"prebuilt": _prebuilt, "build": _build, "python": _twin}
+    if how and how not in ways:
+        raise ConfigError(f"{VARIABLE}={how!r}: it is one of {', '.join(ways)}, or unset")
+    reasons: list[str] = []
+    for way in [how] if how else ways:
+        if way == "python" and reasons:
+            warnings.warn(f"the Python communication stream is used, for {'; '.join(reasons)}", stacklevel=3)
+        try:
+            return ways[way]().CommStream
+        except Exception as error:
+            text = str(error).strip() or type(error).__name__
+            reasons.append(f"{way}: {text.splitlines()[-1]}")
+    raise ConfigError(f"no communication stream ({'; '.join(reasons)}): unset {VARIABLE} to use what works")
+
+
+def _prebuilt() -> ModuleType:
+    module = importlib.import_module("dualpipe_engine._comm")
+    if torch.__version__.split("+")[0] != module.TORCH_VERSION:
+        raise ImportError(f"dualpipe_engine._comm was built for torch {module.TORCH_VERSION}")
+    return module
+
+
+def _twin() -> ModuleType:
+    return importlib.import_module("dualpipe_engine.comm.twin")
+
+
+def _build() -> ModuleType:
+    """Build the helper, or load what an earlier process has built; one process of a node builds, the others wait."""
+    package = Path(__file__).parent.parent
+    folder = next((path for path in (package / "csrc", package.parent / "csrc") if path.is_dir()), None)
+    if folder is None:
+        raise FileNotFoundError("the C++ sources are not installed")
+    files = sorted(folder.glob("*.h")) + sorted(folder.glob("*.cpp"))
+    key = hashlib.sha256(b"".join(path.read_bytes() for path in files) + torch.__version__.encode()).hexdigest()[:12]
+    from torch.utils import cpp_extension
+
+    build = Path(cpp_extension._get_build_directory(f"{_NAME}_{key}", verbose=False))
+    library = build / f"{_NAME}.so"
+    with (build / "dualpipe.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not library.exists():
+            print("dualpipe_engine: building the communication helper, once", file=sys.stderr, flush=True)
+            (build / "lock").unlink(missing_ok=True)  # torch's own, of a process that died while it built
+            sources = [str(path) for path in files if path.suffix == ".cpp"]
+            return cpp_extension.load(
+                _NAME, sources, extra_cflags=["-O2", "-g0", "-Wall", "-Wextra"], build_directory=build
+            )
+    spec = importlib.util.spec_from_file_location(_NAME, library)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module

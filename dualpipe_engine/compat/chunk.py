@@ -1,0 +1,88 @@
+"""One stage as DeepSeek's `dualpipe` package calls it: `module(*inputs)`, `criterion(*outputs, *labels)`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch.utils import _pytree as pytree
+
+from .. import utils
+from ..runtime.chunk import StageChunk
+from ..runtime.weight_grad import WeightGradStore
+
+
+class SharedStore(WeightGradStore):
+    """A store that also takes what layers put into `utils.WeightGradStore`."""
+
+    @contextmanager
+    def defer(self) -> Iterator[None]:
+        before, utils.WeightGradStore.enabled = utils.WeightGradStore.enabled, True
+        try:
+            with super().defer():
+                yield
+        finally:
+            utils.WeightGradStore.enabled = before
+
+    def take(self) -> list[Callable[[], None]]:
+        # A layer's closure may use saved activations, which still belong to the graph.
+        own = [torch.no_grad()(func) for func in utils.WeightGradStore.take()]
+        return own + super().take()
+
+
+class PairedChunk(StageChunk):
+    """A stage of a `DualPipe` or `DualPipeV`; what it takes and hands on is a tuple. See `StageChunk`.
+
+    `forward` serves inference too: where autograd is off, nothing is kept for a backward.
+
+    Attributes:
+        returns_outputs: keep the last stage's outputs of the batch in `returned`.
+        returned: micro-batch -> outputs, cut off from autograd.
+    """
+
+    returns_outputs = False
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.returned: dict[int, tuple[Any, ...]] = {}
+
+    def forward(self, micro: int, inputs: Any, labels: Any = None) -> Any:
+        inputs, leaves = self._enter(inputs)
+        outputs = self.module(*inputs)  # type: ignore[call-arg]
+        outputs = _as_tuple(outputs)
+        loss = self.loss_fn(*outputs, *labels) if self.is_last and self.loss_fn is not None else None
+        return self._hand_on(micro, leaves, outputs, loss)
+
+    def overlapped(
+        self, micro: int, inputs: Any, labels: Any, other: StageChunk, back: int, grads: Any, scale: float
+    ) -> Any:
+        inputs, leaves = self._enter(inputs)
+        kept = other._alive.pop(back)
+        outgoing = zip(kept.outputs, grads, strict=True) if kept.loss is None else ()
+        pairs = [(output, grad) for output, grad in outgoing if output.requires_grad]
+        outputs, loss = type(self.module).overlapped_forward_backward(  # type: ignore[attr-defined]
+            self.module,
+            list(inputs),
+            self.loss_fn if self.is_last else None,
+            list(labels) if self.is_last else [],
+            other.module,
+            kept.loss,
+            [output for output, _ in pairs],
+            [grad for _, grad in pairs],
+        )
+        return self._hand_on(micro, leaves, _as_tuple(outputs), loss), self._input_grads(kept)
+
+    def _hand_on(
+        self, micro: int, leaves: list[torch.Tensor], outputs: tuple[Any, ...], loss: torch.Tensor | None
+    ) -> Any:
+        if self.is_last and self.returns_outputs:
+            self.returned[micro] = pytree.tree_map_only(torch.Tensor, torch.Tensor.detach, outputs)
+        if not torch.is_grad_enabled():
+            return loss if self.is_last else outputs
+        return self._keep_loss(micro, leaves, loss) if loss is not None else self._keep(micro, leaves, outputs)
+
+
+def _as_tuple(outputs: Any) -> tuple[Any, ...]:
+    return (outputs,) if isinstance(outputs, torch.Tensor) else tuple(outputs)

@@ -1,0 +1,1 @@
+"""Models as lists of layers for `deepspeed.pipe.PipelineModule`, with phases for overlap."""

@@ -1,0 +1,138 @@
+"""Experts: the feed-forward layers of one rank's share, computed together over rows sorted by expert."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn import functional
+
+from ..errors import ConfigError
+from .config import MoEConfig
+
+
+class FeedForward(nn.Module):
+    """SwiGLU (arXiv 2002.05202) on `[..., hidden]`."""
+
+    def __init__(self, hidden: int, inner: int) -> None:
+        super().__init__()
+        self.up = nn.Linear(hidden, 2 * inner, bias=False)
+        self.down = nn.Linear(inner, hidden, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.down(_gated(self.up(x)))
+        return out
+
+
+def _gated(x: Tensor) -> Tensor:
+    gate, value = x.chunk(2, dim=-1)
+    return functional.silu(gate) * value
+
+
+class Experts(nn.Module):
+    """The routed experts of one rank, of `experts / expert_parallel`.
+
+    Each expert is drawn from a random state of its own, so that the weights do not depend on who holds them. A state
+    dict is that of this rank, unless the layer is `whole`; one of all experts is cut when it is loaded.
+
+    Args:
+        config: sizes.
+        rank: of the ranks that share the experts, the number of this one.
+
+    Attributes:
+        group: the ranks that share the experts; None before `connect` and where one rank has all.
+    """
+
+    def __init__(self, config: MoEConfig, rank: int) -> None:
+        super().__init__()
+        self.num_experts, self.ep_size, self.rank = config.experts, config.expert_parallel, rank
+        self.num_local = config.experts // config.expert_parallel
+        self.expert_group_name = f"ep_size_{self.ep_size}"
+        self.group: dist.ProcessGroup | None = None
+        self._whole: dict[str, Tensor] = {}
+        self.up = nn.Parameter(torch.empty(self.num_local, config.hidden, 2 * config.expert_inner))
+        self.down = nn.Parameter(torch.empty(self.num_local, config.expert_inner, config.hidden))
+        seed = int(torch.randint(1 << 40, ()))
+        for local in range(self.num_local):
+            generator = torch.Generator().manual_seed(seed + rank * self.num_local + local)
+            for param in (self.up, self.down):
+                drawn = torch.randn(param.shape[1:], generator=generator) * param.shape[1] ** -0.5
+                param.data[local].copy_(drawn)
+        if self.ep_size > 1:
+            for param in (self.up, self.down):  # what DeepSpeed knows experts by
+                param.allreduce, param.group_name = False, self.expert_group_name  # type: ignore[attr-defined]
+
+    def connect(self, group: dist.ProcessGroup) -> None:
+        """Take the ranks that share the experts.
+
+        Raises:
+            ConfigError: this rank holds the share of another.
+        """
+        if dist.get_rank(group) != self.rank:
+            raise ConfigError(
+                f"rank {dist.get_rank()} is number {dist.get_rank(group)} of the {self.ep_size} ranks that share the "
+                f"experts, but was built as number {self.rank}: pass its data-parallel rank as `replica` to layers()"
+            )
+        self.group = group
+
+    def forward(self, rows: Tensor, sizes: Sequence[int]) -> Tensor:
+        """Apply the experts.
+
+        Args:
+            rows: [sum(sizes), hidden], those of the first expert first.
+            sizes: rows of each expert of this rank.
+        """
+        return _grouped(_gated(_grouped(rows, self.up, sizes)), self.down, sizes)
+
+    @contextmanager
+    def whole(self, keep: bool) -> Iterator[None]:
+        """Let `state_dict` hold all experts, `[num_experts, ...]` in host memory. Collective over `group`.
+
+        Args:
+            keep: whether this rank needs them.
+        """
+        for name, param in self.named_parameters() if self.group is not None else ():
+            parts = [torch.empty_like(param) for _ in range(self.ep_size)]
+            dist.all_gather(parts, param.detach().contiguous(), group=self.group)
+            if keep:
+                self._whole[name] = torch.cat([part.cpu() for part in parts])
+        try:
+            yield
+        finally:
+            self._whole.clear()
+
+    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        for name, tensor in self._whole.items():
+            destination[prefix + name] = tensor
+
+    def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any) -> None:
+        for name, _ in self.named_parameters():
+            given = state_dict.get(prefix + name)
+            if given is not None and len(given) == self.num_experts:
+                state_dict[prefix + name] = given[self.rank * self.num_local :][: self.num_local]
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
+
+def _grouped(rows: Tensor, weight: Tensor, sizes: Sequence[int]) -> Tensor:
+    """`rows [n, in]`, of which `sizes` belong to each expert, times `weight [experts, in, out]`."""
+    if len(rows) and has_grouped_mm(rows, weight):
+        ends = torch.tensor(sizes, device=rows.device).cumsum(0).to(torch.int32)
+        return torch._grouped_mm(rows, weight, offs=ends)
+    parts = [part @ weight[index] for index, part in enumerate(rows.split(list(sizes)))]
+    return torch.cat(parts)
+
+
+def has_grouped_mm(rows: Tensor, weight: Tensor) -> bool:
+    """Whether torch multiplies groups of rows in one call here: floats of 2 and 4 bytes on CPU, bf16 on CUDA since
+    compute capability 8, with rows of a multiple of 16 bytes."""
+    if any(size * rows.element_size() % 16 for size in weight.shape[1:]):
+        return False
+    if rows.device.type == "cpu":
+        return rows.dtype in (torch.float32, torch.bfloat16, torch.float16)
+    fit = rows.device.type == "cuda" and rows.dtype == torch.bfloat16
+    return fit and torch.cuda.get_device_capability(rows.device)[0] >= 8

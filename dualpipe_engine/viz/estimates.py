@@ -1,0 +1,87 @@
+"""What whole jobs are estimated to need: a table of schedules, and the assumptions behind it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Any
+
+from ..schedule.estimate import PUBLISHED_HOURS, Estimate, Job
+from ..schedule.hardware import Hardware
+from ..schedule.model_shape import ModelShape
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+
+def _fastest(rows: Sequence[Estimate], hardware: Hardware) -> Estimate | None:
+    fitting = [row for row in rows if row.memory is not None and row.memory <= hardware.memory]
+    return min(fitting, key=lambda row: row.step or 0.0, default=None)
+
+
+def estimate_table(rows: Sequence[Estimate], model: ModelShape, job: Job, hardware: Hardware) -> Table:
+    """Schedules side by side; `>` marks the fastest of those that fit into memory."""
+    from rich.table import Table
+
+    best = _fastest(rows, hardware)
+    title = (
+        f"{model.name}: {model.parameters / 1e9:.4g} billion parameters, {model.active / 1e9:.4g} active, "
+        f"on {job.gpus} {hardware.name}"
+    )
+    table = Table(title=title, title_justify="left", caption_justify="left")
+    table.add_column("schedule", no_wrap=True)
+    for name in ("step [s]", "bubble", "memory [GB]", "tokens/s", "tokens/s a GPU", "GPU-hours for 10^12 tokens"):
+        table.add_column(name, justify="right")
+    notes = [f"bubble: of the idlest rank; memory: {hardware.memory / 1e9:g} GB there are"]
+    for row in rows:
+        if row.step is None or row.memory is None or row.tokens_per_second is None:
+            table.add_row(f"  {row.schedule}", *["-"] * 6, style="dim")
+            notes.append(row.reason)
+            continue
+        fits = row.memory <= hardware.memory
+        table.add_row(
+            f"{'>' if row is best else ' '} {row.schedule}",
+            f"{row.step:.2f}",
+            f"{row.bubble:.1%}",
+            f"{row.memory / 1e9:.1f}" + ("" if fits else " (too much)"),
+            f"{row.tokens_per_second * job.gpus:,.0f}",
+            f"{row.tokens_per_second:,.0f}",
+            f"{row.gpu_hours:,.0f}",
+            style="bold green" if row is best else "" if fits else "dim",
+        )
+    if (hours := PUBLISHED_HOURS.get((model.name, hardware.name))) is not None:
+        found = next((row.gpu_hours for row in rows if row.schedule == "dualpipe"), None)
+        if found is not None:
+            notes.append(f"published, with DualPipe: {hours:,.0f} GPU-hours; estimate {found / hours - 1:+.1%}")
+    table.caption = "\n".join(notes)
+    return table
+
+
+def assumption_table(job: Job, hardware: Hardware) -> Table:
+    """Everything the estimate stands on; a .json file for --hardware changes any of the hardware's lines."""
+    from rich.table import Table
+
+    table = Table(title="assumptions", title_justify="left", show_header=False)
+    for what in (job, hardware):
+        for name, value in asdict(what).items():
+            table.add_row(name.replace("_", " "), f"{value:g}" if isinstance(value, float) else str(value))
+    table.add_row("all-to-all", "dispatch and bf16 combine cross nodes; hidden in F&B pairs, paid in full elsewhere")
+    table.add_row("recomputed", "norms, latent up-projections and activation functions")
+    table.add_row("optimizer", "ZeRO-1: fp32 weights, bf16 moments, fp32 gradients reduced after the schedule")
+    return table
+
+
+def estimate_data(rows: Sequence[Estimate], model: ModelShape, job: Job, hardware: Hardware) -> dict[str, Any]:
+    """The same as JSON."""
+    best = _fastest(rows, hardware)
+    return {
+        "model": {"name": model.name, "parameters": model.parameters, "active": model.active},
+        "job": asdict(job),
+        "hardware": asdict(hardware),
+        "published_gpu_hours": PUBLISHED_HOURS.get((model.name, hardware.name)),
+        "schedules": [
+            asdict(row)
+            | {"gpu_hours": row.gpu_hours, "fits": (row.memory or 0) <= hardware.memory, "best": row is best}
+            for row in rows
+        ],
+    }

@@ -1,0 +1,206 @@
+"""How much of the expert all-to-all an F&B pair hides, beside the same forward and backward one after the other.
+
+    python examples/bench/overlap.py [--ratios 0.5 1 2] [--compute sleep|real] [--out overlap.png]
+    python examples/bench/overlap.py --cuda
+
+Two ranks share the experts of a stage of some layers, over a link that is made slow (`link.py`; needs root). A layer
+has attention, dispatch, experts and combine as the model of `dualpipe_engine.models` has them, with its dispatcher; its
+computation takes `ratio` times as long as one of its all-to-alls, forward and backward alike. Times are medians over
+pairs. "computation" is what the computation of a pair took, "hidden" the part of the all-to-all time of the sequential
+run that an overlapped pair does not wait for: 1 - (pair - computation) / (sequential - computation).
+
+--cuda runs one MoE block in bf16 on one GPU with a loop-back all-to-all through pinned memory (`loopback.py`).
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+import time
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from dualpipe_engine.models.dispatch import AllToAll
+from dualpipe_engine.models.routing import Routing
+from dualpipe_engine.runtime.overlap import PhasedChunk, phases_of
+from dualpipe_engine.runtime.phases import COMM, COMPUTE, Phase
+
+WIDTH, EXPERTS = 256, 4
+
+
+class Work:
+    """Computation of a given length, slept or multiplied; counts the seconds that it took."""
+
+    def __init__(self, real: bool) -> None:
+        self.seconds, self.spent, self._real = 0.0, 0.0, real
+        self._matrix = torch.rand(128, 128)
+
+    def __call__(self) -> None:
+        start = time.perf_counter()
+        if self._real:
+            while time.perf_counter() - start < self.seconds:
+                self._matrix = torch.softmax(self._matrix @ self._matrix, dim=1)
+        else:
+            time.sleep(self.seconds)
+        self.spent += time.perf_counter() - start
+
+
+class _Busy(torch.autograd.Function):
+    """Identity that works, forward and backward."""
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, work: Work) -> torch.Tensor:
+        ctx.work = work
+        work()
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> Any:
+        ctx.work()
+        return grads[0], None
+
+
+class Layer:
+    """A layer whose computation is `Work`, and whose communication is that of a MoE block."""
+
+    def __init__(self, work: Work, routing: Routing) -> None:
+        self._work, self._routing = work, routing
+        self._dispatcher = AllToAll(dist.group.WORLD, EXPERTS)
+
+    def phases(self) -> list[Phase]:
+        return [
+            Phase("attention", COMPUTE, self._attend),
+            Phase("dispatch", COMM, self._dispatcher.dispatch),
+            Phase("experts", COMPUTE, self._experts),
+            Phase("combine", COMM, self._dispatcher.combine),
+            Phase("sum", COMPUTE, self._finish),
+        ]
+
+    def _attend(self, x: torch.Tensor) -> Any:
+        x = _Busy.apply(x, self._work)
+        return self._dispatcher.prepare(x, self._routing) | {"residual": x}
+
+    def _experts(self, state: Any) -> Any:
+        state = dict(state)
+        rows, _ = self._dispatcher.arrange(state)
+        return self._dispatcher.restore(state, _Busy.apply(rows, self._work))
+
+    def _finish(self, state: Any) -> Any:
+        return state["residual"] + self._dispatcher.finish(state)
+
+
+def measure(args: argparse.Namespace) -> list[dict[str, float]]:
+    """On each rank: for every ratio the seconds of pairs, of halves one after the other, and of their computation."""
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo")
+    tokens = args.kilobytes * 1024 // (4 * WIDTH) * 2  # half of the rows travel
+    experts = (torch.arange(tokens) % EXPERTS).view(-1, 1)
+    work = Work(args.compute == "real")
+    layers = [Layer(work, Routing(experts, torch.ones(tokens, 1), torch.zeros(1))) for _ in range(args.layers)]
+    chunk = PhasedChunk(torch.nn.Identity(), 0, phases_of(layers), 120.0, is_last=False)
+    grads = [torch.ones(tokens, WIDTH)]
+
+    def sequential(micro: int) -> None:
+        chunk.forward(micro + 1, torch.ones(tokens, WIDTH, requires_grad=True))
+        chunk.backward(micro, grads)
+
+    def paired(micro: int) -> None:
+        inputs = torch.ones(tokens, WIDTH, requires_grad=True)
+        chunk.overlapped(micro + 1, inputs, None, chunk, micro, grads, 1.0)
+
+    def timed(run: Any, repeats: int) -> tuple[float, float]:
+        """Median seconds, and of these computation."""
+        chunk.forward(0, torch.ones(tokens, WIDTH, requires_grad=True))
+        found = []
+        for micro in range(repeats + 1):
+            dist.barrier()
+            work.spent, start = 0.0, time.perf_counter()
+            run(micro)
+            found.append((time.perf_counter() - start, work.spent))
+        chunk.clear()
+        times, spent = zip(*found[1:], strict=True)  # the first warms up
+        return median(times), median(spent)
+
+    transfers = 4 * args.layers
+    idle, _ = timed(sequential, 3)
+    rows = []
+    for ratio in args.ratios:
+        for _ in range(2):  # a link that rested passes a burst: the exchange that counts is that between computations
+            alone, busy = (idle, 0.0) if not work.seconds else timed(sequential, args.pairs)
+            work.seconds = _agreed(ratio * (alone - busy) / transfers)
+        alone, busy = timed(sequential, args.pairs)
+        pair, spent = timed(paired, args.pairs)
+        hidden = 1 - (pair - spent) / (alone - busy)
+        rows.append({"ratio": ratio, "exchange": alone - busy, "compute": spent, "sequential": alone, "pair": pair})
+        rows[-1]["hidden"] = hidden
+    dist.barrier()
+    dist.destroy_process_group()
+    return rows
+
+
+def _agreed(seconds: float) -> float:
+    """The mean over the ranks."""
+    mean = torch.tensor(seconds, dtype=torch.float64)
+    dist.all_reduce(mean)
+    return float(mean) / dist.get_world_size()
+
+
+def show(rows: list[dict[str, float]], out: str | None) -> None:
+    print("| computation / all-to-all | computation | all-to-all | one after the other | F&B pair | hidden |")
+    print("|---|---|---|---|---|---|")
+    for row in rows:
+        seconds = [f"{row[name] * 1e3:.0f} ms" for name in ("compute", "exchange", "sequential", "pair")]
+        print("| " + " | ".join([f"{row['ratio']:g}", *seconds, f"{row['hidden']:.1%}"]) + " |")
+    if out is None:
+        return
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(6, 3.5), layout="constrained")
+    axes = figure.subplots()
+    places = range(len(rows))
+    for name, label, shift in (("sequential", "one after the other", -0.2), ("pair", "F&B pair", 0.2)):
+        axes.bar([place + shift for place in places], [row[name] for row in rows], 0.4, label=label)
+    for place, row in zip(places, rows, strict=True):
+        axes.plot([place - 0.4, place + 0.4], [row["compute"]] * 2, "k--", label="computation" if place == 0 else None)
+        axes.annotate(f"{row['hidden']:.0%} hidden", (place + 0.2, row["pair"]), ha="center", va="bottom")
+    axes.set_xticks(list(places), [f"{row['ratio']:g}" for row in rows])
+    axes.set_xlabel("computation / all-to-all")
+    axes.set_ylabel("seconds")
+    axes.legend()
+    figure.savefig(out, dpi=150)
+    print(f"\n{out}")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--ratios", type=float, nargs="+", default=[0.5, 1.0, 2.0], help="computation / all-to-all")
+    parser.add_argument("--compute", choices=["sleep", "real"], default="sleep")
+    parser.add_argument("--layers", type=int, default=4, help="of the stage")
+    parser.add_argument("--pairs", type=int, default=5, help="timed for each ratio")
+    parser.add_argument("--kilobytes", type=int, default=2048, help="that a rank sends in one all-to-all")
+    parser.add_argument("--megabit", type=float, default=400.0, help="a second, of the link, each way")
+    parser.add_argument("--out", help="PNG file")
+    parser.add_argument("--cuda", action="store_true", help="one block on one GPU instead")
+    args = parser.parse_args()
+    if args.cuda:
+        from loopback import main as on_one_gpu
+
+        on_one_gpu()
+    elif "RANK" in os.environ:
+        print(json.dumps(measure(args)))
+    else:
+        from link import run_linked, usable
+
+        if not usable():
+            sys.exit("the slow link needs root, network namespaces, and the programs ip and tc (package iproute2)")
+        show(run_linked(str(Path(__file__).resolve()), sys.argv[1:], args.megabit), args.out)
+
+
+if __name__ == "__main__":
+    main()

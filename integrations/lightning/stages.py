@@ -1,0 +1,100 @@
+"""A chain of layers cut into stages, of which a rank keeps two."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from dualpipe_engine.compat.deepseek import DualPipe
+from dualpipe_engine.errors import ConfigError
+
+
+class Stage(nn.Module):
+    """Layers one after the other; several inputs reach the first layer as one tuple, as in a PipelineModule."""
+
+    def __init__(self, layers: dict[str, nn.Module]) -> None:
+        super().__init__()
+        for name, layer in layers.items():
+            self.add_module(name, layer)
+
+    def forward(self, *inputs: Any) -> Any:
+        value = inputs[0] if len(inputs) == 1 else inputs
+        for layer in self.children():
+            value = layer(value)
+        return value
+
+
+class LocalStages(DualPipe):
+    """The two stages of this rank.
+
+    Args:
+        layers: the whole model, the same on every rank; weights are taken from rank 0.
+        device: where the stages run.
+
+    Raises:
+        ConfigError: there are fewer layers than ranks.
+        PlanError: the number of ranks is odd.
+    """
+
+    def __init__(self, layers: dict[str, nn.Module], device: torch.device) -> None:
+        size, rank = dist.get_world_size(), dist.get_rank()
+        if len(layers) < size:
+            raise ConfigError(f"{len(layers)} layers cannot fill {size} pipeline stages: use fewer devices")
+        names = list(layers)
+        bounds = [len(names) * stage // size for stage in range(size + 1)]
+        held = []
+        for stage in range(size):
+            part = {name: layers[name] for name in names[bounds[stage] : bounds[stage + 1]]}
+            for layer in part.values():
+                layer.to(device)
+                for tensor in (*layer.parameters(), *layer.buffers()):
+                    dist.broadcast(tensor.detach(), 0)
+                if stage not in (rank, size - 1 - rank):
+                    layer.to("meta")  # gone from here; the names remain
+            held.append(part)
+        super().__init__((Stage(held[rank]), Stage(held[size - 1 - rank])))
+
+    @property
+    def local_module(self) -> nn.ModuleList:
+        """Both stages of this rank; their parameters are what the optimizer of this rank works on."""
+        return self.module
+
+    def whole_state_dict(self) -> dict[str, torch.Tensor]:
+        """Parameters and buffers of the whole model, on the CPU, named as in the model. Collective."""
+        found: list[Any] = [None] * self.num_ranks
+        mine = {name: tensor.detach().cpu() for name, tensor in self.module[0].state_dict().items()}
+        dist.all_gather_object(found, mine)
+        return {name: tensor for part in found for name, tensor in part.items()}
+
+    def load_whole_state_dict(self, state: dict[str, torch.Tensor]) -> None:
+        """Take the parameters and buffers of this rank's stages from those of the whole model.
+
+        Raises:
+            RuntimeError: one is missing or has another shape.
+        """
+        for stage in self.module:
+            stage.load_state_dict({name: state[name] for name in stage.state_dict() if name in state})
+
+    @torch.no_grad()
+    def clip_gradients(self, limit: float) -> torch.Tensor:
+        """Scale all gradients so that their norm over the whole model, each parameter once, is at most `limit`.
+
+        Collective.
+
+        Returns:
+            The norm before (scalar).
+        """
+        grads: Sequence[torch.Tensor] = [p.grad for p in self.module.parameters() if p.grad is not None]
+        once = [param.grad for param in self.module[0].parameters() if param.grad is not None]
+        square = torch.stack([grad.double().pow(2).sum() for grad in once]).sum() if once else torch.zeros(1).double()
+        square = square.reshape(()).to(grads[0].device)
+        dist.all_reduce(square)
+        norm = square.sqrt()
+        factor = float((limit / (norm + 1e-6)).clamp(max=1.0))
+        for grad in grads:
+            grad.mul_(factor)
+        return norm

@@ -1,0 +1,88 @@
+"""DualPipeStrategy: all devices of a Trainer are the ranks of one pipeline."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from lightning.fabric.utilities.optimizer import _optimizer_to_device
+from lightning.pytorch.strategies import DDPStrategy, StrategyRegistry
+from torch import Tensor, nn
+from torch.optim import Optimizer
+from torch.utils.data import RandomSampler
+
+from dualpipe_engine.errors import CheckpointError
+
+
+class DualPipeStrategy(DDPStrategy):
+    """Runs a `DualPipeLightningModule`. Launching and process groups are those of DDP; nothing else of it is used.
+
+    Gradients come out of `training_step`, so Lightning's backward does nothing. A checkpoint holds the whole model and
+    the optimizer state of each device.
+    """
+
+    strategy_name = "dualpipe"
+
+    def process_dataloader(self, dataloader: Any) -> Any:
+        """All devices read the same samples: a loader that shuffles gets one seed for all of them."""
+        sampler = getattr(dataloader, "sampler", None)
+        if isinstance(sampler, RandomSampler) and sampler.generator is None:
+            sampler.generator = torch.Generator().manual_seed(self.broadcast(torch.initial_seed()))
+        return dataloader
+
+    def setup(self, trainer: Any) -> None:
+        trainer._accelerator_connector.use_distributed_sampler = False  # it would give each device samples of its own
+        super(DDPStrategy, self).setup(trainer)  # DDP's own would make the stages of all devices equal
+
+    def _setup_model(self, model: nn.Module) -> Any:
+        return model
+
+    def training_step(self, *args: Any, **kwargs: Any) -> Any:
+        trainer = self.lightning_module.trainer
+        if trainer.fit_loop.epoch_loop.batch_idx % trainer.accumulate_grad_batches == 0:
+            for optimizer in self.optimizers:
+                optimizer.zero_grad()
+        return super().training_step(*args, **kwargs)
+
+    def backward(self, closure_loss: Tensor, optimizer: Optimizer | None, *args: Any, **kwargs: Any) -> Tensor:
+        return closure_loss
+
+    def optimizer_step(self, optimizer: Optimizer, closure: Callable[[], Any], model: Any = None, **kwargs: Any) -> Any:
+        def closure_and_sum() -> Any:
+            result = closure()
+            self.lightning_module.dualpipe_wrapper.sum_mirrored_gradients()
+            return result
+
+        return super().optimizer_step(optimizer, closure_and_sum, model, **kwargs)
+
+    def lightning_module_state_dict(self) -> dict[str, Any]:
+        return self.lightning_module.dualpipe_wrapper.whole_state_dict()
+
+    def load_model_state_dict(self, checkpoint: Mapping[str, Any], strict: bool = True) -> None:
+        self.lightning_module.dualpipe_wrapper.load_whole_state_dict(checkpoint["state_dict"])
+
+    def optimizer_state(self, optimizer: Optimizer) -> dict[str, Any]:
+        states: list[Any] = [None] * self.world_size
+        dist.all_gather_object(states, super().optimizer_state(optimizer))
+        return {"devices": states}
+
+    def load_optimizer_state_dict(self, checkpoint: Mapping[str, Any]) -> None:
+        for optimizer, saved in zip(self.optimizers, checkpoint["optimizer_states"], strict=True):
+            states = saved.get("devices", ())
+            if len(states) != self.world_size:
+                raise CheckpointError(
+                    f"the checkpoint holds the optimizer state of {len(states)} pipeline devices, but there are "
+                    f"{self.world_size}: resume with as many, or load its weights only"
+                )
+            optimizer.load_state_dict(states[self.global_rank])
+            _optimizer_to_device(optimizer, self.root_device)
+
+    @classmethod
+    def register_strategies(cls, strategy_registry: Any) -> None:
+        strategy_registry.register(cls.strategy_name, cls, description="DualPipe pipeline over all devices")
+
+
+if DualPipeStrategy.strategy_name not in StrategyRegistry:
+    DualPipeStrategy.register_strategies(StrategyRegistry)

@@ -1,0 +1,31 @@
+"""The examples run as their docstrings say."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+EXAMPLES = Path(__file__).parent.parent.parent / "examples"
+
+
+def test_quick_start():
+    command = [sys.executable, str(EXAMPLES / "example.py"), "--ranks", "2", "--chunks", "5"]
+    result = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
+    assert result.returncode == 0, result.stderr
+    lines = result.stdout.splitlines()
+    assert [line.split()[0] for line in lines] == ["DualPipe", "DualPipeV"]
+    assert all("5 micro-batches: losses and outputs bit-equal to one process, gradients to" in line for line in lines)
+
+
+def test_lightning(tmp_path):
+    pytest.importorskip("lightning")
+    command = [sys.executable, str(EXAMPLES / "lightning_example.py"), "--num-gpus", "2", "--steps", "4"]
+    result = subprocess.run(
+        [*command, "--folder", str(tmp_path)], capture_output=True, text=True, timeout=300, check=False
+    )
+    assert result.returncode == 0, result.stderr
+    assert len(list(tmp_path.glob("version_*/checkpoints/*.ckpt"))) == 1
+    assert "val_loss" in result.stdout

@@ -1,0 +1,139 @@
+"""Ranks that lose one of them, forked from a process that has the imports behind it."""
+
+from __future__ import annotations
+
+import multiprocessing as mp
+import os
+import signal
+import sys
+import time
+from pathlib import Path
+
+import training
+from ranks import free_port
+
+RANKS, TIMEOUT_S = 4, 10.0
+FAULTS = ("kill", "raise", "stop")
+PHASES = ("warm-up", "steady", "cool-down", "reduction", "saving")
+
+
+class Boom(Exception):
+    pass
+
+
+def strike(fault):
+    if fault == "kill":
+        os.kill(os.getpid(), signal.SIGKILL)
+    elif fault == "stop":
+        os.kill(os.getpid(), signal.SIGSTOP)
+    elif fault == "sleep":
+        time.sleep(60)
+    elif fault == "interrupt":
+        os.kill(os.getpid(), signal.SIGINT)
+    else:
+        raise Boom("poisoned")
+
+
+def plant(engine, fault, phase):
+    """Let `fault` strike in the next batch or save."""
+    from dualpipe_engine.schedule.op import COMPUTE
+
+    if phase == "saving":
+        engine.checkpoint_engine.save = lambda *_, **__: strike(fault)
+        return
+    program = engine.plan.programs[engine.place.rank]
+    compute = [op for op in program if op.kind in COMPUTE]
+    target = {"warm-up": compute[0], "steady": compute[len(compute) // 2], "cool-down": compute[-1]}.get(phase)
+    if target is None:
+        engine._tail.reduction.finish = lambda: strike(fault)
+        return
+    handlers = engine._executor._handlers
+    handle = handlers[target.kind]
+
+    def struck(op):
+        if op == target:
+            strike(fault)
+        handle(op)
+
+    handlers[target.kind] = struck
+
+
+def struck_run(folder, lost, fault, phase):
+    import dualpipe_engine
+
+    config = training.settings(8, schedule="dualpipe", p2p_timeout_s=TIMEOUT_S)
+    engine, *_ = dualpipe_engine.initialize(model=training.make_module(RANKS, 4), config=config)
+    data = training.stream(0)
+    engine.train_batch(data)
+    engine.save_checkpoint(folder, tag="good")
+    if engine.global_rank == lost:
+        Path(folder, "struck").touch()
+        plant(engine, fault, phase)
+    engine.train_batch(data)
+    engine.save_checkpoint(folder, tag="torn")
+
+
+def loaded_run(folder):
+    import dualpipe_engine
+
+    config = training.settings(8, schedule="dualpipe")
+    engine, *_ = dualpipe_engine.initialize(model=training.make_module(RANKS, 4), config=config)
+    path, _ = engine.load_checkpoint(folder)
+    assert path and "good" in path, path
+    engine.train_batch(training.stream(0))
+
+
+def _rank(rank, port, log, function, arguments):
+    with open(log, "wb", buffering=0) as file:
+        os.dup2(file.fileno(), 1)
+        os.dup2(file.fileno(), 2)
+    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(RANKS), MASTER_PORT=str(port))
+    import deepspeed
+
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    deepspeed.init_distributed(dist_backend="gloo", verbose=False)
+    function(**arguments)
+    sys.stdout.flush()
+
+
+def play(function, folder, limit, lost=None, **arguments):
+    """Run `function` on all ranks; exit codes (None: still running), seconds from the strike, logs."""
+    context = mp.get_context("fork")
+    port, logs = free_port(), [Path(folder, f"{function.__name__}_{rank}.log") for rank in range(RANKS)]
+    arguments = {"folder": folder, **arguments} | ({} if lost is None else {"lost": lost})
+    workers = [
+        context.Process(target=_rank, args=(rank, port, logs[rank], function, arguments)) for rank in range(RANKS)
+    ]
+    for worker in workers:
+        worker.start()
+    struck, start, ended = Path(folder, "struck"), time.monotonic(), None
+    others = [worker for rank, worker in enumerate(workers) if rank != lost]
+    while any(worker.is_alive() for worker in others) and time.monotonic() - start < 60 + limit:
+        if ended is None and struck.exists():
+            ended = time.monotonic()
+        if ended is not None and time.monotonic() - ended > limit:
+            break
+        time.sleep(0.02)
+    seconds = 0.0 if ended is None else time.monotonic() - ended
+    codes = [worker.exitcode for worker in workers]
+    for worker in workers:
+        worker.kill()
+        worker.join()
+    return codes, seconds, [log.read_text(errors="replace") for log in logs]
+
+
+def serve(pipe):
+    os.environ.update(OMP_NUM_THREADS="1", DS_ACCELERATOR="cpu", MASTER_ADDR="127.0.0.1", LOCAL_SIZE="0")
+    import torch
+    from deepspeed.comm.torch import build_shm_op
+    from deepspeed.utils import logger
+
+    import dualpipe_engine.engine.engine
+    import dualpipe_engine.engine.initialize  # noqa: F401
+
+    logger.setLevel("ERROR")
+    # Once, before the forks: a rank that is killed while it builds the op would leave its lock behind for ever.
+    build_shm_op()
+    torch.set_num_threads(1)
+    while (task := pipe.recv()) is not None:
+        pipe.send(play(**task))

@@ -1,0 +1,115 @@
+"""Runs of the mixture-of-experts model, started on pooled ranks."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import training
+from deepspeed.pipe import PipelineModule
+from deepspeed.runtime.pipe.topology import PipeDataParallelTopology
+
+from dualpipe_engine.errors import ConfigError
+from dualpipe_engine.models.config import MoEConfig
+from dualpipe_engine.models.routing import Router
+from dualpipe_engine.models.transformer import layers, loss
+
+SIZES = {"vocabulary": training.VOCABULARY, "hidden": 16, "heads": 2, "head": 8, "rotary": 4, "kv_rank": 8}
+
+
+def config(**changes):
+    return MoEConfig(**(SIZES | {"blocks": 4, "expert_inner": 8, "experts": 4, "expert_parallel": 2} | changes))
+
+
+def make_module(model, ranks, replicas, **kwargs):
+    topology = PipeDataParallelTopology(ranks, replicas)
+    torch.manual_seed(7)
+    replica = topology.get_coord(torch.distributed.get_rank()).data
+    return PipelineModule(layers=layers(model, replica), topology=topology, loss_fn=loss, **kwargs)
+
+
+def set_routing(module, bias):
+    """Push tokens to experts; one pushed away gets none."""
+    for part in module.modules():
+        if isinstance(part, Router) and bias is not None:
+            part.bias.copy_(torch.tensor(bias))
+
+
+def gradients(cases, ranks, replicas=2, micros=4):
+    return [_gradients(*case, ranks=ranks, replicas=replicas, micros=micros) for case in cases]
+
+
+def _gradients(model, schedule, bias, recompute, ranks, replicas, micros):
+    import dualpipe_engine
+
+    kwargs = {"activation_checkpoint_interval": 1} if recompute else {}
+    module = make_module(config(**model), ranks, replicas, **kwargs).double()
+    pipeline = {"use_reentrant": False} if recompute else {}
+    settings = training.settings(micros, replicas, zero=0, schedule=schedule, **pipeline)
+    replica = module._grid.data_parallel_id
+    engine, *_ = dualpipe_engine.initialize(model=module, config=settings)
+    set_routing(engine.module, bias)
+    start = {name: param.detach().clone() for name, param in engine.module.named_parameters()}
+    found = {}
+
+    def capture():
+        found.update({name: param.grad.clone() for name, param in engine.module.named_parameters()})
+
+    engine._exec_optimizer_step = capture
+    mean = float(engine.train_batch(training.stream(replica)))
+    routers = {name: part for name, part in engine.module.named_modules() if isinstance(part, Router)}
+    return {
+        "replica": replica,
+        "start": start,
+        "grads": found,
+        "loss": mean,
+        "load": {name: router.load.clone() for name, router in routers.items()},
+        "bias": {name: router.bias.clone() for name, router in routers.items()},
+        "pairs": [span.op.kind for span in engine._observer.spans()].count("FB"),
+        "transfers": sorted({transfer.name for transfer in engine._transfers}),
+    }
+
+
+def train(model, settings, ranks, folder, replicas=2, steps=3):
+    """Train, save, train on; then again from the saved state in a fresh engine with other weights."""
+    import dualpipe_engine
+
+    model = config(**model)
+    replica = make_topology(ranks, replicas)
+
+    def start():
+        engine, *_ = dualpipe_engine.initialize(model=make_module(model, ranks, replicas), config=dict(settings))
+        return engine
+
+    engine, data = start(), training.stream(replica)
+    before = training.weights(engine)
+    losses = [float(engine.train_batch(data)) for _ in range(steps)]
+    norm = engine.get_global_grad_norm()
+    if not settings["zero_optimization"]["stage"]:
+        with pytest.raises(ConfigError, match="stage"):
+            engine.save_checkpoint(folder)
+        return {"replica": replica, "start": before, "losses": losses, "norm": float(norm)}
+    engine.save_checkpoint(folder)
+    saved = training.weights(engine)
+    losses += [float(engine.train_batch(data)) for _ in range(steps)]
+    again = start()
+    with torch.no_grad():
+        for param in again.module.parameters():
+            param.fill_(0.5)
+    again.load_checkpoint(folder)
+    data = training.stream(replica)
+    for _ in range(steps * settings["gradient_accumulation_steps"]):
+        next(data)
+    loaded = training.weights(again)
+    return {
+        "replica": replica,
+        "start": before,
+        "losses": losses,
+        "norm": float(norm),
+        "same": all(torch.equal(saved[name], loaded[name]) for name in saved),
+        "resumed": [float(again.train_batch(data)) for _ in range(steps)],
+        "optimizer_bytes": training.optimizer_bytes(engine),
+    }
+
+
+def make_topology(ranks, replicas):
+    return PipeDataParallelTopology(ranks, replicas).get_coord(torch.distributed.get_rank()).data

@@ -1,0 +1,92 @@
+"""Awkward models: float64 gradients equal those of one process, whatever is tied, frozen or recomputed."""
+
+from __future__ import annotations
+
+import pytest
+import topology_runs
+
+CHECKPOINTS = {
+    f"{'reentrant' if reentrant else 'not reentrant'}, interval {interval}": {
+        "activation_checkpoint_interval": interval,
+        "reentrant": reentrant,
+        # A reentrant checkpoint gives a layer without floating-point inputs no gradient, in DeepSpeed too.
+        "checkpointable_layers": ["Block"] if reentrant else None,
+    }
+    for interval in (1, 2, 100)
+    for reentrant in (True, False)
+}
+OTHERS = {
+    "micro-batches of different length": {"lengths": (3, 6, 4, 5, 2), "micros": 5},
+    "compiled before initialize": {"compiled": "before"},
+    "compiled after initialize": {"compiled": "after"},
+}
+CASES = {
+    "layers": {name: {"layers": name} for name in topology_runs.LAYERS},
+    "frozen": {name: {"freeze": name} for name in topology_runs.FREEZE},
+    "checkpoints": CHECKPOINTS,
+    "others": OTHERS,
+}
+
+
+def check(found):
+    """`found`: for each rank, case -> what `topology_runs.gradients` returns."""
+    for rank in found:
+        for name, (loss, gradient, missing) in rank.items():
+            assert loss < 1e-6, name  # the loss is reported in fp32
+            assert gradient < 1e-10, name
+            assert not missing, name
+
+
+@pytest.mark.parametrize("kind", CASES)
+def test_dualpipe(ranks, kind):
+    cases = {name: {"schedule": "dualpipe", "ranks": 4, **case} for name, case in CASES[kind].items()}
+    check(ranks.run(4, topology_runs.many, cases=cases))
+
+
+@pytest.mark.parametrize("schedule", ["1f1b", "dualpipev"])
+def test_other_placements(ranks, schedule):
+    chosen = (
+        *(CASES["layers"][name] for name in ("tied twice", "tied to a neighbour", "a rank without parameters")),
+        *(CASES["frozen"][name] for name in ("first stage frozen", "a rank frozen")),
+        CHECKPOINTS["reentrant, interval 2"],
+        CHECKPOINTS["not reentrant, interval 100"],
+        OTHERS["micro-batches of different length"],
+    )
+    cases = {str(case): {"schedule": schedule, "ranks": 4, **case} for case in chosen}
+    check(ranks.run(4, topology_runs.many, cases=cases))
+
+
+def test_replicas(ranks):
+    cases = {
+        f"{schedule} {layers}": {"schedule": schedule, "ranks": 2, "replicas": 2, "layers": layers}
+        for schedule in ("dualpipe", "1f1b", "dualpipev")
+        for layers in ("tied twice", "a stage without parameters")
+    }
+    check(ranks.run(4, topology_runs.many, cases=cases))
+
+
+def test_changed_batch_size(ranks):
+    """The plan of another number of micro-batches may finish stages in another order; here they share a weight."""
+    cases = {
+        f"{first} to {micros}": {"ranks": 2, "layers": "tied to the end", "first": first, "micros": micros}
+        for first, micros in ((2, 3), (3, 2), (1, 2), (2, 1), (1, 4))
+    }
+    check(ranks.run(2, topology_runs.many, cases={k: {"schedule": "dualpipe", **case} for k, case in cases.items()}))
+
+
+@pytest.mark.parametrize("zero", [1, 2])
+def test_zero_with_ties_and_frozen_parts(ranks, zero):
+    """Three fp32 steps under ZeRO are those under ZeRO-0, whose gradients the other tests compare."""
+    cases = {
+        name: {"layers": layers, "freeze": freeze}
+        for name, layers, freeze in (
+            ("ties", "tied twice", None),
+            ("no parameters", "a rank without parameters", None),
+            ("frozen vectors", "plain", "vectors frozen"),
+            ("frozen rank", "plain", "a rank frozen"),
+        )
+    }
+    for rank in ranks.run(4, topology_runs.under_zero, zero=zero, cases=cases):
+        for name, (whole, partitioned) in rank.items():
+            assert partitioned == pytest.approx(whole, rel=1e-5), name
+            assert whole[0] > whole[-1], name

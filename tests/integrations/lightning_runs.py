@@ -1,0 +1,130 @@
+"""The same training by the stock Trainer in one process and by DualPipe on pooled ranks."""
+
+from __future__ import annotations
+
+import warnings
+from pathlib import Path
+
+import torch
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.callbacks import LearningRateMonitor, ModelCheckpoint
+from lightning.pytorch.loggers import CSVLogger
+from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
+
+from dualpipe_engine.compat import DualPipeLightningModule
+
+warnings.filterwarnings("ignore")
+WIDTH = 8
+
+
+def chain(seed=0):
+    torch.manual_seed(seed)
+    blocks = [nn.Sequential(nn.Linear(WIDTH, 2 * WIDTH), nn.GELU(), nn.Linear(2 * WIDTH, WIDTH)) for _ in range(4)]
+    return nn.Sequential(nn.Linear(4, WIDTH), *blocks, nn.LayerNorm(WIDTH), nn.Linear(WIDTH, 3))
+
+
+def schedule(parameters, lr):
+    optimizer = torch.optim.Adam(parameters, lr=lr)
+    return {
+        "optimizer": optimizer,
+        "lr_scheduler": {"scheduler": torch.optim.lr_scheduler.StepLR(optimizer, 3, 0.9), "interval": "step"},
+    }
+
+
+class Recorder:
+    """Losses of every step, as the module logs them."""
+
+    def on_train_batch_end(self, outputs, batch, batch_idx):
+        self.trainer.losses.append(float(self.trainer.callback_metrics["train_loss"]))
+
+
+class Stock(Recorder, LightningModule):
+    def __init__(self, model, lr):
+        super().__init__()
+        self.model, self.lr = model, lr
+
+    def training_step(self, batch, batch_idx):
+        loss = nn.functional.cross_entropy(self.model(batch[0]), batch[1])
+        self.log("train_loss", loss)
+        return loss
+
+    def validation_step(self, batch, batch_idx):
+        self.log("val_loss", nn.functional.cross_entropy(self.model(batch[0]), batch[1]))
+
+    def configure_optimizers(self):
+        return schedule(self.model.parameters(), self.lr)
+
+
+class Piped(Recorder, DualPipeLightningModule):
+    def __init__(self, model, lr):
+        super().__init__(model=model, num_chunks=8)
+        self.lr = lr
+
+    def criterion(self, outputs, targets):
+        return nn.functional.cross_entropy(outputs, targets)
+
+    def configure_optimizers(self):
+        return schedule(self.dualpipe_wrapper.local_module.parameters(), self.lr)
+
+
+def data(rows, seed):
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.randn(rows, 4, generator=generator)
+    return DataLoader(TensorDataset(x, (x.sum(1) > 0).long() + (x[:, 0] > 1).long()), batch_size=16)
+
+
+def train(kind, folder, devices, seed=0, steps=20, resume=None, accumulate=1):
+    """Fit over epochs of 10 batches, the last one of 8 rows, with validation in each."""
+    module = {"stock": Stock, "piped": Piped}[kind](chain(seed), 0.02)
+    checkpoint = ModelCheckpoint(dirpath=folder, filename="at{step}", every_n_train_steps=10, save_top_k=-1)
+    trainer = Trainer(
+        accelerator="cpu",
+        devices=devices,
+        strategy="dualpipe" if kind == "piped" else "auto",
+        max_steps=steps,
+        gradient_clip_val=0.5,
+        accumulate_grad_batches=accumulate,
+        callbacks=[checkpoint, LearningRateMonitor()],
+        logger=CSVLogger(folder, name="log"),
+        log_every_n_steps=1,
+        enable_progress_bar=kind == "piped",
+        enable_model_summary=False,
+    )
+    trainer.losses = []
+    trainer.fit(module, data(152, 1), data(40, 2), ckpt_path=resume)
+    found = {"losses": trainer.losses, "val": float(trainer.callback_metrics["val_loss"]), "step": trainer.global_step}
+    found["lr"] = trainer.optimizers[0].param_groups[0]["lr"]
+    found["files"] = sorted(path.name for path in Path(folder).glob("*.ckpt"))
+    found["validate"] = float(trainer.validate(module, data(40, 3), verbose=False)[0]["val_loss"])
+    return found
+
+
+def uneven_ranks(folder):
+    """Each rank starts with weights and a random state of its own; the loader shuffles."""
+    rank = torch.distributed.get_rank()
+    module = Piped(chain(seed=rank), 0.02)
+    seen = []
+    module.pipeline_step = lambda batch: seen.append(batch[0].sum().item()) or type(module).pipeline_step(module, batch)
+    trainer = Trainer(
+        accelerator="cpu",
+        devices=torch.distributed.get_world_size(),
+        strategy="dualpipe",
+        max_epochs=2,
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        default_root_dir=folder,
+    )
+    trainer.losses = []
+    trainer.fit(module, DataLoader(data(64, 1).dataset, batch_size=16, shuffle=True))
+    pipe = module.dualpipe_wrapper
+    mine = {name: value.clone() for stage in pipe.local_module for name, value in stage.state_dict().items()}
+    whole = pipe.whole_state_dict()
+    return {
+        "seen": seen,
+        "first": trainer.losses[0],
+        "copies": all(torch.equal(whole[name], value) for name, value in mine.items()),
+        "names": list(whole),
+    }

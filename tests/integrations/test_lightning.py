@@ -1,0 +1,92 @@
+"""`Trainer(strategy="dualpipe")` against the stock Trainer in one process: losses, evaluation, resume, clipping."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import pytest
+import torch
+from ranks import RankError
+
+pytest.importorskip("lightning")
+import lightning_runs as runs
+
+
+def close(found, expected):
+    assert len(found) == len(expected)
+    return max(abs(a - b) for a, b in zip(found, expected, strict=True)) < 1e-6
+
+
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_training_evaluation_and_resume(ranks, tmp_path, accumulate):
+    world = 4 if accumulate == 1 else 2
+    options = {"accumulate": accumulate, "steps": 20 // accumulate}
+    [stock] = ranks.run(1, runs.train, kind="stock", folder=str(tmp_path / "stock"), devices=1, **options)
+    folder = tmp_path / "piped"
+    piped = ranks.run(world, runs.train, kind="piped", folder=str(folder), devices=world, **options)
+    for each in piped:
+        assert close(each["losses"], stock["losses"])
+        assert close([each["val"], each["validate"]], [stock["val"], stock["validate"]])
+        assert (each["step"], each["lr"]) == (stock["step"], stock["lr"])
+    assert piped[0]["files"] == stock["files"]
+    rows = (folder / "log" / "version_0" / "metrics.csv").read_text().splitlines()
+    assert "lr-Adam" in rows[0] and "train_loss" in rows[0] and "val_loss" in rows[0]
+    if accumulate > 1:
+        return
+    saved = folder / "atstep=10.ckpt"
+    state = torch.load(saved, weights_only=False)["state_dict"]
+    runs.chain().load_state_dict(state)  # the names are those of the nn.Sequential
+    again = ranks.run(
+        world, runs.train, kind="piped", folder=str(tmp_path / "again"), devices=world, seed=5, resume=str(saved)
+    )
+    for each in again:
+        assert close(each["losses"], stock["losses"][10:])
+        assert close([each["val"], each["validate"]], [stock["val"], stock["validate"]])
+        assert each["step"] == 20
+    with pytest.raises(RankError, match="optimizer state of 4 pipeline devices, but there are 2"):
+        ranks.run(2, runs.train, kind="piped", folder=str(tmp_path / "two"), devices=2, resume=str(saved))
+
+
+def test_ranks_that_start_apart_train_one_model_on_one_order(ranks, tmp_path):
+    found = ranks.run(2, runs.uneven_ranks, folder=str(tmp_path))
+    assert found[0]["seen"] == found[1]["seen"]
+    assert found[0]["seen"][:4] != found[0]["seen"][4:]  # another order in the second epoch
+    assert found[0]["first"] == found[1]["first"]
+    assert all(each["copies"] for each in found)  # both copies of a stage stay bit-equal
+    assert found[0]["names"] == list(runs.chain().state_dict())
+
+
+def test_without_lightning_the_extra_is_named():
+    code = """
+import sys
+sys.modules["lightning"] = None
+import dualpipe_engine.compat as compat
+try:
+    compat.DualPipeLightningModule
+except dualpipe_engine.MissingExtraError as error:
+    print(error)
+"""
+    code = "import dualpipe_engine" + code
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert 'pip install "dualpipe_engine[lightning]"' in result.stdout
+
+
+def test_what_cannot_be_cut_is_refused():
+    from deepspeed.pipe import TiedLayerSpec
+
+    from dualpipe_engine import ConfigError
+
+    shared = torch.nn.Linear(4, 4)
+    for model, message in (
+        ([shared, torch.nn.GELU(), shared], "layers 0 and 2 share a parameter"),
+        (torch.nn.Sequential(shared, torch.nn.GELU(), shared), "layers 0 and 2 share a parameter"),
+        (torch.nn.Transformer(8, 2, 1, 1, 8), "must be an nn.Sequential or a list of layers"),
+        ([TiedLayerSpec("head", torch.nn.Linear, 4, 4)], "layer 0 is a TiedLayerSpec"),
+        ([len], "layer 0 must be an nn.Module or a LayerSpec"),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            runs.Piped(model, 0.1)
+    with pytest.raises(ConfigError, match='needs Trainer\\(strategy="dualpipe"\\)'):
+        trainer = runs.Trainer(accelerator="cpu", devices=1, logger=False, enable_checkpointing=False)
+        trainer.fit(runs.Piped(runs.chain(), 0.1), runs.data(16, 1))

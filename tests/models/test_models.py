@@ -1,0 +1,172 @@
+"""The parts of the mixture-of-experts transformer, in one process."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+from dualpipe_engine.errors import ConfigError
+from dualpipe_engine.models.attention import rotate
+from dualpipe_engine.models.block import MoEBlock
+from dualpipe_engine.models.config import MoEConfig
+from dualpipe_engine.models.experts import Experts, _grouped, has_grouped_mm
+from dualpipe_engine.models.routing import Router, rebalance
+from dualpipe_engine.models.transformer import layers, loss
+from dualpipe_engine.runtime.weight_grad import WeightGradStore, install
+
+
+def config(**changes):
+    sizes = {"vocabulary": 11, "hidden": 16, "heads": 4, "head": 8, "rotary": 4, "kv_rank": 8, "expert_inner": 8}
+    return MoEConfig(**(sizes | {"blocks": 2, "experts": 4} | changes))
+
+
+def model(**changes):
+    torch.manual_seed(0)
+    return nn.Sequential(*[spec.build() for spec in layers(config(**changes))]).double()
+
+
+def test_rotary_products_depend_on_distance_alone():
+    x, y = torch.randn(2, 6, dtype=torch.float64)
+    turned_x, turned_y = (rotate(each.expand(1, 1, 9, 6), 10_000.0)[0, 0] for each in (x, y))
+    products = turned_x @ turned_y.T
+    for distance in range(-8, 9):
+        along = products.diagonal(distance)
+        torch.testing.assert_close(along, along[:1].expand_as(along))
+    assert not torch.allclose(products[0, 0], products[0, 5])
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{}, {"q_rank": 8}, {"attention": "grouped"}, {"attention": "grouped", "kv_heads": 2}, {"dense_blocks": 1}],
+)
+def test_no_token_sees_later_ones(changes):
+    net = model(**changes)
+    tokens = torch.randint(0, 11, (2, 7))
+    other = tokens.clone()
+    other[:, 4:] = (other[:, 4:] + 1) % 11
+    before, after = net(tokens), net(other)
+    torch.testing.assert_close(before[:, :4], after[:, :4])
+    assert not torch.allclose(before[:, 4:], after[:, 4:])
+
+
+def test_each_token_gets_the_weighted_sum_of_its_experts():
+    torch.manual_seed(0)
+    block = MoEBlock(config(shared_experts=0, top_k=2)).double()
+    x = torch.randn(2, 3, 16, dtype=torch.float64)
+    after = x + block.attention(block.norm1(x))
+    rows = block.norm2(after).flatten(0, 1)
+    routing = block.router(rows)
+    wanted = after.flatten(0, 1).clone()
+    for token, row in enumerate(rows):
+        for expert, weight in zip(routing.experts[token], routing.weights[token], strict=True):
+            gate, value = (row @ block.experts.up[expert]).chunk(2)
+            wanted[token] += weight * ((nn.functional.silu(gate) * value) @ block.experts.down[expert])
+    torch.testing.assert_close(block(x).flatten(0, 1), wanted)
+
+
+def test_biases_choose_but_do_not_weigh():
+    router = Router(config(top_k=2)).double()
+    x = torch.randn(50, 16, dtype=torch.float64)
+    router.bias[3] = 100.0
+    routing = router(x)
+    assert (routing.experts == 3).any(dim=1).all()
+    torch.testing.assert_close(routing.weights.sum(dim=1), torch.ones(50, dtype=torch.float64))
+    scores = nn.functional.linear(x, router.weight).sigmoid().gather(1, routing.experts)
+    torch.testing.assert_close(routing.weights, scores / scores.sum(dim=1, keepdim=True))
+
+
+def test_biases_move_against_the_load():
+    router = Router(config(top_k=1, bias_rate=0.5))
+    router.counts.copy_(torch.tensor([9.0, 3.0, 0.0, 0.0]))
+    rebalance(router, None)
+    assert router.bias.tolist() == [-0.5, 0.0, 0.5, 0.5]
+    assert router.load.tolist() == [9.0, 3.0, 0.0, 0.0] and not router.counts.any()
+
+
+def test_recomputation_and_evaluation_count_nothing():
+    router = Router(config(top_k=2))
+    x = torch.randn(5, 16, requires_grad=True)
+    checkpoint(lambda rows: router(rows).weights, x, use_reentrant=False).sum().backward()
+    assert router.counts.sum() == 10
+    router.eval()
+    router(x)
+    assert router.counts.sum() == 10
+
+
+def test_auxiliary_loss_is_least_for_even_loads():
+    router = Router(config(top_k=1, balancing="loss", loss_weight=2.0)).double()
+    with torch.no_grad():
+        router.weight.copy_(torch.eye(4, 16) * 50)
+    even = router(torch.eye(4, 16, dtype=torch.float64))
+    torch.testing.assert_close(even.loss, torch.full((1,), 2.0, dtype=torch.float64))
+    skewed = router(torch.eye(1, 16, dtype=torch.float64).expand(4, -1))
+    torch.testing.assert_close(skewed.loss, torch.full((1,), 8.0, dtype=torch.float64))
+    assert router.eval()(torch.eye(4, 16, dtype=torch.float64)).loss.item() == 0
+
+
+def test_the_loss_of_all_blocks_arrives_with_its_gradient():
+    net = model(balancing="loss", loss_weight=1.0)
+    tokens = torch.randint(0, 11, (2, 7))
+    logits, auxiliary = net(tokens)
+    loss((logits, auxiliary), tokens).backward()
+    whole = [block.router.weight.grad.clone() for block in net[1:3]]
+    net.zero_grad()
+    loss((net(tokens)[0], None), tokens).backward()
+    rest = [block.router.weight.grad for block in net[1:3]]
+    net.zero_grad()
+    net(tokens)[1].backward()
+    for total, part, block in zip(whole, rest, net[1:3], strict=True):
+        assert block.router.weight.grad.abs().max() > 0
+        torch.testing.assert_close(total, part + block.router.weight.grad)
+
+
+@pytest.mark.parametrize("sizes", [[3, 0, 4, 1], [0, 0, 8, 0], [0, 0, 0, 0]])
+def test_grouped_products_equal_single_ones(sizes):
+    rows, weight = torch.randn(sum(sizes), 8, requires_grad=True), torch.randn(4, 8, 12, requires_grad=True)
+    assert has_grouped_mm(rows, weight) and not has_grouped_mm(rows.double(), weight.double())
+    found = _grouped(rows, weight, sizes)
+    slow = _grouped(rows.double(), weight.double(), sizes)
+    torch.testing.assert_close(found, slow.float(), rtol=1e-5, atol=1e-5)
+    upstream = torch.randn_like(found)
+    grads = torch.autograd.grad(found, [rows, weight], upstream)
+    for grad, wanted in zip(grads, torch.autograd.grad(slow, [rows, weight], upstream.double()), strict=True):
+        torch.testing.assert_close(grad, wanted, rtol=1e-5, atol=1e-5)
+
+
+def test_weights_do_not_depend_on_who_holds_them():
+    def make(parallel, rank):
+        torch.manual_seed(5)
+        return Experts(config(expert_parallel=parallel), rank)
+
+    alone, shares = make(1, 0), [make(2, rank) for rank in range(2)]
+    assert torch.equal(alone.up, torch.cat([share.up for share in shares]))
+    assert not torch.equal(shares[0].up, shares[1].up)
+    assert not hasattr(alone.up, "allreduce") and not shares[0].up.allreduce
+    shares[0].load_state_dict(shares[1].state_dict())
+    assert torch.equal(shares[0].up, shares[1].up), "a share loads as it is"
+    shares[0].load_state_dict(alone.state_dict())
+    assert torch.equal(shares[0].up, alone.up[:2]), "of the whole a rank takes its share"
+
+
+def test_all_matrices_but_the_embedding_are_deferred():
+    net = model().float()
+    report = install(net, WeightGradStore())
+    net(torch.randint(0, 11, (2, 7)))
+    assert {reason for _, reason in report.not_deferred} == {"embedding", "bias, norm or other vector"}
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"experts": 5, "expert_parallel": 2}, "cannot be shared"),
+        ({"top_k": 9}, "top_k"),
+        ({"attention": "full"}, "latent, grouped"),
+        ({"kv_heads": 3}, "multiple of kv_heads"),
+        ({"rotary": 3}, "rotary must be even"),
+    ],
+)
+def test_sizes_that_do_not_fit(changes, message):
+    with pytest.raises(ConfigError, match=message):
+        config(**changes)
