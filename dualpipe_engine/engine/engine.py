@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from collections.abc import Iterator
 from typing import Any
 
@@ -103,7 +104,7 @@ class DualPipeEngine(Evaluation, Measuring):
         self.data_iterator: Iterator[Any] | None = None
         self.batch_fn = None
         self.agg_train_loss: torch.Tensor | None = None
-        self.agg_additional_losses = None
+        self.agg_additional_losses: OrderedDict[str, torch.Tensor] | None = None
         self.dp_group_loss = torch.zeros((), device=self.device)
         self._force_grad_boundary = False
         self._checked_stream = False
