@@ -17,6 +17,7 @@ FOREIGN = {
     "comm": {"torch"},
     "runtime": {"torch"},
     "engine": {"torch", "deepspeed", "pydantic", "numpy"},
+    "adapters": {"torch", "deepspeed", "transformers", "safetensors"},
 }
 
 
