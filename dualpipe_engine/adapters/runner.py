@@ -106,12 +106,12 @@ class Runner:
         return partial(self._pass, length, inject=number == self._start - 1)
 
     def _outside(self, path: str, *args: Any, **kwargs: Any) -> Any:
-        hidden = self._hidden if self._hidden is not None else first_tensor(args, kwargs)
-        return placeholder(self._shadows(path), hidden, args, kwargs)
+        hidden = self._hidden if self._hidden is not None else first_tensor(*args, **kwargs)
+        return placeholder(self._shadows(path), hidden, *args, **kwargs)
 
     def _pass(self, length: int, *args: Any, inject: bool, **kwargs: Any) -> Any:
-        hidden = self._received() if inject else first_tensor(args, kwargs)
+        hidden = self._received() if inject else first_tensor(*args, **kwargs)
         return (hidden, *[None] * (length - 1)) if length else hidden
 
     def _take(self, *args: Any, **kwargs: Any) -> Any:
-        raise Taken(first_tensor(args, kwargs))
+        raise Taken(first_tensor(*args, **kwargs))

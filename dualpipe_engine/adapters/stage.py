@@ -78,8 +78,8 @@ def materialize(module: nn.Module, device: torch.device) -> None:
     """Give storage to everything of `module` that is on the meta device, keeping ties between its parts."""
     seen: dict[int, torch.Tensor] = {}
     for part in module.modules():
-        held: dict[str, Any]
-        for held in (part._parameters, part._buffers):  # type: ignore[assignment]
+        tables: list[dict[str, Any]] = [part._parameters, part._buffers]  # type: ignore[list-item]
+        for held in tables:
             for key, tensor in held.items():
                 if tensor is None or not tensor.is_meta:
                     continue

@@ -83,14 +83,14 @@ class End(_Wrapped):
     """The last block of the model, after which the stage ends because another has the epilogue."""
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        raise Taken(first_tensor((self.block(*args, **kwargs),), {}))
+        raise Taken(first_tensor(self.block(*args, **kwargs)))
 
 
-def first_tensor(args: tuple[Any, ...], kwargs: dict[str, Any]) -> torch.Tensor:
+def first_tensor(*args: Any, **kwargs: Any) -> torch.Tensor:
     return next(leaf for leaf in pytree.tree_leaves((args, kwargs)) if isinstance(leaf, torch.Tensor))
 
 
-def placeholder(original: nn.Module, hidden: torch.Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+def placeholder(original: nn.Module, hidden: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
     """What `original` (a shadow) would return, with zeros for the tensors: shapes from a run on the meta device, dtype
     of floating-point tensors and device from `hidden`. Plain values are exact."""
 
