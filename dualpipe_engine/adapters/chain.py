@@ -61,7 +61,14 @@ def find_chain(model: nn.Module, inputs: Mapping[str, Any] | tuple[Any, ...]) ->
         ConfigError: the model is no single chain; the message says what stands against it.
     """
     meta = any(param.is_meta for param in model.parameters())
-    root = _trace(model, inputs, _without_weights(model, _row_of_blocks(model)) if meta else {})
+    try:
+        root = _trace(model, inputs, _without_weights(model, _row_of_blocks(model)) if meta else {})
+    except (RuntimeError, ValueError) as error:
+        if not meta:
+            raise
+        raise ConfigError(
+            f"the chain of {type(model).__name__} cannot be found without weights ({error}): pass the model itself"
+        ) from error
     blocks = _longest_run(root, model)
     if len(blocks) < 2:
         raise ConfigError(

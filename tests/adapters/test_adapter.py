@@ -124,6 +124,12 @@ def test_refusals_name_the_reason():
         get_model_adapter(Shared(), example_inputs=torch.randn(1, 6))
     with pytest.raises(ConfigError, match="example_inputs"):
         get_model_adapter(plain())
+    routed = models.config_of("mixtral")
+    routed.output_router_logits = True
+    with pytest.raises(ConfigError, match="output_router_logits=False"):
+        get_model_adapter(models.model_of(routed))
+    with pytest.raises(ConfigError, match="pass the model itself"):
+        get_model_adapter(config=models.config_of("resnet"))
     with pytest.raises(ConfigError, match="use at most 5"):
         get_model_adapter(plain(), example_inputs=torch.randn(1, 6)).partition(6)
 
