@@ -32,7 +32,7 @@ def get_model_adapter(
         model: a whole model, of transformers or any other whose blocks follow each other in a ModuleList or Sequential.
         config: instead, a transformers configuration: each stage gets fresh weights and no rank holds the whole model.
         folder: a folder with config.json and safetensors: each stage reads its own weights only.
-        example_inputs: of a model that is not of transformers: one small forward's arguments (tensor, tuple, dict).
+        example_inputs: for other than transformers models: the arguments of one small forward (tensor, tuple, dict).
 
     Raises:
         ConfigError: the model is no single chain; the message says why.
@@ -233,6 +233,7 @@ def _probe(model: nn.Module, inputs: Inputs, example: Any) -> dict[str, Any]:
     config = getattr(model, "config", None)
     main = inputs.names[0]
     device = next(model.parameters()).device
+    device = torch.device("cpu") if device.type == "meta" else device
     if main == "input_ids" and config is not None:
         return inputs.read(torch.ones(1, 4, dtype=torch.long, device=device))[0]
     if main == "pixel_values" and config is not None:

@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import nullcontext
 from dataclasses import dataclass, field
+from functools import partial
 from itertools import pairwise
 from typing import Any
 
 import torch
 from torch import nn
-from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils import _pytree as pytree
 
 from ..errors import ConfigError
+from .stubs import first_tensor, placeholder, shadow
 
 
 @dataclass(frozen=True)
@@ -61,7 +61,14 @@ def find_chain(model: nn.Module, inputs: Mapping[str, Any] | tuple[Any, ...]) ->
         ConfigError: the model is no single chain; the message says what stands against it.
     """
     meta = any(param.is_meta for param in model.parameters())
-    root = _trace(model, inputs, _row_of_blocks(model) if meta else ())
+    try:
+        root = _trace(model, inputs, _without_weights(model, _row_of_blocks(model)) if meta else {})
+    except (RuntimeError, ValueError) as error:
+        if not meta:
+            raise
+        raise ConfigError(
+            f"the chain of {type(model).__name__} cannot be found without weights ({error}): pass the model itself"
+        ) from error
     blocks = _longest_run(root, model)
     if len(blocks) < 2:
         raise ConfigError(
@@ -88,11 +95,12 @@ def _tensors(value: Any) -> Iterator[torch.Tensor]:
     return (leaf for leaf in pytree.tree_leaves(value) if isinstance(leaf, torch.Tensor))
 
 
-def _trace(model: nn.Module, inputs: Mapping[str, Any] | tuple[Any, ...], passed: tuple[str, ...]) -> _Call:
-    """The tree of module calls; the modules named in `passed` return their first argument instead of running."""
+def _trace(
+    model: nn.Module, inputs: Mapping[str, Any] | tuple[Any, ...], replaced: Mapping[str, Callable[..., Any]]
+) -> _Call:
+    """The tree of module calls; `replaced` are forwards that run in place of those of the modules named."""
     root = _Call("", [], 0)
     stack, clock, hooks = [root], [0], []
-    originals: dict[nn.Module, Any] = {}
 
     def enter(name: str) -> Callable[..., None]:
         def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -114,26 +122,38 @@ def _trace(model: nn.Module, inputs: Mapping[str, Any] | tuple[Any, ...], passed
             if name:
                 hooks.append(module.register_forward_pre_hook(enter(name), with_kwargs=True, prepend=True))
                 hooks.append(module.register_forward_hook(leave))
-            if name in passed:
-                originals[module] = module.__dict__.get("forward")
-                module.forward = _first  # type: ignore[method-assign]
+            if name in replaced:
+                module.forward = replaced[name]  # type: ignore[method-assign]
         model.eval()
-        # Fake tensors, of which masks ask no values.
-        fake: Any = FakeTensorMode(allow_non_fake_inputs=True) if passed else nullcontext()
-        with torch.random.fork_rng(devices=[]), torch.enable_grad(), fake:
+        with torch.random.fork_rng(devices=[]), torch.enable_grad():
             model(**inputs) if isinstance(inputs, Mapping) else model(*inputs)
     finally:
         for hook in hooks:
             hook.remove()
-        for module in originals:
-            del module.forward
+        for name in replaced:
+            vars(model.get_submodule(name)).pop("forward", None)
         for module, mode in training.items():
             module.training = mode
     return root
 
 
-def _first(*args: Any, **kwargs: Any) -> torch.Tensor:
-    return next(_tensors((args, kwargs)))
+def _without_weights(model: nn.Module, blocks: tuple[str, ...]) -> dict[str, Callable[..., Any]]:
+    """Forwards with which a model on the meta device runs on CPU tensors: blocks hand on their first argument, and
+    modules with weights or buffers of their own return zeros."""
+    replaced: dict[str, Callable[..., Any]] = dict.fromkeys(blocks, first_tensor)
+
+    def visit(module: nn.Module, name: str) -> None:
+        for key, child in module.named_children():
+            path = f"{name}.{key}" if name else key
+            if path in replaced:
+                continue
+            if child._parameters or child._buffers:
+                replaced[path] = partial(placeholder, shadow(child), torch.zeros(()))
+            else:
+                visit(child, path)
+
+    visit(model, "")
+    return replaced
 
 
 def _row_of_blocks(model: nn.Module) -> tuple[str, ...]:

@@ -50,7 +50,8 @@ class Weights:
     Args:
         model: the model, on the meta device.
         folder: of safetensors files; None makes fresh weights, as the model's own initialization does. Those of a
-            module depend on `torch.initial_seed()` and the module's name alone: every cut starts with the same model.
+            module depend on `torch.initial_seed()` and the module's name alone, so every cut starts with the same
+            model.
     """
 
     def __init__(self, model: nn.Module, folder: str | None) -> None:

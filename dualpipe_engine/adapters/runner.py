@@ -17,7 +17,7 @@ from torch import nn
 
 from .chain import Chain, ancestors
 from .messages import Inputs
-from .stubs import Border, Stub, Taken, first_tensor, placeholder
+from .stubs import End, Inject, Stub, Taken, first_tensor, placeholder
 
 
 class Span(NamedTuple):
@@ -51,7 +51,8 @@ class Runner:
         span: Span,
     ) -> None:
         self._chain, self._shadows, self._inputs = chain, shadows, inputs
-        self._start, self._stop, self._first, self._last = span
+        self._start, self._stop, self._first = span.start, span.stop, span.first
+        self._ends = span.stop == len(chain.blocks) > span.start and not span.last
         self._hidden: torch.Tensor | None = None
         above = ancestors((*chain.prologue, *chain.blocks, *chain.epilogue, *owned))
         self.model = self._rebuilt(model, "", above, owned)
@@ -88,16 +89,12 @@ class Runner:
         if child is None:
             return None
         if path in owned:
-            return self._bordered(path, owned[path])
+            if path == self._chain.blocks[0] and not self._first:
+                return Inject(owned[path], self._received)
+            return End(owned[path]) if path == self._chain.blocks[-1] and self._ends else owned[path]
         if path in above:
             return self._rebuilt(child, path, above, owned)
         return Stub(self._shadows(path), self._behaviour(path))
-
-    def _bordered(self, path: str, module: nn.Module) -> nn.Module:
-        blocks = self._chain.blocks
-        inject = not self._first and self._start == 0 and self._stop > 0 and path == blocks[0]
-        ends = not self._last and self._stop == len(blocks) and path == blocks[-1]
-        return Border(module, self._received if inject else None, ends) if inject or ends else module
 
     def _behaviour(self, path: str) -> Callable[..., Any]:
         if path not in self._chain.blocks:
@@ -109,12 +106,12 @@ class Runner:
         return partial(self._pass, length, inject=number == self._start - 1)
 
     def _outside(self, path: str, *args: Any, **kwargs: Any) -> Any:
-        hidden = self._hidden if self._hidden is not None else first_tensor(args, kwargs)
-        return placeholder(self._shadows(path), hidden, args, kwargs)
+        hidden = self._hidden if self._hidden is not None else first_tensor(*args, **kwargs)
+        return placeholder(self._shadows(path), hidden, *args, **kwargs)
 
     def _pass(self, length: int, *args: Any, inject: bool, **kwargs: Any) -> Any:
-        hidden = self._received() if inject else first_tensor(args, kwargs)
+        hidden = self._received() if inject else first_tensor(*args, **kwargs)
         return (hidden, *[None] * (length - 1)) if length else hidden
 
     def _take(self, *args: Any, **kwargs: Any) -> Any:
-        raise Taken(first_tensor(args, kwargs))
+        raise Taken(first_tensor(*args, **kwargs))

@@ -78,7 +78,8 @@ def materialize(module: nn.Module, device: torch.device) -> None:
     """Give storage to everything of `module` that is on the meta device, keeping ties between its parts."""
     seen: dict[int, torch.Tensor] = {}
     for part in module.modules():
-        for held in (part._parameters, part._buffers):
+        tables: list[dict[str, Any]] = [part._parameters, part._buffers]  # type: ignore[list-item]
+        for held in tables:
             for key, tensor in held.items():
                 if tensor is None or not tensor.is_meta:
                     continue
@@ -87,4 +88,4 @@ def materialize(module: nn.Module, device: torch.device) -> None:
                     if isinstance(tensor, nn.Parameter):
                         made = nn.Parameter(made, requires_grad=tensor.requires_grad)
                     seen[id(tensor)] = made
-                held[key] = seen[id(tensor)]  # type: ignore[assignment]
+                held[key] = seen[id(tensor)]

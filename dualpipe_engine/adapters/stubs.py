@@ -54,41 +54,43 @@ class Stub(nn.Module):
         return getattr(self.__dict__["_original"], name)
 
 
-class Border(nn.Module):
-    """A block at the border of a stage.
+class _Wrapped(nn.Module):
+    """A block of this stage, wrapped; attributes are the block's."""
 
-    Args:
-        block: runs.
-        received: gives the received hidden state, which takes the place of the first argument; None: nothing does.
-        ends: the stage ends here although no other block follows: the output is taken.
-    """
-
-    def __init__(self, block: nn.Module, received: Callable[[], torch.Tensor] | None, ends: bool) -> None:
+    def __init__(self, block: nn.Module) -> None:
         super().__init__()
         self.block = block
-        self.__dict__["_received"], self.__dict__["_ends"] = received, ends
-
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        received = self.__dict__["_received"]
-        if received is not None and args:
-            args = (received(), *args[1:])
-        elif received is not None:
-            kwargs[next(iter(kwargs))] = received()
-        output = self.block(*args, **kwargs)
-        if self.__dict__["_ends"]:
-            raise Taken(first_tensor((output,), {}))
-        return output
 
     def __getattr__(self, name: str) -> Any:
-        own = self.__dict__
-        return own["_modules"]["block"] if name == "block" else own.get(name) or getattr(self.block, name)
+        block = self.__dict__["_modules"]["block"]
+        return block if name == "block" else getattr(block, name)
 
 
-def first_tensor(args: tuple[Any, ...], kwargs: dict[str, Any]) -> torch.Tensor:
+class Inject(_Wrapped):
+    """The first block of the model, given the received hidden state in place of its first argument."""
+
+    def __init__(self, block: nn.Module, received: Callable[[], torch.Tensor]) -> None:
+        super().__init__(block)
+        self.__dict__["_received"] = received
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        if args:
+            return self.block(self._received(), *args[1:], **kwargs)
+        return self.block(**(kwargs | {next(iter(kwargs)): self._received()}))
+
+
+class End(_Wrapped):
+    """The last block of the model, after which the stage ends because another has the epilogue."""
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        raise Taken(first_tensor(self.block(*args, **kwargs)))
+
+
+def first_tensor(*args: Any, **kwargs: Any) -> torch.Tensor:
     return next(leaf for leaf in pytree.tree_leaves((args, kwargs)) if isinstance(leaf, torch.Tensor))
 
 
-def placeholder(original: nn.Module, hidden: torch.Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+def placeholder(original: nn.Module, hidden: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
     """What `original` (a shadow) would return, with zeros for the tensors: shapes from a run on the meta device, dtype
     of floating-point tensors and device from `hidden`. Plain values are exact."""
 

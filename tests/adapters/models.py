@@ -20,15 +20,72 @@ TEXT = {
 }
 
 
+MOE = TEXT | {"num_experts_per_tok": 2, "moe_intermediate_size": 24, "router_aux_loss_coef": 0.1}
+VISION = {"hidden_size": 32, "num_hidden_layers": BLOCKS, "num_attention_heads": 4, "intermediate_size": 48}
+VISION |= {"image_size": 32, "patch_size": 8, "num_labels": 3}
+BERT = {key: value for key, value in TEXT.items() if key != "num_key_value_heads"}
+NO_DROPOUT = {"resid_pdrop": 0, "embd_pdrop": 0, "attn_pdrop": 0}
+
+#: name -> (configuration class, model class, settings)
+KINDS = {
+    "gpt2": (
+        "GPT2Config",
+        "GPT2LMHeadModel",
+        {"vocab_size": VOCABULARY, "n_embd": 32, "n_layer": BLOCKS, "n_head": 4, "n_positions": 32, **NO_DROPOUT},
+    ),
+    "llama": ("LlamaConfig", "LlamaForCausalLM", TEXT),
+    "llama_tied": ("LlamaConfig", "LlamaForCausalLM", TEXT | {"tie_word_embeddings": True}),
+    "mistral": ("MistralConfig", "MistralForCausalLM", TEXT | {"sliding_window": 3}),
+    "qwen2": ("Qwen2Config", "Qwen2ForCausalLM", TEXT),
+    "qwen3": ("Qwen3Config", "Qwen3ForCausalLM", TEXT | {"head_dim": 8}),
+    "gemma2": ("Gemma2Config", "Gemma2ForCausalLM", TEXT | {"head_dim": 8, "sliding_window": 3}),
+    "gemma3": ("Gemma3TextConfig", "Gemma3ForCausalLM", TEXT | {"head_dim": 8, "sliding_window": 3}),
+    "phi3": ("Phi3Config", "Phi3ForCausalLM", TEXT),
+    "gpt_neox": ("GPTNeoXConfig", "GPTNeoXForCausalLM", BERT),
+    "mixtral": ("MixtralConfig", "MixtralForCausalLM", MOE | {"num_local_experts": 4}),
+    "qwen3_moe": ("Qwen3MoeConfig", "Qwen3MoeForCausalLM", MOE | {"num_experts": 4, "head_dim": 8}),
+    "deepseek_v3": (
+        "DeepseekV3Config",
+        "DeepseekV3ForCausalLM",
+        MOE
+        | {"n_routed_experts": 8, "n_group": 2, "topk_group": 1, "first_k_dense_replace": 1, "num_key_value_heads": 4}
+        | {"kv_lora_rank": 16, "q_lora_rank": 16, "qk_rope_head_dim": 8, "qk_nope_head_dim": 8, "v_head_dim": 8},
+    ),
+    "gpt_oss": (
+        "GptOssConfig",
+        "GptOssForCausalLM",
+        TEXT | {"num_local_experts": 4, "num_experts_per_tok": 2, "head_dim": 8, "sliding_window": 3},
+    ),
+    "bert": ("BertConfig", "BertForMaskedLM", BERT),
+    "bert_classes": ("BertConfig", "BertForTokenClassification", BERT | {"num_labels": VOCABULARY}),
+    "modernbert": ("ModernBertConfig", "ModernBertForMaskedLM", BERT),
+    "vit": ("ViTConfig", "ViTForImageClassification", VISION),
+    "dinov2": ("Dinov2Config", "Dinov2ForImageClassification", VISION),
+    "resnet": (
+        "ResNetConfig",
+        "ResNetForImageClassification",
+        {"embedding_size": 8, "hidden_sizes": [8, 16, 16, 16], "depths": [1, 1, 2, 1], "layer_type": "basic"}
+        | {"num_labels": 3},
+    ),
+    "convnext": (
+        "ConvNextConfig",
+        "ConvNextForImageClassification",
+        {"hidden_sizes": [8, 8, 16, 16], "depths": [1, 1, 2, 1], "image_size": 64, "num_labels": 3},
+    ),
+    "swin": (
+        "SwinConfig",
+        "SwinForImageClassification",
+        {"embed_dim": 8, "depths": [1, 1, 2, 1], "num_heads": [2, 2, 2, 2], "window_size": 2, "image_size": 64}
+        | {"patch_size": 4, "num_labels": 3},
+    ),
+}
+NAMES = sorted(KINDS)
+
+
 def config_of(name):
-    if name == "gpt2":
-        return transformers.GPT2Config(
-            vocab_size=VOCABULARY, n_embd=32, n_layer=BLOCKS, n_head=4, n_positions=32, resid_pdrop=0, embd_pdrop=0,
-            attn_pdrop=0, bos_token_id=0, eos_token_id=0, architectures=["GPT2LMHeadModel"],
-        )  # fmt: skip
-    if name == "llama":
-        return transformers.LlamaConfig(**TEXT, architectures=["LlamaForCausalLM"])
-    raise ValueError(name)
+    kind, model, settings = KINDS[name]
+    ends = {"bos_token_id": 1, "eos_token_id": 2} if "vocab_size" in settings else {}
+    return getattr(transformers, kind)(**settings, **ends, architectures=[model])
 
 
 def model_of(config):
@@ -81,7 +138,7 @@ def train_whole(name, micros, steps=3):
             inputs, labels = next(data)
             loss = model(**inputs, labels=labels).loss / micros
             loss.backward()
-            total += float(loss)
+            total += loss.item()
         optimizer.step()
         optimizer.zero_grad()
         losses.append(total)
