@@ -257,7 +257,7 @@ def test_a_comparison_without_micro_batches_says_so(capsys):
 
 
 def test_memory(tmp_path, capsys):
-    """2 bytes of weights, 4 of gradients, 12 of Adam and master weights a parameter, those over 2 copies in dualpipe"""
+    """2 bytes of weights, 4 of gradients, 12 of Adam with master weights a parameter; these 12 shared in dualpipe."""
     config = tmp_path / "ds.json"
     text = {"bf16": {"enabled": True}, "data_types": {"grad_accum_dtype": "fp32"}, "zero_optimization": {"stage": 1}}
     config.write_text(json.dumps(text | {"gradient_accumulation_steps": 8}))

@@ -26,9 +26,10 @@ def test_computed_bytes_are_measured(ranks, schedule, shape):
     for rank in ranks.run(4, memory_runs.many, cases=cases):
         for name, (measured, computed, waiting) in rank.items():
             assert measured.weights == computed.weights, name
-            # Partitions are padded. Under ZeRO-1 a stage may be reduced before the rank's other stage has gradients.
-            least = 0.5 if "ZeRO-1" in name and schedule else 0.99
-            assert least * computed.gradients <= measured.gradients <= 1.01 * computed.gradients + waiting, name
+            # Partitions are padded. Under ZeRO-1 one stage of a rank may have left for the fp32 partition, which holds
+            # less than the rank's weights in fp32, before or after the other has gradients.
+            least, most = (0.5, 1.51) if "ZeRO-1" in name and schedule else (0.99, 1.01)
+            assert least * computed.gradients <= measured.gradients <= most * computed.gradients + waiting, name
             assert measured.optimizer == pytest.approx(computed.optimizer, rel=0.01), name
 
 
