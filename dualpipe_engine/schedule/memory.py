@@ -13,8 +13,8 @@ What a DeepSpeed configuration keeps for a parameter, in bytes (`low`: 2 in bf16
 `copies` are the ranks that hold the same stages: the replicas, and twice as many in the bidirectional placement; the 4
 of the optimizer is the fp32 master weight. Left out is what lives for one op only: the gradient that a backward has
 just made (vectors and embedding tables: from I to W), and buffers of transfers and reductions. Under ZeRO-1 it can be
-less, or up to 4 / copies more: a stage leaves for the fp32 partition while the rank's other stage runs. DeepSpeed's own engine
-keeps the bf16 gradient of the last micro-batch beside the sum, so there it is 2 more.
+less, or up to 4 / copies more: a stage leaves for the fp32 partition while the rank's other stage runs. DeepSpeed's own
+engine keeps the bf16 gradient of the last micro-batch beside the sum, so there it is 2 more.
 """
 
 from __future__ import annotations
