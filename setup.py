@@ -48,7 +48,7 @@ setup(
     extras_require={
         "hf": HF,
         "lightning": LIGHTNING,
-        "test": ["pytest", "hypothesis", "ruff", "mypy", *HF, *LIGHTNING],
+        "test": ["pytest", "hypothesis", "ruff", "mypy", "tensorboard", *HF, *LIGHTNING],
     },
     entry_points={"console_scripts": ["dualpipe = dualpipe_engine.cli:main"]},
 )
