@@ -27,7 +27,7 @@ def extension():
     return {"ext_modules": [helper], "cmdclass": {"build_ext": OptionalBuild}}
 
 
-INTEGRATIONS = ["dualpipe_engine.integrations", "dualpipe_engine.integrations.lightning"]
+INTEGRATIONS = [f"dualpipe_engine.integrations{part}" for part in ("", ".lightning", ".transformers")]
 HF = ["transformers>=5", "accelerate", "peft", "safetensors"]
 LIGHTNING = ["lightning>=2.6"]
 
@@ -48,7 +48,7 @@ setup(
     extras_require={
         "hf": HF,
         "lightning": LIGHTNING,
-        "test": ["pytest", "hypothesis", "ruff", "mypy", *HF, *LIGHTNING],
+        "test": ["pytest", "hypothesis", "ruff", "mypy", "tensorboard", *HF, *LIGHTNING],
     },
     entry_points={"console_scripts": ["dualpipe = dualpipe_engine.cli:main"]},
 )

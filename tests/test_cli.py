@@ -254,3 +254,27 @@ def test_whole_jobs_as_json(capsys):
 def test_a_comparison_without_micro_batches_says_so(capsys):
     assert main(["compare", "--ranks", "4"]) == 2
     assert "--micro-batches" in capsys.readouterr().err
+
+
+def test_memory(tmp_path, capsys):
+    """2 bytes of weights, 4 of gradients, 12 of Adam with master weights a parameter; these 12 shared in dualpipe."""
+    config = tmp_path / "ds.json"
+    text = {"bf16": {"enabled": True}, "data_types": {"grad_accum_dtype": "fp32"}, "zero_optimization": {"stage": 1}}
+    config.write_text(json.dumps(text | {"gradient_accumulation_steps": 8}))
+    base = ["memory", "--config", str(config), "--ranks", "4", "--params-per-stage", "1e3", "--activation-bytes", "10"]
+    assert main([*base, "--format", "json"]) == 0
+    rows = {row["schedule"]: row["ranks"] for row in json.loads(capsys.readouterr().out)["schedules"]}
+    wanted = {"weights": 4000, "gradients": 8000, "optimizer": 12000, "activations": 50, "total": 24050}
+    assert all({**rank, "activations": 50, "total": 24050} == wanted for rank in rows["dualpipe"])
+    assert rows["1f1b"][0] == {
+        "weights": 2000,
+        "gradients": 4000,
+        "optimizer": 12000,
+        "activations": 40,
+        "total": 18040,
+    }
+    assert main(base) == 0
+    assert "dualpipe" in capsys.readouterr().out
+    config.write_text('{"zero_optimization": {"stage": 3}}')
+    assert main([*base, "--micro-batches", "8"]) == 2
+    assert "ZeRO 0, 1 or 2" in capsys.readouterr().err

@@ -28,6 +28,7 @@ FOREIGN = {
     "runtime": {"torch"},
     "models": {"torch", "deepspeed"},
     "engine": {"torch", "deepspeed", "pydantic", "numpy"},
+    "adapters": {"torch", "deepspeed", "transformers", "safetensors"},
     "compat": {"torch"},
 }
 #: What a package beside the layers may import; compat re-exports the integrations.

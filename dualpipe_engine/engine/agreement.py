@@ -29,13 +29,17 @@ _PLAIN = (int, float, str, bool, type(None))
 def agree_on_job(settings: dict[str, Any], module: PipelineModule) -> None:
     """Compare the configuration and the layers of all ranks. Collective over all ranks.
 
+    Arguments of layers are compared within each replica of the pipeline: replicas that share experts differ in them.
+
     Raises:
         ConfigError: ranks differ; the keys and layers, their values and the ranks are named, the same on every rank.
     """
+    grid = module._grid
+    replica = f" of replica {grid.data_parallel_id}" if grid.data_parallel_size > 1 else ""
+    _compare({f"layer {number}{replica}": _layer(spec) for number, spec in enumerate(module._layer_specs)})
     kept = {key: value for key, value in settings.items() if key not in _REPORTING}
     facts = {f"configuration key {name}": repr(value) for name, value in _flat(kept)}
-    for number, spec in enumerate(module._layer_specs):
-        facts[f"layer {number}"] = _layer(spec)
+    facts |= {f"layer {number}": _kind(spec) for number, spec in enumerate(module._layer_specs)}
     _compare(facts, missing="absent")
 
 
@@ -61,15 +65,20 @@ def _flat(section: dict[str, Any], path: str = "") -> Iterator[tuple[str, Any]]:
             yield path + str(key), value
 
 
+def _kind(spec: Any) -> str:
+    if isinstance(spec, LayerSpec):
+        return getattr(spec.typename, "__qualname__", str(spec.typename))
+    return getattr(spec, "__qualname__", type(spec).__qualname__)
+
+
 def _layer(spec: Any) -> str:
     """A layer as text that does not depend on the process: its kind and the plain ones of its arguments."""
     if not isinstance(spec, LayerSpec):
-        return getattr(spec, "__qualname__", type(spec).__qualname__)
+        return _kind(spec)
     shown = [repr(each) for each in spec.module_args if isinstance(each, _PLAIN)]
     shown += [f"{key}={each!r}" for key, each in spec.module_kwargs.items() if isinstance(each, _PLAIN)]
-    kind = getattr(spec.typename, "__qualname__", str(spec.typename))
     tied = f", tied as {spec.key!r}" if isinstance(spec, TiedLayerSpec) else ""
-    return f"{kind}({', '.join(shown)}){tied}"
+    return f"{_kind(spec)}({', '.join(shown)}){tied}"
 
 
 def _compare(facts: dict[str, str], missing: str | None = None) -> None:

@@ -113,6 +113,9 @@ class AfterSchedule:
     def buffers(self) -> list[torch.Tensor]:
         return []
 
+    def held(self) -> list[torch.Tensor]:
+        return []
+
     def _fill_missing(self) -> None:
         """Zero gradients where this rank ran no backward, so that all copies of a stage reduce the same tensors."""
         if self._engine.using_bf16_optimizer:

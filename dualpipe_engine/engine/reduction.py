@@ -38,6 +38,9 @@ class Reduction(Protocol):
     def buffers(self) -> list[Tensor]:
         """Gradients that are held elsewhere than in the parameters' own attributes."""
 
+    def held(self) -> list[Tensor]:
+        """Of these the ones that stay until the step."""
+
 
 class StageParams:
     """The trained parameters of a rank, by when their gradients are complete.
@@ -117,6 +120,9 @@ class AllReduce:
 
     def buffers(self) -> list[Tensor]:
         return self._lane.buffers
+
+    def held(self) -> list[Tensor]:
+        return [] if self._sums else self._lane.buffers  # what they hold goes back to the parameters
 
     def _take(self, param: nn.Parameter, keep: bool = False) -> Tensor:
         """The local gradient, zeros where this rank ran no backward; unless `keep`, `param.grad` is given up."""

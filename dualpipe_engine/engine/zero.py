@@ -115,6 +115,9 @@ class PartitionedReduction:
             self._hand_over(index)
         self._partitions.clear()
 
+    def held(self) -> list[Tensor]:
+        return list(self._partitions.values())
+
     def buffers(self) -> list[Tensor]:
         return [*self._lane.buffers, *self._partitions.values()]
 

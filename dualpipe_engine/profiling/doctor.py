@@ -315,8 +315,8 @@ def _split(case: _Case) -> Finding | None:
         max(rank.bubble for rank in case.pipeline),
         gain,
         f"only {share:.0%} of the weights have their gradient in W, so I is long and W fills little of the bubble.",
-        "See the log after the first batch for the layers that are not split; a layer of your own can leave its weight "
-        "gradient in engine.weight_grad_store.",
+        "See the log after the first batch for the layers that are not split; a layer of your own that has an "
+        "attribute `weight_grad_store` gets the store for its weight gradients there.",
     )
 
 

@@ -22,6 +22,8 @@ from .weight_grad_mode import SplitMode
 from .weight_grad_ops import FusedWgrad, Linear
 from .weight_grad_split import Contribution, accumulate, split
 
+_OWN = "weight_grad_store"
+
 
 class WeightGradStore:
     """Collects the weight gradients that a backward leaves out. One store serves all stages of a rank.
@@ -89,6 +91,9 @@ def install(module: nn.Module, store: WeightGradStore) -> DeferReport:
     not see the mode of a container, for which they would be compiled again. Parameters that are frozen now and trained
     later need another `install`. A copy or a pickle of an installed module is not installed.
 
+    A module that has an attribute `weight_grad_store` (None at first) gets the store there and may defer by itself:
+    while `weight_grad_store.deferring`, its backward gives `put` a closure that adds to the gradient of the weight.
+
     Returns:
         A report that is up to date whenever it is read; it is empty before the first forward.
     """
@@ -96,6 +101,8 @@ def install(module: nn.Module, store: WeightGradStore) -> DeferReport:
     mode = SplitMode(store)
     left_alone = _opaque(module)
     for part in module.modules():
+        if hasattr(part, _OWN):
+            setattr(part, _OWN, store)
         if part in left_alone:
             continue
         if isinstance(part, nn.Linear) and part.forward == nn.Linear.forward.__get__(part):
@@ -108,6 +115,8 @@ def install(module: nn.Module, store: WeightGradStore) -> DeferReport:
 def uninstall(module: nn.Module) -> None:
     """Undo `install`."""
     for part in module.modules():
+        if hasattr(part, _OWN):
+            setattr(part, _OWN, None)
         if isinstance(vars(part).get("forward"), _Forward):
             vars(part)["forward"].remove()
 

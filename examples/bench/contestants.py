@@ -100,22 +100,22 @@ def best_plan(job: Job, schedule: str) -> tuple[Plan, float]:
 
 def ours(job: Job, schedule: str) -> tuple[Callable[[], Any], float, str]:
     """This engine with a named schedule or "auto"; also the simulated makespan and the schedule that runs."""
-    with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory() as own:
+        box = [own]
+        dist.broadcast_object_list(box, src=0)  # one folder for all ranks
+        folder = Path(box[0])
         if schedule == "auto":
-            box = [folder]
-            dist.broadcast_object_list(box, src=0)  # one file for all ranks
             layers = job.ranks if job.times.fb is not None else 2 * job.ranks
-            keys = {"schedule": "auto", "costs": str(Path(box[0]) / "costs.json")}
+            keys = {"schedule": "auto", "costs": str(folder / "costs.json")}
         else:
             plan, _ = best_plan(job, schedule)
-            path = Path(folder) / "plan.json"
-            path.write_text(plan.to_json())
+            path = folder / "plan.json"
+            if dist.get_rank() == 0:
+                path.write_text(plan.to_json())
+            dist.barrier()
             layers, keys = plan.placement.num_stages, {"schedule": str(path)}
         engine = deepspeed_engine(job, dualpipe_engine.initialize, layers, **keys)
         dist.barrier()
-    for layer in engine.module.modules():
-        if hasattr(layer, "times"):
-            layer.store = engine.weight_grad_store
     costs = job.costs.for_placement(engine.plan.placement)
     makespan = simulate(engine.plan.compute_only(), costs).makespan
     data = micro_batches()

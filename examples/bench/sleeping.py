@@ -102,8 +102,8 @@ class _Deferred(torch.autograd.Function):
             weight.grad = found if weight.grad is None else weight.grad + found
 
         stage.times.sleep("i")
-        if stage.store.deferring:
-            stage.store.put(weight_gradient)
+        if stage.weight_grad_store.deferring:
+            stage.weight_grad_store.put(weight_gradient)
         else:
             weight_gradient()
         return grad * weight.detach(), None, None
@@ -112,18 +112,18 @@ class _Deferred(torch.autograd.Function):
 class SleepingStage(nn.Module):
     """y = x * weight, [rows, WIDTH], slowly.
 
-    Without a `store` the weight gradient is a node of its own in the autograd graph, which autograd runs with the rest
-    of the backward and torch.distributed.pipelining runs apart. With one (dualpipe_engine's) it is deferred.
+    Without a `weight_grad_store` the weight gradient is a node of its own in the autograd graph, which autograd runs
+    with the rest of the backward and torch.distributed.pipelining runs apart. With one it is deferred.
     """
 
     def __init__(self, times: Times) -> None:
         super().__init__()
         self.times = times
-        self.store: Any = None
+        self.weight_grad_store: Any = None  # dualpipe_engine sets it
         self.weight = nn.Parameter(torch.ones(WIDTH))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        if self.store is not None:
+        if self.weight_grad_store is not None:
             return _Deferred.apply(x, self.weight, self)
         return _Input.apply(x, self.times) * _Weight.apply(self.weight, self.times)
 

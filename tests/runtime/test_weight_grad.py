@@ -111,6 +111,18 @@ def test_store_hands_over_in_order_and_once() -> None:
     assert not store.deferring
 
 
+def test_a_module_that_asks_for_the_store_gets_it() -> None:
+    class Own(nn.Module):
+        weight_grad_store: Any = None
+
+    stage, store = nn.Sequential(Own(), nn.Linear(2, 2)), WeightGradStore()
+    install(stage, store)
+    assert stage[0].weight_grad_store is store
+    assert not hasattr(stage[1], "weight_grad_store")
+    uninstall(stage)
+    assert stage[0].weight_grad_store is None
+
+
 def test_user_closures_run_without_a_graph() -> None:
     """Gradients that need gradients would break what clips and reduces them in place."""
     store, x, seen = WeightGradStore(), torch.ones(2, requires_grad=True), []

@@ -1,0 +1,246 @@
+"""ModelAdapter: a whole model as pipeline stages or as the layers of a `deepspeed.pipe.PipelineModule`."""
+
+from __future__ import annotations
+
+import copy
+import inspect
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..errors import ConfigError
+from .chain import Chain, ancestors, find_chain
+from .loading import Weights, empty_model
+from .losses import own_loss
+from .messages import Inputs
+from .registry import added_adapter, refuse_unfit
+from .runner import Runner, Span
+from .stage import Stage
+from .stubs import shadow
+
+TIED = "ends"  #: key of the TiedLayerSpec of a model whose first and last piece share weights
+
+
+def get_model_adapter(
+    model: nn.Module | None = None, *, config: Any = None, folder: str | None = None, example_inputs: Any = None
+) -> Any:
+    """The adapter of a model.
+
+    Args:
+        model: a whole model, of transformers or any other whose blocks follow each other in a ModuleList or Sequential.
+        config: instead, a transformers configuration: each stage gets fresh weights and no rank holds the whole model.
+        folder: a folder with config.json and safetensors: each stage reads its own weights only.
+        example_inputs: for other than transformers models: the arguments of one small forward (tensor, tuple, dict).
+
+    Raises:
+        ConfigError: the model is no single chain; the message says why.
+        MissingExtraError: `config` or `folder` without transformers installed.
+    """
+    weights = None
+    if model is None:
+        model = empty_model(config, folder)
+        weights = Weights(model, folder)
+    make = added_adapter(model)
+    if make is not None:
+        return make(model)
+    return ModelAdapter(model, weights=weights, example_inputs=example_inputs)
+
+
+class ModelAdapter:
+    """Cuts a model into pieces that run the model's own forward.
+
+    Args:
+        model: the whole model; on the meta device with `weights`. Pieces share its modules, if it has weights.
+        weights: fills pieces of a model on the meta device.
+        example_inputs: see `get_model_adapter`.
+        chain: of the model; None finds it by a probe forward.
+
+    Raises:
+        ConfigError: the model is no single chain.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        *,
+        weights: Weights | None = None,
+        example_inputs: Any = None,
+        chain: Chain | None = None,
+    ) -> None:
+        refuse_unfit(model)
+        self.model, self._weights = model, weights
+        self._inputs = _inputs(model)
+        self.chain = chain or find_chain(model, _probe(model, self._inputs, example_inputs))
+        self._shadows: dict[str, nn.Module] = {}
+        above = ancestors((*self.chain.prologue, *self.chain.blocks, *self.chain.epilogue))
+        self._kept, self._unused = self._rest(above)
+
+    @property
+    def loss_fn(self) -> Callable[[Any, Any], torch.Tensor]:
+        """The model's own loss as `loss_fn(output, labels)`.
+
+        Raises:
+            ConfigError: its class has none that is known.
+        """
+        return own_loss(self.model)
+
+    @property
+    def tied(self) -> bool:
+        """Whether prologue and epilogue share weights."""
+        return bool(_ids(self.model, self.chain.prologue) & _ids(self.model, self.chain.epilogue))
+
+    def partition(self, num_partitions: int) -> list[Stage]:
+        """The model as stages: `output = stages[-1](...(stages[0](batch)))`.
+
+        Args:
+            num_partitions: stages, at most one a block.
+
+        Raises:
+            ConfigError: there are fewer blocks than stages.
+        """
+        return [self.stage(index, num_partitions) for index in range(num_partitions)]
+
+    def stage(self, index: int, num_partitions: int) -> Stage:
+        """One of the stages of `partition`; nothing is built or read for the others."""
+        blocks = len(self.chain.blocks)
+        if not 1 <= num_partitions <= blocks:
+            raise ConfigError(f"{blocks} blocks cannot fill {num_partitions} stages: use at most {blocks}")
+        each, more = divmod(blocks, num_partitions)
+        start = index * each + min(index, more)
+        span = Span(start, start + each + (index < more), index == 0, index == num_partitions - 1)
+        built = Stage(self, (span,))
+        built.fill()
+        return built
+
+    def to_layer_specs(self) -> list[Any]:
+        """The layers for a PipelineModule: prologue, blocks, epilogue.
+
+        Prologue and epilogue of a model with tied weights are one `TiedLayerSpec`: a rank at either end holds both, and
+        their gradients are added up. The parameters of layer i are called `i.<name in the model>`. Layers keep the
+        class names of the blocks, for `partition_method="type:..."`, between `Embedding` and `Head`.
+
+        Use `loss_fn`, or one of your own over the last layer's logits, as the PipelineModule's.
+        """
+        from deepspeed.pipe import LayerSpec, TiedLayerSpec
+
+        count = len(self.chain.blocks)
+        begin, end = Span(0, 0, True, False), Span(count, count, False, True)
+        names = [type(self.model.get_submodule(name)).__name__ for name in self.chain.blocks]
+        kinds = {name: type(name, (Stage,), {}) for name in {*names, "Embedding", "Head", "EmbeddingAndHead"}}
+        middle = [
+            LayerSpec(kinds[name], self, (Span(index, index + 1, False, False),)) for index, name in enumerate(names)
+        ]
+        if not self.tied:
+            return [LayerSpec(kinds["Embedding"], self, (begin,)), *middle, LayerSpec(kinds["Head"], self, (end,))]
+        owned = self.names_of((begin, end))
+        weights = [name for name, _ in self.model.named_parameters() if _within(name, owned)]
+        both = (TIED, kinds["EmbeddingAndHead"], self, (begin, end))
+        return [
+            TiedLayerSpec(*both, tied_weight_attr=weights),
+            *middle,
+            TiedLayerSpec(*both, forward_fn=Stage.finish, tied_weight_attr=weights),
+        ]
+
+    # -- for stages ----------------------------------------------------------------------------------------------
+
+    def names_of(self, spans: tuple[Span, ...]) -> list[str]:
+        """The modules with weights that a stage owns, in the order of the model."""
+        names: dict[str, None] = {}
+        for span in spans:
+            if span.first:
+                names |= dict.fromkeys((*self.chain.prologue, *self._unused))
+            names |= dict.fromkeys(self.chain.blocks[span.start : span.stop])
+            if span.last:
+                names |= dict.fromkeys(self.chain.epilogue)
+        return [name for name, _ in self.model.named_modules(remove_duplicate=False) if name in names]
+
+    def modules_of(self, spans: tuple[Span, ...]) -> dict[str, nn.Module]:
+        """Those modules, and copies of the modules without weights that every stage runs, by name."""
+        memo: dict[int, Any] = {}
+        owned = {}
+        for name in self.names_of(spans):
+            module = self.model.get_submodule(name)
+            owned[name] = module if self._weights is None else copy.deepcopy(module, memo)
+        return owned | {
+            name: copy.deepcopy(self.model.get_submodule(name), memo) for name in self._kept if name not in owned
+        }
+
+    def runner(self, span: Span, owned: dict[str, nn.Module]) -> Runner:
+        return Runner(self.model, self.chain, owned, self._shadow, self._inputs, span)
+
+    def fill(self, stage: Stage) -> None:
+        """Give weights to a stage of a model on the meta device."""
+        if self._weights is not None:
+            self._weights.fill(stage)
+
+    def _shadow(self, name: str) -> nn.Module:
+        if name not in self._shadows:
+            self._shadows[name] = shadow(self.model.get_submodule(name))
+        return self._shadows[name]
+
+    def _rest(self, above: set[str]) -> tuple[list[str], list[str]]:
+        """Names of what every stage runs, having no weights, and of what the probe did not run."""
+        ends = (*self.chain.prologue, *self.chain.epilogue)
+        kept = [name for name in ends if not _has_weights(self.model, name) and not _drops(self.model, name)]
+        unused: list[str] = []
+        known = {*ends, *self.chain.blocks}
+        for name, _ in self.model.named_modules():
+            if name and name not in above and not _within(name, known) and not _within(name, unused):
+                unused.append(name)
+        return [*kept, *(n for n in unused if not _has_weights(self.model, n))], [
+            name for name in unused if _has_weights(self.model, name)
+        ]
+
+
+def _has_weights(model: nn.Module, name: str) -> bool:
+    return next(model.get_submodule(name).parameters(), None) is not None
+
+
+def _drops(model: nn.Module, name: str) -> bool:
+    return isinstance(model.get_submodule(name), nn.Dropout)
+
+
+def _within(name: str, modules: Any) -> bool:
+    return any(name == module or name.startswith(module + ".") for module in modules)
+
+
+def _ids(model: nn.Module, names: tuple[str, ...]) -> set[int]:
+    return {id(param) for name in names for param in model.get_submodule(name).parameters()}
+
+
+#: Heads that use token ids for the embedding alone; to others they travel.
+_EMBEDS_ONLY = ("ForCausalLM", "LMHeadModel", "ForMaskedLM")
+
+
+def _inputs(model: nn.Module) -> Inputs:
+    signature = inspect.signature(model.forward).parameters
+    main = getattr(model, "main_input_name", None)
+    if main is None:  # not of transformers
+        names = tuple(name for name, param in signature.items() if param.kind is param.POSITIONAL_OR_KEYWORD)
+        return Inputs(names, False, {})
+    extras = ("attention_mask", "position_ids", "token_type_ids")
+    embeds = type(model).__name__.endswith(_EMBEDS_ONLY) and "inputs_embeds" in signature
+    fixed = {"use_cache": False} if "use_cache" in signature else {}
+    return Inputs((main, *(name for name in extras if name in signature)), embeds, fixed)
+
+
+def _probe(model: nn.Module, inputs: Inputs, example: Any) -> dict[str, Any]:
+    """Arguments of a small forward."""
+    if example is not None:
+        return inputs.read(example)[0]
+    config = getattr(model, "config", None)
+    main = inputs.names[0]
+    device = next(model.parameters()).device
+    device = torch.device("cpu") if device.type == "meta" else device
+    if main == "input_ids" and config is not None:
+        return inputs.read(torch.ones(1, 4, dtype=torch.long, device=device))[0]
+    if main == "pixel_values" and config is not None:
+        size = getattr(config, "image_size", 64)
+        height, width = size if isinstance(size, (tuple, list)) else (size, size)
+        return inputs.read(torch.zeros(1, config.num_channels, height, width, device=device))[0]
+    raise ConfigError(
+        f"{type(model).__name__}: the chain is found by one small forward, whose inputs are not known: pass "
+        "example_inputs= (the arguments of its forward) to get_model_adapter"
+    )

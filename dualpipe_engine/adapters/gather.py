@@ -1,0 +1,49 @@
+"""The whole model's weights from the stages of an engine."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from .stage import Stage
+
+
+def named_weights(module: nn.Module) -> dict[str, torch.Tensor]:
+    """Weights and persistent buffers of the adapter stages within `module`, by their names in the whole model."""
+    found: dict[str, torch.Tensor] = {}
+    for part in module.modules():
+        if isinstance(part, Stage):
+            found |= part.state_dict()
+    return found
+
+
+def gather_state_dict(engine: Any) -> dict[str, torch.Tensor]:
+    """The state dict of the whole model, from the layers that `to_layer_specs` made. Collective over all ranks.
+
+    Args:
+        engine: what `dualpipe_engine.initialize` returned.
+
+    Returns:
+        On rank 0 name -> CPU tensor, for `save_pretrained(..., state_dict=...)`; empty on the others.
+    """
+    mine = {name: tensor.detach().cpu() for name, tensor in named_weights(engine.module).items()}
+    rank, world = dist.get_rank(), dist.get_world_size()
+    held: list[Any] = [None] * world
+    dist.all_gather_object(held, sorted(mine))
+    whole: dict[str, torch.Tensor] = {}
+    owner = {name: source for source in reversed(range(world)) for name in held[source]}
+    for source in range(world):
+        names = sorted(name for name, first in owner.items() if first == source)
+        if source == rank and rank != 0 and names:
+            dist.send_object_list([{name: mine[name] for name in names}], dst=0)
+        elif rank == 0 and names:
+            box: list[Any] = [None]
+            if source == 0:
+                box = [mine]
+            else:
+                dist.recv_object_list(box, src=source)
+            whole |= {name: box[0][name] for name in names}
+    return whole

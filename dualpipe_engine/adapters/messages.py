@@ -1,0 +1,73 @@
+"""Messages between stages: the hidden state, and the inputs of the model that every stage needs."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+
+SHAPE = "shape:"  #: prefix of an input that travels as its shape only
+
+
+class Inputs:
+    """Reads what the data loader gives and what stages pass on.
+
+    Args:
+        names: of the model's inputs, in the order in which a tuple lists them; the first is the main input.
+        positional: call the model with positional arguments (one that is no Hugging Face model).
+        embeds: give stages after the first their hidden state as `inputs_embeds`, in place of the token ids.
+        fixed: keyword arguments of every call.
+    """
+
+    def __init__(self, names: tuple[str, ...], embeds: bool, fixed: Mapping[str, Any]) -> None:
+        self.names, self._embeds, self._fixed = names, embeds, dict(fixed)
+
+    def read(self, batch: Any) -> tuple[dict[str, Any], dict[str, Any]]:
+        """The keyword arguments of the model's forward, and those that travel on."""
+        if isinstance(batch, Mapping):
+            given = dict(batch)
+        else:
+            values = batch if isinstance(batch, (tuple, list)) else (batch,)
+            given = dict(zip(self.names, values, strict=False))
+        given = {name: value for name, value in given.items() if value is not None}
+        travel = {}
+        for name, value in given.items():
+            if name in (self.names[0], "inputs_embeds") and isinstance(value, torch.Tensor):
+                if value.is_floating_point():
+                    travel[SHAPE + name] = tuple(value.shape)
+                    continue
+                if self._embeds:
+                    continue
+            travel[name] = value
+        return self._fixed | given, travel
+
+    def stand_in(self, hidden: torch.Tensor, travel: Mapping[str, Any]) -> dict[str, Any]:
+        """The keyword arguments of a later stage's forward."""
+        kwargs = dict(self._fixed)
+        for name, value in travel.items():
+            if name.startswith(SHAPE):
+                kwargs[name.removeprefix(SHAPE)] = hidden.new_zeros(()).expand(value)
+            else:
+                kwargs[name] = value
+        if self.names[0] not in kwargs and "inputs_embeds" not in kwargs:
+            kwargs["inputs_embeds"] = hidden.detach()
+        return kwargs
+
+    @staticmethod
+    def pack(hidden: torch.Tensor, travel: dict[str, Any]) -> Any:
+        return (hidden, travel) if travel else hidden
+
+    @staticmethod
+    def unpack(message: Any) -> tuple[torch.Tensor, dict[str, Any]]:
+        return (message, {}) if isinstance(message, torch.Tensor) else message
+
+    @staticmethod
+    def result(output: Any, travel: Mapping[str, Any]) -> Any:
+        """The model's whole output where labels came with the batch, else its logits or hidden state."""
+        if "labels" in travel or isinstance(output, torch.Tensor):
+            return output
+        for name in ("logits", "prediction_logits", "last_hidden_state"):
+            if getattr(output, name, None) is not None:
+                return getattr(output, name)
+        return output[0]

@@ -1,0 +1,47 @@
+"""Adapters that users add, and models that cannot be one chain."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from torch import nn
+
+from ..errors import ConfigError
+
+#: Model class -> makes its adapter. What `register_adapter` fills; there is one set of model classes in a process.
+_ADDED: dict[type[nn.Module], Callable[..., Any]] = {}
+
+
+def register_adapter(model_class: type[nn.Module], make: Callable[[nn.Module], Any]) -> None:
+    """Let `get_model_adapter` use `make(model)` for models of a class and its subclasses.
+
+    Args:
+        model_class: the class.
+        make: returns a `ModelAdapter`, for example one with a `Chain` that the probe does not find.
+    """
+    _ADDED[model_class] = make
+
+
+def added_adapter(model: nn.Module) -> Callable[..., Any] | None:
+    """What was registered for the model's class, or for the nearest of its bases."""
+    return next((_ADDED[base] for base in type(model).__mro__ if base in _ADDED), None)
+
+
+def refuse_unfit(model: nn.Module) -> None:
+    """Refuse what the probe cannot see.
+
+    Raises:
+        ConfigError: the model is an encoder with a decoder, or has an auxiliary loss over the routers of all layers.
+    """
+    config = getattr(model, "config", None)
+    if getattr(config, "output_router_logits", False):
+        raise ConfigError(
+            f"{type(model).__name__}: the auxiliary loss multiplies averages over the routers of all layers, which no "
+            "stage sees: set output_router_logits=False in the configuration"
+        )
+    if getattr(config, "is_encoder_decoder", False):
+        raise ConfigError(
+            f"{type(model).__name__} is no single chain: it is an encoder-decoder model, and every block of its "
+            "decoder reads the encoder's output as well as the hidden state"
+        )

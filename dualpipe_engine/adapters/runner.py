@@ -1,0 +1,117 @@
+"""Runner: the model's own forward, over a range of its blocks.
+
+The model around the blocks is rebuilt for each range, with stubs for what others own. Masks, rotary embeddings and
+whatever else the forward computes without weights are computed by every runner, so a block gets the arguments that it
+gets in the whole model.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Mapping
+from functools import partial
+from typing import Any, NamedTuple
+
+import torch
+from torch import nn
+
+from .chain import Chain, ancestors
+from .messages import Inputs
+from .stubs import End, Inject, Stub, Taken, first_tensor, placeholder
+
+
+class Span(NamedTuple):
+    """Blocks `start` to `stop - 1`, with prologue or epilogue where `first` or `last` is set."""
+
+    start: int
+    stop: int
+    first: bool
+    last: bool
+
+
+class Runner:
+    """Runs a span of a model.
+
+    Args:
+        model: the whole model, for the structure around the blocks.
+        chain: of the model.
+        owned: the modules that run, by name, and those without weights that every stage runs.
+        shadows: makes the shadow of a module by name.
+        inputs: reads batches and messages.
+        span: what runs.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        chain: Chain,
+        owned: Mapping[str, nn.Module],
+        shadows: Callable[[str], nn.Module],
+        inputs: Inputs,
+        span: Span,
+    ) -> None:
+        self._chain, self._shadows, self._inputs = chain, shadows, inputs
+        self._start, self._stop, self._first = span.start, span.stop, span.first
+        self._ends = span.stop == len(chain.blocks) > span.start and not span.last
+        self._hidden: torch.Tensor | None = None
+        above = ancestors((*chain.prologue, *chain.blocks, *chain.epilogue, *owned))
+        self.model = self._rebuilt(model, "", above, owned)
+
+    def __call__(self, message: Any) -> Any:
+        if self._first:
+            kwargs, travel = self._inputs.read(message)
+        else:
+            self._hidden, travel = self._inputs.unpack(message)
+            kwargs = self._inputs.stand_in(self._hidden, travel)
+        try:
+            output = self.model(**kwargs)
+        except Taken as taken:
+            return self._inputs.pack(taken.hidden, travel)
+        finally:
+            self._hidden = None
+        return self._inputs.result(output, travel)
+
+    def _received(self) -> torch.Tensor:
+        assert self._hidden is not None
+        return self._hidden
+
+    def _rebuilt(self, module: nn.Module, name: str, above: set[str], owned: Mapping[str, nn.Module]) -> nn.Module:
+        """A copy of `module` that holds owned modules and stubs."""
+        shell = copy.copy(module)
+        shell._parameters, shell._buffers = dict(module._parameters), dict(module._buffers)
+        shell._modules = {}
+        for key, child in module._modules.items():
+            path = f"{name}.{key}" if name else key
+            shell._modules[key] = self._part(path, child, above, owned)
+        return shell
+
+    def _part(self, path: str, child: nn.Module | None, above: set[str], owned: Mapping[str, nn.Module]) -> Any:
+        if child is None:
+            return None
+        if path in owned:
+            if path == self._chain.blocks[0] and not self._first:
+                return Inject(owned[path], self._received)
+            return End(owned[path]) if path == self._chain.blocks[-1] and self._ends else owned[path]
+        if path in above:
+            return self._rebuilt(child, path, above, owned)
+        return Stub(self._shadows(path), self._behaviour(path))
+
+    def _behaviour(self, path: str) -> Callable[..., Any]:
+        if path not in self._chain.blocks:
+            return partial(self._outside, path)
+        number = self._chain.blocks.index(path)
+        if number >= self._stop:
+            return self._take
+        length = self._chain.outputs[number]
+        return partial(self._pass, length, inject=number == self._start - 1)
+
+    def _outside(self, path: str, *args: Any, **kwargs: Any) -> Any:
+        hidden = self._hidden if self._hidden is not None else first_tensor(*args, **kwargs)
+        return placeholder(self._shadows(path), hidden, *args, **kwargs)
+
+    def _pass(self, length: int, *args: Any, inject: bool, **kwargs: Any) -> Any:
+        hidden = self._received() if inject else first_tensor(*args, **kwargs)
+        return (hidden, *[None] * (length - 1)) if length else hidden
+
+    def _take(self, *args: Any, **kwargs: Any) -> Any:
+        raise Taken(first_tensor(*args, **kwargs))

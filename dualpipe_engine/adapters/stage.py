@@ -1,0 +1,91 @@
+"""Stage: the modules of a piece of a model, under the names that they have in the model, and how they run."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from .runner import Runner, Span
+
+if TYPE_CHECKING:
+    from .adapter import ModelAdapter
+
+
+class Stage(nn.Module):
+    """A piece of a model as a module of its own.
+
+    Args:
+        adapter: of the model.
+        spans: what it runs; `forward` runs the first, `finish` the second.
+    """
+
+    _runners: list[Runner]
+
+    def __init__(self, adapter: ModelAdapter, spans: tuple[Span, ...]) -> None:
+        super().__init__()
+        owned = adapter.modules_of(spans)
+        for name, module in owned.items():
+            self._place(name, module)
+        self.__dict__["_fill"] = adapter.fill
+        # The runners' models share these modules and hold stubs, so they are no submodules.
+        self.__dict__["_runners"] = [adapter.runner(span, owned) for span in spans]
+
+    def forward(self, message: Any) -> Any:
+        """Run the piece.
+
+        Args:
+            message: the batch (main input, tuple or dict) for the first piece, else what the piece before returned.
+
+        Returns:
+            What the next piece takes: a hidden state, or (hidden state, inputs that all stages need). The last piece
+            returns logits (or the last hidden state); the model's whole output if the batch is a dict with labels.
+        """
+        return self._runners[0](message)
+
+    def finish(self, message: Any) -> Any:
+        """Run the second range of a piece that holds both ends of the model."""
+        return self._runners[1](message)
+
+    def train(self, mode: bool = True) -> Stage:
+        super().train(mode)
+        for runner in self._runners:
+            runner.model.train(mode)
+        return self
+
+    def fill(self) -> None:
+        """Give weights to what is still on the meta device."""
+        fill, self.__dict__["_fill"] = self.__dict__["_fill"], None
+        if fill is not None:
+            fill(self)
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Stage:
+        self.fill()  # a stage gets its weights when it is first moved to a device, so that counting is cheap
+        return super()._apply(fn, recurse)
+
+    def _place(self, name: str, module: nn.Module) -> None:
+        *path, last = name.split(".")
+        place: nn.Module = self
+        for part in path:
+            if part not in place._modules:
+                place.add_module(part, nn.Module())
+            place = place._modules[part]  # type: ignore[assignment]
+        place.add_module(last, module)
+
+
+def materialize(module: nn.Module, device: torch.device) -> None:
+    """Give storage to everything of `module` that is on the meta device, keeping ties between its parts."""
+    seen: dict[int, torch.Tensor] = {}
+    for part in module.modules():
+        tables: list[dict[str, Any]] = [part._parameters, part._buffers]  # type: ignore[list-item]
+        for held in tables:
+            for key, tensor in held.items():
+                if tensor is None or not tensor.is_meta:
+                    continue
+                if id(tensor) not in seen:
+                    made: torch.Tensor = torch.empty_like(tensor, device=device)
+                    if isinstance(tensor, nn.Parameter):
+                        made = nn.Parameter(made, requires_grad=tensor.requires_grad)
+                    seen[id(tensor)] = made
+                held[key] = seen[id(tensor)]

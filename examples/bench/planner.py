@@ -1,0 +1,40 @@
+"""How long the planner takes: generate a schedule's plan, optimised or not, lower it and verify it."""
+
+from __future__ import annotations
+
+import time
+from itertools import pairwise
+from typing import Any
+
+from dualpipe_engine.schedule.choose import make_plan
+from dualpipe_engine.schedule.costs import UNIT
+from dualpipe_engine.schedule.lower import lower
+from dualpipe_engine.schedule.verify import verify
+
+SIZES = ((8, 64), (32, 512), (64, 1024), (128, 4096))  #: ranks and micro-batches
+OPTIMIZED = 64 * 1024  #: the most ranks times micro-batches that are optimised too
+
+
+def plan_row(schedule: str, num_ranks: int, num_micro: int, optimize: bool) -> dict[str, Any]:
+    """Seconds of each step of planning; `ops_per_second` counts the ops of the lowered plan."""
+    clock = [time.perf_counter()]
+    plan = make_plan(schedule, num_ranks, num_micro, UNIT, optimize=optimize)
+    clock.append(time.perf_counter())
+    lowered = lower(plan)
+    clock.append(time.perf_counter())
+    verify(lowered)
+    clock.append(time.perf_counter())
+    make, lowering, checking = (after - before for before, after in pairwise(clock))
+    return {
+        "schedule": schedule,
+        "order": "optimised" if optimize else "reference",
+        "ranks": num_ranks,
+        "micro_batches": num_micro,
+        "compute_ops": plan.num_ops,
+        "ops": lowered.num_ops,
+        "make": make,
+        "lower": lowering,
+        "verify": checking,
+        "seconds": clock[-1] - clock[0],
+        "ops_per_second": lowered.num_ops / (clock[-1] - clock[0]),
+    }

@@ -1,0 +1,367 @@
+"""DualPipeTrainer: Hugging Face's Trainer, whose training and evaluation steps run on a pipeline of stages."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from accelerate.data_loader import prepare_data_loader
+from transformers import Trainer
+from transformers.trainer_utils import EvalLoopOutput
+
+import dualpipe_engine
+from dualpipe_engine.adapters import gather_state_dict, get_model_adapter
+from dualpipe_engine.errors import CheckpointError, ConfigError
+
+from .batches import BatchLoss, split_batch
+from .optimizer import OptimizerView
+
+ENGINE_TAG = "engine"  #: folder of the engine's own state in a Trainer's checkpoint
+SCHEDULER = "scheduler.pt"
+
+
+class DualPipeTrainer(Trainer):
+    """A Trainer for models that are too large for one device: every process runs some stages of the model.
+
+    Start it with a launcher (`torchrun`, `deepspeed`), one process a device. `per_device_train_batch_size` is the batch
+    of one pipeline: it is cut into `num_chunks` micro-batches, and all ranks of a pipeline read the same batch. Batches
+    of other lengths or fewer rows are cut into as many micro-batches as they have rows. `gradient_accumulation_steps`
+    must be 1: micro-batches are what accumulates.
+
+    Losses, gradient norms and learning rates are those of a Trainer in one process on the same batches. Learning rate
+    schedules, callbacks, evaluation, metrics, checkpoints and resume work as there. `save_model` gathers the stages
+    into a folder that `from_pretrained` loads; `trainer.model` itself has the trained weights of this rank's stages
+    only.
+
+    Args:
+        model: a model that `get_model_adapter` can cut, PEFT models included.
+        args: TrainingArguments without a DeepSpeed configuration.
+        num_chunks: micro-batches of a batch; at least twice the number of stages keeps the pipeline full.
+        schedule: as "schedule" in the "pipeline" section of the configuration.
+        num_stages: pipeline ranks; by default all processes. More processes than stages make replicas.
+        deepspeed_config: sections added to the configuration that the Trainer makes, for instance
+            `{"zero_optimization": {"stage": 0}}`.
+        enable_profiling: keep a profile of the run in `dualpipe_profile.json` in the output folder.
+        options: as for `Trainer`.
+
+    Raises:
+        ConfigError: the arguments do not fit a pipeline; the message says what to change.
+    """
+
+    def __init__(
+        self,
+        model: Any = None,
+        args: Any = None,
+        *positional: Any,
+        num_chunks: int = 8,
+        schedule: str = "dualpipe",
+        num_stages: int | None = None,
+        deepspeed_config: Mapping[str, Any] | None = None,
+        enable_profiling: bool = False,
+        **options: Any,
+    ) -> None:
+        self._engine: Any = None
+        self._num_chunks, self._schedule = num_chunks, schedule
+        self._extra = dict(deepspeed_config or {})
+        self._profiling = enable_profiling
+        super().__init__(model, args, *positional, **options)
+        self._check_arguments()
+        world = dist.get_world_size() if dist.is_initialized() else 1
+        self._stages = num_stages or world
+        if world % self._stages:
+            raise ConfigError(f"{world} processes are no multiple of {self._stages} stages: change num_stages")
+        self._replicas = world // self._stages
+
+    def _check_arguments(self) -> None:
+        args = self.args
+        if args.deepspeed:
+            raise ConfigError(
+                "TrainingArguments(deepspeed=...) makes accelerate build its own engine: leave it out, and pass "
+                "deepspeed_config= to DualPipeTrainer"
+            )
+        if args.gradient_accumulation_steps != 1:
+            raise ConfigError("gradient_accumulation_steps must be 1: raise num_chunks and per_device_train_batch_size")
+        if self._num_chunks < 1:
+            raise ConfigError(f"num_chunks must be at least 1, got {self._num_chunks}")
+        if not dist.is_initialized():
+            raise ConfigError("there is no process group: start with a launcher, such as `torchrun --nproc-per-node 2`")
+
+    # -- the engine ----------------------------------------------------------------------------------------------
+
+    def _make_engine(self) -> Any:
+        """The engine; built at the first use. Collective."""
+        if self._engine is not None:
+            return self._engine
+        from deepspeed.pipe import PipelineModule
+        from deepspeed.runtime.pipe.topology import PipeDataParallelTopology
+
+        dualpipe_engine_config = self._configuration()
+        adapter = get_model_adapter(_base_model(self.model))
+        module = PipelineModule(
+            adapter.to_layer_specs(),
+            topology=PipeDataParallelTopology(self._stages, self._replicas),
+            loss_fn=self._batch_loss(adapter),
+            partition_method="parameters",
+            dynamic_shape=True,
+        )
+        optimizer_class, options = self.get_optimizer_cls_and_kwargs(self.args, self.model)
+        engine, *_ = dualpipe_engine.initialize(
+            model=module,
+            model_parameters=self._parameter_groups(module),
+            optimizer=partial(optimizer_class, **options),
+            config=dualpipe_engine_config,
+        )
+        self._engine = engine
+        return engine
+
+    def _configuration(self) -> dict[str, Any]:
+        args = self.args
+        precision = {"bf16": {"enabled": bool(args.bf16)}, "fp16": {"enabled": bool(args.fp16)}}
+        extra = copy.deepcopy(self._extra)
+        pipeline = {"schedule": self._schedule, **extra.pop("pipeline", {})}
+        return {
+            "train_micro_batch_size_per_gpu": max(1, args.per_device_train_batch_size // self._num_chunks),
+            "gradient_accumulation_steps": self._num_chunks,
+            "gradient_clipping": args.max_grad_norm or 0.0,
+            "zero_optimization": {"stage": 1},
+            "zero_allow_untested_optimizer": True,
+            "steps_per_print": None,
+            **{name: section for name, section in precision.items() if section["enabled"]},
+            **extra,
+            "pipeline": pipeline,
+        }
+
+    def _batch_loss(self, adapter: Any) -> BatchLoss:
+        if self.compute_loss_func is not None:
+            function = self.compute_loss_func
+            return BatchLoss(function, lambda output, labels, count: function(output, labels, num_items_in_batch=count))
+        model = _base_model(self.model)
+        if not self.model_accepts_loss_kwargs:
+            return BatchLoss(adapter.loss_fn)
+        vocabulary = model.config.get_text_config().vocab_size
+
+        def of_tokens(logits: Any, labels: Any, count: Any) -> torch.Tensor:
+            loss: torch.Tensor = model.loss_function(
+                logits=logits, labels=labels, vocab_size=vocabulary, num_items_in_batch=count
+            )
+            return loss
+
+        return BatchLoss(adapter.loss_fn, of_tokens)
+
+    def _parameter_groups(self, module: Any) -> list[dict[str, Any]]:
+        """The Trainer's groups, with and without weight decay, over this rank's layers."""
+        decayed = set(self.get_decay_parameter_names(module))
+        groups: list[dict[str, Any]] = [
+            {"params": [], "weight_decay": self.args.weight_decay},
+            {"params": [], "weight_decay": 0.0},
+        ]
+        for name, param in module.named_parameters():
+            if param.requires_grad:
+                groups[name not in decayed]["params"].append(param)
+        return groups
+
+    # -- what the Trainer's loop calls ---------------------------------------------------------------------------
+
+    def _wrap_model(self, model: Any, training: bool = True, dataloader: Any = None) -> Any:
+        self._make_engine()
+        return _Pipeline(self.model)
+
+    def _prepare_for_training(self, max_steps: int, train_dataloader: Any, resume_from_checkpoint: Any) -> Any:
+        engine = self._make_engine()
+        if self._created_lr_scheduler:
+            self.lr_scheduler = None
+        self.optimizer = OptimizerView(engine)
+        self.create_scheduler(num_training_steps=max_steps, optimizer=self.optimizer)
+        self.model_wrapped = _Pipeline(self.model)
+        if resume_from_checkpoint is not None:
+            self._load_engine(resume_from_checkpoint)
+            self.lr_scheduler.load_state_dict(torch.load(Path(resume_from_checkpoint, SCHEDULER), weights_only=True))
+        for name in ("model", "optimizer", "lr_scheduler"):
+            setattr(self.callback_handler, name, getattr(self, name))
+        self.callback_handler.train_dataloader = train_dataloader
+        return self.model_wrapped, train_dataloader
+
+    def training_step(self, model: Any, inputs: Any, num_items_in_batch: Any = None) -> torch.Tensor:
+        engine = self._make_engine()
+        micros = split_batch(self._prepare_inputs(inputs), self._num_chunks)
+        if engine.gradient_accumulation_steps() != len(micros):
+            engine.set_train_batch_size(len(micros) * engine.train_micro_batch_size_per_gpu() * self._replicas)
+        labelled = BatchLoss.label(micros, num_items_in_batch, self._replicas)
+        loss: torch.Tensor = engine.train_batch(iter(labelled))
+        return loss.detach().clone().to(self.args.device)
+
+    def _get_num_items_in_batch(self, batch_samples: list[Any], device: torch.device) -> Any:
+        """Labels that count, over the replicas: all ranks of a pipeline hold the same batch."""
+        with self._alone():
+            items = super()._get_num_items_in_batch(batch_samples, device)
+        if items is None or self._replicas == 1:
+            return items
+        total = torch.as_tensor(items, dtype=torch.float64, device=device)
+        dist.all_reduce(total, group=self._make_engine()._replica_group)
+        return total
+
+    def _clip_grad_norm(self, model: Any) -> Any:
+        return self._get_grad_norm(model)
+
+    def _get_grad_norm(self, model: Any, grad_norm: Any = None) -> Any:
+        """Of the step just taken, before clipping, which the engine has done."""
+        found = self._make_engine().get_global_grad_norm()
+        return None if found is None else float(found)
+
+    def get_total_train_batch_size(self, args: Any) -> int:
+        return self._train_batch_size * self._replicas
+
+    def _get_dataloader(self, *args: Any, **kwargs: Any) -> Any:
+        """As the Trainer's, sharded over the replicas only; evaluation is not sharded."""
+        shards = (self._replicas, self._replica()) if kwargs.get("is_training", False) else (1, 0)
+        prepare = self.accelerator.prepare
+        self.accelerator.prepare = partial(self._prepare_loader, *shards)
+        try:
+            return super()._get_dataloader(*args, **kwargs)
+        finally:
+            self.accelerator.prepare = prepare
+
+    def _replica(self) -> int:
+        return int(self._make_engine().data_rank) if self._replicas > 1 else 0
+
+    def _prepare_loader(self, shards: int, shard: int, loader: Any) -> Any:
+        settings = self.accelerator.dataloader_config
+        return prepare_data_loader(
+            loader,
+            self.accelerator.device,
+            num_processes=shards,
+            process_index=shard,
+            put_on_device=False,
+            rng_types=self.accelerator.rng_types,
+            dispatch_batches=False,
+            even_batches=settings.even_batches,
+            use_seedable_sampler=settings.use_seedable_sampler,
+            data_seed=settings.data_seed,
+        )
+
+    @contextmanager
+    def _alone(self) -> Iterator[None]:
+        """Let the Trainer count for one process."""
+        averaging = self.args.average_tokens_across_devices
+        self.args.average_tokens_across_devices = False
+        try:
+            yield
+        finally:
+            self.args.average_tokens_across_devices = averaging
+
+    # -- evaluation ----------------------------------------------------------------------------------------------
+
+    def evaluation_loop(self, *args: Any, **kwargs: Any) -> EvalLoopOutput:
+        self._rows = 0
+        self.gather_function = lambda value: value[: self._rows]  # every rank sees all of the data
+        return super().evaluation_loop(*args, **kwargs)
+
+    def prediction_step(
+        self, model: Any, inputs: Any, prediction_loss_only: bool, ignore_keys: list[str] | None = None
+    ) -> tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]:
+        engine = self._make_engine()
+        inputs = self._prepare_inputs(inputs)
+        micros = split_batch(inputs, self._num_chunks)
+        self._rows = len(inputs["labels"])
+        with self._alone():
+            items = super()._get_num_items_in_batch([inputs], self.args.device)
+        labelled = BatchLoss.label(micros, items)
+        count = len(labelled)
+        if prediction_loss_only:
+            return engine.eval_batch(iter(labelled), num_micro_batches=count).detach(), None, None
+        outputs = engine.eval_batch(iter(labelled), compute_loss=False, reduce_output=None, num_micro_batches=count)
+        source = engine.place.pipeline[engine.place.ends[0]]
+        box = [outputs if engine.global_rank == source else None]
+        dist.broadcast_object_list(box, src=source, group=engine._pipeline_group)
+        loss_fn = engine.module.loss_fn
+        losses = [loss_fn(output, labels) for output, (_, labels) in zip(box[0], labelled, strict=True)]
+        return torch.stack(losses).mean(), torch.cat(box[0]), inputs["labels"]
+
+    # -- saving and loading --------------------------------------------------------------------------------------
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """Gather the stages and save the whole model, as `from_pretrained` loads it. Collective."""
+        state = _whole_names(self.model, gather_state_dict(self._make_engine()))
+        if self.args.should_save:
+            self._save(output_dir, state_dict=state)
+        dist.barrier()
+        if self.args.push_to_hub and not _internal_call:
+            self.push_to_hub(commit_message="Model save", revision=self.args.hub_revision)
+
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        self._make_engine().save_checkpoint(output_dir, tag=ENGINE_TAG)
+        if self.args.should_save:
+            torch.save(self.lr_scheduler.state_dict(), Path(output_dir, SCHEDULER))
+        dist.barrier()
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        """Nothing yet: weights come with the engine's state, once there is an engine."""
+
+    def _load_engine(self, folder: str, weights_only: bool = False) -> None:
+        path, _ = self._make_engine().load_checkpoint(
+            folder,
+            tag=ENGINE_TAG,
+            load_module_only=weights_only,
+            load_optimizer_states=not weights_only,
+            load_lr_scheduler_states=not weights_only,
+        )
+        if path is None:
+            raise CheckpointError(f"{folder} holds no state of an engine: was it saved with save_only_model?")
+
+    def _load_best_model(self) -> None:
+        self._load_engine(self.state.best_model_checkpoint, weights_only=True)
+
+    def train(self, *args: Any, **kwargs: Any) -> Any:
+        """As the Trainer's."""
+        if not self._profiling:
+            return super().train(*args, **kwargs)
+        from dualpipe_engine.utils import enable_profiling, get_profiler
+
+        enable_profiling(log_dir=self.args.output_dir)
+        result = super().train(*args, **kwargs)
+        profiler = get_profiler()
+        profiler.save_to_file(str(Path(self.args.output_dir, "dualpipe_profile.json")))
+        profiler.print_summary()
+        return result
+
+
+class _Pipeline:
+    """What the Trainer's loop holds as its wrapped model: the engine does the work."""
+
+    def __init__(self, model: Any) -> None:
+        self._model = model
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._model, name)
+
+    def train(self, mode: bool = True) -> _Pipeline:
+        return self
+
+    def eval(self) -> _Pipeline:
+        return self
+
+    def to(self, *args: Any, **kwargs: Any) -> _Pipeline:
+        return self
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        pass
+
+
+def _base_model(model: Any) -> Any:
+    """The model within a PEFT model, whose layers hold the adapters."""
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
+
+
+def _whole_names(model: Any, state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Names of the base model's weights in a PEFT model."""
+    base = _base_model(model)
+    if base is model:
+        return state
+    prefix = next(name for name, part in model.named_modules() if part is base)
+    return {f"{prefix}.{name}": value for name, value in state.items()}

@@ -1,0 +1,171 @@
+"""Stages chained in one process against the whole model, bit for bit."""
+
+from __future__ import annotations
+
+import models
+import pytest
+import torch
+import transformers
+from torch import nn
+
+from dualpipe_engine.adapters import ModelAdapter, get_model_adapter, register_adapter
+from dualpipe_engine.errors import ConfigError
+
+
+def batch_of(model):
+    torch.manual_seed(9)
+    if model.main_input_name == "pixel_values":
+        config = model.config
+        size = config.image_size if isinstance(getattr(config, "image_size", None), int) else 64
+        return {"pixel_values": torch.randn(2, config.num_channels, size, size)}, torch.tensor([1, 0])
+    inputs, labels = next(models.stream())
+    return inputs, labels
+
+
+def run(forward, model, inputs, labels, loss_fn):
+    """Output, loss and gradients."""
+    model.zero_grad()
+    torch.manual_seed(0)
+    logits = forward(inputs)
+    loss = loss_fn(logits, labels)
+    loss.backward()
+    return (
+        logits,
+        loss,
+        {name: param.grad.clone() for name, param in model.named_parameters() if param.grad is not None},
+    )
+
+
+def chained(stages):
+    def forward(inputs):
+        for stage in stages:
+            inputs = stage(inputs)
+        return inputs
+
+    return forward
+
+
+def assert_same(found, expected):
+    assert torch.equal(found[0], expected[0]), "logits"
+    assert torch.equal(found[1], expected[1]), "loss"
+    assert found[2].keys() == expected[2].keys()
+    for name, grad in found[2].items():
+        assert torch.equal(grad, expected[2][name]), name
+
+
+@pytest.mark.parametrize("name", models.NAMES)
+def test_stages_equal_the_whole_model(name):
+    model = models.model_of(models.config_of(name)).eval()
+    adapter = get_model_adapter(model)
+    inputs, labels = batch_of(model)
+    loss_fn = adapter.loss_fn
+    whole = run(lambda x: model(**x).logits, model, inputs, labels, loss_fn)
+    assert torch.equal(whole[1], model(**inputs, labels=labels).loss), "the adapter's loss is the model's"
+    count = len(adapter.chain.blocks)
+    for partitions in sorted({min(2, count), min(4, count)}):
+        stages = adapter.partition(num_partitions=partitions)
+        assert_same(run(chained(stages), model, inputs, labels, loss_fn), whole)
+        names = {key for stage in stages for key in stage.state_dict()}
+        assert names == model.state_dict().keys()
+
+
+def test_labels_in_the_batch_give_the_loss():
+    model = models.model_of(models.config_of("llama")).eval()
+    inputs, labels = batch_of(model)
+    output = chained(get_model_adapter(model).partition(2))(inputs | {"labels": labels})
+    assert torch.equal(output.loss, model(**inputs, labels=labels).loss)
+
+
+def plain():
+    torch.manual_seed(4)
+    return nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 8), nn.Tanh(), nn.Linear(8, 3))
+
+
+def test_plain_sequential():
+    model, x, y = plain(), torch.randn(4, 6), torch.tensor([0, 1, 2, 0])
+    whole = run(model, model, x, y, nn.functional.cross_entropy)
+    stages = get_model_adapter(model, example_inputs=x).partition(num_partitions=4)
+    assert_same(run(chained(stages), model, x, y, nn.functional.cross_entropy), whole)
+
+
+class Net(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.enter, self.leave = nn.Linear(6, 8), nn.Linear(8, 3)
+        self.rows = nn.ModuleList([nn.Linear(8, 8) for _ in range(4)])
+
+    def forward(self, x, scale):
+        x = self.enter(x) * scale
+        for row in self.rows:
+            x = row(x)
+        return self.leave(x).tanh()
+
+
+def test_any_model_with_a_row_of_blocks():
+    model, x, y = Net(), (torch.randn(4, 6), torch.tensor(2.0)), torch.tensor([0, 1, 2, 0])
+    whole = run(lambda given: model(*given), model, x, y, nn.functional.cross_entropy)
+    stages = get_model_adapter(model, example_inputs=x).partition(num_partitions=2)
+    assert_same(run(chained(stages), model, x, y, nn.functional.cross_entropy), whole)
+
+
+class Shared(Net):
+    def forward(self, x):
+        x = self.enter(x)
+        for row in self.rows:
+            x = row(x) + self.leave.weight.sum()
+        return self.leave(x)
+
+
+def test_refusals_name_the_reason():
+    config = transformers.T5Config(vocab_size=9, d_model=8, d_kv=4, d_ff=8, num_layers=2, num_heads=2)
+    with pytest.raises(ConfigError, match=r"T5ForConditionalGeneration.*encoder-decoder"):
+        get_model_adapter(transformers.T5ForConditionalGeneration(config))
+    with pytest.raises(ConfigError, match="no single chain"):
+        get_model_adapter(Shared(), example_inputs=torch.randn(1, 6))
+    with pytest.raises(ConfigError, match="example_inputs"):
+        get_model_adapter(plain())
+    routed = models.config_of("mixtral")
+    routed.output_router_logits = True
+    with pytest.raises(ConfigError, match="output_router_logits=False"):
+        get_model_adapter(models.model_of(routed))
+    with pytest.raises(ConfigError, match="pass the model itself"):
+        get_model_adapter(config=models.config_of("resnet"))
+    with pytest.raises(ConfigError, match="use at most 5"):
+        get_model_adapter(plain(), example_inputs=torch.randn(1, 6)).partition(6)
+
+
+class Registered(Net):
+    pass
+
+
+def test_register_adapter():
+    example = (torch.randn(1, 6), torch.tensor(1.0))
+    register_adapter(Registered, lambda model: ModelAdapter(model, example_inputs=example))
+    assert len(get_model_adapter(Registered()).chain.blocks) == 4
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2"])
+def test_stages_read_their_own_weights_only(name, tmp_path):
+    model = models.model_of(models.config_of(name)).eval()
+    model.save_pretrained(tmp_path, max_shard_size="20KB")
+    assert (tmp_path / "model.safetensors.index.json").exists()
+    adapter = get_model_adapter(folder=str(tmp_path))
+    assert all(param.is_meta for param in adapter.model.parameters())
+    inputs, _ = batch_of(model)
+    stages = [adapter.stage(index, 3).eval() for index in range(3)]
+    assert torch.equal(chained(stages)(inputs), model(**inputs).logits)
+    assert all(param.is_meta for param in adapter.model.parameters())
+
+
+def test_fresh_weights_do_not_depend_on_the_cut():
+    config = models.config_of("llama")
+    weights = []
+    for partitions in (2, 4):
+        torch.manual_seed(11)
+        stages = get_model_adapter(config=config).partition(partitions)
+        weights.append({name: value for stage in stages for name, value in stage.state_dict().items()})
+    assert weights[0].keys() == weights[1].keys()
+    assert all(torch.equal(value, weights[1][name]) for name, value in weights[0].items())
+    first, second = (weights[0][f"model.layers.{layer}.self_attn.q_proj.weight"] for layer in (0, 1))
+    assert not torch.equal(first, second)
+    assert first.std() == pytest.approx(config.initializer_range, rel=0.1)

@@ -1,0 +1,61 @@
+"""The parts of the benchmark report that need no ranks."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import sys
+from io import StringIO
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+
+BENCH = Path(__file__).parent.parent / "examples" / "bench"
+
+
+@pytest.fixture(scope="module")
+def report():
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(BENCH)
+        patch.setitem(sys.modules, "ranks", SimpleNamespace(run_ranks=None))  # the tests' own `ranks` has another
+        return importlib.import_module("report")
+
+
+def test_planner_rows_count_the_ops_of_their_plans(report):
+    from dualpipe_engine.schedule.choose import make_plan
+    from dualpipe_engine.schedule.lower import lower
+
+    for optimize in (False, True):
+        row = report.plan_row("dualpipe", 4, 16, optimize)
+        plan = make_plan("dualpipe", 4, 16, optimize=optimize)
+        assert (row["compute_ops"], row["ops"]) == (plan.num_ops, lower(plan).num_ops)
+        assert row["seconds"] == pytest.approx(row["make"] + row["lower"] + row["verify"])
+        assert row["ops_per_second"] == pytest.approx(row["ops"] / row["seconds"])
+
+
+def test_speedup_is_over_stock_with_as_many_micro_batches(report):
+    found = [
+        {"name": name, "micro_batches": count, "seconds": seconds, "simulated": None}
+        for name, count, seconds in (
+            (report.STOCK, 8, 2.0),
+            (report.STOCK, 16, 6.0),
+            ("ours", 8, 1.0),
+            ("ours", 16, 2.0),
+        )
+    ]
+    assert [row["speedup"] for row in report.beside_stock(found, 4)] == [1.0, 1.0, 2.0, 3.0]
+
+
+def test_tables_json_and_png(report, tmp_path):
+    from rich.console import Console
+
+    rows = [{"pipeline": "ours", "step_ms": 12345.6, "speedup": 1.5}, report.deepseek_row()]
+    section = report.Section("Title", ["pipeline"], "step_ms", rows)
+    console = Console(width=120, record=True, file=StringIO())
+    console.print(report.table(section))
+    shown = console.export_text()
+    assert "12,346" in shown and "1.5" in shown and "DeepSeek dualpipe: " in shown
+    report.write([section, section], tmp_path / "new")
+    assert [one["rows"] for one in json.loads((tmp_path / "new" / "report.json").read_text())] == [rows, rows]
+    assert (tmp_path / "new" / "report.png").read_bytes().startswith(b"\x89PNG")
