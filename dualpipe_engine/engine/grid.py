@@ -79,7 +79,11 @@ def deepspeed_grid(base: PipelineParallelGrid, placement: Placement) -> Pipeline
     """
     if placement.name != BIDIRECTIONAL:
         return base
-    return PipelineParallelGrid(topology=MirrorTopology(base.topology()), process_group=None)
+    grid = PipelineParallelGrid(topology=MirrorTopology(base.topology()), process_group=None)
+    # It numbers by global rank, which descends along one direction; checkpoint files are named by this number, so that
+    # both copies of a stage must have the same one.
+    grid.ds_model_rank = grid.topology().get_axis_list("data", grid.data_parallel_id).index(grid.global_rank)
+    return grid
 
 
 def position_of(placement: Placement, stage: int) -> int:

@@ -20,6 +20,10 @@ class Dropped(training.Block):
         return nn.functional.dropout(super().forward(x), 0.1, self.training)
 
 
+def cross_entropy(logits, labels):
+    return training.cross_entropy(logits.float(), labels)  # stock DeepSpeed adds up losses in their own precision
+
+
 def make_module(ranks, replicas=1, dropout=False, blocks=8):
     torch.manual_seed(7)
     layers = training.make_layers(blocks, tied=True)
@@ -27,7 +31,7 @@ def make_module(ranks, replicas=1, dropout=False, blocks=8):
     if dropout:
         layers = [LayerSpec(Dropped) if getattr(each, "typename", 0) is training.Block else each for each in layers]
     topology = PipeDataParallelTopology(ranks, replicas)
-    return PipelineModule(layers, topology=topology, loss_fn=training.cross_entropy)
+    return PipelineModule(layers, topology=topology, loss_fn=cross_entropy)
 
 
 def start(config, ranks, replicas=1, dropout=False, **kwargs):
