@@ -28,4 +28,12 @@ class PipelineRuntimeError(DualPipeError, RuntimeError):
 
 
 class CheckpointError(DualPipeError, RuntimeError):
-    """A checkpoint cannot be loaded or converted; the message names the file and the remedy."""
+    """A checkpoint cannot be loaded or converted; the message names the file and the remedy.
+
+    Attributes:
+        everywhere: whether all ranks raise it, so that none needs to be told.
+    """
+
+    def __init__(self, message: str, everywhere: bool = False) -> None:
+        super().__init__(message)
+        self.everywhere = everywhere

@@ -149,7 +149,8 @@ class Checkpoints(PipelineEngine):
             others = other_tags(folder)
             instead = f'; load tag="{others[-1]}" instead' if others else ""
             more = f" and {len(all_wrong) - 3} more" if len(all_wrong) > 3 else ""
-            raise CheckpointError(f"the checkpoint is not whole: {', '.join(all_wrong[:3])}{more}{instead}")
+            text = f"the checkpoint is not whole: {', '.join(all_wrong[:3])}{more}{instead}"
+            raise CheckpointError(text, everywhere=True)
 
     def _damaged_layers(self, folder: Path) -> list[str]:
         wrong = []
@@ -207,7 +208,8 @@ class Checkpoints(PipelineEngine):
                 "load the weights alone, or convert it (ZeRO-1 and ZeRO-2): `python -m "
                 f"deepspeed.checkpoint.ds_to_universal --inject_missing_state --input_folder {folder} "
                 f'--output_folder {folder}_universal`, then load tag="{folder.name}_universal" with '
-                '"checkpoint": {"load_universal": true} in the configuration'
+                '"checkpoint": {"load_universal": true} in the configuration',
+                everywhere=True,
             )
 
     # -- what DeepSpeed does not keep ----------------------------------------------------------------------------

@@ -103,7 +103,7 @@ class Watch:
 
     def _exit(self, error: BaseException | None) -> None:
         try:
-            if self._depth == 1 and error is not None:
+            if self._depth == 1 and error is not None and not getattr(error, "everywhere", False):
                 self._explain(error)
         finally:
             self._depth -= 1
