@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from . import __version__
+from .cli_export import add_export
 from .cli_memory import add_memory
 from .errors import ConfigError, DualPipeError
 from .schedule.bound import plan_bound
@@ -50,6 +51,7 @@ examples:
   dualpipe compare --ranks 8 --micro-batches 32 --costs 1,1,1,2.25 --optimize
   dualpipe compare --ranks 8 --micro-batches 32 --layer-costs 0.2,1x40,3
   dualpipe compare --model deepseek-v3 --gpus 2048 --hardware h800
+  dualpipe export --checkpoint runs/gpt --out exported
   dualpipe memory --config ds.json --ranks 8 --params-per-stage 8.75e8 --activation-bytes 6e8
 
 exit codes: 0 done; 1 nobody reads the output (a closed pipe); 2 the request cannot work (the reason is on stderr)
@@ -88,7 +90,7 @@ def _parser() -> argparse.ArgumentParser:
     shape: dict[str, Any] = {"formatter_class": argparse.RawDescriptionHelpFormatter, "epilog": _EPILOG}
     parser = argparse.ArgumentParser(prog="dualpipe", description=_DESCRIPTION, **shape)
     parser.add_argument("--version", action="version", version=f"dualpipe_engine {__version__}")
-    commands = parser.add_subparsers(metavar="plan|draw|compare|memory|doctor", required=True)
+    commands = parser.add_subparsers(metavar="plan|draw|compare|memory|doctor|export", required=True)
 
     plan = commands.add_parser("plan", help="print the ops of every rank, with makespan and bubble", **shape)
     _add_schedule(plan)
@@ -116,6 +118,7 @@ def _parser() -> argparse.ArgumentParser:
     doctor.add_argument("profile", help="what get_profiler().save_to_file() wrote")
     doctor.add_argument("--format", choices=("table", "json"), default="table", help="default: table")
     doctor.set_defaults(run=_run_doctor)
+    add_export(commands, shape)
     return parser
 
 

@@ -27,7 +27,7 @@ FOREIGN = {
     "comm": {"torch"},
     "runtime": {"torch"},
     "models": {"torch", "deepspeed"},
-    "engine": {"torch", "deepspeed", "pydantic", "numpy"},
+    "engine": {"torch", "deepspeed", "pydantic", "numpy", "safetensors"},
     "adapters": {"torch", "deepspeed", "transformers", "safetensors"},
     "compat": {"torch"},
 }

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import inspect
+import json
 from collections.abc import Callable
 from typing import Any
 
@@ -142,6 +143,14 @@ class ModelAdapter:
             *middle,
             TiedLayerSpec(*both, forward_fn=Stage.finish, tied_weight_attr=weights),
         ]
+
+    def description(self) -> dict[str, Any]:
+        """The class of the model and, of a Hugging Face model, its config.json."""
+        config: Any = getattr(self.model, "config", None)
+        kind = type(self.model).__name__
+        if not hasattr(config, "to_json_string"):
+            return {"class": kind, "config": None}
+        return {"class": kind, "config": json.loads(config.to_json_string()) | {"architectures": [kind]}}
 
     # -- for stages ----------------------------------------------------------------------------------------------
 

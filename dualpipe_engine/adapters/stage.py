@@ -19,8 +19,12 @@ class Stage(nn.Module):
     Args:
         adapter: of the model.
         spans: what it runs; `forward` runs the first, `finish` the second.
+
+    Attributes:
+        whole_model: what a checkpoint keeps of the model, for `dualpipe export`.
     """
 
+    whole_model: dict[str, Any]
     _runners: list[Runner]
 
     def __init__(self, adapter: ModelAdapter, spans: tuple[Span, ...]) -> None:
@@ -29,6 +33,7 @@ class Stage(nn.Module):
         for name, module in owned.items():
             self._place(name, module)
         self.__dict__["_fill"] = adapter.fill
+        self.__dict__["whole_model"] = adapter.description()
         # The runners' models share these modules and hold stubs, so they are no submodules.
         self.__dict__["_runners"] = [adapter.runner(span, owned) for span in spans]
 

@@ -8,16 +8,25 @@ from pathlib import Path
 from typing import Any
 
 import torch.distributed as dist
-from deepspeed.pipe import TiedLayerSpec
 from deepspeed.runtime.pipe.engine import PipelineEngine
 from deepspeed.utils import logger
 
 from ..errors import CheckpointError
-from .checkpoint_files import PARTIAL, damage, damages, naming_reads, other_tags, peek, publish, settle, write_text
-from .checkpoint_state import random_state, set_random_state, universal_info
+from .checkpoint_files import (
+    DESCRIPTION,
+    PARTIAL,
+    damage,
+    damages,
+    naming_reads,
+    other_tags,
+    peek,
+    publish,
+    settle,
+    write_text,
+)
+from .checkpoint_state import description, random_state, set_random_state, universal_info
 from .partition import same_random_state
 
-DESCRIPTION = "dualpipe.json"  #: in the folder of a checkpoint: the layers, for `dualpipe export`
 _LAYOUT = "dualpipe_layout"
 
 
@@ -170,9 +179,11 @@ class Checkpoints(PipelineEngine):
             for bf16 in (self.bfloat16_enabled(), not self.bfloat16_enabled())
         ]
         there = [name for name in names if Path(name).exists()]
-        # Of another number of ranks there may be none for this one: `_check_layout` says so.
-        fewer = not there and not list(folder.glob(f"*zero_pp_rank_{rank}_*"))
-        return [] if fewer else damages([Path(there[0] if there else names[0])])
+        if not there:
+            model = Path(self._get_ckpt_name(str(folder.parent), folder.name))
+            if damage(model) or peek(model).get("dp_world_size", 0) <= rank:
+                return []  # said elsewhere, or saved by fewer copies, as `_check_layout` will say
+        return damages([Path(there[0] if there else names[0])])
 
     def _layout(self) -> list[Any]:
         """Which parameters the optimizer of this rank steps, in its order: what its state belongs to."""
@@ -223,9 +234,7 @@ class Checkpoints(PipelineEngine):
         }
         self.checkpoint_engine.save(state, str(self._own_file(folder, dist.get_rank())))
         if dist.get_rank() == 0:
-            specs = self.module._layer_specs
-            layers = [{"tied": spec.key if isinstance(spec, TiedLayerSpec) else None} for spec in specs]
-            about = {"schedule": self.plan.schedule, "ranks": self.plan.placement.num_ranks, "layers": layers}
+            about = description(self.module, self.plan)
             write_text(folder / DESCRIPTION, json.dumps(about, indent=1))
 
     @staticmethod

@@ -15,6 +15,7 @@ import torch
 from ..errors import CheckpointError
 
 PARTIAL = ".partial"  #: ending of a folder that is being written
+DESCRIPTION = "dualpipe.json"  #: in the folder of a checkpoint: the layers, for `dualpipe export`
 REPLACED = ".replaced"  #: ending of a folder whose successor is being put in its place
 
 

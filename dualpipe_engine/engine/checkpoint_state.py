@@ -15,8 +15,11 @@ from deepspeed.checkpoint.constants import (
     UNIVERSAL_CHECKPOINT_VERSION_KEY,
     UNIVERSAL_CHECKPOINT_VERSION_VALUE,
 )
-from deepspeed.pipe import PipelineModule, TiedLayerSpec
+from deepspeed.pipe import LayerSpec, PipelineModule, TiedLayerSpec
 from deepspeed.runtime.activation_checkpointing import checkpointing
+from torch import nn
+
+from ..schedule.plan import Plan
 
 
 def random_state(device: torch.device) -> dict[str, Any]:
@@ -38,6 +41,18 @@ def set_random_state(state: dict[str, Any], device: torch.device) -> None:
     if state["device"] is not None and device.type != "cpu":
         get_accelerator().set_rng_state(state["device"], device)
     checkpointing.get_cuda_rng_tracker().set_states(state["tracker"])
+
+
+def description(module: PipelineModule, plan: Plan) -> dict[str, Any]:
+    """What `dualpipe export` must know: of each layer whether it has a file and to what it is tied; of a model that an
+    adapter has cut what the adapter says (`whole_model` of its layers), else None."""
+    layers = []
+    for spec in module._layer_specs:
+        tied = isinstance(spec, TiedLayerSpec)
+        has_file = spec.forward_fn is None if tied else isinstance(spec, (LayerSpec, nn.Module))
+        layers.append({"file": has_file, "tied": spec.key if tied else None})
+    model = next((part.whole_model for part in module.modules() if hasattr(part, "whole_model")), None)
+    return {"schedule": plan.schedule, "ranks": plan.placement.num_ranks, "layers": layers, "model": model}
 
 
 def universal_info(module: PipelineModule) -> dict[str, Any]:

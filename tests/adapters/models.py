@@ -102,7 +102,7 @@ def stream(seed=3):
         yield {"input_ids": tokens, "attention_mask": mask}, tokens
 
 
-def train(name, schedule, ranks, micros, steps=3, folder=None):
+def train(name, schedule, ranks, micros, steps=3, folder=None, save=None):
     """Train under a schedule; the losses, and the gathered weights on rank 0."""
     from deepspeed.pipe import PipelineModule
 
@@ -124,6 +124,8 @@ def train(name, schedule, ranks, micros, steps=3, folder=None):
     engine, *_ = dualpipe_engine.initialize(model=module, config=settings)
     data = stream()
     losses = [float(engine.train_batch(data)) for _ in range(steps)]
+    if save is not None:
+        engine.save_checkpoint(save)
     return {"losses": losses, "weights": gather_state_dict(engine)}
 
 

@@ -1,0 +1,42 @@
+"""`dualpipe export`: one state dict out of the layer files of a checkpoint."""
+
+from __future__ import annotations
+
+import checkpoint_runs as runs
+import pytest
+import torch
+import training
+
+from dualpipe_engine.cli import main
+
+
+def loss_of(folder):
+    """The mean loss of the exported weights in one process, on what `hop` evaluates."""
+    from safetensors.torch import load_file
+
+    module = runs.make_module(1)
+    module.load_state_dict(load_file(f"{folder}/model.safetensors"))
+    data = training.stream(0, seed=5)
+    with torch.no_grad():
+        return (
+            sum(float(module.loss_fn(module(inputs), labels)) for inputs, labels in (next(data) for _ in range(4))) / 4
+        )
+
+
+def test_the_weights_are_those_of_the_checkpoint(ranks, tmp_path, capsys):
+    settings = training.settings(4, schedule="dualpipe")
+    found = ranks.run(2, runs.hop, config=settings, ranks=2, folder=str(tmp_path), save="one", steps=5)
+    assert found[0]["before"] != pytest.approx(found[0]["after"], rel=1e-3)
+    assert main(["export", "--checkpoint", str(tmp_path), "--out", str(tmp_path / "out")]) == 0
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["model.safetensors"]
+    assert capsys.readouterr().out.split() == [str(tmp_path / "out" / "model.safetensors")]
+    (loss,) = ranks.run(1, loss_of, folder=str(tmp_path / "out"))
+    assert loss == pytest.approx(found[0]["after"], rel=1e-6)
+
+    layer = tmp_path / "one" / "layer_03-model_states.pt"
+    layer.write_bytes(layer.read_bytes()[:99])
+    assert main(["export", "--checkpoint", str(tmp_path / "one"), "--out", str(tmp_path / "out")]) == 2
+    assert layer.name in capsys.readouterr().err
+    (tmp_path / "one" / "dualpipe.json").unlink()
+    assert main(["export", "--checkpoint", str(tmp_path / "one"), "--out", str(tmp_path / "out")]) == 2
+    assert "dualpipe.json is missing" in capsys.readouterr().err
