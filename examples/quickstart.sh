@@ -5,7 +5,7 @@ ROOT=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 
 usage() {
     cat <<'TEXT'
-usage: bash examples/quickstart.sh [FOLDER] [--model gpt|moe] [--schedule NAME] [--steps N] [--name RUN]
+usage: bash examples/quickstart.sh [FOLDER] [--model gpt|moe] [--schedule NAME] [--steps N] [--name RUN] [--resume]
 
 Trains a byte-level GPT on the text files in FOLDER (default: the source files of Python's standard library), on all
 GPUs if there are two or more, else on 4 CPU processes. Results go to runs/RUN: metrics.jsonl, trace.json (open it in
@@ -15,6 +15,7 @@ a Chrome trace viewer or with `dualpipe draw`), schedule.svg and a checkpoint.
   --schedule NAME  dualpipe (default), dualpipev, zb1p, zbv, 1f1b, or 1f1b-deepspeed for DeepSpeed's own engine
   --steps N        training steps (default 120)
   --name RUN       name of the results folder (default: the schedule; of moe with a prefix)
+  --resume         go on from the last checkpoint of runs/RUN, for N more steps
 TEXT
 }
 
@@ -29,6 +30,7 @@ while [ $# -gt 0 ]; do
     --schedule | --steps | --name)
         [ $# -ge 2 ] || { echo "$1 needs a value" >&2; usage >&2; exit 2; }
         ARGUMENTS+=("$1" "$2"); shift 2 ;;
+    --resume) ARGUMENTS+=("$1"); shift ;;
     -*) echo "unknown option $1" >&2; usage >&2; exit 2 ;;
     *)
         [ -d "$1" ] || { echo "there is no folder $1" >&2; exit 2; }

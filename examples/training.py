@@ -44,6 +44,7 @@ def parse_arguments(description: str | None, blocks: int) -> argparse.Namespace:
     parser.add_argument("--stages", type=int, help="pipeline ranks of a replica (default: all, or half with experts)")
     parser.add_argument("--blocks", type=int, default=blocks, help="transformer blocks")
     parser.add_argument("--name", help="results go to runs/NAME (default: the schedule)")
+    parser.add_argument("--resume", action="store_true", help="go on from the last checkpoint of runs/NAME")
     parser.add_argument("--local_rank", type=int, default=-1, help="set by the launcher")
     parser.add_argument("--deepspeed_config", required=True, help="DeepSpeed JSON")
     return parser.parse_args()
@@ -53,6 +54,14 @@ def batches(data: Any, micro_batch: int, replica: int, seed: int) -> Any:
     """Endless micro-batches; every rank of a pipeline must read the same ones."""
     windows = Windows(data, LENGTH, 100_000, seed * 1000 + replica)
     return iter(RepeatingLoader(DataLoader(windows, batch_size=micro_batch)))
+
+
+def resume(engine: Any, data: Any, folder: Path) -> None:
+    """Load the last checkpoint, and leave out the data that was read before it."""
+    if engine.load_checkpoint(str(folder))[0] is None:
+        raise SystemExit(f"--resume: there is no checkpoint in {folder}; start without it")
+    for _ in range(engine.global_steps * engine.gradient_accumulation_steps()):
+        next(data)
 
 
 def train(engine: Any, data: Any, folder: Path, steps: int, console: Console | None) -> list[float]:
@@ -73,7 +82,7 @@ def train(engine: Any, data: Any, folder: Path, steps: int, console: Console | N
         open(folder / "metrics.jsonl", "a") as log,
     ):
         task = progress.add_task("training", total=steps, loss=float("nan"), speed=0.0, step=0.0)
-        for step in range(steps):
+        for step in range(engine.global_steps, engine.global_steps + steps):
             start = time.perf_counter()
             losses.append(float(engine.train_batch(data)))
             seconds = time.perf_counter() - start
@@ -153,6 +162,8 @@ def run(
     folder.mkdir(parents=True, exist_ok=True)
     console = Console() if torch.distributed.get_rank() == 0 else None
     data = batches(text[:cut], engine.train_micro_batch_size_per_gpu(), replica, seed=1)
+    if args.resume:
+        resume(engine, data, folder / "checkpoint")
     losses = train(engine, data, folder, args.steps, console)
     held_out = batches(text[cut:], engine.train_micro_batch_size_per_gpu(), replica, seed=2)
     evaluated = float(engine.eval_batch(held_out))

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch.distributed as dist
 from deepspeed.accelerator import get_accelerator
 from deepspeed.checkpoint.constants import (
     AUTOTP_UNSUPPORTED_PARAMETER_PATTERNS,
@@ -20,6 +21,7 @@ from deepspeed.runtime.activation_checkpointing import checkpointing
 from torch import nn
 
 from ..schedule.plan import Plan
+from .experts import has_experts
 
 
 def random_state(device: torch.device) -> dict[str, Any]:
@@ -56,8 +58,10 @@ def description(module: PipelineModule, plan: Plan) -> dict[str, Any]:
 
 
 def universal_info(module: PipelineModule) -> dict[str, Any]:
-    """What DeepSpeed's universal converter must know of a pipeline. It looks for "universal_checkpoint_info" in the
-    saved state, where DeepSpeed puts the module's attribute of that name.
+    """What DeepSpeed's universal converter must know of a pipeline. Collective over all ranks.
+
+    It looks for "universal_checkpoint_info" in the saved state, where DeepSpeed puts the module's attribute of that
+    name.
 
     Weights tied between pipeline positions are saved by each of them. The converter takes those of position 0 and skips
     the others; a tie without position 0 it would mix up, so it is told to refuse.
@@ -77,6 +81,10 @@ def universal_info(module: PipelineModule) -> dict[str, Any]:
             "the model is tensor parallel: say how its parameters are cut, in "
             "save_checkpoint(client_state={'universal_checkpoint_info': ...})"
         )
+    experts: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(experts, has_experts(module))
+    if any(experts):  # it would take the share of one rank for the whole
+        refused[".*"] = "ranks share the experts of its layers: load it with as many ranks and the same schedule"
     return {
         UNIVERSAL_CHECKPOINT_VERSION_KEY: UNIVERSAL_CHECKPOINT_VERSION_VALUE,
         PIPELINE_REPLICATED_PARAMETER_PATTERNS: [pattern for pattern, held in shared.items() if 0 in held],

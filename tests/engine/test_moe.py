@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import checkpoint_runs
 import moe_runs
 import pytest
 import torch
@@ -140,3 +141,5 @@ def test_training_and_checkpoints_with_experts(ranks, tmp_path, zero):
     assert sum(rank["optimizer_bytes"] for rank in found) == pytest.approx(8 * elements, rel=0.05)
     file = torch.load(next(tmp_path.glob("*/layer_01-model_states.pt")), weights_only=False)
     assert len(file["experts.up"]) == 4, "a layer's file holds the experts of all ranks"
+    with pytest.raises(Exception, match="share the experts"):  # DeepSpeed's converter would take one rank's for all
+        checkpoint_runs.convert(tmp_path / "global_step3", tmp_path / "universal")
