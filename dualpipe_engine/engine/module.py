@@ -48,10 +48,15 @@ class PlacedModule(PipelineModule):
         return super().ckpt_layer_path(ckpt_dir, self.dualpipe_layers[local_layer_idx] - self._local_start)
 
     def save_state_dict(self, save_dir: str, checkpoint_engine: Any, exclude_frozen_params: bool = False) -> None:
-        """As DeepSpeed's; the layer files hold the experts of all ranks."""
-        writes = self._grid.data_parallel_id == 0 or self.checkpoint_parallel_write_pipeline
-        with whole_experts(self, writes):
+        """As DeepSpeed's; the layer files hold the experts of all ranks, and layer 1 has a file even if it has no
+        weights, because DeepSpeed's universal converter knows pipelines by it."""
+        first = self._grid.data_parallel_id == 0
+        with whole_experts(self, first or self.checkpoint_parallel_write_pipeline):
             super().save_state_dict(save_dir, checkpoint_engine, exclude_frozen_params)
+        if first and 1 in self.dualpipe_layers:
+            index = self.dualpipe_layers.index(1)
+            if not hasattr(self.forward_funcs[index], "state_dict"):
+                checkpoint_engine.save(state_dict={}, path=self.ckpt_layer_path(save_dir, index))
 
     def ckpt_layer_path_list(self, ckpt_dir: str, local_layer_idx: int) -> list[str]:
         return super().ckpt_layer_path_list(ckpt_dir, self.dualpipe_layers[local_layer_idx] - self._local_start)

@@ -27,7 +27,7 @@ def cross_entropy(logits, labels):
 def make_module(ranks, replicas=1, dropout=False, blocks=8):
     torch.manual_seed(7)
     layers = training.make_layers(blocks, tied=True)
-    layers.insert(2, layers.pop(1))  # DeepSpeed's converter of universal checkpoints wants a file of layer 1
+    layers.insert(2, layers.pop(1))  # the converter refuses stock checkpoints without a file of layer 1
     if dropout:
         layers = [LayerSpec(Dropped) if getattr(each, "typename", 0) is training.Block else each for each in layers]
     topology = PipeDataParallelTopology(ranks, replicas)
@@ -101,6 +101,15 @@ def hop(config, ranks, folder, load=None, save=None, replicas=1, steps=0, skip=0
     if save is not None:
         engine.save_checkpoint(folder, tag=save)
     return found
+
+
+def save_with_a_function(config, ranks, folder):
+    """A checkpoint of a model whose layer 1 is a plain function."""
+    import dualpipe_engine
+
+    engine, *_ = dualpipe_engine.initialize(model=training.make_module(ranks, 2), config=config)
+    engine.train_batch(training.stream(0))
+    engine.save_checkpoint(folder, tag="x")
 
 
 def convert(source, target):

@@ -98,6 +98,12 @@ def test_the_optimizer_moves_through_universal_checkpoints(ranks, tmp_path, prec
     assert losses == pytest.approx(straight[0]["losses"], rel=1e-5 if precision == "fp32" else 2e-2)
 
 
+def test_a_function_as_second_layer_does_not_stop_the_conversion(ranks, tmp_path):
+    ranks.run(2, runs.save_with_a_function, config=config("dualpipe"), ranks=2, folder=str(tmp_path))
+    runs.convert(tmp_path / "x", tmp_path / "u")
+    assert (tmp_path / "u" / "zero" / "tied_modules.embed.table.weight" / "exp_avg.pt").is_file()
+
+
 @pytest.mark.parametrize("broken", ["second", "first"])
 def test_a_run_that_ends_while_saving_leaves_the_checkpoint_before(ranks, tmp_path, broken):
     job = {"config": config("dualpipe"), "ranks": 2, "folder": str(tmp_path)}
