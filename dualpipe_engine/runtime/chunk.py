@@ -138,10 +138,10 @@ class StageChunk:
         inputs, leaves = self._enter(inputs)
         kept = other._alive.pop(back)
         loss = None if kept.loss is None else kept.loss * scale
-        flat_inputs = [leaf for leaf in pytree.tree_leaves(inputs) if isinstance(leaf, torch.Tensor)]
+        flat = [inputs] if isinstance(inputs, torch.Tensor) else pytree.tree_leaves(inputs)
         output, new_loss = type(self.module).overlapped_forward_backward(  # type: ignore[attr-defined]
             self.module,
-            flat_inputs,
+            [leaf for leaf in flat if isinstance(leaf, torch.Tensor)],
             self.loss_fn if self.is_last else None,
             labels if isinstance(labels, (list, tuple)) or labels is None else [labels],
             other.module,
@@ -180,8 +180,9 @@ class StageChunk:
         return pytree.tree_map(enter, inputs), leaves
 
     def _keep(self, micro: int, leaves: list[torch.Tensor], output: Any) -> Any:
-        if isinstance(output, torch.Tensor) and output.requires_grad and not self._keeps_outputs:  # the usual case
-            self._alive[micro] = Activation(leaves, [get_gradient_edge(output)])
+        if isinstance(output, torch.Tensor) and output.requires_grad:  # the usual case
+            outputs = [output] if self._keeps_outputs else []
+            self._alive[micro] = Activation(leaves, [get_gradient_edge(output)], outputs=outputs)
             return output.detach()
         tensors, meta = flatten(output)
         differentiable = [tensor for tensor in tensors if tensor.is_floating_point() or tensor.is_complex()]
