@@ -81,7 +81,7 @@ class Sliced(nn.Module):
 
 
 class Block(nn.Module):
-    def __init__(self, mpu=None, shares=None):
+    def __init__(self, mpu=None, shares=None, name=""):
         super().__init__()
         self.norm = nn.LayerNorm(WIDTH)
         self.up = Sliced(WIDTH, 4 * WIDTH, 0, mpu, shares)
@@ -91,8 +91,8 @@ class Block(nn.Module):
         return x + self.down(torch.tanh(self.up(self.norm(x))))
 
 
-def build(ranks, slices, replicas=1, tied=True, double=False, shares=None, reentrant=None):
-    """slices 0: whole layers in each process."""
+def build(ranks, slices, replicas=1, tied=True, double=False, shares=None, reentrant=None, named=False):
+    """slices 0: whole layers in each process; `named`: arguments of layers differ from slice to slice."""
     topology, mpu = PipeDataParallelTopology(ranks, replicas), None
     if slices:
         topology = PipeModelDataParallelTopology(num_pp=ranks, num_mp=slices, num_dp=replicas)
@@ -103,9 +103,10 @@ def build(ranks, slices, replicas=1, tied=True, double=False, shares=None, reent
     kwargs = {} if reentrant is None else {"activation_checkpoint_interval": 1, "checkpointable_layers": ["Block"]}
     if reentrant is False:
         kwargs["activation_checkpoint_func"] = checkpointing.non_reentrant_checkpoint
+    name = f"slice {mpu.get_slice_parallel_rank()}" if named else ""
     torch.manual_seed(7)
     module = PipelineModule(
-        layers=[first, *[LayerSpec(Block, mpu, shares) for _ in range(7)], nn.LayerNorm(WIDTH), last],
+        layers=[first, *[LayerSpec(Block, mpu, shares, name) for _ in range(7)], nn.LayerNorm(WIDTH), last],
         topology=topology,
         loss_fn=cross_entropy,
         **kwargs,

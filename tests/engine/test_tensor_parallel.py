@@ -58,3 +58,29 @@ def test_trains_like_stock(ranks, stock, schedule, zero):
         for name, value in rank["weights"].items():
             torch.testing.assert_close(value, expected[rank["slice"], name], rtol=1e-4, atol=1e-5)
     assert min(found[0]["norms"]) > 0.1
+
+
+def test_slices_of_different_sizes(ranks):
+    """Parameters and arguments of layers are compared with those of copies, which other slices are not."""
+    cases = {"uneven": {"schedule": "dualpipe", "shares": [24, 8], "named": True, **FOUR}}
+    check(ranks.run(4, tensor_parallel_runs.many, cases=cases))
+
+
+@pytest.mark.parametrize(("zero", "poisoned"), [(0, 3), (1, 0), (2, 3)])
+def test_overflow_in_one_slice_skips_the_step_on_all(ranks, zero, poisoned):
+    config = training.settings(4, zero=zero, precision="fp16", schedule="dualpipe")
+    config["fp16"]["hysteresis"] = 1
+    del config["scheduler"]
+    found = ranks.run(4, tensor_parallel_runs.train, config=config, poisoned=(1, poisoned), **FOUR)
+    for rank in found:
+        assert rank["skipped"] == [0, 1, 1, 1]
+        assert rank["digests"][1] == rank["digests"][0] != rank["digests"][2] != rank["digests"][3]
+
+
+def test_bf16_follows_stock(ranks):
+    theirs = ranks.run(4, tensor_parallel_runs.train, config=training.settings(4, precision="bf16"), **FOUR)
+    for zero in (1, 2):
+        config = training.settings(4, zero=zero, precision="bf16", schedule="dualpipe")
+        ours = ranks.run(4, tensor_parallel_runs.train, config=config, **FOUR)
+        assert ours[0]["losses"] == pytest.approx(theirs[0]["losses"], rel=0.02)
+        assert ours[0]["norms"] == pytest.approx(theirs[0]["norms"], rel=0.05)
