@@ -51,9 +51,10 @@ def agree_on_copies(module: PipelineModule) -> None:
     Raises:
         ConfigError: copies differ.
     """
+    place = _slice(module._grid)
     _compare(
         {
-            f"parameter {name}{_slice(module._grid)}": f"{list(param.shape)} {param.dtype}{'' if param.requires_grad else ', frozen'}"
+            f"parameter {name}{place}": f"{list(param.shape)} {param.dtype}{'' if param.requires_grad else ', frozen'}"
             for name, param in module.named_parameters()
         }
     )
