@@ -107,3 +107,36 @@ def test_fp16_follows_stock(ranks, zero):
     ours = ranks.run(4, zero_runs.half, config=training.settings(8, 1, zero, "fp16", "dualpipe"), ranks=4, steps=STEPS)
     assert ours[0]["skipped"][-1] == 0
     assert ours[0]["losses"] == pytest.approx(theirs[0]["losses"], rel=0.01)
+
+
+def offloaded(config):
+    config["zero_optimization"]["offload_optimizer"] = {"device": "cpu"}
+    return config | {"zero_force_ds_cpu_optimizer": False}
+
+
+@pytest.mark.parametrize(("zero", "schedule", "micros"), [(1, "dualpipe", 8), (2, "dualpipe", 3), (1, "zb1p", 3)])
+def test_optimizer_on_the_host_trains_like_stock(ranks, stock, zero, schedule, micros):
+    config = offloaded(training.settings(micros, 1, zero, "fp32", schedule))
+    ours = ranks.run(4, training.train, config=config, ranks=4, steps=STEPS)
+    assert all(rank["offloaded"] for rank in ours)
+    assert_same(ours, stock(4, micros))
+
+
+@pytest.mark.parametrize("zero", [1, 2])
+def test_overflow_with_the_optimizer_on_the_host(ranks, zero):
+    config = offloaded(training.settings(4, 1, zero, "fp16", "dualpipe"))
+    config["fp16"]["hysteresis"] = 1
+    found = ranks.run(4, zero_runs.half, config=config, ranks=4, steps=4, poisoned=(1, 2))
+    for rank in found:
+        assert rank["skipped"] == [0, 1, 1, 1]
+        assert rank["digests"][1] == rank["digests"][0] != rank["digests"][3]
+    assert_copies_identical(found)
+
+
+def test_bf16_with_the_optimizer_on_the_host(ranks, stock):
+    ours = ranks.run(
+        4, training.train, config=offloaded(training.settings(8, 1, 1, "bf16", "dualpipe")), ranks=4, steps=STEPS
+    )
+    theirs = stock(4, 8, precision="bf16")
+    assert ours[0]["losses"] == pytest.approx(theirs[0]["losses"], rel=0.02)
+    assert ours[0]["norms"] == pytest.approx(theirs[0]["norms"], rel=0.03)
