@@ -22,7 +22,7 @@ def data_parallel(ranks):
     """DeepSpeed's own engine on four replicas of an undivided model, without activation checkpointing."""
     cases = {"only": (None, 1, 4, {"activation_checkpoint_interval": 0})}
     losses = ranks.run(4, classifier_runs.classify, cases=cases, steps=STEPS)[0]["only"]
-    assert mean(losses[-10:]) < 0.5 * mean(losses[:10]), "it learns"
+    assert mean(losses[-10:]) < 0.75 * mean(losses[:10]), "it learns"
     return losses
 
 
