@@ -85,9 +85,9 @@ class DualPipeEngine(Evaluation, Measuring):
         watch: Watch,
         **deepspeed: Any,
     ) -> None:
+        self.dualpipe_config, self.place, self.plan = dualpipe, place, plan
         # DeepSpeed's own pipeline set-up (buffers, blocking p2p, ZeRO assertion) does not apply, hence not super().
         DeepSpeedEngine.__init__(self, **deepspeed)
-        self.dualpipe_config, self.place, self.plan = dualpipe, place, plan
         self._costs = costs
         self.watch = watch
         watch.position.pipeline = place.pipeline

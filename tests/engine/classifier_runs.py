@@ -93,6 +93,21 @@ def classify(cases, steps):
     return found
 
 
+def evaluate(schedules, ranks, replicas, micros=2):
+    """schedule -> mean loss of the untrained network over a loader that the engine has made."""
+    found = {}
+    for schedule in schedules:
+        module = PipelineModule(
+            layers=network(), topology=PipeDataParallelTopology(ranks, replicas), loss_fn=nn.CrossEntropyLoss()
+        )
+        config = settings(schedule) | {"train_batch_size": micros * replicas, "gradient_accumulation_steps": micros}
+        engine = start(module, config, Pictures())
+        loader = engine.deepspeed_io(Pictures(), route="eval", num_local_io_workers=0)
+        found[schedule] = float(engine.eval_batch(iter(loader)))
+        engine.destroy()
+    return found
+
+
 class Seeing(nn.Module):
     """Remembers the shapes of its inputs."""
 

@@ -61,3 +61,10 @@ def test_gradients_are_scaled_once(ranks):
         for schedule, factors in rank.items():
             assert factors == pytest.approx([0.8] * len(factors)), schedule
             assert len(factors) == (2 if schedule in ("dualpipe", "dualpipev") else 1)
+
+
+def test_loaders_that_the_engine_makes(ranks):
+    """Both ends of a pipeline read the same samples, each replica its own."""
+    found = ranks.run(4, classifier_runs.evaluate, schedules=[None, "dualpipe", "dualpipev"], ranks=2, replicas=2)
+    for rank in found:
+        assert list(rank.values()) == pytest.approx([found[0][None]] * 3, rel=1e-5)
