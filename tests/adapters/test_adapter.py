@@ -76,6 +76,37 @@ def test_labels_in_the_batch_give_the_loss():
     assert torch.equal(output.loss, model(**inputs, labels=labels).loss)
 
 
+@pytest.mark.parametrize("masked", [True, False])
+@pytest.mark.parametrize("name", ["gpt_oss", "mixtral", "qwen3_moe"])
+def test_auxiliary_loss_of_routers(name, masked):
+    config = models.config_of(name + models.ROUTERS)
+    config.router_aux_loss_coef = 0.5
+    model = models.model_of(config).eval()
+    inputs, labels = batch_of(model)
+    inputs = inputs if masked else {"input_ids": inputs["input_ids"]}
+
+    def whole(given):
+        output = model(**given)
+        return torch.stack([output.aux_loss, model(**given, labels=labels).loss]), output.logits
+
+    adapter = get_model_adapter(model)
+    tokens_alone = adapter.loss_fn.args[0]
+    expected = run(whole, model, inputs, labels, lambda both, _: both[0][1])
+    without = run(lambda x: model(**x).logits, model, inputs, labels, tokens_alone)
+    assert any(not torch.equal(grad, without[2][key]) for key, grad in expected[2].items()), "the routers' loss counts"
+    for partitions in (1, 3):
+        stages = adapter.partition(num_partitions=partitions)
+        found = run(chained(stages), model, inputs, labels, adapter.loss_fn)
+        torch.testing.assert_close(found[0][1], expected[0][0][0], rtol=1e-6, atol=1e-7)
+        assert torch.equal(found[0][0], expected[0][1])
+        torch.testing.assert_close(found[1], expected[1], rtol=1e-6, atol=1e-7)
+        assert found[2].keys() == expected[2].keys()
+        for key, grad in found[2].items():
+            torch.testing.assert_close(grad, expected[2][key], rtol=1e-5, atol=1e-7, msg=lambda m, k=key: k + m)
+        output = chained(stages)(inputs | {"labels": labels})
+        torch.testing.assert_close(output.loss, expected[1], rtol=1e-6, atol=1e-7)
+
+
 def plain():
     torch.manual_seed(4)
     return nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 8), nn.Tanh(), nn.Linear(8, 3))
@@ -124,7 +155,7 @@ def test_refusals_name_the_reason():
         get_model_adapter(Shared(), example_inputs=torch.randn(1, 6))
     with pytest.raises(ConfigError, match="example_inputs"):
         get_model_adapter(plain())
-    routed = models.config_of("mixtral")
+    routed = models.config_of("deepseek_v3")
     routed.output_router_logits = True
     with pytest.raises(ConfigError, match="output_router_logits=False"):
         get_model_adapter(models.model_of(routed))

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 import trainer_runs as runs
 import transformers
 from dualpipe_engine.integrations.transformers.batches import BatchLoss, split_batch
 
+from dualpipe_engine.compat import DualPipeTrainer
 from dualpipe_engine.errors import ConfigError
 
 
@@ -59,6 +62,14 @@ def test_lora_trains_and_saves_the_adapter(ranks, tmp_path):
     expected = peft.PeftModel.from_pretrained(runs.make_model(), tmp_path / "stock" / "final").state_dict()
     for name, value in model.state_dict().items():
         torch.testing.assert_close(value, expected[name], rtol=1e-4, atol=1e-5)
+
+
+def test_auxiliary_losses_are_refused():
+    model = runs.make_model()
+    model.config.output_router_logits = True
+    trainer = SimpleNamespace(_engine=None, _configuration=dict, model=model)
+    with pytest.raises(ConfigError, match="output_router_logits=False"):
+        DualPipeTrainer._make_engine(trainer)
 
 
 def test_batches_are_cut_into_rows():
