@@ -86,6 +86,18 @@ def test_import_needs_neither_torch_nor_deepspeed():
     assert result.stdout.strip() == "[]"
 
 
+def test_drawing_without_matplotlib_names_the_command(tmp_path):
+    arguments = ["draw", "--schedule", "1f1b", "--ranks", "2", "--micro-batches", "2", "--out", str(tmp_path / "a.svg")]
+    code = f"""
+import sys
+sys.modules["matplotlib"] = None
+from dualpipe_engine.cli import main
+sys.exit(main({arguments}))
+"""
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert result.returncode != 0 and "pip install matplotlib" in result.stderr + result.stdout
+
+
 def test_public_names():
     import dualpipe_engine
 

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import json
+import subprocess
+import sys
 from types import SimpleNamespace
 
 import pytest
@@ -50,6 +53,27 @@ def test_replicas_share_the_batches(ranks, tmp_path):
     found = ranks.run(4, runs.train, folder=str(tmp_path), num_chunks=3, num_stages=2, schedule="dualpipev")
     assert all(each == found[0] for each in found)
     assert found[0]["steps"][20][0] < found[0]["steps"][1][0]
+
+
+def test_the_short_call_with_profiling(ranks, tmp_path):
+    assert ranks.run(2, runs.short, folder=str(tmp_path)) == [3, 3]
+    profile = json.loads((tmp_path / "dualpipe_profile.json").read_text())
+    assert profile and list(tmp_path.glob("checkpoint-3"))
+
+
+def test_without_transformers_the_extra_is_named():
+    code = """
+import sys
+sys.modules["transformers"] = None
+import dualpipe_engine
+import dualpipe_engine.compat as compat
+try:
+    compat.DualPipeTrainer
+except dualpipe_engine.MissingExtraError as error:
+    print(error)
+"""
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert 'pip install "dualpipe_engine[hf]"' in result.stdout
 
 
 def test_lora_trains_and_saves_the_adapter(ranks, tmp_path):
