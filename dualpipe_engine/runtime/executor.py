@@ -105,8 +105,8 @@ class Executor:
             PipelineRuntimeError: a transfer failed; what a layer, the loss or the feed raises passes through.
         """
         self._plan = plan
-        self._placement = plan.placement
         self._last = plan.placement.num_stages - 1
+        self._holders = [plan.placement.replicas(stage) for stage in range(plan.placement.num_stages)]
         self._feed = feed
         self._train = train
         self._result = BatchResult()
@@ -134,7 +134,8 @@ class Executor:
         return self._result
 
     def _neighbour(self, stage: int, micro: int) -> int:
-        return self._placement.rank_of(stage, micro)
+        holders = self._holders[stage]
+        return holders[micro % len(holders)]
 
     def _take_inputs(self, op: Op) -> Any:
         stage, micro = op.stage, op.micro
@@ -148,8 +149,9 @@ class Executor:
         if key in self._inputs:
             inputs = self._inputs.pop(key)
         else:
-            with self._observer.waiting(RECEIVE, op):
-                inputs = self._edges.wait_forward(stage, micro)
+            start = self._observer.now()
+            inputs = self._edges.wait_forward(stage, micro)
+            self._observer.waited(RECEIVE, op, start)
         return as_leaves(inputs) if self._train else inputs
 
     def _take_grads(self, op: Op) -> list[torch.Tensor] | None:
@@ -159,8 +161,10 @@ class Executor:
         key = (stage, micro)
         if key in self._grads:
             return self._grads.pop(key)
-        with self._observer.waiting(RECEIVE, op):
-            return self._edges.wait_backward(stage, micro)
+        start = self._observer.now()
+        grads = self._edges.wait_backward(stage, micro)
+        self._observer.waited(RECEIVE, op, start)
+        return grads
 
     def _labels(self, op: Op) -> Any:
         if op.stage != self._last:
@@ -243,13 +247,15 @@ class Executor:
 
     def _send_forward(self, op: Op) -> None:
         if (output := self._outputs.pop((op.stage, op.micro), None)) is not None:
-            with self._observer.waiting(SEND, Op(SEND_F, op.stage, op.micro)):
-                self._edges.send_forward(op.stage, op.micro, output, self._neighbour(op.stage + 1, op.micro))
+            start = self._observer.now()
+            self._edges.send_forward(op.stage, op.micro, output, self._neighbour(op.stage + 1, op.micro))
+            self._observer.waited(SEND, Op(SEND_F, op.stage, op.micro), start)
 
     def _send_backward(self, op: Op) -> None:
         grads = self._grads.pop((op.stage, op.micro))
-        with self._observer.waiting(SEND, op):
-            self._edges.send_backward(op.stage, op.micro, grads, self._neighbour(op.stage - 1, op.micro))
+        start = self._observer.now()
+        self._edges.send_backward(op.stage, op.micro, grads, self._neighbour(op.stage - 1, op.micro))
+        self._observer.waited(SEND, op, start)
 
     def _recv_forward(self, op: Op) -> None:
         self._edges.post_forward(op.stage, op.micro, self._neighbour(op.stage - 1, op.micro))
