@@ -44,9 +44,7 @@ class FiniteCheck:
 
     def after_step(self) -> None:
         """After the optimizer has stepped: warn, once for all ranks. Collective over all ranks."""
-        if self._raises:
-            return
-        engine, text = self._engine, self._found()
+        engine, text = self._engine, None if self._raises else self._found()
         if text is None and not self._scaled and self._norm_is_bad():
             text = (
                 f"step {engine.global_steps}: the gradient norm is NaN or inf, and what passes the borders of stages "
@@ -71,23 +69,18 @@ class FiniteCheck:
         dist.all_reduce(count)
         if not float(count):
             return None
-        mine = (engine.place.replica, engine.place.pipeline, self.borders.findings())
+        mine = (engine.place.replica, self.borders.findings(engine.global_rank))
         all_ranks: list[Any] = [None] * dist.get_world_size()
         dist.all_gather_object(all_ranks, mine)
         of_replica: dict[int, list[Finding]] = {}
-        pipelines = {}
-        for replica, pipeline, findings in all_ranks:
-            pipelines[replica] = pipeline
+        for replica, findings in all_ranks:
             of_replica.setdefault(replica, []).extend(findings)
         parts = [
-            self._describe(each, replica, pipelines[replica])
-            for replica in sorted(of_replica)
-            for each in origins(of_replica[replica])
+            self._describe(each, replica) for replica in sorted(of_replica) for each in origins(of_replica[replica])
         ]
         more = f"; and in {len(parts) - _SHOWN} more micro-batches" if len(parts) > _SHOWN else ""
         return f"NaN or inf in step {step}: {'; '.join(parts[:_SHOWN])}{more}"
 
-    def _describe(self, found: Finding, replica: int, pipeline: tuple[int, ...]) -> str:
-        rank = pipeline[self._engine.plan.placement.rank_of(found.stage, found.micro)]
-        where = f" of replica {replica}" if self._engine.place.replicas > 1 else ""
-        return f"stage {found.stage} (rank {rank}), {found.direction}, micro-batch {found.micro}{where}: {found.text}"
+    def _describe(self, found: Finding, replica: int) -> str:
+        micro = f"micro-batch {found.micro}" + (f" of replica {replica}" if self._engine.place.replicas > 1 else "")
+        return f"stage {found.stage} (rank {found.rank}), {found.direction}, {micro}: {found.text}"

@@ -34,6 +34,7 @@ class Finding(NamedTuple):
         stage: stage that made it.
         direction: `FORWARD` or `BACKWARD`.
         text: what holds it.
+        rank: global rank that has seen it.
     """
 
     micro: int
@@ -41,6 +42,7 @@ class Finding(NamedTuple):
     stage: int
     direction: str
     text: str
+    rank: int
 
 
 class Borders:
@@ -71,7 +73,7 @@ class Borders:
 
     def loss(self, stage: int, micro: int, loss: Tensor) -> None:
         """The loss, before any scaling."""
-        self._note(_LOSS, stage, micro, torch.linalg.vector_norm(loss, math.inf))
+        self._note(_LOSS, stage, micro, _largest(loss))
 
     def back(self, stage: int, micro: int, grads: Iterable[Tensor]) -> None:
         """The gradients of a stage's inputs."""
@@ -86,14 +88,14 @@ class Borders:
             self._note_norm(_WEIGHTS, stage, micro, grad.coalesce().values() if grad.is_sparse else grad)
 
     def _note_values(self, what: int, stage: int, micro: int, nest: Any) -> None:
-        for tensor in pytree.tree_leaves(nest):
+        for tensor in (nest,) if isinstance(nest, Tensor) else pytree.tree_leaves(nest):
             if isinstance(tensor, Tensor) and tensor.is_floating_point() and tensor.numel() and tensor.itemsize > 1:
                 # The maximum, because -inf is what masks hold; one that a stage makes is a NaN soon after.
                 self._note(what, stage, micro, tensor.detach().amax())
 
     def _note_norm(self, what: int, stage: int, micro: int, grad: Tensor) -> None:
         if grad.numel():
-            self._note(what, stage, micro, torch.linalg.vector_norm(grad.detach(), math.inf))
+            self._note(what, stage, micro, _largest(grad))
 
     def _note(self, what: int, stage: int, micro: int, largest: Tensor) -> None:
         self._notes.append((what, stage, micro))
@@ -110,10 +112,14 @@ class Borders:
             count += (stacked.isnan() | stacked.isposinf()).sum()
         return count
 
-    def findings(self) -> list[Finding]:
-        """What is NaN or inf. A weight gradient that adds up stays so: the first of a stage is meant."""
+    def findings(self, rank: int = 0) -> list[Finding]:
+        """What is NaN or inf here.
+
+        Args:
+            rank: this global rank.
+        """
         found: list[Finding] = []
-        passed: set[int] = set()
+        passed: set[int] = set()  # stages whose weight gradients add up and stay so: the first is meant
         for (what, stage, micro), largest in zip(self._notes, self._largest, strict=True):
             value = float(largest)
             if not (math.isnan(value) or value == math.inf) or (what == _WEIGHTS and stage in passed):
@@ -123,8 +129,15 @@ class Borders:
             backward = what in (_BORDER, _WEIGHTS)
             step = (1, -stage) if backward else (0, 0 if what == _DATA else 1 + stage)
             text = _TEXTS[what].format("NaN" if math.isnan(value) else "inf")
-            found.append(Finding(micro, step, stage, BACKWARD if backward else FORWARD, text))
+            found.append(Finding(micro, step, stage, BACKWARD if backward else FORWARD, text, rank))
         return found
+
+
+def _largest(tensor: Tensor) -> Tensor:
+    """The largest magnitude (scalar), or NaN. A norm is many times slower on CPUs."""
+    tensor = tensor.detach()
+    low, high = torch.aminmax(torch.view_as_real(tensor) if tensor.is_complex() else tensor)
+    return torch.maximum(high, -low)
 
 
 def origins(findings: Iterable[Finding]) -> list[Finding]:
