@@ -40,8 +40,8 @@ under_torchrun() { # run, arguments: torchrun ends all ranks when one is lost, a
     # A store that the launcher shares with its ranks still holds the addresses of those that were lost.
     local run=$1
     shift
-    start "$run" env TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 python -m torch.distributed.run --nproc-per-node 2 --max-restarts "$RESTARTS" \
-        --rdzv-backend c10d --rdzv-endpoint "127.0.0.1:$PORT" --local-addr 127.0.0.1 -- "$@"
+    start "$run" env TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 python -m torch.distributed.run \
+        --nproc-per-node 2 --max-restarts "$RESTARTS" --rdzv-backend c10d --rdzv-endpoint "127.0.0.1:$PORT" --local-addr 127.0.0.1 -- "$@"
 }
 
 under_deepspeed() { # run, arguments: the launcher ends all ranks when one is lost, and this loop starts them again
@@ -59,10 +59,12 @@ for run in uninterrupted torchrun deepspeed; do
     rm -rf "${FOLDER:?}/$run"
     mkdir -p "$FOLDER/$run"
 done
+trap 'echo "a run has failed, see $FOLDER/*/errors.log" >&2' ERR
 echo "== without a fault"
 under_torchrun uninterrupted
 echo "== torchrun"
 under_torchrun torchrun "${LOSE[@]}"
 echo "== deepspeed"
 under_deepspeed deepspeed "${LOSE[@]}"
+trap - ERR
 python examples/restart_losses.py "$FOLDER"
