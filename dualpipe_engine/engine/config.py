@@ -51,6 +51,8 @@ class DualPipeConfig(BaseModel):
     """Seconds after which a transfer that does not come is an error."""
     check_twins: int | None = Field(default=None, ge=1)
     """Compare all copies of every parameter by hash after every so many steps; null: never."""
+    check_finite: bool = False
+    """NaN or inf: true also looks at every weight gradient and ends the run before the optimizer steps; false warns."""
     partition_method: str | None = None
     """How layers are cut into stages: "pairs" so that ranks have equal work and the plan runs fast, "parameters",
     "uniform" or "type:REGEX"; null keeps the PipelineModule's cut, or its method where the schedule has more stages."""

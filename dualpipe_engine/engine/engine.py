@@ -36,6 +36,7 @@ from .config import DualPipeConfig
 from .data import BatchFeed, check_same_stream
 from .evaluation import Evaluation
 from .experts import has_experts
+from .finite import FiniteCheck
 from .gradients import GradientTail
 from .grid import Place
 from .measuring import Measuring
@@ -70,6 +71,7 @@ class DualPipeEngine(Evaluation, Measuring):
     Attributes:
         plan: the lowered training plan.
         place: stages, pipeline rank and replica of this process.
+        finite: reports NaN and inf.
     """
 
     has_moe_layers: bool
@@ -187,8 +189,15 @@ class DualPipeEngine(Evaluation, Measuring):
         self._edges = Edges(transport, self.device, timeout, module.dynamic_shape, self.watch.position)
         self._observer = Observer(self.place.rank, self.device)
         self._tail = GradientTail(self)
+        self.finite = FiniteCheck(self)
         self._executor = Executor(
-            self.place.rank, self._chunks, self._edges, self._observer, self._tail, self._before_forward
+            self.place.rank,
+            self._chunks,
+            self._edges,
+            self._observer,
+            self._tail,
+            self._before_forward,
+            self.finite.borders,
         )
         # Evaluation may use other shapes, so it has edges of its own and announces every shape.
         self._eval_executor = Executor(
@@ -221,7 +230,8 @@ class DualPipeEngine(Evaluation, Measuring):
             RuntimeError: gradients are switched off.
             ConfigError: no optimizer is configured, there is no data, or the ends of the pipeline read different data.
             StopIteration: the data ended within the batch.
-            PipelineRuntimeError: a rank was lost, a transfer failed, or copies of a parameter differ.
+            PipelineRuntimeError: a rank was lost, a transfer failed, copies of a parameter differ, or `check_finite`
+                has found a NaN or an inf.
         """
         if not torch.is_grad_enabled():
             raise RuntimeError("train_batch() needs gradients; use eval_batch() without")
@@ -250,6 +260,7 @@ class DualPipeEngine(Evaluation, Measuring):
             self.agg_additional_losses = self._additional.mean(self.micro_batches, self.device)
         self._keep_record()
         self.timers(TRAIN_BATCH_TIMER).stop()
+        self.finite.after_step()
         every = self.dualpipe_config.check_twins
         if every is not None and self.global_steps % every == 0:
             check_twins(self.module, self.mpu.get_data_parallel_group())
