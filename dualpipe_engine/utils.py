@@ -6,6 +6,7 @@ from collections import deque
 from collections.abc import Callable, Sequence
 
 import torch
+from torch.autograd.graph import _engine_run_backward
 
 from .runtime.profiler import Profiler, disable_profiling, enable_profiling, get_profiler
 
@@ -76,7 +77,12 @@ def run_backward(
     """Backward from several tensors at once, accumulating into the leaves.
 
     Args:
-        tensors: outputs.
+        tensors: outputs; their storage may be gone, since only their place in the graph counts.
         grad_tensors: their gradients, one each; None only for a scalar.
     """
-    torch.autograd.backward(tensors, grad_tensors)
+    outputs = (tensors,) if isinstance(tensors, torch.Tensor) else tuple(tensors)
+    given = (grad_tensors,) * len(outputs) if grad_tensors is None else grad_tensors
+    given = (given,) if isinstance(given, torch.Tensor) else given
+    grads = tuple(torch.ones_like(t) if g is None else g for t, g in zip(outputs, given, strict=True))
+    if outputs:
+        _engine_run_backward(outputs, grads, False, False, (), allow_unreachable=True, accumulate_grad=True)

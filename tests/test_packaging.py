@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import ast
+import shutil
 import subprocess
 import sys
+import tarfile
 from pathlib import Path
 
 import pytest
@@ -84,6 +86,18 @@ def test_import_needs_neither_torch_nor_deepspeed():
     assert result.stdout.strip() == "[]"
 
 
+def test_drawing_without_matplotlib_names_the_command(tmp_path):
+    arguments = ["draw", "--schedule", "1f1b", "--ranks", "2", "--micro-batches", "2", "--out", str(tmp_path / "a.svg")]
+    code = f"""
+import sys
+sys.modules["matplotlib"] = None
+from dualpipe_engine.cli import main
+sys.exit(main({arguments}))
+"""
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert result.returncode != 0 and "pip install matplotlib" in result.stderr + result.stdout
+
+
 def test_public_names():
     import dualpipe_engine
 
@@ -91,3 +105,24 @@ def test_public_names():
         assert getattr(dualpipe_engine, name) is not None
     with pytest.raises(AttributeError):
         _ = dualpipe_engine.no_such_name
+
+
+def test_source_distribution_is_complete(tmp_path):
+    root, copy = PACKAGE.parent, tmp_path / "copy"
+    copy.mkdir()
+    for name in ("csrc", "integrations", "dualpipe_engine", "tests"):
+        shutil.copytree(root / name, copy / name, ignore=shutil.ignore_patterns("__pycache__", "*.so"))
+    for name in ("LICENSE", "MANIFEST.in", "README.md", "pyproject.toml", "setup.py"):
+        shutil.copy(root / name, copy)
+    command = [sys.executable, "setup.py", "-q", "sdist", "-d", str(tmp_path)]
+    subprocess.run(command, cwd=copy, capture_output=True, text=True, check=True)
+    with tarfile.open(next(tmp_path.glob("*.tar.gz"))) as archive:
+        found = {name.partition("/")[2] for name in archive.getnames()}
+    wanted = {
+        path.relative_to(root).as_posix()
+        for folder in (PACKAGE, root / "csrc", root / "integrations")
+        for path in folder.rglob("*")
+        if path.suffix in (".py", ".cpp", ".h", ".typed")
+    }
+    assert wanted | {"LICENSE", "README.md", "pyproject.toml", "setup.py"} <= found
+    assert not any(name.startswith("tests/") for name in found), "tests without what they import"

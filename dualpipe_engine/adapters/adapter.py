@@ -17,6 +17,7 @@ from .loading import Weights, empty_model
 from .losses import own_loss
 from .messages import Inputs
 from .registry import added_adapter, refuse_unfit
+from .routed import RoutedRunner, Routing
 from .runner import Runner, Span
 from .stage import Stage
 from .stubs import shadow
@@ -73,6 +74,8 @@ class ModelAdapter:
         refuse_unfit(model)
         self.model, self._weights = model, weights
         self._inputs = _inputs(model)
+        routed = getattr(getattr(model, "config", None), "output_router_logits", False)
+        self._routing = Routing(model) if routed else None
         self.chain = chain or find_chain(model, _probe(model, self._inputs, example_inputs))
         self._shadows: dict[str, nn.Module] = {}
         above = ancestors((*self.chain.prologue, *self.chain.blocks, *self.chain.epilogue))
@@ -80,12 +83,14 @@ class ModelAdapter:
 
     @property
     def loss_fn(self) -> Callable[[Any, Any], torch.Tensor]:
-        """The model's own loss as `loss_fn(output, labels)`.
+        """The model's own loss as `loss_fn(output, labels)`. With `output_router_logits` in the configuration an output
+        is `(logits, auxiliary loss)`, and the loss is that of both.
 
         Raises:
             ConfigError: its class has none that is known.
         """
-        return own_loss(self.model)
+        own = own_loss(self.model)
+        return own if self._routing is None else self._routing.with_loss(own)
 
     @property
     def tied(self) -> bool:
@@ -177,7 +182,8 @@ class ModelAdapter:
         }
 
     def runner(self, span: Span, owned: dict[str, nn.Module]) -> Runner:
-        return Runner(self.model, self.chain, owned, self._shadow, self._inputs, span)
+        given = (self.model, self.chain, owned, self._shadow, self._inputs, span)
+        return Runner(*given) if self._routing is None else RoutedRunner(self._routing, *given)
 
     def fill(self, stage: Stage) -> None:
         """Give weights to a stage of a model on the meta device."""
@@ -231,7 +237,8 @@ def _inputs(model: nn.Module) -> Inputs:
         return Inputs(names, False, {})
     extras = ("attention_mask", "position_ids", "token_type_ids")
     embeds = type(model).__name__.endswith(_EMBEDS_ONLY) and "inputs_embeds" in signature
-    fixed = {"use_cache": False} if "use_cache" in signature else {}
+    # The auxiliary loss over routers is made by `RoutedRunner`.
+    fixed = {name: False for name in ("use_cache", "output_router_logits") if name in signature}
     return Inputs((main, *(name for name in extras if name in signature)), embeds, fixed)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ import torch
 from torch import nn
 
 from ..errors import ConfigError, MissingExtraError
+from .conversion import sources_of
 from .stage import Stage, materialize
 
 INDEX = "model.safetensors.index.json"
@@ -21,7 +23,8 @@ def empty_model(config: Any, folder: str | None) -> nn.Module:
 
     Raises:
         MissingExtraError: transformers is not installed.
-        ConfigError: neither a configuration nor a folder is given, or the model's class is not known.
+        ConfigError: neither a configuration nor a folder is given, the model's class is not known, or the folder's
+            weights are quantized.
     """
     try:
         import transformers
@@ -33,6 +36,11 @@ def empty_model(config: Any, folder: str | None) -> nn.Module:
         if folder is None:
             raise ConfigError("get_model_adapter needs a model, a config or a folder")
         config = transformers.AutoConfig.from_pretrained(folder)
+    if folder is not None and getattr(config, "quantization_config", None) is not None:
+        raise ConfigError(
+            f"the weights in {folder} are quantized, and stages read plain ones: load the model with "
+            "from_pretrained(dtype=...) and its own dequantization, and save that"
+        )
     names = config.architectures or []
     kind: Any = getattr(transformers, names[0], None) if names else transformers.AutoModelForCausalLM
     if kind is None:
@@ -57,6 +65,7 @@ class Weights:
     def __init__(self, model: nn.Module, folder: str | None) -> None:
         self._model = model
         self._files: dict[str, Path] | None = None if folder is None else _files(Path(folder))
+        self._sources = sources_of(model, self._files or ())
 
     def fill(self, stage: Stage) -> None:
         """Give storage and values to the parameters and buffers of `stage`, on the CPU.
@@ -76,30 +85,34 @@ class Weights:
     def _read(self, stage: Stage, files: dict[str, Path]) -> None:
         from safetensors import safe_open
 
-        wanted: dict[Path, list[tuple[str, torch.Tensor]]] = {}
-        tied: set[int] = set()
-        missing: dict[int, str] = {}
-        held = list(stage.state_dict(keep_vars=True).items())
-        for name, tensor in held:
-            key = _key(name, files, getattr(self._model, "base_model_prefix", ""))
-            if key is None:
-                missing[id(tensor)] = name
-            elif id(tensor) not in tied:
-                tied.add(id(tensor))
-                wanted.setdefault(files[key], []).append((key, tensor))
-        for name in (name for tensor, name in missing.items() if tensor not in tied):
-            source = self._tie_of(name)
-            key = None if source is None else _key(source, files, getattr(self._model, "base_model_prefix", ""))
-            if key is None:
+        held: dict[str, torch.Tensor] = stage.state_dict(keep_vars=True)
+        wanted: dict[int, tuple[str, torch.Tensor]] = {}
+        for name, tensor in sorted(held.items(), key=lambda each: each[0] not in self._sources):
+            if id(tensor) in wanted:  # tied to one that has a source
+                continue
+            known = name if name in self._sources else self._tie_of(name)
+            if known not in self._sources:
                 raise ConfigError(
-                    f"the safetensors files have no {name}: save the model with save_pretrained(..., "
-                    "save_original_format=False), or load it whole with from_pretrained and pass the model"
+                    f"the safetensors files have nothing that becomes {name}: load the model whole with "
+                    "from_pretrained and pass it, or save it in its own names with save_pretrained(..., "
+                    "save_original_format=False)"
                 )
-            wanted.setdefault(files[key], []).append((key, dict(held)[name]))
-        for path, entries in wanted.items():
-            with safe_open(path, framework="pt") as opened, torch.no_grad():
-                for key, tensor in entries:
-                    tensor.copy_(opened.get_tensor(key))
+            wanted[id(tensor)] = known, tensor
+        with ExitStack() as stack, torch.no_grad():
+            opened: dict[Path, Any] = {}
+
+            def read(entry: str) -> torch.Tensor:
+                path = files[entry]
+                if path not in opened:
+                    opened[path] = stack.enter_context(safe_open(path, framework="pt"))
+                found: torch.Tensor = opened[path].get_tensor(entry)
+                return found
+
+            made: dict[str, torch.Tensor] = {}
+            for known, tensor in wanted.values():
+                if known not in made:
+                    made |= self._sources[known].weights(self._model, read)
+                tensor.copy_(made.pop(known))
 
     def _tie_of(self, name: str) -> str | None:
         """Another name of the same parameter in the model."""
@@ -124,11 +137,3 @@ def _files(folder: Path) -> dict[str, Path]:
 
     with safe_open(folder / SINGLE, framework="pt") as opened:
         return dict.fromkeys(opened.keys(), folder / SINGLE)
-
-
-def _key(name: str, files: dict[str, Path], prefix: str) -> str | None:
-    """The weight's name in the files, which may be those of the model without its head."""
-    for key in (name, name.removeprefix(prefix + "."), f"{prefix}.{name}"):
-        if key in files:
-            return key
-    return None

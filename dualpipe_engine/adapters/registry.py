@@ -32,14 +32,9 @@ def refuse_unfit(model: nn.Module) -> None:
     """Refuse what the probe cannot see.
 
     Raises:
-        ConfigError: the model is an encoder with a decoder, or has an auxiliary loss over the routers of all layers.
+        ConfigError: the model is an encoder with a decoder.
     """
     config = getattr(model, "config", None)
-    if getattr(config, "output_router_logits", False):
-        raise ConfigError(
-            f"{type(model).__name__}: the auxiliary loss multiplies averages over the routers of all layers, which no "
-            "stage sees: set output_router_logits=False in the configuration"
-        )
     if getattr(config, "is_encoder_decoder", False):
         raise ConfigError(
             f"{type(model).__name__} is no single chain: it is an encoder-decoder model, and every block of its "

@@ -51,7 +51,7 @@ class Runner:
         span: Span,
     ) -> None:
         self._chain, self._shadows, self._inputs = chain, shadows, inputs
-        self._start, self._stop, self._first = span.start, span.stop, span.first
+        self._start, self._stop, self._first, self._last = span
         self._ends = span.stop == len(chain.blocks) > span.start and not span.last
         self._hidden: torch.Tensor | None = None
         above = ancestors((*chain.prologue, *chain.blocks, *chain.epilogue, *owned))

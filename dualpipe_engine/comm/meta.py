@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import pickle
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -45,11 +46,11 @@ class MessageMeta:
     leaves: tuple[Any, ...]
     spec: Any
 
-    @property
+    @cached_property
     def tensors(self) -> tuple[TensorMeta, ...]:
         return tuple(leaf for leaf in self.leaves if isinstance(leaf, TensorMeta))
 
-    @property
+    @cached_property
     def differentiable(self) -> tuple[TensorMeta, ...]:
         return tuple(meta for meta in self.tensors if meta.differentiable)
 

@@ -9,7 +9,7 @@ the floating-point tensors that went forward, so it needs no header.
 from __future__ import annotations
 
 import math
-from collections import deque
+from collections import defaultdict, deque
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -31,7 +31,7 @@ def _tag(kind: int, stage: int, micro: int, index: int) -> int:
     return ((micro * 1024 + stage % 1024) * 2 + kind) * _MAX_TENSORS + index
 
 
-@dataclass
+@dataclass(slots=True)
 class Inbound:
     """A receive that was asked for. `tickets` is None until it could be posted."""
 
@@ -39,19 +39,11 @@ class Inbound:
     stage: int
     micro: int
     src: int
+    made_by: int  # the stage that sends it, and names it
     metas: tuple[TensorMeta, ...] = ()
     message: MessageMeta | None = None
     tensors: list[torch.Tensor] = field(default_factory=list)
     tickets: list[Ticket] | None = None
-
-    @property
-    def made_by(self) -> int:
-        """The stage that sends it."""
-        return self.stage + (1 if self.kind == BACKWARD else -1)
-
-    def tag(self, index: int) -> int:
-        """Messages are named by the stage that made them."""
-        return _tag(self.kind, self.made_by, self.micro, index)
 
 
 class Edges:
@@ -81,7 +73,7 @@ class Edges:
         self._sent: dict[int, MessageMeta] = {}
         self._owed: dict[tuple[int, int], tuple[TensorMeta, ...]] = {}  # gradients that are to come back
         self._known: dict[int, MessageMeta] = {}
-        self._waiting: dict[int, deque[Inbound]] = {}
+        self._waiting: dict[int, deque[Inbound]] = defaultdict(deque)
         self._inbound: dict[tuple[int, int, int], Inbound] = {}
         self._outbound: deque[tuple[Ticket, torch.Tensor]] = deque()
 
@@ -109,22 +101,24 @@ class Edges:
                 f"stage {stage} made ({meta.describe()}) for micro-batch {micro} after ({before.describe()}): build "
                 "the PipelineModule with dynamic_shape=True, or call engine.reset_activation_shape() on all ranks"
             )
-        self._owed[stage, micro] = meta.differentiable
+        self._owed[stage, micro] = self._sent[stage].differentiable
+        first = _tag(FORWARD, stage, micro, 0)
         for index, tensor in enumerate(tensors):
-            self._post_send(tensor.detach().contiguous(), dst, _tag(FORWARD, stage, micro, index))
+            self._post_send(tensor.detach().contiguous(), dst, first + index)
 
     def send_backward(self, stage: int, micro: int, grads: list[torch.Tensor], dst: int) -> None:
         """Send the input gradients of `stage` for `micro`, one for each floating-point input, to rank `dst`."""
+        first = _tag(BACKWARD, stage, micro, 0)
         for index, grad in enumerate(grads):
-            self._post_send(grad.contiguous(), dst, _tag(BACKWARD, stage, micro, index))
+            self._post_send(grad.contiguous(), dst, first + index)
 
     def post_forward(self, stage: int, micro: int, src: int) -> None:
         """Ask for the input of `stage` for `micro` from pipeline rank `src`."""
-        self._ask(Inbound(FORWARD, stage, micro, src))
+        self._ask(Inbound(FORWARD, stage, micro, src, stage - 1))
 
     def post_backward(self, stage: int, micro: int, src: int) -> None:
         """Ask for the output gradients of `stage` for `micro` from pipeline rank `src`."""
-        self._ask(Inbound(BACKWARD, stage, micro, src))
+        self._ask(Inbound(BACKWARD, stage, micro, src, stage + 1))
 
     def wait_forward(self, stage: int, micro: int) -> Any:
         """The input of `stage` for `micro`, in the sender's nest."""
@@ -160,9 +154,11 @@ class Edges:
 
     def _ask(self, inbound: Inbound) -> None:
         self._inbound[inbound.kind, inbound.stage, inbound.micro] = inbound
-        waiting = self._waiting.setdefault(inbound.src, deque())
-        waiting.append(inbound)
-        self._advance(waiting)
+        waiting = self._waiting[inbound.src]
+        if waiting or not self._shapes_known(inbound):
+            waiting.append(inbound)
+        else:
+            self._post(inbound)
 
     def _advance(self, waiting: deque[Inbound]) -> None:
         while waiting and self._shapes_known(waiting[0]):
@@ -180,15 +176,18 @@ class Edges:
         return False
 
     def _post(self, inbound: Inbound) -> None:
-        inbound.tensors = [meta.empty(self._device) for meta in inbound.metas]
-        inbound.tickets = [
-            self._transport.recv(tensor, inbound.src, inbound.tag(index))
-            for index, tensor in enumerate(inbound.tensors)
-        ]
+        tag = _tag(inbound.kind, inbound.made_by, inbound.micro, 0)
+        inbound.tickets = []
+        for meta in inbound.metas:
+            tensor = meta.empty(self._device)
+            inbound.tensors.append(tensor)
+            inbound.tickets.append(self._transport.recv(tensor, inbound.src, tag))
+            tag += 1
 
     def _read_header(self, inbound: Inbound) -> None:
         header = torch.empty(HEADER_BYTES, dtype=torch.uint8, device=self._device)
-        self._transport.recv(header, inbound.src, inbound.tag(_HEADER)).wait(self._timeout_s)
+        tag = _tag(inbound.kind, inbound.made_by, inbound.micro, _HEADER)
+        self._transport.recv(header, inbound.src, tag).wait(self._timeout_s)
         inbound.message = self._known[inbound.stage] = decode(header)
         inbound.metas = inbound.message.tensors
 
@@ -205,6 +204,7 @@ class Edges:
         for ticket in inbound.tickets:
             ticket.wait(self._timeout_s)
         self.position.awaits = None
-        self._advance(waiting)
+        if waiting:
+            self._advance(waiting)
         del self._inbound[key]
         return inbound

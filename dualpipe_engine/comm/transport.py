@@ -31,6 +31,9 @@ class Transport(Protocol):
     def recv(self, tensor: torch.Tensor, src: int, tag: int) -> Ticket: ...
 
 
+_Route = tuple[dist.ProcessGroup, int, str]  #: group, rank in it, and what errors call the transfer
+
+
 class GroupTransport:
     """Transport over torch.distributed, on a communication stream of its own.
 
@@ -61,6 +64,7 @@ class GroupTransport:
         self._ranks = tuple(ranks)
         self._tagged = dist.get_backend(group) in ("gloo", "mpi")
         self._groups: dict[tuple[int, int], dist.ProcessGroup] = {}
+        self._routes: dict[tuple[int, int], _Route] = {}
         if self._tagged:
             self._peer = [dist.get_group_rank(group, global_rank) for global_rank in ranks]
             self._group = group
@@ -82,22 +86,28 @@ class GroupTransport:
                     group_desc=f"dualpipe_edge_{src}_{dst}",
                 )
 
-    def _route(self, src: int, dst: int) -> tuple[dist.ProcessGroup, int]:
-        peer = dst if src == self.rank else src
+    def _route(self, src: int, dst: int) -> _Route:
+        sends = src == self.rank
+        peer = dst if sends else src
+        what = f"{'send to' if sends else 'receive from'} pipeline rank {peer}"
         if self._tagged:
-            return self._group, self._peer[peer]
-        group = self._groups[src, dst]
-        return group, dist.get_group_rank(group, self._ranks[peer])
+            route = self._group, self._peer[peer], what
+        else:
+            group = self._groups[src, dst]
+            route = group, dist.get_group_rank(group, self._ranks[peer]), what
+        self._routes[src, dst] = route
+        return route
 
     def send(self, tensor: torch.Tensor, dst: int, tag: int) -> StreamTicket:
-        group, peer = self._route(self.rank, dst)
-        return self._keep(self.stream.send(group, tensor, peer, tag, f"send to pipeline rank {dst}"))
+        group, peer, what = self._routes.get((self.rank, dst)) or self._route(self.rank, dst)
+        ticket = self.stream.send(group, tensor, peer, tag, what)
+        if self._log is not None:
+            self._log.append(ticket)
+        return ticket
 
     def recv(self, tensor: torch.Tensor, src: int, tag: int) -> StreamTicket:
-        group, peer = self._route(src, self.rank)
-        return self._keep(self.stream.recv(group, tensor, peer, tag, f"receive from pipeline rank {src}"))
-
-    def _keep(self, ticket: StreamTicket) -> StreamTicket:
+        group, peer, what = self._routes.get((src, self.rank)) or self._route(src, self.rank)
+        ticket = self.stream.recv(group, tensor, peer, tag, what)
         if self._log is not None:
             self._log.append(ticket)
         return ticket

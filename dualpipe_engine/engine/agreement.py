@@ -7,6 +7,7 @@ from typing import Any
 
 import torch.distributed as dist
 from deepspeed.pipe import LayerSpec, PipelineModule, TiedLayerSpec
+from deepspeed.runtime.pipe.topology import PipelineParallelGrid
 
 from ..errors import ConfigError
 
@@ -29,14 +30,15 @@ _PLAIN = (int, float, str, bool, type(None))
 def agree_on_job(settings: dict[str, Any], module: PipelineModule) -> None:
     """Compare the configuration and the layers of all ranks. Collective over all ranks.
 
-    Arguments of layers are compared within each replica of the pipeline: replicas that share experts differ in them.
+    Arguments of layers are compared within each pipeline: replicas that share experts and slices of one model differ
+    in them.
 
     Raises:
         ConfigError: ranks differ; the keys and layers, their values and the ranks are named, the same on every rank.
     """
     grid = module._grid
-    replica = f" of replica {grid.data_parallel_id}" if grid.data_parallel_size > 1 else ""
-    _compare({f"layer {number}{replica}": _layer(spec) for number, spec in enumerate(module._layer_specs)})
+    pipeline = (f" of replica {grid.data_parallel_id}" if grid.data_parallel_size > 1 else "") + _slice(grid)
+    _compare({f"layer {number}{pipeline}": _layer(spec) for number, spec in enumerate(module._layer_specs)})
     kept = {key: value for key, value in settings.items() if key not in _REPORTING}
     facts = {f"configuration key {name}": repr(value) for name, value in _flat(kept)}
     facts |= {f"layer {number}": _kind(spec) for number, spec in enumerate(module._layer_specs)}
@@ -49,12 +51,17 @@ def agree_on_copies(module: PipelineModule) -> None:
     Raises:
         ConfigError: copies differ.
     """
+    place = _slice(module._grid)
     _compare(
         {
-            f"parameter {name}": f"{list(param.shape)} {param.dtype}{'' if param.requires_grad else ', frozen'}"
+            f"parameter {name}{place}": f"{list(param.shape)} {param.dtype}{'' if param.requires_grad else ', frozen'}"
             for name, param in module.named_parameters()
         }
     )
+
+
+def _slice(grid: PipelineParallelGrid) -> str:
+    return f" of slice {grid.get_slice_parallel_rank()}" if grid.get_slice_parallel_world_size() > 1 else ""
 
 
 def _flat(section: dict[str, Any], path: str = "") -> Iterator[tuple[str, Any]]:

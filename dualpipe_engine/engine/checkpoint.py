@@ -24,7 +24,7 @@ from .checkpoint_files import (
     settle,
     write_text,
 )
-from .checkpoint_state import description, random_state, set_random_state, universal_info
+from .checkpoint_state import check_ties, description, random_state, set_random_state, universal_info
 from .partition import same_random_state
 
 _LAYOUT = "dualpipe_layout"
@@ -56,7 +56,11 @@ class Checkpoints(PipelineEngine):
             client_state: what `load_checkpoint` shall return.
             save_latest: let `load_checkpoint` without a tag load this one.
             exclude_frozen_parameters: leave out what is not trained.
+
+        Raises:
+            CheckpointError: no file would hold certain tied weights.
         """
+        check_ties(self.module)
         tag = str(tag or f"global_step{self.global_steps}")
         folder = Path(save_dir, tag)
         if not hasattr(self.module, "universal_checkpoint_info"):

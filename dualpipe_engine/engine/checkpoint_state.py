@@ -20,6 +20,7 @@ from deepspeed.pipe import LayerSpec, PipelineModule, TiedLayerSpec
 from deepspeed.runtime.activation_checkpointing import checkpointing
 from torch import nn
 
+from ..errors import CheckpointError
 from ..schedule.plan import Plan
 from .experts import has_experts
 
@@ -55,6 +56,21 @@ def description(module: PipelineModule, plan: Plan) -> dict[str, Any]:
         layers.append({"file": has_file, "tied": spec.key if tied else None})
     model = next((part.whole_model for part in module.modules() if hasattr(part, "whole_model")), None)
     return {"schedule": plan.schedule, "ranks": plan.placement.num_ranks, "layers": layers, "model": model}
+
+
+def check_ties(module: PipelineModule) -> None:
+    """DeepSpeed writes no file of a tied layer with a `forward_fn`.
+
+    Raises:
+        CheckpointError: all layers of a tie have one, so that no file would hold its weights.
+    """
+    tied = [spec for spec in module._layer_specs if isinstance(spec, TiedLayerSpec)]
+    lost = {spec.key for spec in tied} - {spec.key for spec in tied if spec.forward_fn is None}
+    if lost:
+        raise CheckpointError(
+            f"no file would hold the weights tied as {sorted(lost)}: give one of these TiedLayerSpecs no forward_fn",
+            everywhere=True,
+        )
 
 
 def universal_info(module: PipelineModule) -> dict[str, Any]:

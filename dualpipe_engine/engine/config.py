@@ -51,6 +51,8 @@ class DualPipeConfig(BaseModel):
     """Seconds after which a transfer that does not come is an error."""
     check_twins: int | None = Field(default=None, ge=1)
     """Compare all copies of every parameter by hash after every so many steps; null: never."""
+    check_finite: bool = False
+    """NaN or inf: true also looks at every weight gradient and ends the run before the optimizer steps; false warns."""
     partition_method: str | None = None
     """How layers are cut into stages: "pairs" so that ranks have equal work and the plan runs fast, "parameters",
     "uniform" or "type:REGEX"; null keeps the PipelineModule's cut, or its method where the schedule has more stages."""
@@ -164,7 +166,8 @@ def check_zero(config: dict[str, Any]) -> None:
     """Refuse what cannot work with a pipeline.
 
     Raises:
-        ConfigError: ZeRO-3 is asked for, or ZeRO-2 for an optimizer that works on whole gradients.
+        ConfigError: ZeRO-3 is asked for, ZeRO-2 for an optimizer that works on whole gradients, or an offload that the
+            stage does not have, which DeepSpeed would leave out or replace without a word.
     """
     sections = {name: config.get(name) for name in ("zero_optimization", "optimizer")}
     zero, optimizer = (found if isinstance(found, dict) else {} for found in sections.values())
@@ -178,4 +181,22 @@ def check_zero(config: dict[str, Any]) -> None:
     if stage == 2 and whole:
         raise ConfigError(
             f'ZeRO-2 keeps no whole gradients, which {whole} needs: use "zero_optimization": {{"stage": 1}}'
+        )
+    for key in ("offload_optimizer", "offload_param"):
+        _check_offload(key, zero, stage)
+
+
+def _check_offload(key: str, zero: dict[str, Any], stage: int) -> None:
+    section = zero.get(key)
+    device = section.get("device", "none") if isinstance(section, dict) else "none"
+    if device == "none":
+        return
+    if key == "offload_param" or device == "nvme":
+        raise ConfigError(
+            f'"{key}": {{"device": "{device}"}} is for ZeRO-3, which cannot work with a pipeline: leave it out; '
+            '"offload_optimizer": {"device": "cpu"} keeps master weights and optimizer state in host memory'
+        )
+    if stage == 0:
+        raise ConfigError(
+            f'"{key}" needs partitions of the optimizer state: set "zero_optimization": {{"stage": 1}} or 2'
         )

@@ -36,6 +36,7 @@ from .config import DualPipeConfig
 from .data import BatchFeed, check_same_stream
 from .evaluation import Evaluation
 from .experts import has_experts
+from .finite import FiniteCheck
 from .gradients import GradientTail
 from .grid import Place
 from .measuring import Measuring
@@ -70,6 +71,7 @@ class DualPipeEngine(Evaluation, Measuring, Checkpoints):
     Attributes:
         plan: the lowered training plan.
         place: stages, pipeline rank and replica of this process.
+        finite: reports NaN and inf.
     """
 
     has_moe_layers: bool
@@ -85,9 +87,9 @@ class DualPipeEngine(Evaluation, Measuring, Checkpoints):
         watch: Watch,
         **deepspeed: Any,
     ) -> None:
+        self.dualpipe_config, self.place, self.plan = dualpipe, place, plan
         # DeepSpeed's own pipeline set-up (buffers, blocking p2p, ZeRO assertion) does not apply, hence not super().
         DeepSpeedEngine.__init__(self, **deepspeed)
-        self.dualpipe_config, self.place, self.plan = dualpipe, place, plan
         self._costs = costs
         self.watch = watch
         watch.position.pipeline = place.pipeline
@@ -187,8 +189,15 @@ class DualPipeEngine(Evaluation, Measuring, Checkpoints):
         self._edges = Edges(transport, self.device, timeout, module.dynamic_shape, self.watch.position)
         self._observer = Observer(self.place.rank, self.device)
         self._tail = GradientTail(self)
+        self.finite = FiniteCheck(self)
         self._executor = Executor(
-            self.place.rank, self._chunks, self._edges, self._observer, self._tail, self._before_forward
+            self.place.rank,
+            self._chunks,
+            self._edges,
+            self._observer,
+            self._tail,
+            self._before_forward,
+            self.finite.borders,
         )
         # Evaluation may use other shapes, so it has edges of its own and announces every shape.
         self._eval_executor = Executor(
@@ -201,7 +210,8 @@ class DualPipeEngine(Evaluation, Measuring, Checkpoints):
 
     def _before_forward(self, stage: int, micro: int) -> None:
         """Seeds of `seed_layers` count micro-batches as a pipeline of one direction would."""
-        self._views[stage].micro_offset = self.module.micro_offset + micro
+        # Around nn.Module.__setattr__, which takes microseconds of every forward.
+        vars(self._views[stage])["micro_offset"] = self.module.micro_offset + micro
 
     # -- training ------------------------------------------------------------------------------------------------
 
@@ -220,7 +230,8 @@ class DualPipeEngine(Evaluation, Measuring, Checkpoints):
             RuntimeError: gradients are switched off.
             ConfigError: no optimizer is configured, there is no data, or the ends of the pipeline read different data.
             StopIteration: the data ended within the batch.
-            PipelineRuntimeError: a rank was lost, a transfer failed, or copies of a parameter differ.
+            PipelineRuntimeError: a rank was lost, a transfer failed, copies of a parameter differ, or `check_finite`
+                has found a NaN or an inf.
         """
         if not torch.is_grad_enabled():
             raise RuntimeError("train_batch() needs gradients; use eval_batch() without")
@@ -249,6 +260,7 @@ class DualPipeEngine(Evaluation, Measuring, Checkpoints):
             self.agg_additional_losses = self._additional.mean(self.micro_batches, self.device)
         self._keep_record()
         self.timers(TRAIN_BATCH_TIMER).stop()
+        self.finite.after_step()
         every = self.dualpipe_config.check_twins
         if every is not None and self.global_steps % every == 0:
             check_twins(self.module, self.mpu.get_data_parallel_group())

@@ -21,10 +21,10 @@ from ..models.experts import Experts
 
 
 def make_expert_groups(module: PipelineModule, base_grid: PipelineParallelGrid) -> None:
-    """Make the expert groups that the layers of a placed module ask for. Collective over all ranks.
+    """Make the expert groups that the layers of a module ask for. Collective over all ranks.
 
     Args:
-        module: placed.
+        module: placed, or as its constructor left it.
         base_grid: the grid that it was built on.
 
     Raises:
@@ -59,6 +59,21 @@ def make_expert_groups(module: PipelineModule, base_grid: PipelineParallelGrid) 
                     group = dist.new_group(ranks)
                     if dist.get_rank() in ranks:
                         table[name], ranks_table[name] = group, ranks
+
+
+def connect_experts(module: PipelineModule) -> None:
+    """Let the layers of a module that is not placed yet run. Collective over all ranks.
+
+    Args:
+        module: a PipelineModule as its constructor left it.
+
+    Raises:
+        ConfigError: as `make_expert_groups`.
+    """
+    make_expert_groups(module, module._grid)
+    for part in module.modules():
+        if hasattr(part, "set_deepspeed_parallelism"):
+            part.set_deepspeed_parallelism()
 
 
 def has_experts(module: nn.Module) -> bool:

@@ -44,6 +44,7 @@ class GradientTail:
         """Wait for all reductions, then step; routers follow what the batch has shown."""
         with self._engine._observer.waiting(DRAIN):
             self.reduction.finish()
+        self._engine.finite.before_step()
         self._engine._exec_optimizer_step()
         rebalance(self._engine.module, self._engine.mpu.get_data_parallel_group())
 

@@ -15,6 +15,7 @@ from torch.utils import _pytree as pytree
 
 from ..errors import ConfigError
 from ..schedule.placement import LINEAR, Placement
+from .experts import connect_experts
 from .grid import Place
 from .module import PlacedModule
 from .partition import same_random_state
@@ -82,6 +83,7 @@ def measure_layers(module: PipelineModule, batch: Any, repeats: int = 5) -> list
         raise ConfigError("measure_layers needs the PipelineModule as it was built: call it before initialize")
     place = Place(module._grid.topology(), Placement(LINEAR, module.num_stages), module.global_rank)
     device = torch.device(get_accelerator().device_name(module.local_rank))
+    connect_experts(module)
     first, last = place.rank == 0, place.rank == module.num_stages - 1
     start = int(module.parts[module.stage_id])
     buffers = {name: buffer.detach().clone() for name, buffer in module.named_buffers()}

@@ -29,6 +29,7 @@ from ..schedule.measure import measured_costs, paired_plan
 from ..schedule.plan import Plan
 from ..schedule.timeline import Span, Timeline
 from .data import BatchFeed
+from .experts import connect_experts
 from .grid import Place
 from .links import transfer_seconds
 from .module import has_phases, make_chunk, needs_input_gradient
@@ -63,6 +64,7 @@ def stage_costs(
         timeout_s: seconds after which a transfer is given up.
     """
     stage, ranks = place.rank, len(place.pipeline)
+    connect_experts(module)
     num_micro = max(1, min(num_micro, 2 * ranks))
     with _untouched(module):
         view = copy.copy(module)

@@ -220,7 +220,9 @@ def describe(cause: Message, reports: dict[int, Message]) -> str:
         expected = last.get("op") or last.get("section")
     else:
         shared = [report["op"] or report["section"] for report in waiting.values() if not report["awaits"]]
-        expected = next(iter(direct + shared), None) or last.get("op") or last.get("section")
+        # Its last report may be from before the section in which others wait now.
+        entered = [report["section"] for report in waiting.values()]
+        expected = next(iter(direct + shared), None) or last.get("op") or next(iter(entered), last.get("section"))
     text = f"rank {rank} is lost: {why}"
     text += f". It was expected to run {expected}" if expected else ""
     text += f" (last seen in {last['where']})" if last.get("where") else ""

@@ -13,6 +13,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from ..comm.tickets import Tickets
+from ..errors import ConfigError
 from ..runtime.phases import COMM, COMPUTE, Phase
 from .attention import GroupedQueryAttention, LatentAttention
 from .config import MoEConfig
@@ -73,14 +74,22 @@ class MoEBlock(nn.Module):
         self.ep_size = config.expert_parallel
 
     def set_deepspeed_parallelism(self, use_data_before_expert_parallel_: bool = False) -> None:
-        """Called by DeepSpeed's engines when the process groups can be made."""
+        """Called by DeepSpeed's engines when process groups can be had; ours has made them.
+
+        Raises:
+            ConfigError: the engine is DeepSpeed's own, which would reduce experts like any other weights.
+        """
         from deepspeed.utils import groups
 
         if self.ep_size == 1:
             return
         name = self.experts.expert_group_name
         if name not in groups._get_expert_parallel_group_dict():
-            groups._create_expert_and_data_parallel(self.ep_size, None, None, "tp", use_data_before_expert_parallel_)
+            raise ConfigError(
+                f"experts shared by {self.ep_size} ranks do not train in DeepSpeed's own engine: start by "
+                'dualpipe_engine.initialize with a "schedule" in the "pipeline" section ("1f1b" is DeepSpeed\'s '
+                "order), or set expert_parallel to 1"
+            )
         self.connect(groups._get_expert_parallel_group(name))
 
     def connect(self, group: dist.ProcessGroup) -> None:

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch.autograd.graph import GradientEdge, get_gradient_edge
+from torch.autograd.graph import GradientEdge, _engine_run_backward, get_gradient_edge
 from torch.utils import _pytree as pytree
 
 from ..comm.meta import flatten
@@ -70,6 +70,7 @@ class StageChunk:
         self.loss_fn = loss_fn
         self._store = store
         self._overlap = overlap
+        self._keeps_outputs = overlap and hasattr(type(module), "overlapped_forward_backward")
         self._alive: dict[int, Activation] = {}
         self._pending: dict[int, list[Callable[[], None]]] = {}
 
@@ -137,10 +138,10 @@ class StageChunk:
         inputs, leaves = self._enter(inputs)
         kept = other._alive.pop(back)
         loss = None if kept.loss is None else kept.loss * scale
-        flat_inputs = [leaf for leaf in pytree.tree_leaves(inputs) if isinstance(leaf, torch.Tensor)]
+        flat = [inputs] if isinstance(inputs, torch.Tensor) else pytree.tree_leaves(inputs)
         output, new_loss = type(self.module).overlapped_forward_backward(  # type: ignore[attr-defined]
             self.module,
-            flat_inputs,
+            [leaf for leaf in flat if isinstance(leaf, torch.Tensor)],
             self.loss_fn if self.is_last else None,
             labels if isinstance(labels, (list, tuple)) or labels is None else [labels],
             other.module,
@@ -179,12 +180,14 @@ class StageChunk:
         return pytree.tree_map(enter, inputs), leaves
 
     def _keep(self, micro: int, leaves: list[torch.Tensor], output: Any) -> Any:
+        if isinstance(output, torch.Tensor) and output.requires_grad:  # the usual case
+            outputs = [output] if self._keeps_outputs else []
+            self._alive[micro] = Activation(leaves, [get_gradient_edge(output)], outputs=outputs)
+            return output.detach()
         tensors, meta = flatten(output)
         differentiable = [tensor for tensor in tensors if tensor.is_floating_point() or tensor.is_complex()]
         edges = [get_gradient_edge(tensor) if tensor.requires_grad else None for tensor in differentiable]
-        wanted = self._overlap and hasattr(type(self.module), "overlapped_forward_backward")
-        outputs = differentiable if wanted else []
-        self._alive[micro] = Activation(leaves, edges, outputs=outputs)
+        self._alive[micro] = Activation(leaves, edges, outputs=differentiable if self._keeps_outputs else [])
         return meta.build([tensor.detach() for tensor in tensors])
 
     def _keep_loss(self, micro: int, leaves: list[torch.Tensor], loss: torch.Tensor) -> torch.Tensor:
@@ -197,9 +200,16 @@ class StageChunk:
                 torch.autograd.backward(kept.loss, torch.full_like(kept.loss, scale))
             return
         assert grads is not None
-        pairs = [(edge, grad) for edge, grad in zip(kept.edges, grads, strict=True) if edge is not None]
-        if pairs:
-            torch.autograd.backward([edge for edge, _ in pairs], [grad for _, grad in pairs])
+        edges, given = [], []
+        for edge, grad in zip(kept.edges, grads, strict=True):
+            if edge is not None:
+                edges.append(edge)
+                given.append(grad)
+        if edges:
+            # What torch.autograd.backward calls, without its checks, which take longer than a small stage.
+            _engine_run_backward(
+                tuple(edges), tuple(given), False, False, (), allow_unreachable=True, accumulate_grad=True
+            )
 
     @staticmethod
     def _input_grads(kept: Activation) -> list[torch.Tensor]:

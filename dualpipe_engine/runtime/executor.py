@@ -14,6 +14,7 @@ from ..errors import DualPipeError
 from ..profiling.records import DATA, FLUSH, RECEIVE, SEND
 from ..schedule.op import FB, RECV_B, RECV_F, REDUCE, SEND_B, SEND_F, STEP, B, F, I, Op, W
 from ..schedule.plan import Plan
+from .borders import Borders
 from .chunk import StageChunk, as_leaves
 from .observer import Observer
 
@@ -59,6 +60,7 @@ class Executor:
         observer: times every op.
         tail: gradient accumulation, reduction and optimizer step; None when there is nothing to do.
         on_micro: called with (stage, micro) before every forward, for per-micro-batch state such as seeds.
+        borders: notes NaN and inf in what passes the borders of stages.
 
     Attributes:
         scale: factor on every loss before its backward.
@@ -72,6 +74,7 @@ class Executor:
         observer: Observer,
         tail: Tail | None = None,
         on_micro: Callable[[int, int], None] | None = None,
+        borders: Borders | None = None,
     ) -> None:
         self._rank = rank
         self._chunks = chunks
@@ -79,6 +82,7 @@ class Executor:
         self._observer = observer
         self._tail = tail
         self._on_micro = on_micro
+        self._borders = borders
         self.scale = 1.0
         self._handlers: dict[str, Callable[[Op], None]] = {
             F: self._forward,
@@ -101,8 +105,8 @@ class Executor:
             PipelineRuntimeError: a transfer failed; what a layer, the loss or the feed raises passes through.
         """
         self._plan = plan
-        self._placement = plan.placement
         self._last = plan.placement.num_stages - 1
+        self._holders = [plan.placement.replicas(stage) for stage in range(plan.placement.num_stages)]
         self._feed = feed
         self._train = train
         self._result = BatchResult()
@@ -110,6 +114,8 @@ class Executor:
         self._outputs: dict[tuple[int, int], Any] = {}
         self._grads: dict[tuple[int, int], list[torch.Tensor]] = {}
         self._observer.start_batch()
+        if self._borders is not None:
+            self._borders.clear()
         program = plan.programs[self._rank]
         position = self._edges.position
         position.plan, position.awaits = plan, None
@@ -128,19 +134,24 @@ class Executor:
         return self._result
 
     def _neighbour(self, stage: int, micro: int) -> int:
-        return self._placement.rank_of(stage, micro)
+        holders = self._holders[stage]
+        return holders[micro % len(holders)]
 
     def _take_inputs(self, op: Op) -> Any:
         stage, micro = op.stage, op.micro
         if stage == 0:
             with self._observer.waiting(DATA, op):
-                return self._feed.inputs(micro)
+                inputs = self._feed.inputs(micro)
+            if self._borders is not None:
+                self._borders.data(micro, inputs)
+            return inputs
         key = (stage, micro)
         if key in self._inputs:
             inputs = self._inputs.pop(key)
         else:
-            with self._observer.waiting(RECEIVE, op):
-                inputs = self._edges.wait_forward(stage, micro)
+            start = self._observer.now()
+            inputs = self._edges.wait_forward(stage, micro)
+            self._observer.waited(RECEIVE, op, start)
         return as_leaves(inputs) if self._train else inputs
 
     def _take_grads(self, op: Op) -> list[torch.Tensor] | None:
@@ -150,8 +161,10 @@ class Executor:
         key = (stage, micro)
         if key in self._grads:
             return self._grads.pop(key)
-        with self._observer.waiting(RECEIVE, op):
-            return self._edges.wait_backward(stage, micro)
+        start = self._observer.now()
+        grads = self._edges.wait_backward(stage, micro)
+        self._observer.waited(RECEIVE, op, start)
+        return grads
 
     def _labels(self, op: Op) -> Any:
         if op.stage != self._last:
@@ -174,6 +187,9 @@ class Executor:
 
     def _pass_on(self, op: Op, output: Any, labels: Any) -> None:
         stage, micro = op.stage, op.micro
+        if self._borders is not None:
+            note = self._borders.output if stage < self._last else self._borders.loss
+            note(stage, micro, output)
         if stage < self._last:
             if self._neighbour(stage + 1, micro) == self._rank:
                 # A copy: the next stage may work in place on what this stage's backward still needs.
@@ -191,13 +207,16 @@ class Executor:
         with self._observer.span(op):
             if op.kind == B:
                 back = chunk.backward(op.micro, grads, self.scale)
-                self._accumulate(op.stage)
+                self._accumulate(op)
             else:
                 back = chunk.input_backward(op.micro, grads, self.scale)
+                self._note_weights(op)  # those that are not deferred
         self._pass_back(op, back)
 
     def _pass_back(self, op: Op, grads: list[torch.Tensor]) -> None:
         stage, micro = op.stage, op.micro
+        if self._borders is not None:
+            self._borders.back(stage, micro, grads)
         if stage > 0:
             local = self._neighbour(stage - 1, micro) == self._rank
             # A gradient that stays here is keyed by its consumer, one that travels by its producer.
@@ -206,7 +225,7 @@ class Executor:
     def _weight(self, op: Op) -> None:
         with self._observer.span(op):
             self._chunks[op.stage].weight_backward(op.micro)
-            self._accumulate(op.stage)
+            self._accumulate(op)
 
     def _pair(self, op: Op) -> None:
         forward, backward = op.parts
@@ -216,7 +235,7 @@ class Executor:
             grads = self._take_grads(backward)
             with self._observer.span(op):
                 output, back = chunk.overlapped(forward.micro, inputs, labels, other, backward.micro, grads, self.scale)
-                self._accumulate(backward.stage)
+                self._accumulate(backward)
             self._pass_on(forward, output, labels)
             self._pass_back(backward, back)
             return
@@ -228,13 +247,15 @@ class Executor:
 
     def _send_forward(self, op: Op) -> None:
         if (output := self._outputs.pop((op.stage, op.micro), None)) is not None:
-            with self._observer.waiting(SEND, Op(SEND_F, op.stage, op.micro)):
-                self._edges.send_forward(op.stage, op.micro, output, self._neighbour(op.stage + 1, op.micro))
+            start = self._observer.now()
+            self._edges.send_forward(op.stage, op.micro, output, self._neighbour(op.stage + 1, op.micro))
+            self._observer.waited(SEND, Op(SEND_F, op.stage, op.micro), start)
 
     def _send_backward(self, op: Op) -> None:
         grads = self._grads.pop((op.stage, op.micro))
-        with self._observer.waiting(SEND, op):
-            self._edges.send_backward(op.stage, op.micro, grads, self._neighbour(op.stage - 1, op.micro))
+        start = self._observer.now()
+        self._edges.send_backward(op.stage, op.micro, grads, self._neighbour(op.stage - 1, op.micro))
+        self._observer.waited(SEND, op, start)
 
     def _recv_forward(self, op: Op) -> None:
         self._edges.post_forward(op.stage, op.micro, self._neighbour(op.stage - 1, op.micro))
@@ -242,9 +263,14 @@ class Executor:
     def _recv_backward(self, op: Op) -> None:
         self._edges.post_backward(op.stage, op.micro, self._neighbour(op.stage + 1, op.micro))
 
-    def _accumulate(self, stage: int) -> None:
+    def _accumulate(self, op: Op) -> None:
+        self._note_weights(op)
         if self._tail is not None:
-            self._tail.accumulate(stage)
+            self._tail.accumulate(op.stage)
+
+    def _note_weights(self, op: Op) -> None:
+        if self._borders is not None:
+            self._borders.weights(op.stage, op.micro)
 
     def _reduce(self, op: Op) -> None:
         if self._tail is not None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -36,6 +36,8 @@ class Observer:
         self._rank = rank
         self._device = device
         self._on_host = device.type == "cpu"
+        #: now: seconds, or an event that has been recorded on the current stream
+        self.now: Callable[[], Any] = time.monotonic if self._on_host else self._event
         self.nvtx = False
         self._current: Op | None = None
         self._batch = Batch(None)
@@ -75,6 +77,10 @@ class Observer:
         """
         return Stretch(self, kind, op)
 
+    def waited(self, kind: str, op: Op, start: Any) -> None:
+        """As `waiting`, for what began at `start` (a `now()`) and ends now; it costs less."""
+        self._batch.stretches.append((kind, op, start, self.now()))
+
     def reducing(self) -> Stretch:
         """Begin a reduction, which runs beside other things until its `stop()`, on the current stream."""
         stage = NONE if self._current is None else self._current.stage
@@ -87,10 +93,7 @@ class Observer:
         marks = self._batch.resolve().marks
         return [Span(self._rank, mark.op, mark.start, mark.end) for mark in marks if mark.kind == OP]
 
-    def now(self) -> Any:
-        """Now: seconds, or an event that has been recorded on the current stream."""
-        if self._on_host:
-            return time.monotonic()
+    def _event(self) -> torch.Event:
         event = torch.Event(self._device, enable_timing=True)
         event.record()
         return event
@@ -99,18 +102,16 @@ class Observer:
 class Stretch:
     """Something that began and ends."""
 
-    __slots__ = ("_observer", "_range", "end", "kind", "op", "start")
+    __slots__ = ("_observer", "_range", "kind", "op", "start")
 
     def __init__(self, observer: Observer, kind: str, op: Op) -> None:
         self._observer, self.kind, self.op = observer, kind, op
         self.start: Any = None
-        self.end: Any = None
         self._range: Any = None
 
     def stop(self) -> None:
         """It ends now."""
-        self.end = self._observer.now()
-        self._observer._batch.stretches.append(self)
+        self._observer.waited(self.kind, self.op, self.start)
 
     def __enter__(self) -> None:
         observer = self._observer
@@ -147,7 +148,7 @@ class Batch:
 
     def __init__(self, origin: tuple[float, Any] | None) -> None:
         self._origin = origin
-        self.stretches: list[Stretch] = []
+        self.stretches: list[tuple[str, Op, Any, Any]] = []
         self.start: Any = None
         self.end: Any = None
         self.transfers: list[Transfer] = []
@@ -156,9 +157,7 @@ class Batch:
         """The record in seconds of the host's monotonic clock; waits for the accelerator."""
         if self._origin is not None:
             torch.accelerator.synchronize()
-        marks = [
-            Mark(each.kind, each.op, self._seconds(each.start), self._seconds(each.end)) for each in self.stretches
-        ]
+        marks = [Mark(kind, op, self._seconds(start), self._seconds(end)) for kind, op, start, end in self.stretches]
         marks += [Mark(PHASE, _NO_OP, t.posted, t.finished, t.name, t.waited) for t in self.transfers]
         start = 0.0 if self.start is None else self._seconds(self.start)
         return BatchRecord(start, start if self.end is None else self._seconds(self.end), marks)

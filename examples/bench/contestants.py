@@ -6,6 +6,7 @@ A builder is called on every rank. `stages` is the model cut into one stage a ra
 from __future__ import annotations
 
 import contextlib
+import importlib.util
 import io
 import tempfile
 from collections.abc import Callable, Iterator
@@ -17,7 +18,7 @@ import deepspeed
 import torch
 import torch.distributed as dist
 from deepspeed.pipe import LayerSpec, PipelineModule
-from sleeping import WIDTH, Times, mean, stage_class
+from sleeping import WIDTH, OverlappingStage, SleepingStage, Times, mean, stage_class
 from torch.distributed import pipelining
 
 import dualpipe_engine
@@ -33,6 +34,7 @@ TORCH = {
     "zbv": pipelining.ScheduleZBVZeroBubble,
     "dualpipev": pipelining.ScheduleDualPipeV,
 }
+HAS_DEEPSEEK = importlib.util.find_spec("dualpipe") is not None  #: https://github.com/deepseek-ai/DualPipe
 
 
 @dataclass
@@ -145,5 +147,56 @@ def torch_pipelining(job: Job, name: str) -> Callable[[], Any]:
                 param.grad = None
         inputs = (batch,) if 0 in held else ()
         schedule.step(*inputs, **({"target": target} if count - 1 in held else {}))
+
+    return step
+
+
+class _DeepSeekStore:
+    """DeepSeek's store of weight gradients, as `SleepingStage` uses ours."""
+
+    def __init__(self) -> None:
+        from dualpipe.utils import WeightGradStore
+
+        self._store = WeightGradStore
+
+    @property
+    def deferring(self) -> bool:
+        return bool(self._store.enabled)
+
+    def put(self, weight_gradient: Callable[[], None]) -> None:
+        self._store.put(weight_gradient)
+
+
+class _Listing(OverlappingStage):
+    """A pair of DeepSeek's pipeline returns a list of outputs."""
+
+    @classmethod
+    def overlapped_forward_backward(cls, *args: Any) -> tuple[Any, torch.Tensor | None]:
+        output, loss = super().overlapped_forward_backward(*args)
+        return [output], loss
+
+
+def deepseek(job: Job) -> Callable[[], Any]:
+    """DeepSeek's own DualPipe. It is written for CUDA; on CPU it is told where to allocate."""
+    import dualpipe
+    import dualpipe.comm
+
+    torch.cuda.current_device = lambda: torch.device("cpu")  # type: ignore[assignment, return-value]
+    dualpipe.comm.build_from_tensor_shapes = lambda: [torch.empty(ROWS, WIDTH, requires_grad=True)]
+    dualpipe.set_p2p_tensor_shapes([(ROWS, WIDTH)])
+    dualpipe.set_p2p_tensor_dtype(torch.float32)
+    stages = [(SleepingStage if job.times.fb is None else _Listing)(job.times) for _ in range(2)]
+    for stage in stages:
+        stage.weight_grad_store = _DeepSeekStore()
+    pipeline = dualpipe.DualPipe(tuple(stages))
+    rows = ROWS * job.micros // 2
+    ends = dist.get_rank() in (0, job.ranks - 1)
+    given = (torch.ones(rows, WIDTH),) if ends else ()
+    labels = [torch.zeros(rows, WIDTH)] if ends else []
+
+    def step() -> None:
+        for stage in stages:
+            stage.weight.grad = None
+        pipeline.step(*given, num_chunks=job.micros, criterion=mean if ends else None, labels=labels)
 
     return step

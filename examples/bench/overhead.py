@@ -9,7 +9,7 @@ import argparse
 import sys
 
 from ranks import run_ranks
-from schedules import OURS, STOCK, rows
+from schedules import DEEPSEEK, OURS, STOCK, rows
 from sleeping import Times
 
 
@@ -21,7 +21,7 @@ def main() -> int:
     parser.add_argument("--only", default="", help="comma-separated words; contestants whose name has one of them")
     args = parser.parse_args()
     only = [word.strip() for word in args.only.split(",") if word.strip()]
-    only = only or [STOCK, "torch", *(f"ours {name}" for name in OURS)]
+    only = only or [STOCK, DEEPSEEK, "torch", *(f"ours {name}" for name in OURS)]
     found = run_ranks(rows, args.ranks, Times(0.0, 0.0, 0.0), [args.micro_batches], args.steps, only)
 
     from rich.console import Console

@@ -9,7 +9,6 @@ Stages sleep as in schedules.py, so the ranks of one machine show what a schedul
 from __future__ import annotations
 
 import argparse
-import importlib
 import importlib.util
 import json
 import sys
@@ -18,9 +17,10 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from memory import measure
 from planner import OPTIMIZED, SIZES, plan_row
 from ranks import run_ranks
-from schedules import OURS, STOCK, rows
+from schedules import DEEPSEEK, OURS, STOCK, rows
 from sleeping import Times
 
 Row = dict[str, Any]
@@ -58,22 +58,21 @@ def beside_stock(found: Iterable[Row], ranks: int) -> list[Row]:
     ]
 
 
-def deepseek_row() -> Row:
-    """Why DeepSeek's `dualpipe` has no time: it is missing, or it refuses modules that are not on a CUDA device."""
+def absent() -> list[Row]:
+    """A row that says that DeepSeek's `dualpipe` is not measured, where it is not installed."""
     missing = importlib.util.find_spec("dualpipe") is None
-    why = "not installed" if missing else "runs on CUDA devices only, these stages are on the CPU"
-    return {"pipeline": f"DeepSeek dualpipe: {why}"}
+    return [{"pipeline": f"{DEEPSEEK}: not installed"}] if missing else []
 
 
 def step_time(args: argparse.Namespace) -> Section:
     ranks, micros = (4, [8]) if args.quick else (8, [16, 32])
     found = run_ranks(rows, ranks, ms(0.01 if args.quick else 0.02), micros, args.steps, [])
     title = "Step time on stages that sleep"
-    return Section(title, ["pipeline", "micro_batches"], "step_ms", [*beside_stock(found, ranks), deepseek_row()])
+    return Section(title, ["pipeline", "micro_batches"], "step_ms", [*beside_stock(found, ranks), *absent()])
 
 
 def overhead(args: argparse.Namespace) -> Section:
-    only = [STOCK, "torch", *(f"ours {name}" for name in OURS)]
+    only = [STOCK, DEEPSEEK, "torch", *(f"ours {name}" for name in OURS)]
     found = run_ranks(rows, 4, ms(0.0), [16 if args.quick else 64], 3 * args.steps, only)
     found = [{**row, "simulated": None} for row in found]
     return Section("Overhead: no computation", ["pipeline"], "step_ms", beside_stock(found, 4))
@@ -103,12 +102,11 @@ def planner(args: argparse.Namespace) -> Section:
 
 
 def memory(args: argparse.Namespace) -> Section:
-    module = importlib.import_module("memory")
     cases = [("1f1b-deepspeed", "fp32", 0), ("dualpipe", "fp32", 0)]
     if not args.quick:
         cases += [("1f1b-deepspeed", "bf16", 1), ("dualpipe", "bf16", 1), ("dualpipe", "bf16", 2)]
     out = Section("Memory of the fullest rank [bytes]", ["schedule", "precision", "zero"], "total")
-    for case, sizes in zip(cases, run_ranks(module.measure, 4, cases), strict=True):
+    for case, sizes in zip(cases, run_ranks(measure, 4, cases), strict=True):
         sized = dict(zip(("weights", "gradients", "optimizer"), sizes, strict=True))
         out.rows.append({**dict(zip(out.labels, case, strict=True)), **sized, "total": sum(sizes)})
     return out
@@ -120,9 +118,8 @@ QUESTIONS = {
     "micro-batches": scaling_micro_batches,
     "ranks": scaling_ranks,
     "planner": planner,
+    "memory": memory,
 }
-if importlib.util.find_spec("memory") is not None:
-    QUESTIONS["memory"] = memory
 
 
 def text(value: Any) -> str:

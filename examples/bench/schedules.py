@@ -1,4 +1,5 @@
-"""Schedules on stages that sleep: what an order of work costs, beside DeepSpeed's 1F1B and torch's schedules.
+"""Schedules on stages that sleep: what an order of work costs, beside DeepSpeed's 1F1B and torch's schedules, and
+DeepSeek's DualPipe if it is installed.
 
 Every stage sleeps F in a forward, I and W in a backward; its tensors are real and travel over gloo between processes
 on this machine. So two cores are enough for eight ranks, and the times show the schedule and the engine's overhead.
@@ -24,7 +25,7 @@ import torch.distributed as dist
 from ranks import run_ranks
 from sleeping import Times, lateness
 
-STOCK, AUTO = "DeepSpeed 1f1b", "auto"
+STOCK, AUTO, DEEPSEEK = "DeepSpeed 1f1b", "auto", "DeepSeek dualpipe"
 OURS = ("1f1b", "zb1p", "dualpipe", "dualpipev", "zbv")
 
 
@@ -42,14 +43,15 @@ def timed(step: Callable[[], Any], steps: int) -> float:
 
 def names(overlap: bool) -> list[str]:
     """All contestants."""
-    from contestants import TORCH
+    from contestants import HAS_DEEPSEEK, TORCH
 
-    return [STOCK, *(f"torch {name}" for name in TORCH), *(f"ours {name}" for name in OURS), f"ours {AUTO}"]
+    others = [STOCK, *([DEEPSEEK] if HAS_DEEPSEEK else []), *(f"torch {name}" for name in TORCH)]
+    return [*others, *(f"ours {name}" for name in OURS), f"ours {AUTO}"]
 
 
 def rows(rank: int, times: Times, micros: list[int], steps: int, only: list[str]) -> list[dict[str, Any]]:
     """Measure on one rank; all ranks measure the same."""
-    from contestants import Job, ours, stock, torch_pipelining
+    from contestants import Job, deepseek, ours, stock, torch_pipelining
     from rich.progress import Progress
 
     found: list[dict[str, Any]] = []
@@ -60,12 +62,16 @@ def rows(rank: int, times: Times, micros: list[int], steps: int, only: list[str]
         task = progress.add_task("measuring", total=len(chosen) * len(micros))
         for count in micros:
             for name in chosen:
+                if name == DEEPSEEK and (count % 2 or count < 2 * dist.get_world_size()):
+                    continue  # which it refuses
                 job = Job(dist.get_world_size(), count, times)
                 progress.update(task, description=f"{name}, {count} micro-batches")
                 simulated, runs = None, name
                 who, _, schedule = name.partition(" ")
                 if name == STOCK:
                     step = stock(job)
+                elif name == DEEPSEEK:
+                    step = deepseek(job)
                 elif who == "torch":
                     step = torch_pipelining(job, schedule)
                 else:

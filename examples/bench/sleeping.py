@@ -14,6 +14,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from dualpipe_engine.utils import run_backward
+
 WIDTH = 8
 
 
@@ -151,7 +153,7 @@ class OverlappingStage(SleepingStage):
             if loss1 is not None:
                 loss1.backward()
             else:
-                torch.autograd.backward(outputs1, output_grads1)
+                run_backward(outputs1, output_grads1)
         finally:
             module0.times.quiet = module1.times.quiet = False
         return output, loss

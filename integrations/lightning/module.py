@@ -30,8 +30,9 @@ class DualPipeLightningModule(LightningModule):
             def configure_optimizers(self):
                 return torch.optim.Adam(self.dualpipe_wrapper.local_module.parameters(), lr=self.lr)
 
-    A batch is `(inputs, targets)`, the same on all devices, which together are one pipeline. It is cut along dimension
-    0 into `num_chunks` equal micro-batches (into fewer where it does not divide); the loss is the mean of theirs.
+    A batch is `(inputs, targets)`, the same on all devices of a pipeline: all devices are one, unless
+    `DualPipeStrategy(num_stages=...)` makes several, between which the samples are shared. It is cut along dimension 0
+    into `num_chunks` equal micro-batches (into fewer where it does not divide); the loss is the mean of theirs.
     `training_step`, `validation_step` and `test_step` log `train_loss`, `val_loss` and `test_loss`; an override calls
     `pipeline_step(batch)` for the loss. Hooks on backward do not apply.
 
@@ -62,7 +63,7 @@ class DualPipeLightningModule(LightningModule):
             strategy = self.trainer.strategy
             if not isinstance(strategy, DualPipeStrategy):
                 raise ConfigError(f'{type(self).__name__} needs Trainer(strategy="dualpipe") on two or more devices')
-            self.dualpipe_wrapper = LocalStages(self._layers, strategy.root_device)
+            self.dualpipe_wrapper = LocalStages(self._layers, strategy.root_device, strategy.num_stages)
 
     def criterion(self, outputs: Any, targets: Any) -> torch.Tensor:
         """The loss of one micro-batch, a mean over its samples (scalar)."""
@@ -72,7 +73,7 @@ class DualPipeLightningModule(LightningModule):
         """Run a batch; with gradients enabled, add its gradients to those of this device's parameters.
 
         Returns:
-            The mean loss over the micro-batches (scalar), the same on every device.
+            The mean loss over the micro-batches of all pipelines (scalar), the same on every device.
         """
         inputs, targets = batch
         inputs = inputs if isinstance(inputs, (tuple, list)) else (inputs,)
@@ -80,7 +81,7 @@ class DualPipeLightningModule(LightningModule):
         targets = (targets,) if one_target else targets
         pipe, rows = self.dualpipe_wrapper, len(inputs[0])
         chunks = max(n for n in range(1, min(self.num_chunks, rows) + 1) if rows % n == 0)
-        parts = chunks * (self.trainer.accumulate_grad_batches if torch.is_grad_enabled() else 1)
+        parts = chunks * pipe.replicas * (self.trainer.accumulate_grad_batches if torch.is_grad_enabled() else 1)
         first = (chunks + 1) // 2 * (rows // chunks)
         entering, leaving = slice(0, first), slice(first, rows)
         if pipe.is_last_rank:
@@ -98,8 +99,9 @@ class DualPipeLightningModule(LightningModule):
             labels=[each[leaving] for each in targets],
         )
         total = torch.zeros((), dtype=torch.float64, device=self.device) if losses is None else losses.double().sum()
+        total *= parts / (chunks * pipe.replicas)
         dist.all_reduce(total)
-        return (total * parts / chunks).float()
+        return total.float()
 
     def training_step(self, batch: Any, batch_idx: int) -> torch.Tensor:
         loss = self.pipeline_step(batch)

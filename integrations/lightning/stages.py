@@ -34,14 +34,21 @@ class LocalStages(DualPipe):
     Args:
         layers: the whole model, the same on every rank; weights are taken from rank 0.
         device: where the stages run.
+        num_stages: ranks of a pipeline, which follow each other; the pipelines are replicas.
+
+    Attributes:
+        replicas: the number of pipelines.
 
     Raises:
-        ConfigError: there are fewer layers than ranks.
-        PlanError: the number of ranks is odd.
+        ConfigError: there are fewer layers than stages.
+        PlanError: the number of stages is odd.
     """
 
-    def __init__(self, layers: dict[str, nn.Module], device: torch.device) -> None:
-        size, rank = dist.get_world_size(), dist.get_rank()
+    def __init__(self, layers: dict[str, nn.Module], device: torch.device, num_stages: int) -> None:
+        size, world = num_stages, dist.get_world_size()
+        starts = range(0, world, size)
+        groups = [dist.new_group(list(range(start, start + size))) for start in starts]
+        replica, rank = divmod(dist.get_rank(), size)
         if len(layers) < size:
             raise ConfigError(f"{len(layers)} layers cannot fill {size} pipeline stages: use fewer devices")
         names = list(layers)
@@ -56,7 +63,10 @@ class LocalStages(DualPipe):
                 if stage not in (rank, size - 1 - rank):
                     layer.to("meta")  # gone from here; the names remain
             held.append(part)
-        super().__init__((Stage(held[rank]), Stage(held[size - 1 - rank])))
+        super().__init__((Stage(held[rank]), Stage(held[size - 1 - rank])), process_group=groups[replica])
+        self._group, self.replicas = groups[replica], len(groups)
+        # Who holds the same stages: in each replica two.
+        self._twins = sorted(start + position for start in starts for position in {rank, size - 1 - rank})
 
     @property
     def local_module(self) -> nn.ModuleList:
@@ -67,7 +77,7 @@ class LocalStages(DualPipe):
         """Parameters and buffers of the whole model, on the CPU, named as in the model. Collective."""
         found: list[Any] = [None] * self.num_ranks
         mine = {name: tensor.detach().cpu() for name, tensor in self.module[0].state_dict().items()}
-        dist.all_gather_object(found, mine)
+        dist.all_gather_object(found, mine, group=self._group)
         return {name: tensor for part in found for name, tensor in part.items()}
 
     def load_whole_state_dict(self, state: dict[str, torch.Tensor]) -> None:
@@ -92,7 +102,7 @@ class LocalStages(DualPipe):
         once = [param.grad for param in self.module[0].parameters() if param.grad is not None]
         square = torch.stack([grad.double().pow(2).sum() for grad in once]).sum() if once else torch.zeros(1).double()
         square = square.reshape(()).to(grads[0].device)
-        dist.all_reduce(square)
+        dist.all_reduce(square, group=self._group)
         norm = square.sqrt()
         factor = float((limit / (norm + 1e-6)).clamp(max=1.0))
         for grad in grads:

@@ -1,4 +1,4 @@
-"""DualPipeStrategy: all devices of a Trainer are the ranks of one pipeline."""
+"""DualPipeStrategy: the devices of a Trainer are the ranks of one pipeline, or of several that are replicas."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.utils.data import RandomSampler
 
-from dualpipe_engine.errors import CheckpointError
+from dualpipe_engine.errors import CheckpointError, ConfigError
 
 
 class DualPipeStrategy(DDPStrategy):
@@ -21,19 +21,47 @@ class DualPipeStrategy(DDPStrategy):
 
     Gradients come out of `training_step`, so Lightning's backward does nothing. A checkpoint holds the whole model and
     the optimizer state of each device.
+
+    Args:
+        num_stages: devices of a pipeline, an even number; None: all. Where there are more devices, they are replicas:
+            Lightning's distributed sampler shares the samples between them, and gradients are averaged.
+        kwargs: of DDPStrategy.
     """
 
     strategy_name = "dualpipe"
 
+    def __init__(self, num_stages: int | None = None, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self._num_stages = num_stages
+
+    @property
+    def num_stages(self) -> int:
+        """Devices of a pipeline.
+
+        Raises:
+            ConfigError: the devices do not make up whole pipelines.
+        """
+        found, world = self._num_stages, self.world_size
+        if found is not None and (found < 1 or world % found):
+            raise ConfigError(
+                f"{world} devices are no pipelines of num_stages={found}: their number must be a multiple"
+            )
+        return found or world
+
+    @property
+    def distributed_sampler_kwargs(self) -> dict[str, Any]:
+        return {"num_replicas": self.world_size // self.num_stages, "rank": self.global_rank // self.num_stages}
+
     def process_dataloader(self, dataloader: Any) -> Any:
-        """All devices read the same samples: a loader that shuffles gets one seed for all of them."""
+        """All devices of a pipeline read the same samples: a loader that shuffles gets one seed for all of them."""
         sampler = getattr(dataloader, "sampler", None)
         if isinstance(sampler, RandomSampler) and sampler.generator is None:
             sampler.generator = torch.Generator().manual_seed(self.broadcast(torch.initial_seed()))
         return dataloader
 
     def setup(self, trainer: Any) -> None:
-        trainer._accelerator_connector.use_distributed_sampler = False  # it would give each device samples of its own
+        if self.num_stages == self.world_size:
+            trainer._accelerator_connector.use_distributed_sampler = False  # all devices read all samples
         super(DDPStrategy, self).setup(trainer)  # DDP's own would make the stages of all devices equal
 
     def _setup_model(self, model: nn.Module) -> Any:

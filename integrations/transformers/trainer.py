@@ -102,6 +102,11 @@ class DualPipeTrainer(Trainer):
         from deepspeed.runtime.pipe.topology import PipeDataParallelTopology
 
         dualpipe_engine_config = self._configuration()
+        if getattr(getattr(_base_model(self.model), "config", None), "output_router_logits", False):
+            raise ConfigError(
+                "DualPipeTrainer has no auxiliary loss over routers: set output_router_logits=False in the model's "
+                "configuration, or train its adapter's PipelineModule by dualpipe_engine.initialize"
+            )
         adapter = get_model_adapter(_base_model(self.model))
         module = PipelineModule(
             adapter.to_layer_specs(),

@@ -82,9 +82,14 @@ KINDS = {
 NAMES = sorted(KINDS)
 
 
+ROUTERS = "+routers"  #: ends the name of a model that trains with its routers' auxiliary loss
+
+
 def config_of(name):
-    kind, model, settings = KINDS[name]
+    kind, model, settings = KINDS[name.removesuffix(ROUTERS)]
     ends = {"bos_token_id": 1, "eos_token_id": 2} if "vocab_size" in settings else {}
+    if name.endswith(ROUTERS):
+        settings = settings | {"output_router_logits": True}
     return getattr(transformers, kind)(**settings, **ends, architectures=[model])
 
 

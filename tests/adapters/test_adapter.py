@@ -8,7 +8,7 @@ import torch
 import transformers
 from torch import nn
 
-from dualpipe_engine.adapters import ModelAdapter, get_model_adapter, register_adapter
+from dualpipe_engine.adapters import ModelAdapter, conversion, get_model_adapter, register_adapter
 from dualpipe_engine.errors import ConfigError
 
 
@@ -76,6 +76,37 @@ def test_labels_in_the_batch_give_the_loss():
     assert torch.equal(output.loss, model(**inputs, labels=labels).loss)
 
 
+@pytest.mark.parametrize("masked", [True, False])
+@pytest.mark.parametrize("name", ["gpt_oss", "mixtral", "qwen3_moe"])
+def test_auxiliary_loss_of_routers(name, masked):
+    config = models.config_of(name + models.ROUTERS)
+    config.router_aux_loss_coef = 0.5
+    model = models.model_of(config).eval()
+    inputs, labels = batch_of(model)
+    inputs = inputs if masked else {"input_ids": inputs["input_ids"]}
+
+    def whole(given):
+        output = model(**given)
+        return torch.stack([output.aux_loss, model(**given, labels=labels).loss]), output.logits
+
+    adapter = get_model_adapter(model)
+    tokens_alone = adapter.loss_fn.args[0]
+    expected = run(whole, model, inputs, labels, lambda both, _: both[0][1])
+    without = run(lambda x: model(**x).logits, model, inputs, labels, tokens_alone)
+    assert any(not torch.equal(grad, without[2][key]) for key, grad in expected[2].items()), "the routers' loss counts"
+    for partitions in (1, 3):
+        stages = adapter.partition(num_partitions=partitions)
+        found = run(chained(stages), model, inputs, labels, adapter.loss_fn)
+        torch.testing.assert_close(found[0][1], expected[0][0][0], rtol=1e-6, atol=1e-7)
+        assert torch.equal(found[0][0], expected[0][1])
+        torch.testing.assert_close(found[1], expected[1], rtol=1e-6, atol=1e-7)
+        assert found[2].keys() == expected[2].keys()
+        for key, grad in found[2].items():
+            torch.testing.assert_close(grad, expected[2][key], rtol=1e-5, atol=1e-7, msg=lambda m, k=key: k + m)
+        output = chained(stages)(inputs | {"labels": labels})
+        torch.testing.assert_close(output.loss, expected[1], rtol=1e-6, atol=1e-7)
+
+
 def plain():
     torch.manual_seed(4)
     return nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 8), nn.Tanh(), nn.Linear(8, 3))
@@ -124,7 +155,7 @@ def test_refusals_name_the_reason():
         get_model_adapter(Shared(), example_inputs=torch.randn(1, 6))
     with pytest.raises(ConfigError, match="example_inputs"):
         get_model_adapter(plain())
-    routed = models.config_of("mixtral")
+    routed = models.config_of("deepseek_v3")
     routed.output_router_logits = True
     with pytest.raises(ConfigError, match="output_router_logits=False"):
         get_model_adapter(models.model_of(routed))
@@ -155,6 +186,58 @@ def test_stages_read_their_own_weights_only(name, tmp_path):
     stages = [adapter.stage(index, 3).eval() for index in range(3)]
     assert torch.equal(chained(stages)(inputs), model(**inputs).logits)
     assert all(param.is_meta for param in adapter.model.parameters())
+
+
+PUBLISHED = ["mixtral", "qwen3_moe", "deepseek_v3", "gpt_oss", "gpt_neox", "vit", "dinov2", "llama_tied", "bert"]
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_stages_read_published_files(name, tmp_path):
+    """save_pretrained writes the names and shapes in which the models are published."""
+    model = models.model_of(models.config_of(name)).eval()
+    model.save_pretrained(tmp_path, max_shard_size="20KB")
+    expected = model.state_dict()
+    adapter = get_model_adapter(folder=str(tmp_path))
+    found = {}
+    for index in range(3):
+        found |= adapter.stage(index, 3).state_dict()
+    assert found.keys() == expected.keys()
+    for key, value in found.items():
+        assert torch.equal(value, expected[key]), key
+
+
+def test_a_stage_opens_the_entries_of_its_own_weights_only(tmp_path, monkeypatch):
+    model = models.model_of(models.config_of("mixtral"))
+    model.save_pretrained(tmp_path)
+    adapter, read = get_model_adapter(folder=str(tmp_path)), set()
+    weights = conversion.Source.weights
+
+    def counted(self, *args):
+        read.update(name for name, _ in self.entries)
+        return weights(self, *args)
+
+    monkeypatch.setattr(conversion.Source, "weights", counted)
+    adapter.stage(1, 5)
+    assert read and all(name.startswith("model.layers.1.") for name in read)
+    assert sum(".experts." in name for name in read) == 3 * 4, "each expert has three entries"
+
+
+def test_missing_weights_are_named(tmp_path):
+    model = models.model_of(models.config_of("llama"))
+    state = {key: value for key, value in model.state_dict().items() if "layers.3" not in key}
+    model.save_pretrained(tmp_path, state_dict=state)
+    adapter = get_model_adapter(folder=str(tmp_path))
+    adapter.stage(0, 5)
+    with pytest.raises(ConfigError, match=r"nothing that becomes model\.layers\.3"):
+        adapter.stage(3, 5)
+
+
+def test_quantized_weights_are_refused(tmp_path):
+    config = models.config_of("deepseek_v3")
+    config.quantization_config = {"quant_method": "fp8", "weight_block_size": [128, 128]}
+    config.save_pretrained(tmp_path)
+    with pytest.raises(ConfigError, match="are quantized"):
+        get_model_adapter(folder=str(tmp_path))
 
 
 def test_fresh_weights_do_not_depend_on_the_cut():

@@ -12,7 +12,13 @@ from dualpipe_engine.cli import main
 
 @pytest.mark.parametrize(
     ("name", "schedule", "world"),
-    [("llama", "dualpipe", 2), ("llama", "dualpipev", 2), ("gpt2", "dualpipe", 4), ("gpt2", "1f1b", 2)],
+    [
+        ("llama", "dualpipe", 2),
+        ("llama", "dualpipev", 2),
+        ("gpt2", "dualpipe", 4),
+        ("gpt2", "1f1b", 2),
+        ("mixtral" + models.ROUTERS, "dualpipe", 2),
+    ],
 )
 def test_trains_like_the_whole_model(ranks, tmp_path, name, schedule, world):
     found = ranks.run(

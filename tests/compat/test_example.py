@@ -29,3 +29,11 @@ def test_lightning(tmp_path):
     assert result.returncode == 0, result.stderr
     assert len(list(tmp_path.glob("version_*/checkpoints/*.ckpt"))) == 1
     assert "val_loss" in result.stdout
+
+
+def test_transformer():
+    pytest.importorskip("transformers")
+    command = [sys.executable, str(EXAMPLES / "transformer_example.py"), "--num-gpus", "2", "--steps", "3"]
+    result = subprocess.run([*command, "--blocks", "2"], capture_output=True, text=True, timeout=300, check=False)
+    assert result.returncode == 0, result.stderr
+    assert "loss" in result.stdout

@@ -9,6 +9,7 @@ import sys
 import time
 from pathlib import Path
 
+import torch
 import training
 from ranks import free_port
 
@@ -64,6 +65,7 @@ def struck_run(folder, lost, fault, phase):
     config = training.settings(8, schedule="dualpipe", p2p_timeout_s=TIMEOUT_S)
     engine, *_ = dualpipe_engine.initialize(model=training.make_module(RANKS, 4), config=config)
     data = training.stream(0)
+    torch.distributed.barrier()  # a busy machine starts its ranks seconds apart, which is not what is timed here
     engine.train_batch(data)
     engine.save_checkpoint(folder, tag="good")
     if engine.global_rank == lost:
@@ -71,6 +73,69 @@ def struck_run(folder, lost, fault, phase):
         plant(engine, fault, phase)
     engine.train_batch(data)
     engine.save_checkpoint(folder, tag="torn")
+
+
+def user_run(folder, where):
+    """Code of the user raises in the second batch, on rank 0 only; the data end on both ranks that read them."""
+    import dualpipe_engine
+
+    armed = []
+
+    def spoilt_layer(module, inputs):
+        if armed:
+            strike("raise")
+
+    def spoilt_loss(output, labels):
+        if armed:
+            strike("raise")
+        return training.cross_entropy(output, labels)
+
+    def spoilt_loader():
+        for number, batch in enumerate(training.stream(0)):
+            if number == 8 + 5 and armed:
+                strike("raise")
+            if number == 8 + 5 and where == "end":
+                return
+            yield batch
+
+    module = training.make_module(RANKS, 4)
+    if where == "loss":
+        module.loss_fn = spoilt_loss
+    engine, *_ = dualpipe_engine.initialize(
+        model=module, config=training.settings(8, schedule="dualpipe", p2p_timeout_s=TIMEOUT_S)
+    )
+    data = spoilt_loader() if where in ("loader", "end") else training.stream(0)
+    engine.train_batch(data)
+    if engine.global_rank == 0:
+        Path(folder, "struck").touch()
+        if where != "end":
+            armed.append(True)
+        if where == "layer":
+            block = next(part for part in engine.module.modules() if isinstance(part, training.Block))
+            block.register_forward_pre_hook(spoilt_layer)
+    engine.train_batch(data)
+
+
+def interrupted_run(folder):
+    """Ctrl-C in a terminal: all ranks get the signal, wherever they are."""
+    import dualpipe_engine
+
+    config = training.settings(8, schedule="dualpipe", p2p_timeout_s=TIMEOUT_S)
+    engine, *_ = dualpipe_engine.initialize(model=training.make_module(RANKS, 4), config=config)
+    data = training.stream(0)
+    engine.train_batch(data)
+    ranks = [None] * RANKS
+    torch.distributed.all_gather_object(ranks, os.getpid())
+    if engine.global_rank == 0:
+        Path(folder, "struck").touch()
+
+        def interrupt(op):
+            for pid in ranks:
+                os.kill(pid, signal.SIGINT)
+            time.sleep(60)
+
+        engine._executor._handlers["F"] = engine._executor._handlers["FB"] = interrupt
+    engine.train_batch(data)
 
 
 def loaded_run(folder):
@@ -124,7 +189,6 @@ def play(function, folder, limit, lost=None, **arguments):
 
 def serve(pipe):
     os.environ.update(OMP_NUM_THREADS="1", DS_ACCELERATOR="cpu", MASTER_ADDR="127.0.0.1", LOCAL_SIZE="0")
-    import torch
     from deepspeed.comm.torch import build_shm_op
     from deepspeed.utils import logger
 

@@ -113,3 +113,45 @@ def train(model, settings, ranks, folder, replicas=2, steps=3):
 
 def make_topology(ranks, replicas):
     return PipeDataParallelTopology(ranks, replicas).get_coord(torch.distributed.get_rank()).data
+
+
+class Tokens:
+    """A dataset of `(tokens, next tokens)`."""
+
+    def __init__(self, rows):
+        generator = torch.Generator().manual_seed(5)
+        self._rows = torch.randint(0, training.VOCABULARY, (rows, training.LENGTH + 1), generator=generator)
+
+    def __len__(self):
+        return len(self._rows)
+
+    def __getitem__(self, index):
+        return self._rows[index, :-1], self._rows[index, 1:]
+
+
+def measured(path, ranks, replicas=2, steps=3, schedule="auto"):
+    """Under "auto" the times of layers; then a start and some steps."""
+    import dualpipe_engine
+    from dualpipe_engine.engine.layer_costs import measure_layers
+
+    module = make_module(config(bias_rate=0.05), ranks, replicas)
+    replica, before = module._grid.data_parallel_id, {n: b.clone() for n, b in module.named_buffers()}
+    seconds = measure_layers(module, next(training.stream(0)), repeats=1) if schedule == "auto" else None
+    assert all(torch.equal(buffer, before[name]) for name, buffer in module.named_buffers())
+    settings = training.settings(4, replicas, schedule=schedule, costs=str(path))
+    engine, *_ = dualpipe_engine.initialize(model=module, config=settings, training_data=Tokens(16))
+    stream = training.stream(replica)
+    return {
+        "seconds": seconds,
+        "schedule": engine.plan.schedule,
+        "losses": [float(engine.train_batch(stream)) for _ in range(steps)],
+    }
+
+
+def stock(ranks, replicas=2):
+    """A start of DeepSpeed's own engine, which is refused."""
+    import deepspeed
+
+    settings = training.settings(4, replicas)
+    with pytest.raises(ConfigError, match=r"shared by 2 ranks .* dualpipe_engine\.initialize"):
+        deepspeed.initialize(model=make_module(config(), ranks, replicas), config=settings)

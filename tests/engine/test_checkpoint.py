@@ -10,6 +10,7 @@ from ranks import RankError
 
 from dualpipe_engine.engine.checkpoint_files import PARTIAL, publish, settle
 from dualpipe_engine.engine.checkpoint_loader import ResumableLoader, ResumableSampler
+from dualpipe_engine.errors import CheckpointError
 
 STEPS, STOP = 50, 25
 
@@ -156,6 +157,21 @@ def test_a_state_of_other_ranks_is_refused_with_the_remedy(ranks, tmp_path):
         ranks.run(4, runs.hop, config=config("dualpipe"), ranks=4, folder=str(tmp_path), load="x")
     for kind, message, _ in caught.value.errors.values():
         assert kind == "CheckpointError" and "ds_to_universal" in message and "load_optimizer_states=False" in message
+
+
+def test_tied_weights_without_a_file_are_refused():
+    from types import SimpleNamespace
+
+    from deepspeed.pipe import LayerSpec, TiedLayerSpec
+
+    from dualpipe_engine.engine.checkpoint_state import check_ties
+
+    kept, lost = (TiedLayerSpec(key, training.Embed) for key in ("kept", "lost"))
+    again = [TiedLayerSpec(key, training.Embed, forward_fn=training.head) for key in ("kept", "lost")]
+    lost.forward_fn = training.head
+    check_ties(SimpleNamespace(_layer_specs=[kept, LayerSpec(training.Block), again[0]]))
+    with pytest.raises(CheckpointError, match="'lost'"):
+        check_ties(SimpleNamespace(_layer_specs=[kept, lost, *again]))
 
 
 def test_each_tensor_is_written_once(ranks, tmp_path):

@@ -15,6 +15,12 @@ def without_fit(config):
     return config
 
 
+def offloaded(zero, what, device):
+    config = training.settings(4, zero=zero, schedule="dualpipe")
+    config["zero_optimization"][f"offload_{what}"] = {"device": device, "nvme_path": "nowhere"}
+    return config
+
+
 CASES = {
     "unknown key": (4, 8, training.settings(4, schedule="dualpipe", optimise=True), 'did you mean "optimize"'),
     "unknown schedule": (4, 8, training.settings(4, schedule="dualpip"), 'did you mean "dualpipe"'),
@@ -28,6 +34,9 @@ CASES = {
         training.settings(4, zero=2, schedule="dualpipe") | {"optimizer": {"type": "Muon"}},
         "whole gradients, which Muon needs",
     ),
+    "offload without ZeRO": (4, 8, offloaded(0, "optimizer", "cpu"), '"stage": 1'),
+    "optimizer on nvme": (4, 8, offloaded(1, "optimizer", "nvme"), '"offload_optimizer": {"device": "nvme"}'),
+    "parameters off the device": (4, 8, offloaded(2, "param", "cpu"), '"offload_param": {"device": "cpu"}'),
     "small cap": (4, 8, training.settings(8, schedule="dualpipe", activation_cap=1), "cap"),
     "bad value": (4, 8, training.settings(4, schedule="dualpipe", p2p_timeout_s=-1), "p2p_timeout_s"),
     "no plan file": (4, 8, training.settings(4, schedule="nowhere.csv"), "there is no plan file"),

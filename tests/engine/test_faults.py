@@ -86,3 +86,29 @@ def test_a_rank_that_falls_behind_is_named(play, tmp_path):
 
 def test_ctrl_c_on_one_rank_ends_all(play, tmp_path):
     check(play, tmp_path, "interrupt", 1, "steady")
+
+
+def test_ctrl_c_on_all_ranks_ends_all(play, tmp_path):
+    codes, seconds, logs = play(fault_runs.interrupted_run, tmp_path, limit=7.5)
+    assert all(code not in (0, None) for code in codes), (codes, seconds, logs)
+    assert all("KeyboardInterrupt" in log for log in logs), logs
+
+
+@pytest.mark.parametrize(
+    ("where", "error", "traceback"),
+    [
+        ("layer", "Boom: poisoned", "in spoilt_layer"),
+        ("loss", "Boom: poisoned", "in spoilt_loss"),
+        ("loader", "Boom: poisoned", "in spoilt_loader"),
+        ("end", "StopIteration", "in _next_batch"),
+    ],
+)
+def test_what_user_code_raises_reaches_every_rank(play, tmp_path, where, error, traceback):
+    codes, seconds, logs = play(fault_runs.user_run, tmp_path, limit=7.5, where=where)
+    case = f"{where}: codes {codes}, {seconds:.1f} s"
+    print(case)
+    for code, log in zip(codes, logs, strict=True):
+        assert code not in (0, None), f"{case}\n{log}"
+        assert error in log, f"{case}\n{log}"
+        assert traceback in log, f"{case}\n{log}"
+    assert all("rank 0 is lost" in log or "rank 3 is lost" in log for log in logs[1:3]), logs

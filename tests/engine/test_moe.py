@@ -143,3 +143,15 @@ def test_training_and_checkpoints_with_experts(ranks, tmp_path, zero):
     assert len(file["experts.up"]) == 4, "a layer's file holds the experts of all ranks"
     with pytest.raises(Exception, match="share the experts"):  # DeepSpeed's converter would take one rank's for all
         checkpoint_runs.convert(tmp_path / "global_step3", tmp_path / "universal")
+
+
+def test_auto_measures_experts_that_ranks_share(ranks, tmp_path):
+    path = tmp_path / "costs.json"
+    found = ranks.run(4, moe_runs.measured, path=path, ranks=2)
+    assert len(found[0]["seconds"]) == 6 and all(min(rank["seconds"]) > 0 for rank in found)
+    fixed = ranks.run(4, moe_runs.measured, path=path, ranks=2, schedule=found[0]["schedule"])
+    assert [rank["losses"] for rank in found] == [rank["losses"] for rank in fixed], "measuring left something behind"
+
+
+def test_deepspeeds_own_engine_refuses_shared_experts(ranks):
+    ranks.run(4, moe_runs.stock, ranks=2)

@@ -19,6 +19,8 @@ OTHERS = {
     "micro-batches of different length": {"lengths": (3, 6, 4, 5, 2), "micros": 5},
     "compiled before initialize": {"compiled": "before"},
     "compiled after initialize": {"compiled": "after"},
+    "compiled by the engine": {"compiled": "by the engine"},
+    "compiled, with functions as layers": {"compiled": "after", "layers": "a stage without parameters"},
 }
 CASES = {
     "layers": {name: {"layers": name} for name in topology_runs.LAYERS},

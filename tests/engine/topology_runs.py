@@ -121,6 +121,11 @@ def gradients(
     engine, *_ = dualpipe_engine.initialize(model=module, config=config)
     if compiled == "after":
         engine.module.compile(backend="aot_eager")
+    if compiled == "by the engine":
+        engine.compile(backend="aot_eager")
+    if compiled != "before":  # what a rank builds anew is not compiled with the others
+        held = [layer for layer in engine.module.forward_funcs if isinstance(layer, nn.Module)]
+        assert all((layer._compiled_call_impl is not None) == bool(compiled) for layer in held)
     start = {name: value.detach().clone() for name, value in engine.module.state_dict().items()}
     start.pop(PLACEHOLDER, None)
     found = {}

@@ -143,6 +143,7 @@ def train(config, ranks, replicas=1, steps=20, blocks=None, tied=True, module_kw
         "lr": scheduler.get_last_lr(),
         "weights": weights(engine),
         "optimizer_bytes": optimizer_bytes(engine),
+        "offloaded": getattr(engine.optimizer, "cpu_offload", False),
         "eval_loss": float(evaluated[0]),
         "logits": None if evaluated[1] is None else evaluated[1].clone(),
         "class": type(engine).__name__,

@@ -72,7 +72,7 @@ def half(config, ranks, steps, poisoned=None):
     module = training.make_module(ranks, 2 * ranks, tied=False)
     with patch.object(type(get_accelerator()), "is_fp16_supported", lambda self: True):
         engine, *_ = dualpipe_engine.initialize(model=module, config=copy.deepcopy(config))
-    accumulate, data = engine._tail.accumulate, training.stream(0)
+    accumulate, data = engine._tail.accumulate if poisoned else None, training.stream(0)
     found = {"losses": [], "scales": [], "skipped": [], "digests": []}
     for step in range(steps):
 
@@ -81,7 +81,8 @@ def half(config, ranks, steps, poisoned=None):
                 next(p for p in engine.module.parameters() if p.grad is not None).grad.fill_(float("inf"))
             accumulate(stage)
 
-        engine._tail.accumulate = poison
+        if poisoned:
+            engine._tail.accumulate = poison
         found["losses"].append(float(engine.train_batch(data)))
         found["scales"].append(float(engine._get_optimizer_loss_scale()))
         found["skipped"].append(engine.skipped_steps)

@@ -10,7 +10,7 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import LearningRateMonitor, ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger
 from torch import nn
-from torch.utils.data import DataLoader, TensorDataset
+from torch.utils.data import DataLoader, DistributedSampler, TensorDataset
 
 from dualpipe_engine.compat import DualPipeLightningModule
 
@@ -68,20 +68,22 @@ class Piped(Recorder, DualPipeLightningModule):
         return schedule(self.dualpipe_wrapper.local_module.parameters(), self.lr)
 
 
-def data(rows, seed):
+def data(rows, seed, batch=16, **sampled):
     generator = torch.Generator().manual_seed(seed)
     x = torch.randn(rows, 4, generator=generator)
-    return DataLoader(TensorDataset(x, (x.sum(1) > 0).long() + (x[:, 0] > 1).long()), batch_size=16)
+    rows = TensorDataset(x, (x.sum(1) > 0).long() + (x[:, 0] > 1).long())
+    sampler = DistributedSampler(rows, shuffle=False, **sampled) if sampled else None
+    return DataLoader(rows, batch_size=batch, sampler=sampler)
 
 
-def train(kind, folder, devices, seed=0, steps=20, resume=None, accumulate=1):
+def train(kind, folder, devices, seed=0, steps=20, resume=None, accumulate=1, strategy=None, batch=16):
     """Fit over epochs of 10 batches, the last one of 8 rows, with validation in each."""
     module = {"stock": Stock, "piped": Piped}[kind](chain(seed), 0.02)
     checkpoint = ModelCheckpoint(dirpath=folder, filename="at{step}", every_n_train_steps=10, save_top_k=-1)
     trainer = Trainer(
         accelerator="cpu",
         devices=devices,
-        strategy="dualpipe" if kind == "piped" else "auto",
+        strategy=strategy or ("dualpipe" if kind == "piped" else "auto"),
         max_steps=steps,
         gradient_clip_val=0.5,
         accumulate_grad_batches=accumulate,
@@ -92,12 +94,21 @@ def train(kind, folder, devices, seed=0, steps=20, resume=None, accumulate=1):
         enable_model_summary=False,
     )
     trainer.losses = []
-    trainer.fit(module, data(152, 1), data(40, 2), ckpt_path=resume)
+    # The sampler that Lightning would put in shuffles the training data.
+    sampled = strategy.distributed_sampler_kwargs if strategy else {}
+    trainer.fit(module, data(152, 1, batch, **sampled), data(40, 2, batch), ckpt_path=resume)
     found = {"losses": trainer.losses, "val": float(trainer.callback_metrics["val_loss"]), "step": trainer.global_step}
     found["lr"] = trainer.optimizers[0].param_groups[0]["lr"]
     found["files"] = sorted(path.name for path in Path(folder).glob("*.ckpt"))
-    found["validate"] = float(trainer.validate(module, data(40, 3), verbose=False)[0]["val_loss"])
+    found["validate"] = float(trainer.validate(module, data(40, 3, batch), verbose=False)[0]["val_loss"])
     return found
+
+
+def train_replicas(folder, num_stages=2, **kwargs):
+    from dualpipe_engine.integrations.lightning import DualPipeStrategy
+
+    world = torch.distributed.get_world_size()
+    return train("piped", folder, world, strategy=DualPipeStrategy(num_stages=num_stages), **kwargs)
 
 
 def uneven_ranks(folder):

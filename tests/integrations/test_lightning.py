@@ -48,6 +48,23 @@ def test_training_evaluation_and_resume(ranks, tmp_path, accumulate):
         ranks.run(2, runs.train, kind="piped", folder=str(tmp_path / "two"), devices=2, resume=str(saved))
 
 
+def test_replicas_share_the_samples(ranks, tmp_path):
+    """Two pipelines with batches of 16 do what one process does with batches of 32."""
+    [stock] = ranks.run(1, runs.train, kind="stock", folder=str(tmp_path / "stock"), devices=1, batch=32, steps=10)
+    folder = tmp_path / "piped"
+    found = ranks.run(4, runs.train_replicas, folder=str(folder), steps=10)
+    for each in found:
+        assert close(each["losses"], stock["losses"])
+        assert close([each["val"], each["validate"]], [stock["val"], stock["validate"]])
+        assert (each["step"], each["lr"]) == (stock["step"], stock["lr"])
+    state = torch.load(folder / "atstep=10.ckpt", weights_only=False)["state_dict"]
+    expected = torch.load(tmp_path / "stock" / "atstep=10.ckpt", weights_only=False)["state_dict"]
+    for name, value in state.items():
+        torch.testing.assert_close(value, expected[f"model.{name}"], rtol=1e-4, atol=1e-5)
+    with pytest.raises(RankError, match="2 devices are no pipelines of num_stages=4"):
+        ranks.run(2, runs.train_replicas, folder=str(tmp_path / "odd"), num_stages=4)
+
+
 def test_ranks_that_start_apart_train_one_model_on_one_order(ranks, tmp_path):
     found = ranks.run(2, runs.uneven_ranks, folder=str(tmp_path))
     assert found[0]["seen"] == found[1]["seen"]

@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import json
+import subprocess
+import sys
+from types import SimpleNamespace
+
 import pytest
 import torch
 import trainer_runs as runs
 import transformers
 from dualpipe_engine.integrations.transformers.batches import BatchLoss, split_batch
 
+from dualpipe_engine.compat import DualPipeTrainer
 from dualpipe_engine.errors import ConfigError
 
 
@@ -49,6 +55,27 @@ def test_replicas_share_the_batches(ranks, tmp_path):
     assert found[0]["steps"][20][0] < found[0]["steps"][1][0]
 
 
+def test_the_short_call_with_profiling(ranks, tmp_path):
+    assert ranks.run(2, runs.short, folder=str(tmp_path)) == [3, 3]
+    profile = json.loads((tmp_path / "dualpipe_profile.json").read_text())
+    assert profile and list(tmp_path.glob("checkpoint-3"))
+
+
+def test_without_transformers_the_extra_is_named():
+    code = """
+import sys
+sys.modules["transformers"] = None
+import dualpipe_engine
+import dualpipe_engine.compat as compat
+try:
+    compat.DualPipeTrainer
+except dualpipe_engine.MissingExtraError as error:
+    print(error)
+"""
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert 'pip install "dualpipe_engine[hf]"' in result.stdout
+
+
 def test_lora_trains_and_saves_the_adapter(ranks, tmp_path):
     import peft
 
@@ -59,6 +86,14 @@ def test_lora_trains_and_saves_the_adapter(ranks, tmp_path):
     expected = peft.PeftModel.from_pretrained(runs.make_model(), tmp_path / "stock" / "final").state_dict()
     for name, value in model.state_dict().items():
         torch.testing.assert_close(value, expected[name], rtol=1e-4, atol=1e-5)
+
+
+def test_auxiliary_losses_are_refused():
+    model = runs.make_model()
+    model.config.output_router_logits = True
+    trainer = SimpleNamespace(_engine=None, _configuration=dict, model=model)
+    with pytest.raises(ConfigError, match="output_router_logits=False"):
+        DualPipeTrainer._make_engine(trainer)
 
 
 def test_batches_are_cut_into_rows():

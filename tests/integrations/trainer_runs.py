@@ -101,3 +101,18 @@ def train(folder, stock=False, resume=None, lora=False, **options):
         "train_loss": result.training_loss,
         "seen": (seen.steps, seen.saves),
     }
+
+
+def short(folder):
+    """The call of the README."""
+    from dualpipe_engine.compat import DualPipeTrainer
+
+    arguments = transformers.TrainingArguments(
+        output_dir=folder, max_steps=3, per_device_train_batch_size=8, report_to=[], use_cpu=True, disable_tqdm=True,
+        dataloader_pin_memory=False,
+    )  # fmt: skip
+    data = [{"input_ids": row, "labels": row} for row in Sentences(24, ragged=False).rows]
+    trainer = DualPipeTrainer(
+        model=make_model(), args=arguments, train_dataset=data, num_chunks=8, enable_profiling=True
+    )
+    return trainer.train().global_step

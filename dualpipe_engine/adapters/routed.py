@@ -1,0 +1,148 @@
+"""Routed models: the auxiliary loss over the routers of all blocks, of which a stage has some.
+
+The loss multiplies two averages over the tokens of all blocks, so it is no sum over stages. What adds up is what the
+averages are made of: for each expert the tokens that chose it and the probabilities that it was given, and the number
+of rows. These travel with the hidden state, the probabilities with a gradient, and the last stage makes the loss.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
+from typing import Any, NamedTuple
+
+import torch
+from torch import nn
+
+from ..errors import ConfigError
+from .runner import Runner
+
+SUMS = "router_sums:"  #: name of the sums within a message
+
+#: Whose loss this is, by `config.model_type`.
+KNOWN = ("gpt_oss", "mixtral", "qwen3_moe")
+
+
+class Sums(NamedTuple):
+    """Over the blocks so far.
+
+    Args:
+        tokens: [experts], how often each was chosen.
+        probabilities: [experts], summed over tokens.
+        rows: [1], tokens.
+    """
+
+    tokens: torch.Tensor
+    probabilities: torch.Tensor
+    rows: torch.Tensor
+
+
+class Routing:
+    """What the auxiliary loss of a model is made from.
+
+    Args:
+        model: a transformers model with `output_router_logits` set.
+
+    Attributes:
+        weight: factor of the loss.
+
+    Raises:
+        ConfigError: the model's auxiliary loss is not known.
+    """
+
+    def __init__(self, model: Any) -> None:
+        routers = getattr(model, "_can_record_outputs", None) or {}
+        known = model.config.model_type in KNOWN and hasattr(model, "router_aux_loss_coef")
+        if not known or "router_logits" not in routers:
+            raise ConfigError(
+                f"{type(model).__name__}: the auxiliary loss multiplies averages over the routers of all layers, which "
+                f"no stage sees; it is known how to carry it for the language models of {', '.join(KNOWN)}: set "
+                "output_router_logits=False in the configuration"
+            )
+        self._kind, self._index = routers["router_logits"].target_class, routers["router_logits"].index
+        self._experts, self._top_k = int(model.num_experts), int(model.num_experts_per_tok)
+        self.weight = float(model.router_aux_loss_coef)
+
+    @contextmanager
+    def heard(self, model: nn.Module) -> Iterator[list[torch.Tensor]]:
+        """The logits `[tokens, experts]` of the routers that run in the body, in their order."""
+        found: list[torch.Tensor] = []
+
+        def hook(router: nn.Module, args: Any, output: Any) -> None:
+            found.append(output[self._index] if isinstance(output, tuple) else output)
+
+        hooks = [part.register_forward_hook(hook) for part in model.modules() if isinstance(part, self._kind)]
+        try:
+            yield found
+        finally:
+            for each in hooks:
+                each.remove()
+
+    def add(self, sums: Sums | None, logits: torch.Tensor, mask: torch.Tensor | None) -> Sums:
+        """The sums with those of one more block.
+
+        Args:
+            sums: of the blocks before.
+            logits: [tokens, experts].
+            mask: [batch, length], 0 for tokens that do not count.
+        """
+        scores = logits.softmax(dim=-1)
+        chosen = scores.topk(self._top_k, dim=-1).indices
+        scores = scores.float()
+        counted = scores.new_ones(len(scores)) if mask is None else mask.reshape(-1).to(scores)
+        tokens = scores.new_zeros(self._experts).index_add(0, chosen.flatten(), counted.repeat_interleave(self._top_k))
+        scores = scores if mask is None else scores * counted.unsqueeze(-1)
+        new = Sums(tokens, scores.sum(dim=0), counted.sum().view(1))
+        return new if sums is None else Sums(*(before + more for before, more in zip(sums, new, strict=True)))
+
+    def loss(self, sums: Sums) -> torch.Tensor:
+        """The auxiliary loss, not weighted (scalar)."""
+        return (sums.tokens / sums.rows * (sums.probabilities / sums.rows)).sum() * self._experts
+
+    def with_loss(self, own: Callable[[Any, Any], torch.Tensor]) -> Callable[[Any, Any], torch.Tensor]:
+        """`own` for outputs `(logits, auxiliary loss)`."""
+        return partial(_weighted, own, self.weight)
+
+
+def _weighted(own: Callable[[Any, Any], torch.Tensor], weight: float, output: Any, labels: Any) -> torch.Tensor:
+    logits, auxiliary = output
+    return own(logits, labels) + weight * auxiliary
+
+
+class RoutedRunner(Runner):
+    """Runs a span, and carries the sums; the output at the end is `(logits, auxiliary loss)`, or the model's own with
+    both in it.
+
+    Args:
+        routing: of the model.
+        args: of `Runner`.
+    """
+
+    def __init__(self, routing: Routing, *args: Any) -> None:
+        super().__init__(*args)
+        self._routing = routing
+
+    def __call__(self, message: Any) -> Any:
+        sums: Sums | None = None
+        if self._first:
+            mask = self._inputs.read(message)[0].get("attention_mask")
+        else:
+            hidden, travel = self._inputs.unpack(message)
+            mask = travel.get("attention_mask")
+            sums = Sums(*travel[SUMS]) if SUMS in travel else None
+            message = self._inputs.pack(hidden, {name: value for name, value in travel.items() if name != SUMS})
+        with self._routing.heard(self.model) as heard:
+            output = super().__call__(message)
+        for logits in heard:
+            sums = self._routing.add(sums, logits, mask)
+        if not self._last:
+            hidden, travel = self._inputs.unpack(output)
+            return self._inputs.pack(hidden, travel if sums is None else travel | {SUMS: tuple(sums)})
+        assert sums is not None
+        auxiliary = self._routing.loss(sums)
+        if isinstance(output, torch.Tensor):
+            return output, auxiliary
+        output.aux_loss = auxiliary
+        output.loss = output.loss + self._routing.weight * auxiliary
+        return output
