@@ -23,6 +23,7 @@ _TEXTS = {
     _BORDER: "{} in the gradient of the stage's input",
     _WEIGHTS: "{} in a weight gradient of the stage",
 }
+_MASKED = (_DATA, _OUTPUT)  # may hold -inf, as masks do; a stage that makes one by mistake has NaN soon after
 
 
 class Finding(NamedTuple):
@@ -60,8 +61,7 @@ class Borders:
 
     def clear(self) -> None:
         """A batch begins."""
-        self._notes: list[tuple[int, int, int]] = []
-        self._largest: list[Tensor] = []
+        self._notes: list[tuple[int, int, int, Tensor]] = []  # kind, stage, micro-batch, sum of the tensor
 
     def data(self, micro: int, inputs: Any) -> None:
         """What stage 0 takes."""
@@ -73,43 +73,35 @@ class Borders:
 
     def loss(self, stage: int, micro: int, loss: Tensor) -> None:
         """The loss, before any scaling."""
-        self._note(_LOSS, stage, micro, _largest(loss))
+        self._notes.append((_LOSS, stage, micro, _sum(loss)))
 
     def back(self, stage: int, micro: int, grads: Iterable[Tensor]) -> None:
         """The gradients of a stage's inputs."""
         if self._gradients:
             for grad in grads:
-                self._note_norm(_BORDER, stage, micro, grad)
+                self._notes.append((_BORDER, stage, micro, _sum(grad)))
 
     def weights(self, stage: int, micro: int) -> None:
         """A backward has added to the weight gradients of a stage."""
         grads = [param.grad for param in self._params.get(stage, ()) if param.grad is not None]
         for grad in grads:
-            self._note_norm(_WEIGHTS, stage, micro, grad.coalesce().values() if grad.is_sparse else grad)
+            held = grad.coalesce().values() if grad.is_sparse else grad
+            self._notes.append((_WEIGHTS, stage, micro, _sum(held)))
 
     def _note_values(self, what: int, stage: int, micro: int, nest: Any) -> None:
         for tensor in (nest,) if isinstance(nest, Tensor) else pytree.tree_leaves(nest):
-            if isinstance(tensor, Tensor) and tensor.is_floating_point() and tensor.numel() and tensor.itemsize > 1:
-                # The maximum, because -inf is what masks hold; one that a stage makes is a NaN soon after.
-                self._note(what, stage, micro, tensor.detach().amax())
-
-    def _note_norm(self, what: int, stage: int, micro: int, grad: Tensor) -> None:
-        if grad.numel():
-            self._note(what, stage, micro, _largest(grad))
-
-    def _note(self, what: int, stage: int, micro: int, largest: Tensor) -> None:
-        self._notes.append((what, stage, micro))
-        self._largest.append(largest)
+            if isinstance(tensor, Tensor) and tensor.is_floating_point() and tensor.itemsize > 1:
+                self._notes.append((what, stage, micro, _sum(tensor)))
 
     def bad(self, device: torch.device) -> Tensor:
         """How many notes are NaN or inf (scalar on `device`); not read back."""
-        of_dtype: dict[torch.dtype, list[Tensor]] = {}
-        for largest in self._largest:
-            of_dtype.setdefault(largest.dtype, []).append(largest)
+        groups: dict[tuple[bool, torch.dtype], list[Tensor]] = {}
+        for what, _, _, total in self._notes:
+            groups.setdefault((what in _MASKED, total.dtype), []).append(total)
         count = torch.zeros((), device=device)
-        for values in of_dtype.values():
-            stacked = torch.stack(values)
-            count += (stacked.isnan() | stacked.isposinf()).sum()
+        for (masked, _), totals in groups.items():
+            stacked = torch.stack(totals)
+            count += (stacked.isnan() | stacked.isposinf() if masked else ~stacked.isfinite()).sum()
         return count
 
     def findings(self, rank: int = 0) -> list[Finding]:
@@ -120,11 +112,13 @@ class Borders:
         """
         found: list[Finding] = []
         passed: set[int] = set()  # stages whose weight gradients add up and stay so: the first is meant
-        for (what, stage, micro), largest in zip(self._notes, self._largest, strict=True):
-            value = float(largest)
-            if not (math.isnan(value) or value == math.inf) or (what == _WEIGHTS and stage in passed):
+        for what, stage, micro, total in self._notes:
+            value = float(total)
+            if math.isfinite(value) or (value == -math.inf and what in _MASKED):
                 continue
             if what == _WEIGHTS:
+                if stage in passed:
+                    continue
                 passed.add(stage)
             backward = what in (_BORDER, _WEIGHTS)
             step = (1, -stage) if backward else (0, 0 if what == _DATA else 1 + stage)
@@ -133,11 +127,12 @@ class Borders:
         return found
 
 
-def _largest(tensor: Tensor) -> Tensor:
-    """The largest magnitude (scalar), or NaN. A norm is many times slower on CPUs."""
+def _sum(tensor: Tensor) -> Tensor:
+    """The sum (scalar): not finite where an element is not. One kernel, where the largest magnitude takes three."""
     tensor = tensor.detach()
-    low, high = torch.aminmax(torch.view_as_real(tensor) if tensor.is_complex() else tensor)
-    return torch.maximum(high, -low)
+    if tensor.is_complex():
+        tensor = torch.view_as_real(tensor)
+    return tensor.sum(dtype=torch.float32) if tensor.itemsize < 4 else tensor.sum()
 
 
 def origins(findings: Iterable[Finding]) -> list[Finding]:

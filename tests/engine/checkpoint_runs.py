@@ -2,6 +2,7 @@
 
 import copy
 import os
+from itertools import islice
 from pathlib import Path
 from unittest.mock import patch
 
@@ -83,13 +84,23 @@ def digests(engine):
     return {name: training.digest(value) for name, value in training.weights(engine).items()}
 
 
-def hop(config, ranks, folder, load=None, save=None, replicas=1, steps=0, skip=0, **options):
+def merged_stream(replicas, micros):
+    """What several replicas read in a batch of `micros` micro-batches in all, one after another."""
+    streams = [training.stream(replica) for replica in range(replicas)]
+    while True:
+        for each in streams:
+            yield from islice(each, micros // replicas)
+
+
+def hop(config, ranks, folder, load=None, save=None, replicas=1, steps=0, skip=0, merged=1, **options):
     """Load, evaluate, train, evaluate, save: one link of a chain of schedules."""
     engine = start(config, ranks, replicas)
     if load is not None:
         engine.load_checkpoint(folder, tag=load, **options)
     replica = engine.grid.data_parallel_id if options.get("stock") else getattr(engine, "data_rank", None)
     data = training.stream(engine.grid.data_parallel_id if replica is None else replica)
+    if merged > 1:
+        data = merged_stream(merged, engine.gradient_accumulation_steps())
     for _ in range(skip * engine.gradient_accumulation_steps()):
         next(data)
 

@@ -71,6 +71,34 @@ def test_weights_move_between_schedules(ranks, tmp_path, zero):
         assert found[0]["before"] == pytest.approx(first["after"], rel=1e-6)
 
 
+def test_weights_move_between_numbers_of_ranks_and_replicas(ranks, tmp_path):
+    chain = [(None, 2, 2), ("dualpipe", 4, 1), ("dualpipev", 1, 4), (None, 4, 1), ("dualpipe", 2, 2)]
+    after = None
+    for number, (schedule, pp, replicas) in enumerate(chain):
+        job = {"config": config(schedule, replicas=replicas), "ranks": pp, "replicas": replicas}
+        load = {"load": str(number - 1), "load_optimizer_states": False} if number else {}
+        found = ranks.run(4, runs.hop, folder=str(tmp_path), save=str(number), steps=1, **job, **load)
+        if after is not None:
+            assert found[0]["before"] == pytest.approx(after, rel=1e-6)
+        after = found[0]["after"]
+
+
+def test_the_optimizer_moves_to_other_replicas(ranks, tmp_path):
+    """Saved by two replicas, gone on with by one: refused as it is, welcome once converted."""
+    job = {"folder": str(tmp_path), "ranks": 2}
+    one, two = config("dualpipe", micros=8), config("dualpipe", replicas=2)
+    straight = ranks.run(4, runs.hop, config=two, replicas=2, steps=4, **job)
+    saved = ranks.run(4, runs.hop, config=two, replicas=2, steps=2, save="2", **job)
+    with pytest.raises(RankError, match="cut among 4 copies of each stage, not 2"):
+        ranks.run(2, runs.hop, config=one, load="2", **job)
+    runs.convert(tmp_path / "2", tmp_path / "2u")
+    (tmp_path / "latest_universal").write_text("2u")
+    one |= {"checkpoint": {"load_universal": True}}
+    found = ranks.run(2, runs.hop, config=one, load="2u", merged=2, steps=2, skip=2, **job)
+    assert found[0]["before"] == pytest.approx(saved[0]["after"], rel=1e-6)
+    assert saved[0]["losses"] + found[0]["losses"] == pytest.approx(straight[0]["losses"], rel=1e-5)
+
+
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_the_optimizer_moves_through_universal_checkpoints(ranks, tmp_path, precision):
     """1F1B -> DualPipe -> DualPipeV -> 1F1B on other numbers of ranks, two steps each, like eight steps of one run."""
