@@ -37,6 +37,10 @@ class Silent:
     def waiting(self, kind: str, op: Any = None) -> Any:
         return self._nothing
 
+    def now(self) -> None: ...
+
+    def waited(self, kind: str, op: Any, start: Any) -> None: ...
+
     def reducing(self) -> Silent:
         return self
 
