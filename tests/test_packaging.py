@@ -86,6 +86,25 @@ def test_import_needs_neither_torch_nor_deepspeed():
     assert result.stdout.strip() == "[]"
 
 
+@pytest.mark.parametrize(
+    ("package", "extra", "name"),
+    [("transformers", "hf", "DualPipeTrainer"), ("lightning", "lightning", "DualPipeLightningModule")],
+)
+def test_a_missing_extra_is_named(package, extra, name):
+    code = f"""
+import sys
+sys.modules["{package}"] = None
+import dualpipe_engine
+import dualpipe_engine.compat as compat
+try:
+    compat.{name}
+except dualpipe_engine.MissingExtraError as error:
+    print(error)
+"""
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert f'pip install "dualpipe_engine[{extra}]"' in result.stdout
+
+
 def test_drawing_without_matplotlib_names_the_command(tmp_path):
     arguments = ["draw", "--schedule", "1f1b", "--ranks", "2", "--micro-batches", "2", "--out", str(tmp_path / "a.svg")]
     code = f"""

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
-
 import pytest
 import torch
 from ranks import RankError
@@ -72,21 +69,6 @@ def test_ranks_that_start_apart_train_one_model_on_one_order(ranks, tmp_path):
     assert found[0]["first"] == found[1]["first"]
     assert all(each["copies"] for each in found)  # both copies of a stage stay bit-equal
     assert found[0]["names"] == list(runs.chain().state_dict())
-
-
-def test_without_lightning_the_extra_is_named():
-    code = """
-import sys
-sys.modules["lightning"] = None
-import dualpipe_engine.compat as compat
-try:
-    compat.DualPipeLightningModule
-except dualpipe_engine.MissingExtraError as error:
-    print(error)
-"""
-    code = "import dualpipe_engine" + code
-    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert 'pip install "dualpipe_engine[lightning]"' in result.stdout
 
 
 def test_what_cannot_be_cut_is_refused():
