@@ -6,8 +6,8 @@ from collections import deque
 from collections.abc import Callable, Sequence
 
 import torch
-from torch.autograd.graph import _engine_run_backward
 
+from .runtime.chunk import backward_from
 from .runtime.profiler import Profiler, disable_profiling, enable_profiling, get_profiler
 
 __all__ = [
@@ -84,5 +84,4 @@ def run_backward(
     given = (grad_tensors,) * len(outputs) if grad_tensors is None else grad_tensors
     given = (given,) if isinstance(given, torch.Tensor) else given
     grads = tuple(torch.ones_like(t) if g is None else g for t, g in zip(outputs, given, strict=True))
-    if outputs:
-        _engine_run_backward(outputs, grads, False, False, (), allow_unreachable=True, accumulate_grad=True)
+    backward_from(outputs, grads)

@@ -19,6 +19,13 @@ from ..comm.meta import flatten
 from .weight_grad import WeightGradStore
 
 
+def backward_from(roots: tuple[torch.Tensor | GradientEdge, ...], grads: tuple[torch.Tensor, ...]) -> None:
+    """What torch.autograd.backward calls, without its checks: they take longer than a small stage, and ask for the
+    storage of outputs that have been sent."""
+    if roots:
+        _engine_run_backward(roots, grads, False, False, (), allow_unreachable=True, accumulate_grad=True)
+
+
 class _Enter(torch.autograd.Function):
     """Identity without a copy: the stage sees a non-leaf tensor, on which in-place layers may work."""
 
@@ -205,11 +212,7 @@ class StageChunk:
             if edge is not None:
                 edges.append(edge)
                 given.append(grad)
-        if edges:
-            # What torch.autograd.backward calls, without its checks, which take longer than a small stage.
-            _engine_run_backward(
-                tuple(edges), tuple(given), False, False, (), allow_unreachable=True, accumulate_grad=True
-            )
+        backward_from(tuple(edges), tuple(given))
 
     @staticmethod
     def _input_grads(kept: Activation) -> list[torch.Tensor]:
