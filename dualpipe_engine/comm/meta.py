@@ -62,6 +62,13 @@ class MessageMeta:
         leaves = [next(stream) if isinstance(leaf, TensorMeta) else leaf for leaf in self.leaves]
         return pytree.tree_unflatten(leaves, self.spec)
 
+    def is_of(self, value: Any) -> bool:
+        """Whether `value` is a single tensor, and this is its description; the quick answer to the usual case."""
+        if self.spec is not None or not isinstance(value, torch.Tensor):
+            return False
+        (meta,) = self.leaves
+        return value.shape == meta.shape and value.dtype == meta.dtype
+
     def describe(self) -> str:
         return ", ".join(
             f"{list(leaf.shape)} {str(leaf.dtype).removeprefix('torch.')}"

@@ -88,6 +88,19 @@ class Edges:
         Raises:
             PipelineRuntimeError: shapes, dtypes or constants differ from the first message without `dynamic_shape`.
         """
+        before = self._sent.get(stage)
+        if before is not None and not self._dynamic and before.is_of(output):
+            tensors = [output]
+        else:
+            tensors = self._announce(stage, micro, output, dst)
+        self._owed[stage, micro] = self._sent[stage].differentiable
+        tag = _tag(FORWARD, stage, micro, 0)
+        for tensor in tensors:
+            self._post_send(tensor.detach().contiguous(), dst, tag)
+            tag += 1
+
+    def _announce(self, stage: int, micro: int, output: Any, dst: int) -> list[torch.Tensor]:
+        """The tensors of an output, after a header where the receiver cannot know them."""
         tensors, meta = flatten(output)
         if len(tensors) > _HEADER:
             raise PipelineRuntimeError(f"stage {stage} passes on {len(tensors)} tensors, more than {_HEADER}")
@@ -101,16 +114,14 @@ class Edges:
                 f"stage {stage} made ({meta.describe()}) for micro-batch {micro} after ({before.describe()}): build "
                 "the PipelineModule with dynamic_shape=True, or call engine.reset_activation_shape() on all ranks"
             )
-        self._owed[stage, micro] = self._sent[stage].differentiable
-        first = _tag(FORWARD, stage, micro, 0)
-        for index, tensor in enumerate(tensors):
-            self._post_send(tensor.detach().contiguous(), dst, first + index)
+        return tensors
 
     def send_backward(self, stage: int, micro: int, grads: list[torch.Tensor], dst: int) -> None:
         """Send the input gradients of `stage` for `micro`, one for each floating-point input, to rank `dst`."""
-        first = _tag(BACKWARD, stage, micro, 0)
-        for index, grad in enumerate(grads):
-            self._post_send(grad.contiguous(), dst, first + index)
+        tag = _tag(BACKWARD, stage, micro, 0)
+        for grad in grads:
+            self._post_send(grad.contiguous(), dst, tag)
+            tag += 1
 
     def post_forward(self, stage: int, micro: int, src: int) -> None:
         """Ask for the input of `stage` for `micro` from pipeline rank `src`."""

@@ -251,8 +251,27 @@ def has_phases(module: PipelineModule) -> bool:
 
 
 def _runnable(view: PipelineModule) -> Any:
-    """The stage as its chunk runs it: the view, or its only layer where that brings `overlapped_forward_backward`."""
+    """The stage as its chunk runs it: the view, its layers alone where its forward does no more than call them, or its
+    only layer where that brings `overlapped_forward_backward`."""
     functions = view.forward_funcs
     if len(functions) == 1 and hasattr(type(functions[0]), "overlapped_forward_backward"):
         return functions[0]
-    return view
+    own = type(view).forward is not PipelineModule.forward
+    return view if own or view.seed_layers or view.activation_checkpoint_interval > 0 else _Layers(view)
+
+
+class _Layers:
+    """Calls the layers of a stage one after another; PipelineModule's forward takes longer than a small layer."""
+
+    def __init__(self, view: PipelineModule) -> None:
+        self._view = view
+        self._layers = tuple(view.forward_funcs)
+        # Shared with the module that the user holds, who may hang something in later.
+        self._hooks = (view._forward_pre_hooks, view._forward_hooks, view._backward_pre_hooks, view._backward_hooks)
+
+    def __call__(self, inputs: Any) -> Any:
+        if any(self._hooks):
+            return self._view(inputs)
+        for layer in self._layers:
+            inputs = layer(inputs)
+        return inputs

@@ -129,7 +129,8 @@ class Borders:
 
 def _sum(tensor: Tensor) -> Tensor:
     """The sum (scalar): not finite where an element is not. One kernel, where the largest magnitude takes three."""
-    tensor = tensor.detach()
+    if tensor.requires_grad:
+        tensor = tensor.detach()
     if tensor.is_complex():
         tensor = torch.view_as_real(tensor)
     return tensor.sum(dtype=torch.float32) if tensor.itemsize < 4 else tensor.sum()

@@ -12,11 +12,13 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch.autograd.graph import GradientEdge, _engine_run_backward, get_gradient_edge
+from torch.autograd.graph import GradientEdge, _engine_run_backward
 from torch.utils import _pytree as pytree
 
 from ..comm.meta import flatten
 from .weight_grad import WeightGradStore
+
+_unsafe_view = torch.ops.aten._unsafe_view.default
 
 
 def backward_from(roots: tuple[torch.Tensor | GradientEdge, ...], grads: tuple[torch.Tensor, ...]) -> None:
@@ -26,16 +28,14 @@ def backward_from(roots: tuple[torch.Tensor | GradientEdge, ...], grads: tuple[t
         _engine_run_backward(roots, grads, False, False, (), allow_unreachable=True, accumulate_grad=True)
 
 
-class _Enter(torch.autograd.Function):
-    """Identity without a copy: the stage sees a non-leaf tensor, on which in-place layers may work."""
+def _inside(leaf: torch.Tensor) -> torch.Tensor:
+    """The same memory in a tensor that is neither a leaf nor a view of one, so that in-place layers may work on it."""
+    return _unsafe_view(leaf, leaf.shape)
 
-    @staticmethod
-    def forward(ctx: Any, tensor: torch.Tensor) -> torch.Tensor:
-        return tensor.data
 
-    @staticmethod
-    def backward(ctx: Any, *grads: Any) -> Any:
-        return grads[0]
+def _edge(output: torch.Tensor) -> GradientEdge:
+    """Where the gradient of an output goes in. A view's node keeps the graph alive even if the output's is Python's."""
+    return GradientEdge(output.view_as(output).grad_fn, 0)
 
 
 @dataclass
@@ -175,25 +175,25 @@ class StageChunk:
 
     def _enter(self, inputs: Any) -> tuple[Any, list[torch.Tensor]]:
         if isinstance(inputs, torch.Tensor):  # the usual case, without the cost of a nest
-            return (_Enter.apply(inputs), [inputs]) if inputs.requires_grad else (inputs, [])
+            return (_inside(inputs), [inputs]) if inputs.requires_grad else (inputs, [])
         leaves: list[torch.Tensor] = []
 
         def enter(value: Any) -> Any:
             if not isinstance(value, torch.Tensor) or not value.requires_grad:
                 return value
             leaves.append(value)
-            return _Enter.apply(value)
+            return _inside(value)
 
         return pytree.tree_map(enter, inputs), leaves
 
     def _keep(self, micro: int, leaves: list[torch.Tensor], output: Any) -> Any:
         if isinstance(output, torch.Tensor) and output.requires_grad:  # the usual case
             outputs = [output] if self._keeps_outputs else []
-            self._alive[micro] = Activation(leaves, [get_gradient_edge(output)], outputs=outputs)
+            self._alive[micro] = Activation(leaves, [_edge(output)], outputs=outputs)
             return output.detach()
         tensors, meta = flatten(output)
         differentiable = [tensor for tensor in tensors if tensor.is_floating_point() or tensor.is_complex()]
-        edges = [get_gradient_edge(tensor) if tensor.requires_grad else None for tensor in differentiable]
+        edges = [_edge(tensor) if tensor.requires_grad else None for tensor in differentiable]
         self._alive[micro] = Activation(leaves, edges, outputs=differentiable if self._keeps_outputs else [])
         return meta.build([tensor.detach() for tensor in tensors])
 
@@ -204,7 +204,7 @@ class StageChunk:
     def _run_backward(self, kept: Activation, grads: list[torch.Tensor] | None, scale: float) -> None:
         if kept.loss is not None:
             if kept.loss.requires_grad:
-                torch.autograd.backward(kept.loss, torch.full_like(kept.loss, scale))
+                backward_from((kept.loss,), (torch.full_like(kept.loss, scale),))
             return
         assert grads is not None
         edges, given = [], []

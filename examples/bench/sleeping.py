@@ -1,12 +1,15 @@
 """Stages that sleep instead of computing: forward, input and weight gradient each take the time they are given.
 
 A sleeping process leaves its processor to others, so many ranks can run on a few cores and still show what a schedule
-does. The tensors are real and small; they travel between processes as in training.
+does. The tensors are real and small; they travel between processes as in training. What a stage computes with them is
+part of its time.
 """
 
 from __future__ import annotations
 
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from statistics import median
 from typing import Any
@@ -36,11 +39,15 @@ class Times:
     def __post_init__(self) -> None:
         self.slept = {"f": 0, "i": 0, "w": 0, "fb": 0}
 
-    def sleep(self, kind: str) -> None:
+    @contextmanager
+    def taking(self, kind: str) -> Iterator[None]:
+        """The body, and a sleep for what is left of its time."""
+        start = time.perf_counter()
+        yield
         if not self.quiet:
             self.slept[kind] += 1
             if seconds := getattr(self, kind):
-                time.sleep(max(0.0, seconds - self.late))
+                time.sleep(max(0.0, seconds - self.late - (time.perf_counter() - start)))
 
     def part(self, share: float) -> Times:
         """The times of a part of the stage."""
@@ -62,13 +69,13 @@ class _Input(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: torch.Tensor, times: Times) -> torch.Tensor:
         ctx.times = times
-        times.sleep("f")
-        return x.clone()
+        with times.taking("f"):
+            return x.clone()
 
     @staticmethod
     def backward(ctx: Any, *grads: torch.Tensor) -> Any:
-        ctx.times.sleep("i")
-        return grads[0], None
+        with ctx.times.taking("i"):
+            return grads[0], None
 
 
 class _Weight(torch.autograd.Function):
@@ -79,8 +86,8 @@ class _Weight(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: torch.Tensor) -> Any:
-        ctx.times.sleep("w")
-        return grads[0], None
+        with ctx.times.taking("w"):
+            return grads[0], None
 
 
 class _Deferred(torch.autograd.Function):
@@ -90,8 +97,8 @@ class _Deferred(torch.autograd.Function):
     def forward(ctx: Any, x: torch.Tensor, weight: torch.Tensor, stage: SleepingStage) -> torch.Tensor:
         ctx.stage = stage
         ctx.save_for_backward(x)
-        stage.times.sleep("f")
-        return x * weight
+        with stage.times.taking("f"):
+            return x * weight
 
     @staticmethod
     def backward(ctx: Any, *grads: torch.Tensor) -> Any:
@@ -99,16 +106,17 @@ class _Deferred(torch.autograd.Function):
         weight = stage.weight
 
         def weight_gradient() -> None:
-            stage.times.sleep("w")
-            found = (grad * x).sum(0)
-            weight.grad = found if weight.grad is None else weight.grad + found
+            with stage.times.taking("w"):
+                found = (grad * x).sum(0)
+                weight.grad = found if weight.grad is None else weight.grad + found
 
-        stage.times.sleep("i")
+        with stage.times.taking("i"):
+            back = grad * weight.detach()
         if stage.weight_grad_store.deferring:
             stage.weight_grad_store.put(weight_gradient)
         else:
             weight_gradient()
-        return grad * weight.detach(), None, None
+        return back, None, None
 
 
 class SleepingStage(nn.Module):
@@ -145,17 +153,17 @@ class OverlappingStage(SleepingStage):
         outputs1: list[torch.Tensor] | None,
         output_grads1: list[torch.Tensor] | None,
     ) -> tuple[Any, torch.Tensor | None]:
-        module0.times.sleep("fb")
-        module0.times.quiet = module1.times.quiet = True
-        try:
-            output = module0(*inputs0)
-            loss = None if criterion0 is None else criterion0(output, *labels0)
-            if loss1 is not None:
-                loss1.backward()
-            else:
-                run_backward(outputs1, output_grads1)
-        finally:
-            module0.times.quiet = module1.times.quiet = False
+        with module0.times.taking("fb"):
+            module0.times.quiet = module1.times.quiet = True
+            try:
+                output = module0(*inputs0)
+                loss = None if criterion0 is None else criterion0(output, *labels0)
+                if loss1 is not None:
+                    loss1.backward()
+                else:
+                    run_backward(outputs1, output_grads1)
+            finally:
+                module0.times.quiet = module1.times.quiet = False
         return output, loss
 
 
