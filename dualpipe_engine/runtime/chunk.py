@@ -35,7 +35,7 @@ def _inside(leaf: torch.Tensor) -> torch.Tensor:
 
 def _edge(output: torch.Tensor) -> GradientEdge:
     """Where the gradient of an output goes in. A view's node keeps the graph alive even if the output's is Python's."""
-    return GradientEdge(output.view_as(output).grad_fn, 0)
+    return GradientEdge(output.view_as(output).grad_fn, 0)  # type: ignore[arg-type]
 
 
 @dataclass

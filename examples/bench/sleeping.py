@@ -8,8 +8,6 @@ part of its time.
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from statistics import median
 from typing import Any
@@ -39,15 +37,12 @@ class Times:
     def __post_init__(self) -> None:
         self.slept = {"f": 0, "i": 0, "w": 0, "fb": 0}
 
-    @contextmanager
-    def taking(self, kind: str) -> Iterator[None]:
-        """The body, and a sleep for what is left of its time."""
-        start = time.perf_counter()
-        yield
+    def sleep(self, kind: str, since: float) -> None:
+        """Sleep for what is left of the time of `kind`, which began at `since` (`time.perf_counter()`)."""
         if not self.quiet:
             self.slept[kind] += 1
             if seconds := getattr(self, kind):
-                time.sleep(max(0.0, seconds - self.late - (time.perf_counter() - start)))
+                time.sleep(max(0.0, seconds - self.late - (time.perf_counter() - since)))
 
     def part(self, share: float) -> Times:
         """The times of a part of the stage."""
@@ -69,13 +64,15 @@ class _Input(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: torch.Tensor, times: Times) -> torch.Tensor:
         ctx.times = times
-        with times.taking("f"):
-            return x.clone()
+        start = time.perf_counter()
+        y = x.clone()
+        times.sleep("f", start)
+        return y
 
     @staticmethod
     def backward(ctx: Any, *grads: torch.Tensor) -> Any:
-        with ctx.times.taking("i"):
-            return grads[0], None
+        ctx.times.sleep("i", time.perf_counter())
+        return grads[0], None
 
 
 class _Weight(torch.autograd.Function):
@@ -86,8 +83,8 @@ class _Weight(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: torch.Tensor) -> Any:
-        with ctx.times.taking("w"):
-            return grads[0], None
+        ctx.times.sleep("w", time.perf_counter())
+        return grads[0], None
 
 
 class _Deferred(torch.autograd.Function):
@@ -97,8 +94,10 @@ class _Deferred(torch.autograd.Function):
     def forward(ctx: Any, x: torch.Tensor, weight: torch.Tensor, stage: SleepingStage) -> torch.Tensor:
         ctx.stage = stage
         ctx.save_for_backward(x)
-        with stage.times.taking("f"):
-            return x * weight
+        start = time.perf_counter()
+        y = x * weight
+        stage.times.sleep("f", start)
+        return y
 
     @staticmethod
     def backward(ctx: Any, *grads: torch.Tensor) -> Any:
@@ -106,12 +105,14 @@ class _Deferred(torch.autograd.Function):
         weight = stage.weight
 
         def weight_gradient() -> None:
-            with stage.times.taking("w"):
-                found = (grad * x).sum(0)
-                weight.grad = found if weight.grad is None else weight.grad + found
+            start = time.perf_counter()
+            found = (grad * x).sum(0)
+            weight.grad = found if weight.grad is None else weight.grad + found
+            stage.times.sleep("w", start)
 
-        with stage.times.taking("i"):
-            back = grad * weight.detach()
+        start = time.perf_counter()
+        back = grad * weight.detach()
+        stage.times.sleep("i", start)
         if stage.weight_grad_store.deferring:
             stage.weight_grad_store.put(weight_gradient)
         else:
@@ -153,17 +154,18 @@ class OverlappingStage(SleepingStage):
         outputs1: list[torch.Tensor] | None,
         output_grads1: list[torch.Tensor] | None,
     ) -> tuple[Any, torch.Tensor | None]:
-        with module0.times.taking("fb"):
-            module0.times.quiet = module1.times.quiet = True
-            try:
-                output = module0(*inputs0)
-                loss = None if criterion0 is None else criterion0(output, *labels0)
-                if loss1 is not None:
-                    loss1.backward()
-                else:
-                    run_backward(outputs1, output_grads1)
-            finally:
-                module0.times.quiet = module1.times.quiet = False
+        start = time.perf_counter()
+        module0.times.quiet = module1.times.quiet = True
+        try:
+            output = module0(*inputs0)
+            loss = None if criterion0 is None else criterion0(output, *labels0)
+            if loss1 is not None:
+                loss1.backward()
+            else:
+                run_backward(outputs1, output_grads1)
+        finally:
+            module0.times.quiet = module1.times.quiet = False
+        module0.times.sleep("fb", start)
         return output, loss
 
 
