@@ -151,7 +151,8 @@ def shapes(cases, steps=6):
 
 
 def plain_descent(schedules, micros=2, rate=0.1):
-    """Two factors 1, whose product with the input 1 shall be 0, after one step: schedule -> their values."""
+    """Two factors 1, whose product with the input 1 shall be 0, after one step: schedule -> their values, and how often
+    a forward hook of the module ran in a second step."""
     import dualpipe_engine
 
     found = {}
@@ -167,7 +168,12 @@ def plain_descent(schedules, micros=2, rate=0.1):
             "zero_allow_untested_optimizer": True,
         }
         engine, *_ = dualpipe_engine.initialize(model=module, config=config)
-        engine.train_batch(iter([(torch.ones(1, 1), torch.zeros(1, 1))] * micros))
-        found[schedule] = [float(param) for param in engine.module.parameters()]
+        batch = [(torch.ones(1, 1), torch.zeros(1, 1))] * micros
+        engine.train_batch(iter(batch))
+        factors = [float(param) for param in engine.module.parameters()]
+        seen = []
+        engine.module.register_forward_hook(lambda *args, seen=seen: seen.append(args))
+        engine.train_batch(iter(batch))
+        found[schedule] = factors, len(seen)
         engine.destroy()
     return found

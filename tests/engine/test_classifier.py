@@ -55,12 +55,13 @@ def test_batches_of_different_shapes(ranks, name):
     assert all(len({length for _, length, _ in shapes}) == 4 for shapes in seen.values())
 
 
-def test_gradients_are_scaled_once(ranks):
+def test_gradients_are_scaled_once_and_hooks_run(ranks):
     found = ranks.run(2, classifier_runs.plain_descent, schedules=[None, "dualpipe", "zb1p", "dualpipev"])
     for rank in found:
-        for schedule, factors in rank.items():
+        for schedule, (factors, forwards) in rank.items():
             assert factors == pytest.approx([0.8] * len(factors)), schedule
             assert len(factors) == (2 if schedule in ("dualpipe", "dualpipev") else 1)
+            assert forwards == (4 if schedule == "dualpipev" else 2), "hooks on the module run for each stage"
 
 
 def test_loaders_that_the_engine_makes(ranks):
