@@ -1,6 +1,6 @@
 """Pytest plugin: DeepSpeed's own pipeline unit tests on our engine.
 
-Needs a checkout of DeepSpeed beside the installed package, and torchvision for the CIFAR-10 tests:
+Needs a checkout of the installed version of DeepSpeed, and torchvision for the CIFAR-10 tests:
 
     PYTHONPATH=tests:DeepSpeed/tests DS_ACCELERATOR=cpu python -m pytest -p upstream --schedule dualpipev \\
         DeepSpeed/tests/unit/runtime/pipe/test_pipe.py DeepSpeed/tests/unit/checkpoint/test_pipeline.py
@@ -19,6 +19,18 @@ import pytest
 import torch.multiprocessing
 
 STOCK = "stock"
+FEW_LAYERS = "refused: the model has one layer a rank, and the schedule cuts it into two stages a rank"
+IDLE_TWIN = "asserts that every layer of every rank has run: one micro-batch a batch is for one of the twins only"
+EXPECTED = {
+    "dualpipe": {
+        "TestPipeDynamicShape::test_pipe_base[topo_config1]": IDLE_TWIN,
+        "TestPipeDynamicShape::test_pipe_base[topo_config2]": IDLE_TWIN,
+    },
+    "dualpipev": {
+        "TestPipeGradientAccumulationScaling::test_gradients_are_scaled_once": FEW_LAYERS,
+        "TestPipeDynamicShape::test_pipe_base[topo_config2]": FEW_LAYERS,
+    },
+}  #: what DeepSpeed's engine passes and the schedule cannot
 
 
 def prepare(schedule: str) -> None:
@@ -59,3 +71,11 @@ def pytest_configure(config: pytest.Config) -> None:
     patch = pytest.MonkeyPatch()
     patch.setattr(torch.multiprocessing, "Pool", partial(torch.multiprocessing.Pool, **initializer))
     config.add_cleanup(patch.undo)
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    expected = EXPECTED.get(config.getoption("schedule"), {})
+    for item in items:
+        for name, reason in expected.items():
+            if item.nodeid.endswith(name):
+                item.add_marker(pytest.mark.xfail(reason=reason, strict=True))
