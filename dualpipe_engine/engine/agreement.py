@@ -11,13 +11,15 @@ from deepspeed.runtime.pipe.topology import PipelineParallelGrid
 
 from ..errors import ConfigError
 
-#: Sections of the DeepSpeed configuration that say what is written down, not what is computed.
-_REPORTING = {
+#: Keys of the DeepSpeed configuration that say what is written down, not what is computed, and the one that scripts put
+#: there to tell ranks apart.
+_MAY_DIFFER = {
     "comet",
     "comms_logger",
     "csv_monitor",
     "dump_state",
     "flops_profiler",
+    "local_rank",
     "memory_breakdown",
     "steps_per_print",
     "tensorboard",
@@ -39,7 +41,7 @@ def agree_on_job(settings: dict[str, Any], module: PipelineModule) -> None:
     grid = module._grid
     pipeline = (f" of replica {grid.data_parallel_id}" if grid.data_parallel_size > 1 else "") + _slice(grid)
     _compare({f"layer {number}{pipeline}": _layer(spec) for number, spec in enumerate(module._layer_specs)})
-    kept = {key: value for key, value in settings.items() if key not in _REPORTING}
+    kept = {key: value for key, value in settings.items() if key not in _MAY_DIFFER}
     facts = {f"configuration key {name}": repr(value) for name, value in _flat(kept)}
     facts |= {f"layer {number}": _kind(spec) for number, spec in enumerate(module._layer_specs)}
     _compare(facts, missing="absent")

@@ -103,3 +103,7 @@ def test_ranks_that_differ_are_named(ranks, what, text):
     assert sorted(errors) == [0, 1, 2, 3]
     assert {error[0] for error in errors.values()} == {"ConfigError"}
     assert all(text in error[1] for error in errors.values()), errors
+
+
+def test_local_rank_may_differ(ranks):
+    assert ranks.run(4, training.tells_ranks_apart, timeout=60) == ["DualPipeEngine"] * 4

@@ -317,3 +317,12 @@ def differs(what):
         finally:
             dualpipe_engine.engine.initialize.place = place
     dualpipe_engine.initialize(model=module, config=config)
+
+
+def tells_ranks_apart():
+    """Initialize with the rank in the configuration, as DeepSpeed's own tests do."""
+    import dualpipe_engine
+
+    config = settings(4, schedule="dualpipe") | {"local_rank": torch.distributed.get_rank()}
+    engine, *_ = dualpipe_engine.initialize(model=make_module(4, 4), config=config)
+    return type(engine).__name__
