@@ -12,7 +12,7 @@ from ..errors import PlanError
 from . import dualpipe, dualpipev, one_f_one_b, zb1p, zbv
 from .collector import collector_paused
 from .costs import UNIT, CostModel
-from .fill import join, safe_fuse, unpair, wfill
+from .fill import join, pair_up, safe_fuse, unpair, wfill
 from .measurement import Measurement
 from .placement import BIDIRECTIONAL, LINEAR, VEE, Placement
 from .plan import Plan
@@ -110,13 +110,12 @@ def _known(schedule: str) -> _Schedule:
 
 def _candidates(reference: Plan, costs: CostModel, cap: int, split: bool) -> Iterator[Plan]:
     yield reference
-    unpaired = unpair(reference)
+    variants = [plan for plan in (unpair(reference), pair_up(reference, costs)) if plan != reference]
+    yield from variants
     if split:
         for theta in THETAS[:1] if reference.num_ops > MANY_OPS else THETAS:
-            yield wfill(reference, costs, cap, theta)
-            yield wfill(unpaired, costs, cap, theta)
-    elif unpaired != reference:
-        yield unpaired
+            for plan in (reference, *variants):
+                yield wfill(plan, costs, cap, theta)
 
 
 @dataclass(frozen=True)
