@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
 
 from .costs import CostModel
@@ -13,12 +13,20 @@ from .simulate import Clocks, simulate
 from .timeline import Span
 
 
-def unpair(plan: Plan) -> Plan:
-    """Split every pair into its forward, then its backward.
+def unpair(plan: Plan, last: int | None = None) -> Plan:
+    """Split pairs into their forward, then their backward: the last `last` of every rank, None: all.
 
-    A pair delays the forward's output until the backward is done too: where both do not overlap, pairs do harm.
+    A pair delays the forward's output until the backward is done too: where both do not overlap, pairs do harm. Where
+    they overlap they still do at the end, when the whole batch waits for the last forwards to come back as gradients.
     """
-    return _rewrite(plan, lambda program: (part for op in program for part in atoms(op)))
+
+    def split(program: tuple[Op, ...]) -> Iterator[Op]:
+        kept = 0 if last is None else sum(op.kind == FB for op in program) - last
+        for op in program:
+            kept -= op.kind == FB
+            yield from (op,) if kept >= 0 else atoms(op)
+
+    return _rewrite(plan, split)
 
 
 def pair_up(plan: Plan, costs: CostModel) -> Plan:

@@ -19,7 +19,7 @@ MAKESPANS = [
     (2, 2.25, 27, 19, 21, 17),
     (4, 2.25, 33, 23, 25, 19),
     (8, 2.25, 45, 31, 33, 27),
-    (15, 2.25, 66, 52, 46.5, 44.75),
+    (15, 2.25, 66, 52, 46.5, 44.25),
     (16, 2.25, 69, 55, 46.5, 45.75),
     (32, 2.25, 117, 103, 82.5, 81.75),
     (64, 2.25, 213, 199, 154.5, 153.75),
@@ -43,6 +43,25 @@ def test_makespans_on_8_ranks(
     plan = make_plan("dualpipe", 8, num_micro, costs, optimize=True)
     assert simulate(plan, costs).makespan == best_candidate
     assert max(peak_activations(plan)) <= 9
+
+
+@pytest.mark.parametrize(
+    ("i", "w", "fb", "comm", "reference", "best_candidate"),
+    [
+        (1.3, 0.7, 2.25, 0.0, 84.3, 83.0),
+        (1.3, 0.7, 2.25, 0.1, 88.2, 86.3),
+        (1.3, 0.7, 2.5, 0.1, 94.7, 91.9),
+        (1.0, 1.0, 2.5, 0.1, 92.7, 91.6),
+        (1.0, 1.0, 2.75, 0.0, 95.5, 93.75),
+    ],
+)
+def test_fewer_pairs_in_the_cool_down(
+    i: float, w: float, fb: float, comm: float, reference: float, best_candidate: float
+) -> None:
+    costs = CostModel(i=i, w=w, fb=fb, comm=comm)
+    made = [make_plan("dualpipe", 8, 32, costs, optimize=optimize) for optimize in (False, True)]
+    assert [simulate(plan, costs).makespan for plan in made] == pytest.approx([reference, best_candidate])
+    assert max(peak_activations(made[1])) <= 9
 
 
 @pytest.mark.parametrize("schedule", SCHEDULES)

@@ -38,7 +38,7 @@ def order(plan: Plan) -> list[list[tuple[str, int, int]]]:
 
 def test_rewritten_plans_are_legal_and_keep_the_order() -> None:
     for plan, costs in cases():
-        for skeleton in (plan, unpair(plan), pair_up(plan, costs)):
+        for skeleton in (plan, unpair(plan), unpair(plan, 2), pair_up(plan, costs)):
             for changed in (
                 skeleton,
                 wfill(skeleton, costs),
@@ -57,6 +57,17 @@ def test_unpair_leaves_no_pair_and_join_no_split() -> None:
         joined = join(plan)
         assert all(op.kind not in "IW" for program in joined.programs for full in program for op in atoms(full))
         assert max(peak_activations(joined)) <= max(peak_activations(plan))
+
+
+def test_unpair_splits_the_last_pairs_of_every_rank() -> None:
+    plan = make_plan("dualpipe", 4, 12)
+    for last in range(12):
+        for before, after in zip(plan.programs, unpair(plan, last).programs, strict=True):
+            pairs = [op for op in before if op.kind == "FB"]
+            split = pairs[max(len(pairs) - last, 0) :]
+            assert list(after) == [part for op in before for part in (atoms(op) if op in split else (op,))]
+    assert unpair(plan, 0) == plan
+    assert unpair(plan, 99) == unpair(plan)
 
 
 def test_pair_up_pairs_the_first_steady_round_of_the_middle_ranks() -> None:
