@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from difflib import get_close_matches
 from math import inf
@@ -12,14 +12,14 @@ from ..errors import PlanError
 from . import dualpipe, dualpipev, one_f_one_b, zb1p, zbv
 from .collector import collector_paused
 from .costs import UNIT, CostModel
-from .fill import join, safe_fuse, unpair, wfill
+from .fill import join, pair_up, safe_fuse, unpair, wfill
 from .measurement import Measurement
 from .placement import BIDIRECTIONAL, LINEAR, VEE, Placement
 from .plan import Plan
 from .simulate import peak_activations, peak_bytes, simulate
 
 THETAS = (0.0, 0.3, 0.6)  #: how much of a W may delay the next op, see `wfill`
-MANY_OPS = 20_000  #: plans with more ops try only the first of THETAS, which keeps 140,000 ops within seconds
+MANY_OPS = 20_000  #: plans with more ops try the first of THETAS and few orders, which keeps 140,000 ops within seconds
 
 
 class _Schedule(NamedTuple):
@@ -57,8 +57,8 @@ def make_plan(
         num_micro: micro-batches of the batch.
         costs: costs of the stages of the schedule's own placement (2 * num_ranks stages for "dualpipev" and "zbv");
             `CostModel.for_placement` cuts the costs of one model for each. Only `optimize` uses them.
-        optimize: False: the reference order. True: of the reference order and its variants (pairs split, W moved into
-            idle gaps) the one with the smallest simulated makespan.
+        optimize: False: the reference order. True: of the reference order and its variants (pairs split or made, W
+            moved into idle gaps) the one with the smallest simulated makespan.
         activation_cap: activations, counted as by `peak_activations`, that no rank may exceed. None: what the reference
             order holds with many micro-batches, PP + 1 for "dualpipe".
         split_backward: False: only full backwards, for models that cannot split them into I and W.
@@ -109,14 +109,20 @@ def _known(schedule: str) -> _Schedule:
 
 
 def _candidates(reference: Plan, costs: CostModel, cap: int, split: bool) -> Iterator[Plan]:
-    yield reference
-    unpaired = unpair(reference)
-    if split:
-        for theta in THETAS[:1] if reference.num_ops > MANY_OPS else THETAS:
-            yield wfill(reference, costs, cap, theta)
-            yield wfill(unpaired, costs, cap, theta)
-    elif unpaired != reference:
-        yield unpaired
+    thetas = (THETAS[:1] if reference.num_ops > MANY_OPS else THETAS) if split else ()
+    for order in _orders(reference, costs):
+        yield order
+        for theta in thetas:
+            yield wfill(order, costs, cap, theta)
+
+
+def _orders(reference: Plan, costs: CostModel) -> Iterable[Plan]:
+    """The reference, first, and its variants: with more pairs in the warm-up, with up to PP/2 pairs fewer in the
+    cool-down of each rank (the larger the plan, the fewer of these are tried), and without pairs."""
+    bases = reference, pair_up(reference, costs)
+    most = min(reference.placement.num_stages // 2, MANY_OPS // reference.num_ops)
+    shorter = (unpair(base, last) for base in bases for last in range(1, most + 1))
+    return dict.fromkeys((*bases, *shorter, unpair(reference)))
 
 
 @dataclass(frozen=True)

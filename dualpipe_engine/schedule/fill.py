@@ -1,9 +1,9 @@
-"""Rewrite plans: split pairs, fill idle gaps with weight gradients, fuse and join backwards."""
+"""Rewrite plans: split and make pairs, fill idle gaps with weight gradients, fuse and join backwards."""
 
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
 
 from .costs import CostModel
@@ -13,12 +13,50 @@ from .simulate import Clocks, simulate
 from .timeline import Span
 
 
-def unpair(plan: Plan) -> Plan:
-    """Split every pair into its forward, then its backward.
+def unpair(plan: Plan, last: int | None = None) -> Plan:
+    """Split pairs into their forward, then their backward: the last `last` of every rank, None: all.
 
-    A pair delays the forward's output until the backward is done too: where both do not overlap, pairs do harm.
+    A pair delays the forward's output until the backward is done too: where both do not overlap, pairs do harm. Where
+    they overlap they still do at the end, when the whole batch waits for the last forwards to come back as gradients.
     """
-    return _rewrite(plan, lambda program: (part for op in program for part in atoms(op)))
+
+    def split(program: tuple[Op, ...]) -> Iterator[Op]:
+        kept = 0 if last is None else sum(op.kind == FB for op in program) - last
+        for op in program:
+            kept -= op.kind == FB
+            yield from (op,) if kept >= 0 else atoms(op)
+
+    return _rewrite(plan, split)
+
+
+def pair_up(plan: Plan, costs: CostModel) -> Plan:
+    """Make a pair of every forward and full backward of another stage that stand next to each other and need not wait.
+
+    Where pairs overlap well, the time that one saves outweighs that the forward's output comes later. DualPipe's order
+    runs the first steady round of the middle ranks unpaired.
+
+    Only a backward whose inputs arrive before its forward would end gets into a pair. So whatever a pair waits for ends
+    before its forward would, whatever waits for a pair starts after that, and the plan still completes.
+
+    Raises:
+        PlanError: the plan cannot complete.
+    """
+    arrivals: list[list[float]] = [[] for _ in plan.programs]
+    clocks = Clocks(plan.placement, plan.num_micro, costs)
+    clocks.run(plan.programs, before=lambda rank, op, arrival: arrivals[rank].append(arrival))
+    programs = []
+    for spans, times in zip(clocks.spans, arrivals, strict=True):
+        ops: list[Op] = []
+        end = 0.0
+        for span, arrival in zip(spans, times, strict=True):
+            op, last = span.op, ops[-1] if ops else span.op
+            if op.kind == B and last.kind == F and last.stage != op.stage and arrival < end:
+                ops[-1] = pair(last, op)
+            else:
+                ops.append(op)
+            end = span.end
+        programs.append(tuple(ops))
+    return replace(plan, programs=tuple(programs))
 
 
 def join(plan: Plan) -> Plan:

@@ -6,7 +6,7 @@ from plan_checks import check_plan
 
 from dualpipe_engine.schedule.choose import SCHEDULES, make_plan
 from dualpipe_engine.schedule.costs import CostModel
-from dualpipe_engine.schedule.fill import join, safe_fuse, unpair, wfill
+from dualpipe_engine.schedule.fill import join, pair_up, safe_fuse, unpair, wfill
 from dualpipe_engine.schedule.op import Op, atoms
 from dualpipe_engine.schedule.placement import Placement
 from dualpipe_engine.schedule.plan import Plan
@@ -38,7 +38,7 @@ def order(plan: Plan) -> list[list[tuple[str, int, int]]]:
 
 def test_rewritten_plans_are_legal_and_keep_the_order() -> None:
     for plan, costs in cases():
-        for skeleton in (plan, unpair(plan)):
+        for skeleton in (plan, unpair(plan), unpair(plan, 2), pair_up(plan, costs)):
             for changed in (
                 skeleton,
                 wfill(skeleton, costs),
@@ -57,6 +57,42 @@ def test_unpair_leaves_no_pair_and_join_no_split() -> None:
         joined = join(plan)
         assert all(op.kind not in "IW" for program in joined.programs for full in program for op in atoms(full))
         assert max(peak_activations(joined)) <= max(peak_activations(plan))
+
+
+def test_unpair_splits_the_last_pairs_of_every_rank() -> None:
+    plan = make_plan("dualpipe", 4, 12)
+    for last in range(12):
+        for before, after in zip(plan.programs, unpair(plan, last).programs, strict=True):
+            pairs = [op for op in before if op.kind == "FB"]
+            split = pairs[max(len(pairs) - last, 0) :]
+            assert list(after) == [part for op in before for part in (atoms(op) if op in split else (op,))]
+    assert unpair(plan, 0) == plan
+    assert unpair(plan, 99) == unpair(plan)
+
+
+def test_pair_up_pairs_the_first_steady_round_of_the_middle_ranks() -> None:
+    plan = make_plan("dualpipe", 4, 8)
+    paired = pair_up(plan, CostModel())
+    assert [before == after for before, after in zip(plan.programs, paired.programs, strict=True)] == [
+        True,
+        False,
+        False,
+        True,
+    ]
+    for rank, (apart, together) in enumerate(((("1F4", "2B1"), "(1F4;2B1)FB"), (("1F5", "2B0"), "(1F5;2B0)FB")), 1):
+        texts = plan.texts()[rank]
+        at = texts.index(apart[0])
+        assert texts[at : at + 2] == list(apart)
+        assert paired.texts()[rank] == [*texts[:at], together, *texts[at + 2 :]]
+
+
+def test_pair_up_leaves_what_would_wait() -> None:
+    plan = make_plan("dualpipe", 4, 8)
+    # The first gradient needs 5 transfers more than the first forward, and comes when 1F4 ends.
+    assert pair_up(plan, CostModel(comm=0.15)) != plan
+    assert pair_up(plan, CostModel(comm=2.0)) == plan
+    stage_alone = Plan(Placement("linear", 1), 2, (tuple(map(Op.parse, ("0F0", "0F1", "0B0", "0B1"))),))
+    assert pair_up(stage_alone, CostModel()) == stage_alone
 
 
 def test_join_reaches_into_pairs() -> None:
