@@ -187,19 +187,23 @@ class Executor:
 
     def _pass_on(self, op: Op, output: Any, labels: Any) -> None:
         stage, micro = op.stage, op.micro
-        if self._borders is not None:
-            note = self._borders.output if stage < self._last else self._borders.loss
-            note(stage, micro, output)
         if stage < self._last:
             if self._neighbour(stage + 1, micro) == self._rank:
+                self._note_output(op, output)
                 # A copy: the next stage may work in place on what this stage's backward still needs.
                 self._inputs[stage + 1, micro] = pytree.tree_map_only(torch.Tensor, torch.clone, output)
             else:
                 self._outputs[stage, micro] = output
         elif self._train:
+            if self._borders is not None:
+                self._borders.loss(stage, micro, output)
             self._result.losses[micro] = output
         else:
             self._result.outputs[micro] = (output, labels)
+
+    def _note_output(self, op: Op, output: Any) -> None:
+        if self._borders is not None:
+            self._borders.output(op.stage, op.micro, output)
 
     def _backward(self, op: Op) -> None:
         grads = self._take_grads(op)
@@ -215,12 +219,16 @@ class Executor:
 
     def _pass_back(self, op: Op, grads: list[torch.Tensor]) -> None:
         stage, micro = op.stage, op.micro
-        if self._borders is not None:
-            self._borders.back(stage, micro, grads)
+        local = stage > 0 and self._neighbour(stage - 1, micro) == self._rank
+        if local or stage == 0:
+            self._note_grads(op, grads)
         if stage > 0:
-            local = self._neighbour(stage - 1, micro) == self._rank
             # A gradient that stays here is keyed by its consumer, one that travels by its producer.
             self._grads[(stage - 1, micro) if local else (stage, micro)] = grads
+
+    def _note_grads(self, op: Op, grads: list[torch.Tensor]) -> None:
+        if self._borders is not None:
+            self._borders.back(op.stage, op.micro, grads)
 
     def _weight(self, op: Op) -> None:
         with self._observer.span(op):
@@ -250,12 +258,14 @@ class Executor:
             start = self._observer.now()
             self._edges.send_forward(op.stage, op.micro, output, self._neighbour(op.stage + 1, op.micro))
             self._observer.waited(SEND, Op(SEND_F, op.stage, op.micro), start)
+            self._note_output(op, output)  # the receiver does not wait for it
 
     def _send_backward(self, op: Op) -> None:
         grads = self._grads.pop((op.stage, op.micro))
         start = self._observer.now()
         self._edges.send_backward(op.stage, op.micro, grads, self._neighbour(op.stage - 1, op.micro))
         self._observer.waited(SEND, op, start)
+        self._note_grads(op, grads)
 
     def _recv_forward(self, op: Op) -> None:
         self._edges.post_forward(op.stage, op.micro, self._neighbour(op.stage - 1, op.micro))
