@@ -49,6 +49,7 @@ from .module import (
     stage_views,
 )
 from .planning import make_lowered_plan
+from .totals import Totals
 from .twins import check_twins
 from .watch import Watch, watched
 
@@ -95,6 +96,9 @@ class DualPipeEngine(Evaluation, Measuring, Checkpoints):
         watch.position.pipeline = place.pipeline
         self._pipeline_group = base_grid.pp_proc_group
         self._replica_group = base_grid.dp_proc_group
+        self.totals = Totals(
+            (self._pipeline_group, self._replica_group, self.module._grid.slice_proc_group), self.device
+        )
         self._init_pipeline_state()
         set_activation_checkpointing(self.module, self._config.pipeline)
         self._init_executor()
@@ -249,14 +253,14 @@ class DualPipeEngine(Evaluation, Measuring, Checkpoints):
         self._executor.scale = self._loss_factor()
         feed = self._feed(self.micro_batches, fingerprint=not self._checked_stream)
         with autocast_if_enabled(self):
-            result = self._executor.run(self.plan, feed)
+            self._executor.run(self.plan, feed)
         feed.drain()
         self.module.micro_offset += self.micro_batches
         if not self._checked_stream:
             self._check_stream(feed)
             self._report_split()
         with self._observer.waiting(LOSS):
-            self.agg_train_loss = self._mean_loss(result.losses, self.micro_batches)
+            self.agg_train_loss, self.dp_group_loss, _ = self.totals.finish()
             self.agg_additional_losses = self._additional.mean(self.micro_batches, self.device)
         self._keep_record()
         self.timers(TRAIN_BATCH_TIMER).stop()
@@ -315,19 +319,6 @@ class DualPipeEngine(Evaluation, Measuring, Checkpoints):
             for rank, report in enumerate(found):
                 if report is not None:
                     logger.info(f"pipeline rank {rank}: {report}")
-
-    def _mean_loss(self, losses: dict[int, torch.Tensor], num_micro: int) -> torch.Tensor:
-        """Mean over micro-batches and replicas; summed in float64, so that the order does not show."""
-        with torch.no_grad():
-            own = [loss.double() for loss in losses.values()]
-            total = torch.stack(own).sum() if own else torch.zeros((), dtype=torch.float64, device=self.device)
-            dist.all_reduce(total, group=self._pipeline_group)
-            self.dp_group_loss = (total / num_micro).float()
-            mean = self.dp_group_loss.clone()
-            if self.is_data_parallel:
-                dist.all_reduce(mean, group=self._replica_group)
-                mean /= self.place.replicas
-        return mean
 
     def _report_batch(self) -> None:
         every, steps = self.steps_per_print(), self.global_steps

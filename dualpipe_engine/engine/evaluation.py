@@ -99,7 +99,8 @@ class Evaluation(PipelineEngine):
         if compute_loss:
             losses = {m: out if loss_fn is None else loss_fn(out, y) for m, (out, y) in result.outputs.items()}
             if reduce == "avg":
-                return self._mean_loss(losses, num_micro)
+                self.totals.start(losses, num_micro)
+                return self.totals.finish().loss
             result = BatchResult(outputs={micro: (loss, None) for micro, loss in losses.items()})
         shared = self._share_outputs(result, list(range(num_micro)))
         if not self.is_last_stage():

@@ -65,9 +65,7 @@ class FiniteCheck:
         """The sentence for people, the same on all ranks; None: all is finite."""
         engine = self._engine
         step = engine.global_steps + self._raises  # which counts the steps that are done
-        count = self.borders.bad(engine.device)
-        dist.all_reduce(count)
-        if not float(count):
+        if not float(engine.totals.finish().bad):
             return None
         mine = (engine.place.replica, self.borders.findings(engine.global_rank))
         all_ranks: list[Any] = [None] * dist.get_world_size()

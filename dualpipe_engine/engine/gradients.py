@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -40,13 +41,15 @@ class GradientTail:
         """Start the reduction of a stage over its copies and replicas."""
         self.reduction.reduce(stage)
 
-    def step(self) -> None:
+    def step(self, losses: Mapping[int, torch.Tensor]) -> None:
         """Wait for all reductions, then step; routers follow what the batch has shown."""
-        with self._engine._observer.waiting(DRAIN):
+        engine = self._engine
+        engine.totals.start(losses, engine.micro_batches, engine.finite.borders.bad(engine.device))
+        with engine._observer.waiting(DRAIN):
             self.reduction.finish()
-        self._engine.finite.before_step()
-        self._engine._exec_optimizer_step()
-        rebalance(self._engine.module, self._engine.mpu.get_data_parallel_group())
+        engine.finite.before_step()
+        engine._exec_optimizer_step()
+        rebalance(engine.module, engine.mpu.get_data_parallel_group())
 
     def clip(self, max_norm: float) -> torch.Tensor:
         """Clip all gradients by their global 2-norm; returns the norm before clipping (scalar).

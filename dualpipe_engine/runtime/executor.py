@@ -38,8 +38,8 @@ class Tail(Protocol):
     def reduce(self, stage: int) -> None:
         """The last gradient of `stage` on this rank is there: start its reduction."""
 
-    def step(self) -> None:
-        """Finish all reductions and step the optimizer."""
+    def step(self, losses: Mapping[int, torch.Tensor]) -> None:
+        """Finish all reductions and step the optimizer; `losses` are those of the micro-batches that end here."""
 
 
 @dataclass
@@ -290,4 +290,4 @@ class Executor:
     def _step(self, op: Op) -> None:
         if self._tail is not None:
             with self._observer.span(op):
-                self._tail.step()
+                self._tail.step(self._result.losses)

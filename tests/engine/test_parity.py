@@ -149,8 +149,7 @@ def test_float64_gradients_equal_one_process(ranks, schedule, pp, micros):
 
 
 def test_every_rank_defers_its_matrices(ranks):
-    found = ranks.run(
-        4, training.gradients, config=training.settings(8, zero=0, schedule="dualpipe"), ranks=4, micros=8
-    )
+    config = training.settings(8, zero=0, schedule="dualpipe", optimize=False)  # with I and W on every rank
+    found = ranks.run(4, training.gradients, config=config, ranks=4, micros=8)
     assert all(rank["share"] > 0.6 for rank in found)
     assert all(math.isfinite(rank["loss"]) for rank in found)

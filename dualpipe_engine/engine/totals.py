@@ -1,0 +1,72 @@
+"""Totals: what one collective tells every rank of a batch, on the way while the optimizer waits for gradients."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+
+class Total(NamedTuple):
+    """Of one batch, the same on every rank but for `pipeline_loss`; scalar tensors.
+
+    Args:
+        loss: mean over micro-batches and replicas.
+        pipeline_loss: mean over the micro-batches of this replica.
+        bad: how many notes of `Borders` hold a NaN or an inf.
+    """
+
+    loss: Tensor
+    pipeline_loss: Tensor
+    bad: Tensor
+
+
+class Totals:
+    """Sums over all ranks.
+
+    Args:
+        groups: process groups of this rank's pipeline, of its peers in the other replicas, and of its peers in tensor
+            parallelism.
+        device: of the sums.
+    """
+
+    def __init__(self, groups: tuple[Any, Any, Any], device: torch.device) -> None:
+        self._pipeline, *others = groups
+        self._replicas, self._tensor_parallel = (None if dist.get_world_size(each) == 1 else each for each in others)
+        self._device = device
+
+    def start(self, losses: Mapping[int, Tensor], num_micro: int, bad: Tensor | None = None) -> None:
+        """Send this rank's part on its way. Collective over the ranks of a pipeline.
+
+        Args:
+            losses: of the micro-batches that end on this rank.
+            num_micro: micro-batches of the batch.
+            bad: what `Borders.bad` says; None: nothing was looked at.
+        """
+        with torch.no_grad():
+            self._sums = torch.zeros(2, dtype=torch.float64, device=self._device)  # so that the order does not show
+            if losses:
+                self._sums[0] = torch.stack(list(losses.values())).sum(dtype=torch.float64)
+            if bad is not None:
+                self._sums[1] = bad
+            self._num_micro = num_micro
+            self._work = dist.all_reduce(self._sums, group=self._pipeline, async_op=True)
+        self._total: Total | None = None
+
+    def finish(self) -> Total:
+        """The sums. Collective over all ranks at the first call after `start`."""
+        if self._total is None:
+            with torch.no_grad():
+                self._work.wait()
+                pipeline_loss = self._sums[0] / self._num_micro
+                means = torch.stack([pipeline_loss, self._sums[1]])
+                if self._replicas is not None:
+                    dist.all_reduce(means, group=self._replicas)
+                    means[0] /= dist.get_world_size(self._replicas)
+                if self._tensor_parallel is not None:
+                    dist.all_reduce(means[1:], group=self._tensor_parallel)
+                self._total = Total(means[0].float(), pipeline_loss.float(), means[1])
+        return self._total
