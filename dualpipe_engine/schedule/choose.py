@@ -110,19 +110,25 @@ def _known(schedule: str) -> _Schedule:
 
 def _candidates(reference: Plan, costs: CostModel, cap: int, split: bool) -> Iterator[Plan]:
     thetas = (THETAS[:1] if reference.num_ops > MANY_OPS else THETAS) if split else ()
+    yield reference
     for order in _orders(reference, costs):
-        yield order
         for theta in thetas:
             yield wfill(order, costs, cap, theta)
+        if order != reference:
+            yield order
 
 
 def _orders(reference: Plan, costs: CostModel) -> Iterable[Plan]:
-    """The reference, first, and its variants: with more pairs in the warm-up, with up to PP/2 pairs fewer in the
-    cool-down of each rank (the larger the plan, the fewer of these are tried), and without pairs."""
+    """The reference and its variants: without pairs, with more pairs in the warm-up, and with up to PP/2 pairs fewer in
+    the cool-down of each rank (the larger the plan, the fewer of these are tried).
+
+    Of equals the first candidate is taken. So where pairs win nothing it is the order without them, with W moved: its
+    forwards do not wait for backwards and its gradients do not wait for W, and a late op delays less.
+    """
     bases = reference, pair_up(reference, costs)
     most = min(reference.placement.num_stages // 2, MANY_OPS // reference.num_ops)
     shorter = (unpair(base, last) for base in bases for last in range(1, most + 1))
-    return dict.fromkeys((*bases, *shorter, unpair(reference)))
+    return dict.fromkeys((reference, unpair(reference), *bases[1:], *shorter))
 
 
 @dataclass(frozen=True)
