@@ -122,8 +122,8 @@ def _orders(reference: Plan, costs: CostModel) -> Iterable[Plan]:
     """The reference and its variants: without pairs, with more pairs in the warm-up, and with up to PP/2 pairs fewer in
     the cool-down of each rank (the larger the plan, the fewer of these are tried).
 
-    Of equals the first candidate is taken. So where pairs win nothing it is the order without them, with W moved: its
-    forwards do not wait for backwards and its gradients do not wait for W, and a late op delays less.
+    Of equals the first is taken. The order without pairs comes before those with some: its forwards do not wait for
+    backwards, so that a late op delays less.
     """
     bases = reference, pair_up(reference, costs)
     most = min(reference.placement.num_stages // 2, MANY_OPS // reference.num_ops)
