@@ -7,7 +7,7 @@ as it has been sent.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -43,7 +43,7 @@ class Activation:
     """What a stage keeps of one micro-batch from the start of F to the end of W."""
 
     leaves: list[torch.Tensor]
-    edges: list[GradientEdge | None]
+    edges: Sequence[torch.Tensor | GradientEdge | None]  # where the gradients of the outputs go in
     loss: torch.Tensor | None = None
     outputs: list[torch.Tensor] = field(default_factory=list)
     deferred: list[Callable[[], None]] = field(default_factory=list)
@@ -189,7 +189,7 @@ class StageChunk:
     def _keep(self, micro: int, leaves: list[torch.Tensor], output: Any) -> Any:
         if isinstance(output, torch.Tensor) and output.requires_grad:  # the usual case
             outputs = [output] if self._keeps_outputs else []
-            self._alive[micro] = Activation(leaves, [_edge(output)], outputs=outputs)
+            self._alive[micro] = Activation(leaves, [*outputs] or [_edge(output)], outputs=outputs)
             return output.detach()
         tensors, meta = flatten(output)
         differentiable = [tensor for tensor in tensors if tensor.is_floating_point() or tensor.is_complex()]

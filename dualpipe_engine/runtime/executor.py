@@ -18,6 +18,8 @@ from .borders import Borders
 from .chunk import StageChunk, as_leaves
 from .observer import Observer
 
+_SENDS = SEND_F, SEND_B
+
 
 class Feed(Protocol):
     """Where the ends of the pipeline get their data."""
@@ -113,6 +115,7 @@ class Executor:
         self._inputs: dict[tuple[int, int], Any] = {}
         self._outputs: dict[tuple[int, int], Any] = {}
         self._grads: dict[tuple[int, int], list[torch.Tensor]] = {}
+        self._unnoted: list[tuple[Callable[[int, int, Any], None], Op, Any]] = []
         self._observer.start_batch()
         if self._borders is not None:
             self._borders.clear()
@@ -122,6 +125,8 @@ class Executor:
         try:
             for op in program:
                 position.op = op
+                if self._unnoted and op.kind not in _SENDS:
+                    self._note()
                 self._handlers[op.kind](op)
             with self._observer.waiting(FLUSH):
                 self._edges.flush()
@@ -173,10 +178,9 @@ class Executor:
             return self._feed.labels(op.micro)
 
     def _prepare(self, op: Op) -> tuple[Any, Any]:
-        inputs, labels = self._take_inputs(op), self._labels(op)
         if self._on_micro is not None:
             self._on_micro(op.stage, op.micro)
-        return inputs, labels
+        return self._take_inputs(op), self._labels(op)
 
     def _forward(self, op: Op) -> None:
         inputs, labels = self._prepare(op)
@@ -203,7 +207,7 @@ class Executor:
 
     def _note_output(self, op: Op, output: Any) -> None:
         if self._borders is not None:
-            self._borders.output(op.stage, op.micro, output)
+            self._unnoted.append((self._borders.output, op, output))
 
     def _backward(self, op: Op) -> None:
         grads = self._take_grads(op)
@@ -228,7 +232,13 @@ class Executor:
 
     def _note_grads(self, op: Op, grads: list[torch.Tensor]) -> None:
         if self._borders is not None:
-            self._borders.back(op.stage, op.micro, grads)
+            self._unnoted.append((self._borders.back, op, grads))
+
+    def _note(self) -> None:
+        """Note what the last op has passed on. Sends come first, since a neighbour may wait for them."""
+        for note, op, value in self._unnoted:
+            note(op.stage, op.micro, value)
+        self._unnoted.clear()
 
     def _weight(self, op: Op) -> None:
         with self._observer.span(op):
@@ -258,7 +268,7 @@ class Executor:
             start = self._observer.now()
             self._edges.send_forward(op.stage, op.micro, output, self._neighbour(op.stage + 1, op.micro))
             self._observer.waited(SEND, Op(SEND_F, op.stage, op.micro), start)
-            self._note_output(op, output)  # the receiver does not wait for it
+            self._note_output(op, output)
 
     def _send_backward(self, op: Op) -> None:
         grads = self._grads.pop((op.stage, op.micro))

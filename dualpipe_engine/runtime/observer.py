@@ -39,11 +39,13 @@ class Observer:
         #: now: seconds, or an event that has been recorded on the current stream
         self.now: Callable[[], Any] = time.monotonic if self._on_host else self._event
         self.nvtx = False
+        self._profiled = False  # by torch.profiler or emit_nvtx, in this batch
         self._current: Op | None = None
         self._batch = Batch(None)
 
     def start_batch(self) -> None:
         """Forget the previous batch; the step begins."""
+        self._profiled = torch.autograd._profiler_enabled()
         origin = None
         if not self._on_host:
             torch.accelerator.synchronize()
@@ -117,7 +119,7 @@ class Stretch:
         observer = self._observer
         if self.kind == OP:
             observer._current = self.op
-            if torch.autograd._profiler_enabled():
+            if observer._profiled:
                 self._range = torch.profiler.record_function(f"dualpipe {self.op}")
                 self._range.__enter__()
             elif observer.nvtx:
