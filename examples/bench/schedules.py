@@ -21,29 +21,28 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
+import torch
 import torch.distributed as dist
 from ranks import run_ranks
 from sleeping import Times, lateness
 
 STOCK, AUTO, DEEPSEEK = "DeepSpeed 1f1b", "auto", "DeepSeek dualpipe"
+SOON_S = 0.05  #: from the announcement of a step to its start
 OURS = ("1f1b", "zb1p", "dualpipe", "dualpipev", "zbv")
 
 
 def timed(step: Callable[[], Any], steps: int) -> float:
-    """Median seconds of a step, from the first rank's start to the last rank's end, after one that warms up.
-
-    The monotonic clock is the same for all processes of this machine, so that no barrier is part of the time.
-    """
-    mine = []
-    for _ in range(steps + 1):
-        dist.barrier()
-        start = time.monotonic()
+    """Median seconds of a step, from a moment that all ranks wait for to the end of the last rank, after one step that
+    warms up. The monotonic clock is the same for all processes of this machine."""
+    taken = torch.zeros(steps + 1, dtype=torch.float64)
+    for number in range(steps + 1):
+        begin = torch.tensor(time.monotonic() + SOON_S, dtype=torch.float64)
+        dist.broadcast(begin, src=0)
+        time.sleep(max(0.0, float(begin) - time.monotonic()))
         step()
-        mine.append((start, time.monotonic()))
-    ranks: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(ranks, mine)
-    spans = [zip(*of_step, strict=True) for of_step in zip(*ranks, strict=True)]
-    return median([max(ends) - min(starts) for starts, ends in spans[1:]])
+        taken[number] = time.monotonic() - float(begin)
+    dist.all_reduce(taken, dist.ReduceOp.MAX)
+    return median(taken[1:].tolist())
 
 
 def leave_groups() -> None:
@@ -149,7 +148,7 @@ def main() -> int:
     for option, what in (("f", "forward"), ("i", "input gradient"), ("w", "weight gradient")):
         parser.add_argument(f"--{option}", type=float, default=20.0, help=f"ms of a stage's {what} (default 20)")
     parser.add_argument("--fb", type=float, help="ms of an overlapped forward and backward (default: no overlap)")
-    parser.add_argument("--steps", type=int, default=3, help="measured steps; the median counts (default 3)")
+    parser.add_argument("--steps", type=int, default=9, help="measured steps; the median counts (default 9)")
     parser.add_argument("--only", default="", help="comma-separated words; contestants whose name has one of them")
     parser.add_argument("--out", type=Path, help="write FILE.json with the rows and FILE.png with bars")
     args = parser.parse_args()
