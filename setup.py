@@ -29,6 +29,7 @@ def extension():
 
 INTEGRATIONS = [f"dualpipe_engine.integrations{part}" for part in ("", ".lightning", ".transformers")]
 HF = ["transformers>=5", "accelerate", "peft", "safetensors"]
+PYTEST = ["pytest", "pytest-xdist", "pytest-randomly"]
 LIGHTNING = ["lightning>=2.6"]
 
 setup(
@@ -48,7 +49,7 @@ setup(
     extras_require={
         "hf": HF,
         "lightning": LIGHTNING,
-        "test": ["pytest", "hypothesis", "ruff", "mypy", "tensorboard", *HF, *LIGHTNING],
+        "test": [*PYTEST, "hypothesis", "ruff", "mypy", "tensorboard", *HF, *LIGHTNING],
     },
     entry_points={"console_scripts": ["dualpipe = dualpipe_engine.cli:main"]},
 )

@@ -1,16 +1,42 @@
 import os
+import time
+from pathlib import Path
 
 import pytest
 from hypothesis import settings
-from ranks import RankPool
+from ranks import Ranks
+
+pytest_plugins = ["budget"]
 
 settings.register_profile("short", max_examples=40, deadline=None)
 settings.register_profile("long", max_examples=10_000, deadline=None)
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "short"))
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--all", action="store_true", help="run the tests marked `all` too, which take long")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if config.getoption("--all"):
+        return
+    left_out = [item for item in items if item.get_closest_marker("all")]
+    if left_out:
+        config.hook.pytest_deselected(items=left_out)
+        items[:] = [item for item in items if not item.get_closest_marker("all")]
+
+
+def pytest_sessionstart(session: pytest.Session) -> None:
+    """A process that was killed while DeepSpeed built its shared-memory op has left a lock, on which all would wait."""
+    from torch.utils.cpp_extension import _get_build_directory
+
+    lock = Path(_get_build_directory("deepspeed_shm_comm", verbose=False)) / "lock"
+    if lock.exists() and time.time() - lock.stat().st_mtime > 180:
+        lock.unlink()
+
+
 @pytest.fixture(scope="session")
-def ranks():
-    pool = RankPool()
-    yield pool
-    pool.close()
+def ranks() -> Ranks:
+    found = Ranks()
+    found.run(1, os.getpid)  # the imports belong to no test
+    return found

@@ -1,18 +1,25 @@
-"""Processes that play ranks. Importing deepspeed costs seconds a process, so all tests share one pool of them."""
+"""Processes that play ranks, forked for each task from one that has the imports behind it."""
 
 from __future__ import annotations
 
-import copy
 import multiprocessing as mp
 import os
+import pickle
 import socket
-import sys
 import time
 import traceback
+from contextlib import suppress
+from datetime import timedelta
+from functools import cache
+from multiprocessing import forkserver
+from multiprocessing.connection import wait
 from pathlib import Path
 from typing import Any
 
-TASKS_A_LIFE = 16  #: tasks after which the processes are replaced
+import torch.distributed as dist
+
+HERE = Path(__file__).parent
+GRACE_S = 8.0  #: seconds that the other ranks get after one has failed
 
 
 def free_port() -> int:
@@ -21,46 +28,39 @@ def free_port() -> int:
         return sock.getsockname()[1]
 
 
-def _serve(pipe) -> None:
-    os.environ.update(OMP_NUM_THREADS="1", DS_ACCELERATOR="cpu", MASTER_ADDR="127.0.0.1")
+@cache
+def forks() -> mp.context.ForkServerContext:
+    """A multiprocessing context whose processes start with `rank_imports` behind them."""
+    context = mp.get_context("forkserver")
+    context.set_forkserver_preload(["rank_imports"])
+    before = os.environ.get("PYTHONPATH")
+    os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(HERE), before]))  # Python 3.11 takes no other path
+    try:
+        forkserver.ensure_running()
+    finally:
+        del os.environ["PYTHONPATH"]
+        if before is not None:
+            os.environ["PYTHONPATH"] = before
+    return context
+
+
+def _play(pipe, rank: int, world: int, port: int, function, kwargs: dict[str, Any]) -> None:
     import deepspeed
-    import torch
-    from deepspeed.utils import groups
+    import rank_imports  # noqa: F401
 
-    torch.set_num_threads(1)
-    plain = (dict, list, int, str, bool, type(None))
-    fresh = {key: copy.copy(value) for key, value in vars(groups).items() if key[:2] != "__" and type(value) in plain}
-    while True:
-        task = pipe.recv()
-        if task is None:
-            return
-        rank, world, port, function, kwargs = task
-        os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world), MASTER_PORT=str(port))
-        os.environ.update(LOCAL_SIZE="0")  # no shared-memory op: it cannot start again with another world
-        try:
-            for key, value in fresh.items():
-                setattr(groups, key, copy.copy(value))
-            deepspeed.init_distributed(dist_backend="gloo", verbose=False)
-            answer = (True, function(**kwargs))
-        except BaseException as error:
-            answer = (False, (type(error).__name__, str(error), traceback.format_exc()))
-        finally:
-            try:
-                deepspeed.comm.comm.destroy_process_group()
-            except Exception:
-                traceback.print_exc()
-            deepspeed.comm.comm.cdb = None
-            torch.manual_seed(0)
-        pipe.send(answer)
+    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world), MASTER_PORT=str(port))
+    # The store is the test's own: a port that is asked for and given back may be somebody else's by then.
+    os.environ.update(TORCHELASTIC_USE_AGENT_STORE="True", TORCHELASTIC_RESTART_COUNT="0")
+    try:
+        deepspeed.init_distributed(dist_backend="gloo", verbose=False)
+        answer = (True, function(**kwargs))
+    except BaseException as error:
+        answer = (False, (type(error).__name__, str(error), traceback.format_exc()))
 
-
-def _remove_stale_lock() -> None:
-    """Left by a process that was killed while DeepSpeed built its shared-memory op: all others would sleep on it."""
-    from torch.utils.cpp_extension import _get_build_directory
-
-    lock = Path(_get_build_directory("deepspeed_shm_comm", verbose=False)) / "lock"
-    if lock.exists() and time.time() - lock.stat().st_mtime > 180:
-        lock.unlink()
+    pipe.send_bytes(pickle.dumps(answer))  # by value: torch would share memory with a process that is about to end
+    with suppress(EOFError):
+        pipe.recv()  # until all have answered: an end closes connections that others may still use
+    os._exit(0)
 
 
 class RankError(Exception):
@@ -71,62 +71,53 @@ class RankError(Exception):
         super().__init__("\n".join(f"--- rank {rank}\n{error[2]}" for rank, error in errors.items()))
 
 
-class RankPool:
-    """Runs a function on `world` processes at once, each with torch.distributed (gloo) initialized."""
-
-    def __init__(self) -> None:
-        self._workers: list[tuple[Any, Any]] = []
-        self._tasks = 0
-        _remove_stale_lock()
+class Ranks:
+    """Runs functions on processes at once, each with torch.distributed (gloo) initialized."""
 
     def run(self, world: int, function, timeout: float = 300.0, **kwargs) -> list[Any]:
-        # A process group's threads outlive it, and hundreds of them make a process slow.
-        self._tasks += 1
-        if self._tasks % TASKS_A_LIFE == 0:
-            self.close()
-        context = mp.get_context("spawn")
-        while len(self._workers) < world:
-            ours, theirs = context.Pipe()
-            process = context.Process(target=_serve, args=(theirs,))
-            process.start()
-            self._workers.append((process, ours))
-        port = free_port()
-        for rank in range(world):
-            self._workers[rank][1].send((rank, world, port, function, kwargs))
-        answers: dict[int, Any] = {}
-        deadline = time.monotonic() + timeout
-        while len(answers) < world:
-            for rank in range(world):
-                process, pipe = self._workers[rank]
-                try:
-                    if rank not in answers and pipe.poll(0.005):
-                        answers[rank] = pipe.recv()
-                except (EOFError, ConnectionResetError):
-                    process.join(10)
-                if rank not in answers and not process.is_alive():
-                    answers[rank] = (False, ("Died", f"exit code {process.exitcode}", "process died"))
-            failed = [rank for rank, answer in answers.items() if not answer[0]]
-            if time.monotonic() > (min(deadline, time.monotonic() + 5) if failed else deadline):
-                break
-            if failed and len(answers) < world:
-                deadline = min(deadline, time.monotonic() + 8)
-        if len(answers) < world:
-            missing = [rank for rank in range(world) if rank not in answers]
-            for rank in missing:
-                answers[rank] = (False, ("Hang", "no answer", f"rank {rank} did not answer"))
-            self.close(kill=True)
-        errors = {rank: answer[1] for rank, answer in sorted(answers.items()) if not answer[0]}
-        if errors:
-            raise RankError(errors)
-        return [answers[rank][1] for rank in range(world)]
+        """What `function(**kwargs)` returns on each of `world` ranks.
 
-    def close(self, kill: bool = False) -> None:
-        for process, pipe in self._workers:
-            if kill:
-                process.kill()
-            else:
-                pipe.send(None)
-        for process, _ in self._workers:
-            process.join(10)
-        self._workers.clear()
-        sys.stdout.flush()
+        Raises:
+            RankError: a rank raised, died, or did not answer within `timeout` seconds.
+        """
+        context = forks()
+        # Held here while the task runs.
+        store = dist.TCPStore("127.0.0.1", 0, None, True, timedelta(seconds=timeout), wait_for_workers=False)
+        workers = []
+        for rank in range(world):
+            ours, theirs = context.Pipe()
+            process = context.Process(target=_play, args=(theirs, rank, world, store.port, function, kwargs))
+            process.start()
+            theirs.close()  # so that an end is seen
+            workers.append((process, ours))
+        try:
+            return _gather(workers, time.monotonic() + timeout)
+        finally:
+            for _, pipe in workers:
+                pipe.close()
+            for process, _ in workers:
+                process.join(1)
+                if process.is_alive():
+                    process.kill()
+                    process.join()
+
+
+def _gather(workers: list[tuple[Any, Any]], deadline: float) -> list[Any]:
+    answers: dict[int, tuple[bool, Any]] = {}
+    open_pipes = {pipe: rank for rank, (_, pipe) in enumerate(workers)}
+    while open_pipes and (ready := wait(list(open_pipes), max(0.0, deadline - time.monotonic()))):
+        for pipe in ready:
+            rank = open_pipes.pop(pipe)
+            try:
+                answers[rank] = pickle.loads(pipe.recv_bytes())
+            except (EOFError, ConnectionResetError):
+                workers[rank][0].join(10)
+                answers[rank] = (False, ("Died", f"exit code {workers[rank][0].exitcode}", "process died"))
+            if not answers[rank][0]:
+                deadline = min(deadline, time.monotonic() + GRACE_S)
+    for rank in open_pipes.values():
+        answers[rank] = (False, ("Hang", "no answer", f"rank {rank} did not answer"))
+    errors = {rank: answer[1] for rank, answer in sorted(answers.items()) if not answer[0]}
+    if errors:
+        raise RankError(errors)
+    return [answers[rank][1] for rank in range(len(workers))]

@@ -37,6 +37,7 @@ def run(command, env, limit):
     return output, process.returncode
 
 
+@pytest.mark.all
 def test_resumed_losses_equal_the_uninterrupted_run(tmp_path):
     env = os.environ | {"MASTER_PORT": str(free_port()), "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
     output, code = run(["bash", EXAMPLES / "restart.sh", tmp_path], env, limit=600)

@@ -1,4 +1,4 @@
-"""Nothing grows over 1,000 steps. The run itself takes minutes: pytest tests/test_soak.py -m soak"""
+"""Nothing grows over 1,000 steps; the run itself takes minutes, so only --all has it."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def test_growth_of_one_rank_after_the_warm_up_is_found(monkeypatch, last, good):
     assert soak.flat([other, [(100, 400.0, 70), last]]) is good
 
 
-@pytest.mark.soak
+@pytest.mark.all
 def test_memory_and_descriptors_of_every_rank_stay_flat():
     run = subprocess.run([sys.executable, BENCH / "soak.py"], capture_output=True, text=True)
     assert run.returncode == 0, run.stdout[-3000:] + run.stderr[-3000:]

@@ -18,6 +18,7 @@ TEXT = {
     "num_key_value_heads": 2,
     "pad_token_id": 0,
 }
+EPS = 1e-5  #: of Adam: a gradient that is zero but for rounding, as that of a bias of keys, takes no whole step
 
 
 MOE = TEXT | {"num_experts_per_tok": 2, "moe_intermediate_size": 24, "router_aux_loss_coef": 0.1}
@@ -120,7 +121,7 @@ def train(name, schedule, ranks, micros, steps=3, folder=None, save=None):
     settings = {
         "train_micro_batch_size_per_gpu": 2,
         "gradient_accumulation_steps": micros,
-        "optimizer": {"type": "Adam", "params": {"lr": 0.01, "adam_w_mode": False, "torch_adam": True}},
+        "optimizer": {"type": "Adam", "params": {"lr": 0.01, "eps": EPS, "adam_w_mode": False, "torch_adam": True}},
         "zero_optimization": {"stage": 1},
         "gradient_clipping": 0.0,
         "steps_per_print": None,
@@ -137,7 +138,7 @@ def train(name, schedule, ranks, micros, steps=3, folder=None, save=None):
 def train_whole(name, micros, steps=3):
     """The oracle: the whole model in one process."""
     model = model_of(config_of(name))
-    optimizer = torch.optim.Adam(model.parameters(), lr=0.01)
+    optimizer = torch.optim.Adam(model.parameters(), lr=0.01, eps=EPS)
     data, losses = stream(), []
     for _ in range(steps):
         total = 0.0

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import multiprocessing as mp
 import os
 import subprocess
 import sys
@@ -14,6 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
+from ranks import forks
 from stream_stress import RANKS, gloo_group, in_threads, local_groups, stress
 from torch.utils import cpp_extension
 
@@ -222,7 +222,7 @@ def _peer(port):
 def test_death_of_a_peer(way):
     """Every ticket of the dead rank's edges fails with its rank; those of other edges do not."""
     store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
-    peer = mp.get_context("spawn").Process(target=_peer, args=(store.port,), daemon=True)
+    peer = forks().Process(target=_peer, args=(store.port,), daemon=True)
     peer.start()
     near = in_threads(lambda rank: gloo_group(dist.TCPStore("127.0.0.1", store.port), rank, 3), 2)
     stream, other = open_stream(CPU, way), open_stream(CPU, way)

@@ -44,10 +44,10 @@ def start(config, ranks, replicas=1, dropout=False, **kwargs):
 
 
 class Tokens(torch.utils.data.Dataset):
-    """90 samples: a batch of 16 does not divide them, nor do two replicas' batches."""
+    """22 samples: a batch of 16 does not divide them, nor do two replicas' batches."""
 
     def __len__(self):
-        return 90
+        return 22
 
     def __getitem__(self, index):
         tokens = torch.randint(

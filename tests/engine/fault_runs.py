@@ -188,16 +188,9 @@ def play(function, folder, limit, lost=None, **arguments):
 
 
 def serve(pipe):
-    os.environ.update(OMP_NUM_THREADS="1", DS_ACCELERATOR="cpu", MASTER_ADDR="127.0.0.1", LOCAL_SIZE="0")
-    from deepspeed.comm.torch import build_shm_op
+    import rank_imports  # noqa: F401
     from deepspeed.utils import logger
 
-    import dualpipe_engine.engine.engine
-    import dualpipe_engine.engine.initialize  # noqa: F401
-
     logger.setLevel("ERROR")
-    # Once, before the forks: a rank that is killed while it builds the op would leave its lock behind for ever.
-    build_shm_op()
-    torch.set_num_threads(1)
     while (task := pipe.recv()) is not None:
         pipe.send(play(**task))

@@ -12,7 +12,7 @@ from dualpipe_engine.engine.checkpoint_files import PARTIAL, publish, settle
 from dualpipe_engine.engine.checkpoint_loader import ResumableLoader, ResumableSampler
 from dualpipe_engine.errors import CheckpointError
 
-STEPS, STOP = 50, 25
+STEPS, STOP = 8, 4
 
 
 def config(schedule, zero=1, precision="fp32", micros=4, replicas=1, **sections):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import classifier_runs
 import pytest
 
-STEPS = 40
+STEPS, LEARNS = 8, 40
 TOPOLOGIES = {
     "1 x 4": (1, 4, (None, "1f1b", "dualpipev")),
     "2 x 2": (2, 2, (None, "dualpipe", "dualpipev")),
@@ -21,9 +21,9 @@ def mean(losses):
 def data_parallel(ranks):
     """DeepSpeed's own engine on four replicas of an undivided model, without activation checkpointing."""
     cases = {"only": (None, 1, 4, {"activation_checkpoint_interval": 0})}
-    losses = ranks.run(4, classifier_runs.classify, cases=cases, steps=STEPS)[0]["only"]
+    losses = ranks.run(4, classifier_runs.classify, cases=cases, steps=LEARNS)[0]["only"]
     assert mean(losses[-10:]) < 0.75 * mean(losses[:10]), "it learns"
-    return losses
+    return losses[:STEPS]
 
 
 @pytest.mark.parametrize("name", TOPOLOGIES)
@@ -37,8 +37,7 @@ def test_learns_like_data_parallelism(ranks, data_parallel, name):
     }
     for rank in ranks.run(4, classifier_runs.classify, cases=cases, steps=STEPS):
         for case, losses in rank.items():
-            assert losses[:10] == pytest.approx(data_parallel[:10], rel=1e-4), case
-            assert mean(losses) == pytest.approx(mean(data_parallel), rel=0.01), case
+            assert losses == pytest.approx(data_parallel, rel=1e-4), case
 
 
 @pytest.mark.parametrize("name", TOPOLOGIES)

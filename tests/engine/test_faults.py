@@ -1,11 +1,10 @@
 """A rank that is lost ends all others in time, is named, and leaves the last checkpoint whole.
 
-The default run takes a part of the matrix; all of it: pytest tests/engine/test_faults.py -m faults_all
+The default run takes a part of the matrix, --all the whole.
 """
 
 from __future__ import annotations
 
-import multiprocessing as mp
 import re
 from itertools import product
 
@@ -13,6 +12,7 @@ import fault_runs
 import pytest
 import torch
 from fault_runs import FAULTS, PHASES, RANKS, TIMEOUT_S
+from ranks import forks
 
 MATRIX = list(product(FAULTS, (0, 1, RANKS - 1), PHASES))
 #: Deaths and errors on each rank and in each phase; one SIGSTOP, because it takes its time.
@@ -25,8 +25,9 @@ CHOSEN = [
 
 @pytest.fixture(scope="module")
 def play():
-    ours, theirs = mp.get_context("spawn").Pipe()
-    server = mp.get_context("spawn").Process(target=fault_runs.serve, args=(theirs,))
+    context = forks()
+    ours, theirs = context.Pipe()
+    server = context.Process(target=fault_runs.serve, args=(theirs,))
     server.start()
     theirs.close()  # so that a server that has died is an error, not a wait
 
@@ -73,7 +74,7 @@ def test_a_lost_rank_ends_the_others_and_is_named(play, tmp_path, fault, lost, p
     check_loadable(play, tmp_path, phase)
 
 
-@pytest.mark.faults_all
+@pytest.mark.all
 @pytest.mark.parametrize(("fault", "lost", "phase"), MATRIX)
 def test_matrix(play, tmp_path, fault, lost, phase):
     check(play, tmp_path, fault, lost, phase)

@@ -76,7 +76,10 @@ def settings(micros, replicas=1, zero=1, precision="fp32", schedule=None, clip=1
         "train_micro_batch_size_per_gpu": 2,
         "gradient_accumulation_steps": micros,
         "optimizer": {"type": "Adam", "params": {"lr": 0.01, "adam_w_mode": False, "torch_adam": True}},
-        "scheduler": {"type": "WarmupLR", "params": {"warmup_num_steps": 5, "warmup_max_lr": 0.01}},
+        "scheduler": {
+            "type": "WarmupLR",
+            "params": {"warmup_min_lr": 0.005, "warmup_num_steps": 5, "warmup_max_lr": 0.01},
+        },
         "zero_optimization": {"stage": zero},
         "gradient_clipping": clip,
         "steps_per_print": None,
@@ -121,7 +124,7 @@ def optimizer_bytes(engine):
     )
 
 
-def train(config, ranks, replicas=1, steps=20, blocks=None, tied=True, module_kwargs=None):
+def train(config, ranks, replicas=1, steps=3, blocks=None, tied=True, module_kwargs=None):
     """Train and return what parity tests compare."""
     import dualpipe_engine
 
