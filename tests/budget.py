@@ -46,7 +46,8 @@ class Budget:
 
     def __init__(self, config: pytest.Config) -> None:
         self._config = config
-        self._expected: dict[str, float] = config.cache.get(CACHED, {})
+        self._cache = getattr(config, "cache", None)  # `-p no:cacheprovider` leaves it out
+        self._expected: dict[str, float] = self._cache.get(CACHED, {}) if self._cache else {}
         self._running: dict[str, None] = {}
         self._seconds: dict[str, float] = {}
         self._fixtures: dict[str, float] = defaultdict(float)  # of a file
@@ -99,7 +100,8 @@ class Budget:
         return f"{done}/{count} tests, {_clock(gone)} gone, about {_clock(left)} to go, now {running}"
 
     def pytest_sessionfinish(self, session: pytest.Session) -> None:
-        self._config.cache.set(CACHED, {**self._expected, **{t: round(s, 2) for t, s in self._seconds.items()}})
+        if self._cache:
+            self._cache.set(CACHED, self._expected | {test: round(took, 2) for test, took in self._seconds.items()})
         if self.over and session.exitstatus == 0:
             session.exitstatus = pytest.ExitCode.TESTS_FAILED
 
