@@ -25,7 +25,7 @@ MAX_CTAS = 4  #: thread blocks of a transfer between two ranks: a posted receive
 
 
 def matches_by_tag(group: dist.ProcessGroup) -> bool:
-    """Whether messages of a group find each other by tag; else the k-th send of a rank meets the peer's k-th receive."""
+    """Whether messages of a group find each other by tag; else the k-th send meets the peer's k-th receive."""
     return dist.get_backend(group) in ("gloo", "mpi")
 
 
@@ -80,7 +80,7 @@ def open_pairs(
                 f"the ranks do not agree on their pipelines: {pairs} overlap; give all ranks of a pipeline the same "
                 "process group and rank_mapping"
             )
-        kwargs = {"timeout": timedelta(seconds=timeout_s), "group_desc": f"dualpipe_{name}_{number}"}
+        kwargs: dict[str, Any] = {"timeout": timedelta(seconds=timeout_s), "group_desc": f"dualpipe_{name}_{number}"}
         if split:
             own = dist.split_group(split_ranks=pairs, pg_options=_options(), **kwargs)
         else:
@@ -125,7 +125,7 @@ def _options() -> Any:
     if "nccl" not in dist.get_backend(dist.group.WORLD):
         return None
     options = dist.ProcessGroupNCCL.Options(is_high_priority_stream=True)
-    config = getattr(options, "config", None)
+    config: Any = getattr(options, "config", None)
     if hasattr(config, "max_ctas"):
         config.min_ctas, config.max_ctas = 1, MAX_CTAS
     return options

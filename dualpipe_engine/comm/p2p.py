@@ -3,9 +3,9 @@
 For each directed edge (source rank -> destination rank) receives are posted in the sender's order, sends are kept alive
 until they are done, and a consumer waits for its own receive only. Where each edge has a communicator of its own, one
 receive is posted ahead: it lies ready for the transfer, and as none queues behind it on its communicator, it holds
-nothing else even where all communicators and the computation share one hardware queue. The first forward message of a stage is preceded by
-a header (`meta.encode`); from then on the receiver allocates by itself. The shapes of a gradient message are those of
-the floating-point tensors that went forward, so it needs no header.
+nothing else even where all communicators and the computation share one hardware queue. The first forward message of a
+stage is preceded by a header (`meta.encode`); from then on the receiver allocates by itself. The shapes of a gradient
+message are those of the floating-point tensors that went forward, so it needs no header.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""No plan of any generator deadlocks for the order in which its ranks post transfers, and `Edges` keeps to that order."""
+"""No plan of any generator deadlocks for the order in which its ranks post transfers, which is that of `Edges`."""
 
 from __future__ import annotations
 
@@ -162,7 +162,7 @@ def test_edges_keep_to_the_model(schedule, ahead):
         edges = Edges(transport, torch.device("cpu"))
         for first in (True, False):
             run(edges, plan, rank)
-            expected = [tuple(step) if step.act == NEED else step[:2] for step in host_steps(plan, rank, ahead, 1, first)]
-            assert transport.steps == expected
+            steps = host_steps(plan, rank, ahead, first=first)
+            assert transport.steps == [tuple(step) if step.act == NEED else step[:2] for step in steps]
             assert edges.idle
             transport.steps, transport.counts = [], {}
