@@ -172,7 +172,8 @@ class DualPipe(StagePair):
     Args:
         modules: stage r and stage PP-1-r.
         batch_dim: dimension along which micro-batches are cut.
-        process_group: ranks of the pipeline, an even number; None: all.
+        process_group: ranks of the pipeline, an even number; None: all. On NCCL every rank of the world makes its
+            pipeline at the same time, since all of them take part in making communicators.
         rank_mapping: `rank_mapping[rank in process_group]` is the rank in the pipeline; None: the same.
         defer_weight_gradients: see `StagePair`.
 
@@ -236,7 +237,8 @@ class DualPipeV(StagePair):
     Args:
         modules: stage r and stage 2*PP-1-r.
         batch_dim: dimension along which micro-batches are cut.
-        process_group: ranks of the pipeline; None: all.
+        process_group: ranks of the pipeline; None: all. On NCCL every rank of the world makes its pipeline at the same
+            time, since all of them take part in making communicators.
         rank_mapping: `rank_mapping[rank in process_group]` is the rank in the pipeline; None: the same.
         defer_weight_gradients: see `StagePair`.
 

@@ -145,8 +145,9 @@ def engine_groups(steps, blocks):
     return [count - before for count in counts], edges, len(world) - before
 
 
-def auto(folder):
+def auto(folder, experts):
     """`auto` in a folder of its own; the groups that its measurement leaves behind."""
+    import moe_runs
     import training
 
     import dualpipe_engine
@@ -155,14 +156,15 @@ def auto(folder):
     from dualpipe_engine.engine.grid import set_device
 
     world = dist.distributed_c10d._world.pg_map
-    settings = training.settings(4, schedule="auto", costs=f"{folder}/costs.json")
-    module = training.make_module(2, 4)
+    settings = training.settings(4, 2 if experts else 1, schedule="auto", costs=f"{folder}/costs.json")
+    module = moe_runs.make_module(moe_runs.config(), 2, 2) if experts else training.make_module(2, 4)
+    data = moe_runs.Tokens(16)
     set_device(module)
     plain, config = read_config(settings)
     before = len(world)
-    job_costs(module, plain, config, 4, training.Rows())
+    job_costs(module, plain, config, 4, data)
     left = len(world) - before
-    engine, *_ = dualpipe_engine.initialize(model=module, config=settings, training_data=training.Rows())
+    engine, *_ = dualpipe_engine.initialize(model=module, config=settings, training_data=data)
     losses = [float(engine.train_batch(training.stream(0))) for _ in range(2)]
     return left, losses
 

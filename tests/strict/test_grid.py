@@ -56,9 +56,10 @@ def test_groups_do_not_grow(on_twin):
         assert left == counts[0] - edges
 
 
-def test_auto(on_twin, tmp_path):
+@pytest.mark.parametrize("experts", [False, True], ids=["dense", "shared experts"])
+def test_auto(on_twin, tmp_path, experts):
     """Its measurement leaves no group behind."""
-    for left, losses in on_twin(2, strict_runs.auto, folder=str(tmp_path)):
+    for left, losses in on_twin(4 if experts else 2, strict_runs.auto, folder=str(tmp_path), experts=experts):
         assert left == 0
         assert len(losses) == 2
 
