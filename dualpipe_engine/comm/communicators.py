@@ -82,9 +82,9 @@ def open_pairs(
             )
         kwargs: dict[str, Any] = {"timeout": timedelta(seconds=timeout_s), "group_desc": f"dualpipe_{name}_{number}"}
         if split:
-            own = dist.split_group(split_ranks=pairs, pg_options=_options(), **kwargs)
+            own = dist.split_group(split_ranks=pairs, pg_options=_options(kwargs["timeout"]), **kwargs)
         else:
-            made = [dist.new_group(pair, pg_options=_options(), **kwargs) for pair in pairs]
+            made = [dist.new_group(pair, pg_options=_options(kwargs["timeout"]), **kwargs) for pair in pairs]
             own = next((group for group, pair in zip(made, pairs, strict=True) if mine in pair), None)
         groups.append(own)
     return groups[: len(rounds)]
@@ -120,11 +120,12 @@ def _can_split() -> bool:
     return world is not None and world.bound_device_id is not None and dist.get_backend(world) == "nccl"
 
 
-def _options() -> Any:
+def _options(timeout: timedelta) -> Any:
     """Of one group, never shared: torch writes the group's ranks, name and timeout into them."""
     if "nccl" not in dist.get_backend(dist.group.WORLD):
         return None
     options = dist.ProcessGroupNCCL.Options(is_high_priority_stream=True)
+    options._timeout = timeout  # torch warns where it is another one than the group's
     config: Any = getattr(options, "config", None)
     if hasattr(config, "max_ctas"):
         config.min_ctas, config.max_ctas = 1, MAX_CTAS

@@ -33,7 +33,8 @@ class World:
         monkeypatch.setattr(dist, "split_group", self.split_group)
         monkeypatch.setattr(dist, "new_group", self.new_group)
 
-    def make_options(self):
+    def make_options(self, timeout):
+        assert timeout.total_seconds() == 5.0
         self.options.append(object())
         return self.options[-1]
 
