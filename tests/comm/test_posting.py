@@ -15,10 +15,8 @@ from dualpipe_engine.schedule.lower import forward_only, lower
 from dualpipe_engine.schedule.op import COMPUTE, RECV_B, RECV_F, SEND_B, SEND_F, W, atoms
 
 AHEAD = 1  # what GroupTransport sets without tags
-RULES = {
+RULES = {  # what finishes with few hardware queues does with more
     "one hardware queue": {"behind": 1},
-    "8 in flight": {"in_flight": 8},
-    "4 in flight": {"in_flight": 4},
     "2 in flight": {"in_flight": 2},
     "8 in flight, the first step, messages of three tensors": {"in_flight": 8, "tensors": 3, "first": True},
     "4 in flight, the first step": {"in_flight": 4, "first": True},
@@ -54,8 +52,8 @@ def test_no_plan_is_stuck():
 @pytest.mark.parametrize("pp", range(2, 17))
 def test_no_plan_of_any_size_is_stuck(pp):
     check(plans([pp], range(1, 41)))
-    if pp <= 8:
-        check(plans([pp], range(1, 41, 3), optimize=True))
+    if pp <= 6:
+        check(plans([pp], range(1, 41, 6), optimize=True))
 
 
 def test_the_model_sees_deadlocks():

@@ -12,7 +12,7 @@ def on_twin(ranks):
         run.hub = hub = Hub(world, eager, seed)
         rules = {"port": free_port(), "eager": eager, "in_flight": in_flight, "timeouts": timeouts}
         try:
-            given = {"address": hub.address, "rules": rules, "function": function, "kwargs": kwargs}
+            given = {"address": hub.address, "rules": rules, "call": function, "kwargs": kwargs}
             found = ranks.run(world, strict_runs.on_twin, **given)
             assert not hub.faults
             return found

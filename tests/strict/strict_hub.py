@@ -94,13 +94,11 @@ class Hub:
     # -- the thread ----------------------------------------------------------------------------------------------
 
     def _serve(self) -> None:
-        self._listener._listener._socket.settimeout(60)
-        try:
-            for _ in range(self._size):
+        self._listener._listener._socket.settimeout(0.2)
+        while len(self._ranks) < self._size and not self._closing:
+            with contextlib.suppress(TimeoutError):
                 connection = self._listener.accept()
                 self._ranks[connection.recv()] = _Rank(connection)
-        except OSError:
-            return
         by_connection = {id(each.connection): number for number, each in self._ranks.items()}
         for each in self._ranks.values():
             each.connection.send((CONNECTED, None, None))

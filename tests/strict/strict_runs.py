@@ -18,10 +18,10 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "engine"))
 CPU = torch.device("cpu")
 
 
-def on_twin(address, rules, function, kwargs):
+def on_twin(address, rules, call, kwargs):
     """Call a function on the strict twin."""
     with strict_backend.installed(address, **rules):
-        return function(**kwargs)
+        return call(**kwargs)
 
 
 def _ready():
@@ -123,7 +123,7 @@ def train(**kwargs):
     import training
 
     found = training.train(**kwargs)
-    return {key: found[key] for key in ("losses", "norms", "eval_loss", "class", "digests")}
+    return {key: found[key] for key in ("losses", "norms", "eval_loss", "class")}
 
 
 def engine_groups(steps, blocks):
