@@ -1,9 +1,11 @@
 """Edges: whole stage outputs and gradients over directed edges.
 
 For each directed edge (source rank -> destination rank) receives are posted in the sender's order, sends are kept alive
-until they are done, and a consumer waits for its own receive only. The first forward message of a stage is preceded by
-a header (`meta.encode`); from then on the receiver allocates by itself. The shapes of a gradient message are those of
-the floating-point tensors that went forward, so it needs no header.
+until they are done, and a consumer waits for its own receive only. Where each edge has a communicator of its own, one
+receive is posted ahead: it lies ready for the transfer, and as none queues behind it on its communicator, it holds
+nothing else even where all communicators and the computation share one hardware queue. The first forward message of a
+stage is preceded by a header (`meta.encode`); from then on the receiver allocates by itself. The shapes of a gradient
+message are those of the floating-point tensors that went forward, so it needs no header.
 """
 
 from __future__ import annotations
@@ -74,6 +76,7 @@ class Edges:
         self._owed: dict[tuple[int, int], tuple[TensorMeta, ...]] = {}  # gradients that are to come back
         self._known: dict[int, MessageMeta] = {}
         self._waiting: dict[int, deque[Inbound]] = defaultdict(deque)
+        self._posted: dict[int, int] = defaultdict(int)  # receives that nobody has waited for yet, by their source
         self._inbound: dict[tuple[int, int, int], Inbound] = {}
         self._outbound: deque[tuple[Ticket, torch.Tensor]] = deque()
 
@@ -166,13 +169,14 @@ class Edges:
     def _ask(self, inbound: Inbound) -> None:
         self._inbound[inbound.kind, inbound.stage, inbound.micro] = inbound
         waiting = self._waiting[inbound.src]
-        if waiting or not self._shapes_known(inbound):
-            waiting.append(inbound)
-        else:
-            self._post(inbound)
+        waiting.append(inbound)
+        if len(waiting) == 1:
+            self._advance(waiting)
 
     def _advance(self, waiting: deque[Inbound]) -> None:
-        while waiting and self._shapes_known(waiting[0]):
+        """Post what may be posted of one source."""
+        ahead = self._transport.ahead
+        while waiting and (ahead is None or self._posted[waiting[0].src] < ahead) and self._shapes_known(waiting[0]):
             self._post(waiting.popleft())
 
     def _shapes_known(self, inbound: Inbound) -> bool:
@@ -189,6 +193,7 @@ class Edges:
     def _post(self, inbound: Inbound) -> None:
         tag = _tag(inbound.kind, inbound.made_by, inbound.micro, 0)
         inbound.tickets = []
+        self._posted[inbound.src] += 1
         for meta in inbound.metas:
             tensor = meta.empty(self._device)
             inbound.tensors.append(tensor)
@@ -215,6 +220,7 @@ class Edges:
         for ticket in inbound.tickets:
             ticket.wait(self._timeout_s)
         self.position.awaits = None
+        self._posted[inbound.src] -= 1
         if waiting:
             self._advance(waiting)
         del self._inbound[key]

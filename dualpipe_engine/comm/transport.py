@@ -10,21 +10,28 @@ from __future__ import annotations
 import threading
 import weakref
 from collections import defaultdict, deque
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Protocol
 
 import torch
 import torch.distributed as dist
 
 from ..errors import PipelineRuntimeError
+from .communicators import Pair, close, connect, matches_by_tag, open_pairs, rounds_of
 from .stream import StreamTicket, open_stream
 from .tickets import Ticket
 
 
 class Transport(Protocol):
-    """Sends and receives for one rank of a pipeline; ranks are positions in the pipeline, 0..PP-1."""
+    """Sends and receives for one rank of a pipeline; ranks are positions in the pipeline, 0..PP-1.
+
+    Attributes:
+        rank: own position.
+        ahead: receives from one rank that may be posted and not waited for; None: any number.
+    """
 
     rank: int
+    ahead: int | None
 
     def send(self, tensor: torch.Tensor, dst: int, tag: int) -> Ticket: ...
 
@@ -37,6 +44,8 @@ _Route = tuple[dist.ProcessGroup, int, str]  #: group, rank in it, and what erro
 class GroupTransport:
     """Transport over torch.distributed, on a communication stream of its own.
 
+    On a backend without tags making one is collective over the world: see `communicators`.
+
     Args:
         ranks: global ranks of the pipeline, in order of its positions.
         rank: own position.
@@ -45,6 +54,9 @@ class GroupTransport:
         log: takes the ticket of every transfer (`tickets.transfer_of` makes a `Transfer` of it), for whoever clears it;
             None: nothing is kept.
         how: which communication stream, see `stream.open_stream`.
+        edges: positions (source, destination) between which tensors travel, the same on all ranks of the pipeline; see
+            `Placement.edges`.
+        timeout_s: seconds after which a transfer is given up.
     """
 
     def __init__(
@@ -55,6 +67,9 @@ class GroupTransport:
         device: torch.device = torch.device("cpu"),  # noqa: B008 (a constant)
         log: list[StreamTicket] | None = None,
         how: str | None = None,
+        *,
+        edges: Iterable[Pair],
+        timeout_s: float = 600.0,
     ) -> None:
         self.rank = rank
         self.stream = open_stream(device, how)
@@ -62,35 +77,39 @@ class GroupTransport:
         # At the latest when the interpreter ends: its threads must not outlive what they wait for.
         weakref.finalize(self, self.stream.close)
         self._ranks = tuple(ranks)
-        self._tagged = dist.get_backend(group) in ("gloo", "mpi")
-        self._groups: dict[tuple[int, int], dist.ProcessGroup] = {}
-        self._routes: dict[tuple[int, int], _Route] = {}
-        if self._tagged:
+        self.tagged = matches_by_tag(group)
+        self.ahead = None if self.tagged else 1
+        self._groups: dict[Pair, dist.ProcessGroup] = {}
+        self._routes: dict[Pair, _Route] = {}
+        if self.tagged:
             self._peer = [dist.get_group_rank(group, global_rank) for global_rank in ranks]
             self._group = group
         else:
-            self._connect_edges(dist.get_backend(group))
+            self._connect_edges(edges, device, timeout_s)
 
-    def _connect_edges(self, backend: str) -> None:
-        """One communicator for each directed edge of this rank; only its two ends take part in making it."""
-        options = dist.ProcessGroupNCCL.Options(is_high_priority_stream=True) if backend == "nccl" else None
-        size = len(self._ranks)
-        edges = [(a, a + 1) for a in range(size - 1)] + [(a + 1, a) for a in range(size - 1)]
-        for src, dst in edges:
-            if self.rank in (src, dst):
-                ends = sorted((self._ranks[src], self._ranks[dst]))
-                self._groups[src, dst] = dist.new_group(
-                    ends,
-                    use_local_synchronization=True,
-                    pg_options=options,
-                    group_desc=f"dualpipe_edge_{src}_{dst}",
-                )
+    def _connect_edges(self, edges: Iterable[Pair], device: torch.device, timeout_s: float) -> None:
+        """One communicator for each directed edge of this rank."""
+        rounds = rounds_of(edges)
+        there = [[(self._ranks[src], self._ranks[dst]) for src, dst in pairs] for pairs in rounds]
+        groups = open_pairs(there, timeout_s, "edge", device)
+        mine = [next((pair for pair in pairs if self.rank in pair), None) for pairs in rounds]
+        connect(groups, [pair and (self._ranks[pair[0]], self._ranks[pair[1]]) for pair in mine], device)
+        for pair, group in zip(mine, groups, strict=True):
+            if pair is not None and group is not None:
+                self._groups[pair] = group
+
+    def close(self) -> None:
+        """End the stream's threads and give the communicators back."""
+        self.stream.close()
+        close(self._groups.values())
+        self._groups.clear()
+        self._routes.clear()
 
     def _route(self, src: int, dst: int) -> _Route:
         sends = src == self.rank
         peer = dst if sends else src
         what = f"{'send to' if sends else 'receive from'} pipeline rank {peer}"
-        if self._tagged:
+        if self.tagged:
             route = self._group, self._peer[peer], what
         else:
             group = self._groups[src, dst]
@@ -165,6 +184,8 @@ class _LocalRecv:
 
 class LocalTransport:
     """Transport between threads of one process: every message is copied at the send."""
+
+    ahead = None
 
     def __init__(self, hub: LocalHub, rank: int) -> None:
         self.rank = rank

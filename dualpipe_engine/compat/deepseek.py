@@ -7,7 +7,7 @@ shapes and dtypes of transfers need not be set, any number of micro-batches from
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -15,6 +15,7 @@ import torch.distributed as dist
 from torch import nn
 
 from .. import utils
+from ..comm.communicators import open_pairs
 from ..comm.p2p import Edges
 from ..comm.transport import GroupTransport, Transport
 from ..errors import ConfigError
@@ -27,6 +28,8 @@ from ..schedule.placement import Placement
 from ..schedule.plan import Plan
 from ..schedule.verify import verify
 from .chunk import PairedChunk, SharedStore
+
+TIMEOUT_S = 600.0  #: of a transfer
 
 
 def set_p2p_tensor_shapes(shapes: Sequence[Sequence[int]]) -> None:
@@ -81,7 +84,7 @@ class StagePair(nn.Module):
             if defer_weight_gradients:
                 install(module, store)
             self._chunks[stage] = PairedChunk(module, stage, is_last=stage == self._last, store=store)
-        device = next((param.device for param in self.parameters()), torch.get_default_device())
+        device = _device_of(modules)
         self._edges = Edges(transport, device)
         self._executor = Executor(self.rank, self._chunks, self._edges, Observer(self.rank, device))
 
@@ -169,7 +172,8 @@ class DualPipe(StagePair):
     Args:
         modules: stage r and stage PP-1-r.
         batch_dim: dimension along which micro-batches are cut.
-        process_group: ranks of the pipeline, an even number; None: all.
+        process_group: ranks of the pipeline, an even number; None: all. On NCCL every rank of the world makes its
+            pipeline at the same time, since all of them take part in making communicators.
         rank_mapping: `rank_mapping[rank in process_group]` is the rank in the pipeline; None: the same.
         defer_weight_gradients: see `StagePair`.
 
@@ -187,10 +191,21 @@ class DualPipe(StagePair):
         *,
         defer_weight_gradients: bool = True,
     ) -> None:
-        ranks, transport = _connect("dualpipe", process_group, rank_mapping)
+        ranks, transport = _connect("dualpipe", modules, process_group, rank_mapping)
+        self._transport, self._ranks = transport, ranks
         super().__init__("dualpipe", modules, batch_dim, transport, len(ranks), defer_weight_gradients)
-        self._twins = sorted((ranks[self.rank], ranks[len(ranks) - 1 - self.rank]))
         self._twin_group: dist.ProcessGroup | None = None
+
+    def _make_twin_group(self) -> dist.ProcessGroup:
+        """This rank and the one that holds the same stages."""
+        last = len(self._ranks) - 1
+        pairs = [(rank, self._ranks[last - at]) for at, rank in enumerate(self._ranks[: len(self._ranks) // 2])]
+        if self._transport.tagged:
+            mine = next(pair for pair in pairs if dist.get_rank() in pair)
+            return dist.new_group(sorted(mine), use_local_synchronization=True)
+        (group,) = open_pairs([pairs], TIMEOUT_S, "twins", _device_of(self.module))
+        assert group is not None
+        return group
 
     @torch.no_grad()
     def sum_mirrored_gradients(self) -> None:
@@ -199,7 +214,7 @@ class DualPipe(StagePair):
         A parameter that one copy has no gradient for counts as zero there.
         """
         if self._twin_group is None:
-            self._twin_group = dist.new_group(self._twins, use_local_synchronization=True)
+            self._twin_group = self._make_twin_group()
         by_dtype: dict[torch.dtype, list[torch.Tensor]] = {}
         for _, chunk in sorted(self._chunks.items()):
             for param in chunk.module.parameters():  # type: ignore[attr-defined]
@@ -222,7 +237,8 @@ class DualPipeV(StagePair):
     Args:
         modules: stage r and stage 2*PP-1-r.
         batch_dim: dimension along which micro-batches are cut.
-        process_group: ranks of the pipeline; None: all.
+        process_group: ranks of the pipeline; None: all. On NCCL every rank of the world makes its pipeline at the same
+            time, since all of them take part in making communicators.
         rank_mapping: `rank_mapping[rank in process_group]` is the rank in the pipeline; None: the same.
         defer_weight_gradients: see `StagePair`.
 
@@ -239,7 +255,7 @@ class DualPipeV(StagePair):
         *,
         defer_weight_gradients: bool = True,
     ) -> None:
-        ranks, transport = _connect("dualpipev", process_group, rank_mapping)
+        ranks, transport = _connect("dualpipev", modules, process_group, rank_mapping)
         super().__init__("dualpipev", modules, batch_dim, transport, len(ranks), defer_weight_gradients)
 
 
@@ -290,8 +306,12 @@ def _lowered(schedule: str, placement: Placement, num_micro: int, train: bool) -
     return plan
 
 
+def _device_of(modules: Iterable[nn.Module]) -> torch.device:
+    return next((param.device for module in modules for param in module.parameters()), torch.get_default_device())
+
+
 def _connect(
-    schedule: str, group: dist.ProcessGroup | None, mapping: Sequence[int] | None
+    schedule: str, modules: Sequence[nn.Module], group: dist.ProcessGroup | None, mapping: Sequence[int] | None
 ) -> tuple[list[int], GroupTransport]:
     """Global ranks of the pipeline in its own order, and this rank's transport."""
     if not dist.is_initialized():
@@ -299,9 +319,12 @@ def _connect(
     group = group or dist.group.WORLD
     assert group is not None
     size = dist.get_world_size(group)
-    placement_of(schedule, size)  # before connections are made
+    edges = placement_of(schedule, size).edges()
     mapping = list(range(size)) if mapping is None else list(mapping)
     if sorted(mapping) != list(range(size)):
         raise ConfigError(f"rank_mapping must hold each of 0..{size - 1} once, got {mapping}")
     ranks = [dist.get_global_rank(group, mapping.index(position)) for position in range(size)]
-    return ranks, GroupTransport(ranks, mapping[dist.get_rank(group)], group)
+    transport = GroupTransport(
+        ranks, mapping[dist.get_rank(group)], group, _device_of(modules), edges=edges, timeout_s=TIMEOUT_S
+    )
+    return ranks, transport

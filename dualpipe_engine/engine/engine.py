@@ -187,8 +187,14 @@ class DualPipeEngine(Evaluation, Measuring, Checkpoints):
             for stage, view in self._views.items()
         }
         self._transported: list[StreamTicket] = []  # of the last batch, between stages
-        transport = GroupTransport(
-            self.place.pipeline, self.place.rank, self._pipeline_group, self.device, self._transported
+        self._transport = transport = GroupTransport(
+            self.place.pipeline,
+            self.place.rank,
+            self._pipeline_group,
+            self.device,
+            self._transported,
+            edges=self.place.placement.edges(),
+            timeout_s=timeout,
         )
         self._edges = Edges(transport, self.device, timeout, module.dynamic_shape, self.watch.position)
         self._observer = Observer(self.place.rank, self.device)
@@ -365,6 +371,17 @@ class DualPipeEngine(Evaluation, Measuring, Checkpoints):
         return super().save_checkpoint(*args, **kwargs)
 
     load_checkpoint = watched(Checkpoints.load_checkpoint)
+
+    def destroy(self) -> None:
+        """Give back what the engine holds besides memory. Every rank calls it, at the same place of its program."""
+        if "_transport" in vars(self):
+            self._transport.close()
+        super().destroy()
+
+    def __del__(self) -> None:
+        # The collector comes when it likes, but all ends of a communicator have to give it back together.
+        self.__dict__.pop("_transport", None)
+        super().__del__()
 
     # -- what DeepSpeed asks about this rank ---------------------------------------------------------------------
 

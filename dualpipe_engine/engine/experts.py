@@ -20,12 +20,15 @@ from ..errors import ConfigError
 from ..models.experts import Experts
 
 
-def make_expert_groups(module: PipelineModule, base_grid: PipelineParallelGrid) -> None:
+def make_expert_groups(module: PipelineModule, base_grid: PipelineParallelGrid) -> list[dist.ProcessGroup]:
     """Make the expert groups that the layers of a module ask for. Collective over all ranks.
 
     Args:
         module: placed, or as its constructor left it.
         base_grid: the grid that it was built on.
+
+    Returns:
+        The groups that this rank is in.
 
     Raises:
         ConfigError: the replicas of the pipeline cannot share experts as the layers want it.
@@ -35,6 +38,7 @@ def make_expert_groups(module: PipelineModule, base_grid: PipelineParallelGrid) 
     found: list[set[int]] = [set() for _ in range(dist.get_world_size())]
     dist.all_gather_object(found, mine)
     base, replicas = base_grid.topology(), base_grid.data_parallel_size
+    own: list[dist.ProcessGroup] = []
     for size in sorted(set[int]().union(*found)):
         if replicas % size:
             raise ConfigError(
@@ -59,21 +63,27 @@ def make_expert_groups(module: PipelineModule, base_grid: PipelineParallelGrid) 
                     group = dist.new_group(ranks)
                     if dist.get_rank() in ranks:
                         table[name], ranks_table[name] = group, ranks
+                        own.append(group)
+    return own
 
 
-def connect_experts(module: PipelineModule) -> None:
+def connect_experts(module: PipelineModule) -> list[dist.ProcessGroup]:
     """Let the layers of a module that is not placed yet run. Collective over all ranks.
 
     Args:
         module: a PipelineModule as its constructor left it.
 
+    Returns:
+        The groups that this rank is in, for the caller to destroy when the layers have run.
+
     Raises:
         ConfigError: as `make_expert_groups`.
     """
-    make_expert_groups(module, module._grid)
+    made = make_expert_groups(module, module._grid)
     for part in module.modules():
         if hasattr(part, "set_deepspeed_parallelism"):
             part.set_deepspeed_parallelism()
+    return made
 
 
 def has_experts(module: nn.Module) -> bool:

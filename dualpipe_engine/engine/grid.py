@@ -7,6 +7,8 @@ partitions and its norms cover both copies without further help.
 
 from __future__ import annotations
 
+from deepspeed.accelerator import get_accelerator
+from deepspeed.pipe import PipelineModule
 from deepspeed.runtime.pipe.topology import PipelineParallelGrid, ProcessTopology
 
 from ..schedule.placement import BIDIRECTIONAL, Placement
@@ -70,6 +72,12 @@ class Place:
         last = self.placement.num_stages - 1
         found = {self.placement.rank(stage, d) for stage in (0, last) for d in range(self.placement.num_directions)}
         return tuple(sorted(found))
+
+
+def set_device(module: PipelineModule) -> None:
+    """Make this rank's device the current one: object collectives put their tensors there, and without this all ranks
+    of a node would use its first."""
+    get_accelerator().set_device(module.local_rank)
 
 
 def deepspeed_grid(base: PipelineParallelGrid, placement: Placement) -> PipelineParallelGrid:

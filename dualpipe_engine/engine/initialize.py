@@ -22,6 +22,7 @@ from .balance import stage_bounds
 from .config import AUTO, check_zero, micro_batches, read_config
 from .engine import DualPipeEngine
 from .experts import make_expert_groups
+from .grid import set_device
 from .module import place
 from .param_groups import GroupMap
 from .planning import agree, make_lowered_plan, unmeasured_costs
@@ -94,6 +95,7 @@ def initialize(
         distributed_port=distributed_port,
         dist_init_required=dist_init_required,
     )
+    set_device(model)
     watch = Watch(dualpipe.p2p_timeout_s, Position())
     with watch.section("initialize"):
         agree_on_job(settings, model)

@@ -13,10 +13,11 @@ from deepspeed.accelerator import get_accelerator
 from deepspeed.pipe import PipelineModule, TiedLayerSpec
 from torch.utils import _pytree as pytree
 
+from ..comm.communicators import close
 from ..errors import ConfigError
 from ..schedule.placement import LINEAR, Placement
 from .experts import connect_experts
-from .grid import Place
+from .grid import Place, set_device
 from .module import PlacedModule
 from .partition import same_random_state
 
@@ -83,7 +84,8 @@ def measure_layers(module: PipelineModule, batch: Any, repeats: int = 5) -> list
         raise ConfigError("measure_layers needs the PipelineModule as it was built: call it before initialize")
     place = Place(module._grid.topology(), Placement(LINEAR, module.num_stages), module.global_rank)
     device = torch.device(get_accelerator().device_name(module.local_rank))
-    connect_experts(module)
+    set_device(module)
+    expert_groups = connect_experts(module)
     first, last = place.rank == 0, place.rank == module.num_stages - 1
     start = int(module.parts[module.stage_id])
     buffers = {name: buffer.detach().clone() for name, buffer in module.named_buffers()}
@@ -108,6 +110,7 @@ def measure_layers(module: PipelineModule, batch: Any, repeats: int = 5) -> list
         buffer.data.copy_(buffers[name])
     table = torch.tensor(_gathered(module, mine), dtype=torch.float64, device=device)
     dist.all_reduce(table)
+    close(expert_groups)
     return [float(total) / dist.get_world_size() for total in table]
 
 

@@ -16,6 +16,7 @@ import torch
 import torch.distributed as dist
 from deepspeed.pipe import PipelineModule
 
+from ..comm.communicators import close
 from ..comm.p2p import Edges
 from ..comm.transport import GroupTransport
 from ..runtime.chunk import StageChunk
@@ -64,7 +65,7 @@ def stage_costs(
         timeout_s: seconds after which a transfer is given up.
     """
     stage, ranks = place.rank, len(place.pipeline)
-    connect_experts(module)
+    expert_groups = connect_experts(module)
     num_micro = max(1, min(num_micro, 2 * ranks))
     with _untouched(module):
         view = copy.copy(module)
@@ -82,7 +83,14 @@ def stage_costs(
             overlap=overlap,
         )
         saved = _SavedBytes(chunk, module)
-        transport = GroupTransport(place.pipeline, stage, module._grid.pp_proc_group, device)
+        transport = GroupTransport(
+            place.pipeline,
+            stage,
+            module._grid.pp_proc_group,
+            device,
+            edges=place.placement.edges(),
+            timeout_s=timeout_s,
+        )
         edges = Edges(transport, device, timeout_s, dynamic_shape=module.dynamic_shape)
         observer = Observer(stage, device)
         executor = Executor(stage, {stage: chunk}, edges, observer)
@@ -106,6 +114,9 @@ def stage_costs(
         sizes: list[Any] = [None] * ranks
         dist.all_gather_object(sizes, edges.message_bytes(stage), group=module._grid.pp_proc_group)
         hop = transfer_seconds(place, transport, sizes, device, timeout_s)
+        dist.barrier()  # nobody takes from a rank that has gone on
+        transport.close()
+        close(expert_groups)
     mine = measured_costs([Timeline(ranks, spans)], ranks).at(stage)
     return _same_on_all(place, mine, saved.total, hop)
 

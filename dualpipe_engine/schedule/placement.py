@@ -67,6 +67,17 @@ class Placement:
             return (rank,)
         return (rank, self.num_stages - 1 - rank)
 
+    def edges(self) -> tuple[tuple[int, int], ...]:
+        """The pairs of ranks (source, destination) between which tensors travel: outputs to the rank of the next stage,
+        gradients back."""
+        found: dict[tuple[int, int], None] = {}
+        for direction in range(self.num_directions):
+            for stage in range(self.num_stages - 1):
+                here, there = self.rank(stage, direction), self.rank(stage + 1, direction)
+                if here != there:
+                    found |= {(here, there): None, (there, here): None}
+        return tuple(sorted(found))
+
     def micros(self, direction: int, num_micro: int) -> range:
         """The micro-batches of one direction among 0..num_micro-1, in the order in which they enter."""
         return range(direction, num_micro, self.num_directions)

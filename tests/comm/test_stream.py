@@ -255,7 +255,7 @@ def test_stress(way, streams, groups):
 def _over_transport(way):
     rank, peer = dist.get_rank(), 1 - dist.get_rank()
     log = []
-    transport = GroupTransport([0, 1], rank, dist.group.WORLD, CPU, log, way)
+    transport = GroupTransport([0, 1], rank, dist.group.WORLD, CPU, log, way, edges=[(0, 1), (1, 0)])
     tensor = torch.empty(3)
     received = transport.recv(tensor, peer, 1)
     transport.send(torch.full((3,), float(rank)), peer, 1).wait(SOON_S)
@@ -268,17 +268,34 @@ def test_transport(way, ranks):
     assert ranks.run(2, _over_transport, way=way) == [([1.0] * 3, log), ([0.0] * 3, log)]
 
 
+@pytest.fixture
+def device_groups(groups, monkeypatch):
+    """The groups for tensors on CUDA too, known to torch.distributed, as those of `init_process_group("gloo")` are."""
+    for group in groups:
+        gloo = group._get_backend(CPU)
+        group._register_backend(torch.device("cuda"), dist.ProcessGroup.BackendType.GLOO, gloo)
+        monkeypatch.setitem(dist.distributed_c10d._world.pg_map, group, ("gloo", None))
+    return groups
+
+
+def test_device_groups_are_gloo(device_groups):
+    """Both helpers find that tensors on CUDA must go through the host: one asks the group, one torch.distributed."""
+    for group in device_groups:
+        assert group._get_backend(torch.device("cuda")).name() == "gloo"
+        assert dist.get_backend(group) == "gloo"
+
+
 @pytest.mark.cuda
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-def test_staging(streams, groups):
+def test_staging(streams, device_groups):
     """CUDA tensors over gloo: each side sees what the stream before it made."""
     device = torch.device("cuda", 0)
     cuda = [open_stream(device, "python" if "twin" in type(stream).__module__ else None) for stream in streams]
     for number in range(50):
         made = torch.full((1 << 20,), 1.0, device=device).mul_(number)
         out = torch.zeros_like(made)
-        sent = cuda[0].send(groups[0], made, 1, number, "to 1")
-        received = cuda[1].recv(groups[1], out, 0, number, "from 0")
+        sent = cuda[0].send(device_groups[0], made, 1, number, "to 1")
+        received = cuda[1].recv(device_groups[1], out, 0, number, "from 0")
         received.wait(SOON_S)
         assert torch.equal(out * 2, made * 2)
         sent.wait(SOON_S)

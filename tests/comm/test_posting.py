@@ -1,0 +1,166 @@
+"""No plan of any generator deadlocks for the order in which its ranks post transfers, which is that of `Edges`."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from posting import NEED, POST, SEND, host_steps, is_stuck
+
+from dualpipe_engine.comm.communicators import rounds_of
+from dualpipe_engine.comm.meta import HEADER_BYTES, encode, flatten
+from dualpipe_engine.comm.p2p import Edges
+from dualpipe_engine.errors import PlanError
+from dualpipe_engine.schedule.choose import SCHEDULES, make_plan, placement_of
+from dualpipe_engine.schedule.lower import forward_only, lower
+from dualpipe_engine.schedule.op import COMPUTE, RECV_B, RECV_F, SEND_B, SEND_F, W, atoms
+
+AHEAD = 1  # what GroupTransport sets without tags
+RULES = {  # what finishes with few hardware queues does with more
+    "one hardware queue": {"behind": 1},
+    "2 in flight": {"in_flight": 2},
+    "8 in flight, the first step, messages of three tensors": {"in_flight": 8, "tensors": 3, "first": True},
+    "4 in flight, the first step": {"in_flight": 4, "first": True},
+    "one hardware queue, pairs one after the other": {"behind": 1, "overlapped": False},
+}
+
+
+def plans(ranks, micros, optimize=False):
+    for schedule in SCHEDULES:
+        for pp in ranks:
+            for micro in micros:
+                try:
+                    yield lower(make_plan(schedule, pp, micro, optimize=optimize))
+                except PlanError:
+                    assert (schedule, pp % 2) == ("dualpipe", 1)
+                    continue
+                yield lower(forward_only(placement_of(schedule, pp), micro), train=False)
+
+
+def check(found):
+    for plan in found:
+        for rule, kwargs in RULES.items():
+            stuck = is_stuck(plan, AHEAD, **kwargs)
+            assert not stuck, f"{rule}: {plan.schedule}, {plan.placement}, {plan.num_micro} micro-batches: {stuck}"
+
+
+def test_no_plan_is_stuck():
+    check(plans((2, 3, 4, 8), (1, 2, 5, 12)))
+    check(plans((2, 4), (3, 8), optimize=True))
+
+
+@pytest.mark.all
+@pytest.mark.parametrize("pp", range(2, 17))
+def test_no_plan_of_any_size_is_stuck(pp):
+    check(plans([pp], range(1, 41)))
+    if pp <= 6:
+        check(plans([pp], range(1, 41, 6), optimize=True))
+
+
+def test_the_model_sees_deadlocks():
+    """A first message that is a rendezvous, receives posted as far ahead as the plan says, two queues too few."""
+    plan = lower(make_plan("dualpipe", 4, 8))
+    assert is_stuck(plan, None, rendezvous=True).keys() == {0, 1, 2, 3}
+    assert is_stuck(plan, AHEAD, rendezvous=True)
+    assert is_stuck(plan, None, behind=1)
+    assert not is_stuck(plan, None, behind=2)
+    assert is_stuck(plan, AHEAD, in_flight=1)
+    assert is_stuck(lower(make_plan("dualpipe", 2, 8)), None, in_flight=2)
+
+
+@pytest.mark.parametrize("pp", range(1, 17))
+def test_connecting_is_no_circle(pp):
+    """In each round a rank has one peer, which it shares; so the rounds finish one after the other."""
+    for schedule in SCHEDULES:
+        if schedule == "dualpipe" and pp % 2:
+            continue
+        edges = placement_of(schedule, pp).edges()
+        rounds = rounds_of(edges)
+        assert sorted(pair for each in rounds for pair in each) == sorted(edges)
+        assert len(edges) == 2 * (pp - 1)
+        assert len(rounds) <= 4
+        for pairs in rounds:
+            assert len({rank for pair in pairs for rank in pair}) == 2 * len(pairs)
+
+
+def test_a_ring_of_edges():
+    for size in (3, 4, 5, 8):
+        ring = [(a, (a + 1) % size) for a in range(size)]
+        rounds = rounds_of([*ring, *[(b, a) for a, b in ring]])
+        assert sum(map(len, rounds)) == 2 * size
+        assert all(len({rank for pair in pairs for rank in pair}) == 2 * len(pairs) for pairs in rounds)
+        assert len(rounds) <= 4 + 2 * (size % 2)
+
+
+class Recorder:
+    """A transport on which every transfer is done at once; it writes down what is asked of it."""
+
+    def __init__(self, rank, ahead):
+        self.rank, self.ahead = rank, ahead
+        self.steps = []
+        self.counts = {}
+
+    def send(self, tensor, dst, tag):
+        self.steps.append((SEND, (self.rank, dst)))
+        return _Done(self, None, 0)
+
+    def recv(self, tensor, src, tag):
+        edge = (src, self.rank)
+        self.counts[edge] = self.counts.get(edge, 0) + 1
+        self.steps.append((POST, edge))
+        if tensor.numel() == HEADER_BYTES:
+            tensor.copy_(encode(flatten(torch.ones(1))[1]))
+        return _Done(self, edge, self.counts[edge])
+
+
+class _Done:
+    def __init__(self, transport, edge, count):
+        self.transport, self.edge, self.count = transport, edge, count
+
+    def wait(self, timeout_s):
+        if self.edge is not None:
+            self.transport.steps.append((NEED, self.edge, self.count))
+
+    def done(self):
+        return True
+
+
+def run(edges, plan, rank):
+    """What the executor asks of `edges` in one step."""
+    placement = plan.placement
+
+    def peer(op):
+        step = 1 if op.kind in (SEND_F, RECV_B) else -1
+        return placement.rank_of(op.stage + step, op.micro)
+
+    remote = {op for op in plan.programs[rank] if op.kind in (RECV_F, RECV_B)}
+    for op in plan.programs[rank]:
+        if op.kind == SEND_F:
+            edges.send_forward(op.stage, op.micro, torch.ones(1), peer(op))
+        elif op.kind == SEND_B:
+            edges.send_backward(op.stage, op.micro, [torch.ones(1)], peer(op))
+        elif op.kind == RECV_F:
+            edges.post_forward(op.stage, op.micro, peer(op))
+        elif op.kind == RECV_B:
+            edges.post_backward(op.stage, op.micro, peer(op))
+        elif op.kind in COMPUTE:
+            for part in atoms(op):
+                if part.kind == "F" and part._replace(kind=RECV_F) in remote:
+                    edges.wait_forward(part.stage, part.micro)
+                elif part.kind not in ("F", W) and part._replace(kind=RECV_B) in remote:
+                    edges.wait_backward(part.stage, part.micro)
+    edges.flush()
+
+
+@pytest.mark.parametrize("ahead", [0, 1, 2, None])
+@pytest.mark.parametrize("schedule", SCHEDULES)
+def test_edges_keep_to_the_model(schedule, ahead):
+    plan = lower(make_plan(schedule, 4, 6))
+    for rank in range(4):
+        transport = Recorder(rank, ahead)
+        edges = Edges(transport, torch.device("cpu"))
+        for first in (True, False):
+            run(edges, plan, rank)
+            steps = host_steps(plan, rank, ahead, first=first)
+            assert transport.steps == [tuple(step) if step.act == NEED else step[:2] for step in steps]
+            assert edges.idle
+            transport.steps, transport.counts = [], {}
