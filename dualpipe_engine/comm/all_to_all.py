@@ -12,6 +12,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from .position import waiting
 from .stream import CommStream, open_stream
 from .tickets import Tickets
 
@@ -67,7 +68,8 @@ def _post(
     out = rows.new_empty((sum(receive), *rows.shape[1:]))
     ticket = stream.all_to_all(group, out, rows, receive, send, f"all-to-all of group rank {group.rank()}")
     if tickets is None:
-        ticket.wait(TIMEOUT_S)
+        with waiting():
+            ticket.wait(TIMEOUT_S)
     else:
         tickets.add(ticket, rows.nbytes)
     return out

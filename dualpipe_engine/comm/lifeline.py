@@ -3,32 +3,39 @@
 Rank 0 keeps one TCP connection to every other rank, served by a thread of each. A process that ends closes its
 connection, whatever ended it; one that is stopped sends no beats. After the first such cause rank 0 asks all ranks
 where they are and tells them all the same verdict. When rank 0 itself is lost, each rank comes to a verdict of its own.
+
+Who may connect is the business of `Door`, which closes when all ranks are in. An error of the thread's own ends neither
+the thread nor the job: it is printed.
 """
 
 from __future__ import annotations
 
 import json
 import os
-import secrets
 import selectors
 import socket
+import sys
 import threading
 import time
+import traceback
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any
 
+from .door import Door, Stranger, knock, own_names
+
 SETTLE_S = 1.5  #: seconds that ranks are given to run into the gap that a lost rank leaves
 ASK_S = 0.4  #: seconds from the cause to the first question, and between questions
 GONE, SILENT, LATE, FAILED, LEFT = "gone", "silent", "late", "failed", "left"
+BUFFER_BYTES = 1 << 20  #: of a message that a rank has begun to send; the texts in one are cut to far less
 Message = dict[str, Any]
 
 
 @dataclass
 class _Peer:
     sock: socket.socket
-    rank: int = -1
+    rank: int
     heard: float = 0.0
     buffer: bytes = b""
     at: Message = field(default_factory=dict)
@@ -40,6 +47,7 @@ class Lifeline:
 
     Args:
         rank: global rank.
+        world: number of ranks.
         share: gives rank 0's value to all ranks; collective.
         patience_s: seconds of silence after which a rank counts as lost.
         report: where this rank is: a dict with "waiting" (bool), "late" (bool) and what `verdict` reads; called by the
@@ -52,6 +60,7 @@ class Lifeline:
     def __init__(
         self,
         rank: int,
+        world: int,
         share: Callable[[Any], Any],
         patience_s: float,
         report: Callable[[], Message],
@@ -60,6 +69,7 @@ class Lifeline:
         signalled: Callable[[bytes], None],
     ) -> None:
         self._rank = rank
+        self._missing = set(range(1, world)) if rank == 0 else set()
         self._patience = patience_s
         self._interval = min(2.0, patience_s / 12)
         self._report, self._verdict, self._told, self._signalled = report, verdict, told, signalled
@@ -67,6 +77,7 @@ class Lifeline:
         self._asked = self._caused = 0.0
         self._closed = False
         self._left: Message | None = None  # of a rank that ended without failing
+        self._faults: set[str] = set()
         self.text: str | None = None
         self.decided = threading.Event()
         self._lock = threading.Lock()
@@ -75,7 +86,8 @@ class Lifeline:
         self._wake, wake = socket.socketpair()
         self._selector.register(wake, selectors.EVENT_READ, None)
         self._woken = wake
-        self._listener: socket.socket | None = None
+        self._door: Door | None = None
+        self._opened = time.monotonic()
         self._connect(share)
         self._wake.setblocking(False)
         self.wakeup_fd = self._wake.fileno()
@@ -85,29 +97,35 @@ class Lifeline:
         threading.Thread(target=self._run, name="dualpipe lifeline", daemon=True).start()
 
     def _connect(self, share: Callable[[Any], Any]) -> None:
-        host = os.environ.get("MASTER_ADDR") or socket.gethostname()
+        master = os.environ.get("MASTER_ADDR")
         if self._rank == 0:
-            family = socket.getaddrinfo(host, 0)[0][0]
-            try:
-                self._listener = socket.create_server((host, 0), family=family, backlog=4096)
-            except OSError:  # the name leads here by another address
-                self._listener = socket.create_server(("", 0), family=family, backlog=4096)
-            self._key = secrets.token_hex(16)
-            share((host, self._listener.getsockname()[1], self._key))
-            self._selector.register(self._listener, selectors.EVENT_READ, self._listener)
+            if not self._missing:
+                share(None)
+                return
+            self._door = Door(self._selector, self._enter)
+            share((own_names(master), self._door.port, self._door.key))
             return
-        host, port, self._key = share(None)
-        sock = socket.create_connection((host, port), timeout=self._patience)
-        self._add(sock, 0)
-        self._send(self._peers[0], {"rank": self._rank, "key": self._key})
+        names, port, key = share(None)
+        hosts = dict.fromkeys([*names[:1], *([master] if master else []), *names])
+        self._add(_Peer(knock(hosts, port, key, self._rank, self._patience), 0))
 
-    def _add(self, sock: socket.socket, rank: int) -> None:
-        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        sock.settimeout(1.0)
-        peer = _Peer(sock, rank, time.monotonic())
-        self._selector.register(sock, selectors.EVENT_READ, peer)
-        if rank >= 0:
-            self._peers[rank] = peer
+    def _enter(self, sock: socket.socket, rank: int, rest: bytes) -> bool:
+        """A rank of the job has come in at the door; each comes once."""
+        if rank not in self._missing:
+            return False
+        self._missing.discard(rank)
+        self._add(peer := _Peer(sock, rank))
+        self._take(peer, rest)
+        if not self._missing and self._door is not None:
+            self._door.close()
+        return True
+
+    def _add(self, peer: _Peer) -> None:
+        peer.sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        peer.sock.settimeout(1.0)
+        peer.heard = time.monotonic()
+        self._selector.register(peer.sock, selectors.EVENT_READ, peer)
+        self._peers[peer.rank] = peer
 
     # -- called by the thread that runs the program --------------------------------------------------------------
 
@@ -145,9 +163,10 @@ class Lifeline:
     def close_in_child(self) -> None:
         """In a forked process: the connections are the parent's."""
         self._closed = True
-        for sock in (self._listener, self._wake, self._woken, *(peer.sock for peer in self._peers.values())):
-            if sock is not None:
-                sock.close()
+        if self._door is not None:
+            self._door.close_in_child()
+        for sock in (self._wake, self._woken, *(peer.sock for peer in self._peers.values())):
+            sock.close()
 
     # -- the thread ----------------------------------------------------------------------------------------------
 
@@ -155,21 +174,46 @@ class Lifeline:
         beaten = 0.0
         while not self._closed:
             before = time.monotonic()
-            events = self._selector.select(ASK_S / 2 if self._cause else self._interval)
+            events = self._guarded(self._select) or []
             now = time.monotonic()
             if now - before > self._patience / 2:  # this process itself was stopped
+                self._opened = now
                 for peer in self._peers.values():
                     peer.heard = now
-            for key, _ in events:
-                self._ready(key, now)
+            for key in events:
+                self._guarded(self._ready, key, now)
             if now - beaten >= self._interval:
                 beaten = now
-                self._beat(now)
+                self._guarded(self._beat, now)
+            if self._door is not None:
+                self._guarded(self._door.sweep, now)
             if self._cause is not None and self.text is None:
-                self._judge(now)
-        self._finish()
+                self._guarded(self._judge, now)
+        self._guarded(self._finish)
+
+    def _select(self) -> list[Any]:
+        timeout = ASK_S / 2 if self._cause or (self._door is not None and self._door.busy) else self._interval
+        return [key for key, _ in self._selector.select(min(timeout, self._interval))]
+
+    def _guarded(self, part: Callable[..., Any], *args: Any) -> Any:
+        """Run a part of the thread's work. An error in it is this watch's own fault, and costs that part alone."""
+        try:
+            return part(*args)
+        except Exception as error:
+            text = "".join(traceback.format_exception(error))
+            if not self._closed and text not in self._faults and len(self._faults) < 8:
+                self._faults.add(text)
+                print(
+                    f"dualpipe_engine: an error in the lifeline of rank {self._rank}; training goes on\n{text}",
+                    file=sys.stderr,
+                    flush=True,
+                )
+            time.sleep(0.01)  # should it fail at every turn
+            return None
 
     def _finish(self) -> None:
+        if self._door is not None:
+            self._door.close()
         for key in list(self._selector.get_map().values()):
             self._selector.unregister(key.fileobj)
             key.fileobj.close()  # type: ignore[union-attr]
@@ -178,35 +222,42 @@ class Lifeline:
     def _ready(self, key: Any, now: float) -> None:
         if key.data is None:
             self._signalled(self._woken.recv(4096))
-        elif key.data is self._listener:
-            assert self._listener is not None
-            self._add(self._listener.accept()[0], -1)
+        elif isinstance(key.data, Door):
+            key.data.accept(now)
+        elif isinstance(key.data, Stranger):
+            assert self._door is not None
+            self._door.read(key.data)
         else:
             self._read(key.data, now)
 
     def _read(self, peer: _Peer, now: float) -> None:
         try:
             data = peer.sock.recv(1 << 16)
+        except TimeoutError:
+            return
         except OSError:
             data = b""
         if not data:
             self._drop(peer)
-            if peer.rank >= 0:
-                self._raise({"kind": GONE, "rank": peer.rank, "at": peer.at})
+            self._raise({"kind": GONE, "rank": peer.rank, "at": peer.at})
             return
         peer.heard = now
-        *lines, peer.buffer = (peer.buffer + data).split(b"\n")
-        for line in lines:
-            self._take(peer, json.loads(line))
+        self._take(peer, data)
 
-    def _take(self, peer: _Peer, message: Message) -> None:
-        if peer.rank < 0:
-            if message.get("key") != self._key:
-                self._drop(peer)
-                return
-            peer.rank = message["rank"]
-            self._peers[peer.rank] = peer
-        elif "at" in message:
+    def _take(self, peer: _Peer, data: bytes) -> None:
+        *lines, rest = (peer.buffer + data).split(b"\n")
+        peer.buffer = rest if len(rest) <= BUFFER_BYTES else b""
+        for line in lines:
+            self._guarded(self._obey, peer, line)
+
+    def _obey(self, peer: _Peer, line: bytes) -> None:
+        try:
+            message = json.loads(line)
+        except ValueError:  # the rest of a line whose beginning was not sent in time
+            return
+        if not isinstance(message, dict):
+            return
+        if "at" in message:
             peer.at = message["at"]
         elif "ask" in message:
             self._send(peer, {"report": self._report()})
@@ -222,15 +273,18 @@ class Lifeline:
 
     def _drop(self, peer: _Peer) -> None:
         self._peers.pop(peer.rank, None)
-        self._selector.unregister(peer.sock)
+        with suppress(KeyError, ValueError):
+            self._selector.unregister(peer.sock)
         peer.sock.close()
 
     def _beat(self, now: float) -> None:
-        at = self._report()
+        at = self._guarded(self._report) or {}
         for peer in list(self._peers.values()):
             self._send(peer, {"at": at})
             if now - peer.heard > self._patience:
                 self._raise({"kind": SILENT, "rank": peer.rank, "at": peer.at})
+        if self._missing and now - self._opened > self._patience:
+            self._raise({"kind": SILENT, "rank": min(self._missing), "at": {}})
         if at.get("late") and self._cause is None:
             late = self._left or {"kind": LATE, "rank": None, "at": {}}
             if self._rank and self._peers:
@@ -249,13 +303,13 @@ class Lifeline:
         cause = self._cause
         assert cause is not None
         peers = [peer for peer in self._peers.values() if peer.rank != cause["rank"]]
-        own = self._report()
+        own = self._guarded(self._report)
         reports = {peer.rank: peer.report for peer in peers if peer.report}
         settled = len(reports) == len(peers) and all(each["waiting"] for each in reports.values())
         if now - self._caused > SETTLE_S or (self._rank == 0 and settled and now - self._caused > ASK_S):
-            if cause["rank"] != self._rank:
+            if cause["rank"] != self._rank and own:
                 reports[self._rank] = own
-            text = self._verdict(cause, reports)
+            text = self._guarded(self._verdict, cause, reports) or f"rank {cause['rank']} is lost: {cause['kind']}"
             for peer in peers:
                 self._send(peer, {"verdict": text})
             self._decide(text)

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import threading
+from collections.abc import Callable
 from dataclasses import dataclass
+from types import TracebackType
 
 from ..schedule.op import B, F, I, Op, atoms
 from ..schedule.plan import Plan
@@ -17,12 +20,15 @@ class Position:
         op: what runs.
         awaits: what is waited for: pipeline rank, stage that makes it, micro-batch, and whether it is a gradient.
         pipeline: global ranks of the pipeline's ranks.
+        device_done: whether an accelerator has run all that it has been given up to the last op; None: the host
+            computes itself.
     """
 
     plan: Plan | None = None
     op: Op | None = None
     awaits: tuple[int, int, int, bool] | None = None
     pipeline: tuple[int, ...] = ()
+    device_done: Callable[[], bool] | None = None
 
     def awaited(self) -> tuple[int, str] | None:
         """The global rank that is waited for, and the op of its program that is."""
@@ -35,3 +41,31 @@ class Position:
             if any((part.stage, part.micro) == (stage, micro) and part.kind in kinds for part in atoms(op)):
                 return self.pipeline[source], str(op)
         return self.pipeline[source], f"{stage}{kinds[0]}{micro}"
+
+
+#: Thread -> how many waits it is in. A thread belongs to the process, not to an engine, as its stack does.
+_waits: dict[int, int] = {}
+
+
+class waiting:
+    """Context of what cannot go on without other ranks, or without a device that may wait for them.
+
+    Whoever calls a collective, waits for a transfer or reads a tensor back (`item`, `tolist`, `float`) declares it: on
+    an accelerator the wait shows in whatever reads the device next, which its stack does not tell from computation.
+    """
+
+    __slots__ = ("_thread",)
+
+    def __enter__(self) -> None:
+        self._thread = thread = threading.get_ident()
+        _waits[thread] = _waits.get(thread, 0) + 1
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        _waits[self._thread] -= 1
+
+
+def is_waiting(thread: int) -> bool:
+    """Whether a thread has declared that it waits."""
+    return _waits.get(thread, 0) > 0

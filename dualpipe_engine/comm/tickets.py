@@ -6,6 +6,8 @@ import time
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
+from .position import waiting
+
 if TYPE_CHECKING:
     from .stream import StreamTicket
 
@@ -97,7 +99,8 @@ class Tickets:
         """
         for ticket, transfer in self._open:
             start = time.monotonic()
-            ticket.wait(timeout_s)
+            with waiting():
+                ticket.wait(timeout_s)
             end = time.monotonic()
             transfer.waited = end - start
             transfer.finished = ticket.finished_at() or transfer.finished or end

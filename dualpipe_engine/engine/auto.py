@@ -7,12 +7,16 @@ import json
 import socket
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from deepspeed.accelerator import get_accelerator
 from deepspeed.pipe import PipelineModule
+from deepspeed.runtime.config import DeepSpeedConfig, DtypeEnum
+from deepspeed.runtime.engine import DeepSpeedEngine
+from deepspeed.runtime.keep_in_fp32 import keep_in_fp32_pattern
 from deepspeed.utils import logger
 from torch.utils.data import DataLoader, IterableDataset
 
@@ -132,10 +136,7 @@ def _measure(
     device = torch.device(get_accelerator().device_name(module.local_rank))
     if dist.get_rank() == 0:
         logger.info(f'"schedule": "auto" measures {ranks} stages on {device}')
-    if "bf16" in job["precision"]:
-        module.bfloat16()  # as DeepSpeed does in any case
-    elif "fp16" in job["precision"]:
-        module.half()
+    _cast(module, settings, {"bf16": torch.bfloat16, "fp16": torch.half}.get(job["precision"]))
     set_activation_checkpointing(module, settings.get("pipeline", {}))
     costs = stage_costs(
         module,
@@ -153,6 +154,17 @@ def _measure(
     reduction = reduction_seconds(grid, place, numel, dtype)
     state, memory = _memory(module, settings, place, numel, dtype)
     return Measurement(costs, ranks, len(module._layer_specs), reduction, state, memory, job)
+
+
+def _cast(module: PipelineModule, settings: dict[str, Any], dtype: torch.dtype | None) -> None:
+    """Cast the module with DeepSpeed's own hands, as its engine does in any case, for a second time then: parameters,
+    and buffers only where "data_types" asks for it."""
+    if dtype is None:
+        return
+    types = DeepSpeedConfig(settings, module._grid)
+    buffers = None if types.buffer_dtype is None else DtypeEnum(types.buffer_dtype).value
+    kept = keep_in_fp32_pattern(module, types.keep_in_fp32_modules, dtype)
+    DeepSpeedEngine._cast_module_mixed_precision(SimpleNamespace(module=module), dtype, buffers, False, kept)
 
 
 def _memory(

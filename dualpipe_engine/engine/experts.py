@@ -18,6 +18,7 @@ from torch import nn
 
 from ..errors import ConfigError
 from ..models.experts import Experts
+from .norm import sum_of_squares
 
 
 def make_expert_groups(module: PipelineModule, base_grid: PipelineParallelGrid) -> list[dist.ProcessGroup]:
@@ -112,6 +113,6 @@ def sum_over_experts(square: Any, params: list[Any]) -> None:
         own = square.new_zeros(())
         for param in params:
             if is_moe_param(param) and param.group_name == name:
-                own += param.grad.detach().double().square().sum()
+                own += sum_of_squares(param.grad)
         dist.all_reduce(own, group=groups._get_expert_parallel_group(name))
         square += own

@@ -11,9 +11,11 @@ from deepspeed.moe.utils import is_moe_param
 from deepspeed.runtime.utils import is_model_parallel_parameter
 from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
 
+from ..comm.position import waiting
 from ..models.routing import rebalance
 from ..profiling.records import DRAIN
 from .experts import sum_over_experts
+from .norm import sum_of_squares
 from .reduction import AllReduce, Reduction
 from .zero import PartitionedReduction
 
@@ -42,14 +44,23 @@ class GradientTail:
         self.reduction.reduce(stage)
 
     def step(self, losses: Mapping[int, torch.Tensor]) -> None:
-        """Wait for all reductions, then step; routers follow what the batch has shown."""
+        """Wait for all reductions, then step; routers follow what the batch has shown.
+
+        Raises:
+            PipelineRuntimeError: a rank is lost, so that gradients may not be what they should.
+        """
         engine = self._engine
         engine.totals.start(losses, engine.micro_batches, engine.finite.borders.bad(engine.device))
-        with engine._observer.waiting(DRAIN):
-            self.reduction.finish()
+        with waiting():
+            with engine._observer.waiting(DRAIN):
+                self.reduction.finish()
+            if engine.device.type == "cuda":  # once a step: what has not arrived is not to be stepped on
+                torch.cuda.current_stream(engine.device).synchronize()
+        engine.watch.check()
         engine.finite.before_step()
-        engine._exec_optimizer_step()
-        rebalance(engine.module, engine.mpu.get_data_parallel_group())
+        with waiting():
+            engine._exec_optimizer_step()
+            rebalance(engine.module, engine.mpu.get_data_parallel_group())
 
     def clip(self, max_norm: float) -> torch.Tensor:
         """Clip all gradients by their global 2-norm; returns the norm before clipping (scalar).
@@ -64,13 +75,16 @@ class GradientTail:
         for param in params:
             if is_moe_param(param) or param.ds_pipe_replicated or not (first or is_model_parallel_parameter(param)):
                 continue
-            square += param.grad.detach().double().square().sum()
+            square += sum_of_squares(param.grad)
         sum_over_experts(square, params)
         dist.all_reduce(square, group=mpu.get_model_parallel_group())
         norm = square.sqrt().float()
         factor = torch.clamp(max_norm / (norm + 1e-6), max=1.0)
+        by_dtype: dict[torch.dtype, list[torch.Tensor]] = {}
         for param in params:
-            param.grad.mul_(factor.to(param.grad.dtype))
+            by_dtype.setdefault(param.grad.dtype, []).append(param.grad)
+        for dtype, grads in by_dtype.items():
+            torch._foreach_mul_(grads, factor.to(dtype))
         return norm
 
 

@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from deepspeed.accelerator import get_accelerator
 from deepspeed.pipe import LayerSpec, PipelineModule
 from deepspeed.runtime import utils as ds_utils
 from torch import nn
@@ -89,7 +90,10 @@ def _cut(module: PipelineModule, num_stages: int, method: str) -> list[int]:
 def same_random_state() -> Iterator[None]:
     """Leave all random generators as they were: building extra layers must not change the training."""
     python, numpy = random.getstate(), np.random.get_state()
-    with torch.random.fork_rng():
+    accelerator = get_accelerator()
+    kind = accelerator.device_name()
+    devices = [] if kind == "cpu" else [accelerator.current_device()]  # not those of the other ranks of the machine
+    with torch.random.fork_rng(devices=devices, device_type="cuda" if kind == "cpu" else kind):
         yield
     random.setstate(python)
     np.random.set_state(numpy)

@@ -6,7 +6,7 @@ schedule (`Lane`). Weights that are tied across ranks wait for the step, because
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from functools import partial
 from typing import Any, Protocol
 
@@ -18,6 +18,8 @@ from torch import Tensor, nn
 
 from ..schedule.op import REDUCE
 from .lane import Lane
+
+BUCKET = 1 << 25  #: elements of one collective: enough for full bandwidth, little beside a stage
 
 
 class Reduction(Protocol):
@@ -142,11 +144,12 @@ class AllReduce:
             param.grad = mean.to(param.dtype)
 
     def _start(self, params: list[nn.Parameter]) -> None:
-        buckets: dict[tuple[Any, torch.dtype], list[nn.Parameter]] = {}
+        kinds: dict[tuple[Any, torch.dtype], list[nn.Parameter]] = {}
         for param in params:
-            buckets.setdefault((_group_of(self._engine, param), param.dtype), []).append(param)
-        for (group, _), members in buckets.items():
-            self._start_bucket(group, members)
+            kinds.setdefault((_group_of(self._engine, param), param.dtype), []).append(param)
+        for (group, _), members in kinds.items():
+            for bucket in buckets(members):
+                self._start_bucket(group, bucket)
         self._lane.poll()
 
     def _start_bucket(self, group: Any, params: list[nn.Parameter]) -> None:
@@ -155,11 +158,10 @@ class AllReduce:
         grads = [self._take(param) for param in params]
         with self._lane.behind(grads):
             dtype = engine.communication_data_type if grads[0].dtype.itemsize <= 4 else grads[0].dtype
-            buffer = torch.cat([grad.flatten().to(dtype) for grad in grads])
+            buffer = _flat(grads, dtype)
             if before != 1.0:
                 buffer.mul_(before)
             work = dist.all_reduce(buffer, group=group, async_op=True)
-        del grads
 
         def done() -> None:
             if after != 1.0:
@@ -168,6 +170,31 @@ class AllReduce:
                 self._put(param, part.view_as(param))
 
         self._lane.post(work, buffer, done)
+
+
+def buckets(params: Iterable[nn.Parameter]) -> Iterator[list[nn.Parameter]]:
+    """Parameters, in order, in runs of at most `BUCKET` elements; a larger one alone."""
+    held: list[nn.Parameter] = []
+    numel = 0
+    for param in params:
+        if held and numel + param.numel() > BUCKET:
+            yield held
+            held, numel = [], 0
+        held.append(param)
+        numel += param.numel()
+    if held:
+        yield held
+
+
+def _flat(grads: list[Tensor], dtype: torch.dtype) -> Tensor:
+    """All gradients in one tensor, each given up as soon as it is copied; a single one is not copied."""
+    if len(grads) == 1 and grads[0].dtype == dtype and grads[0].is_contiguous():
+        return grads.pop().view(-1)
+    buffer = torch.empty(sum(grad.numel() for grad in grads), dtype=dtype, device=grads[0].device)
+    for hole in buffer.split([grad.numel() for grad in grads]):
+        grad = grads.pop(0)
+        hole.view_as(grad).copy_(grad)
+    return buffer
 
 
 def _group_of(engine: Any, param: Any) -> Any:

@@ -19,11 +19,13 @@ import torch.distributed as dist
 
 from ..comm.abort import abort_groups
 from ..comm.lifeline import FAILED, GONE, LATE, LEFT, SETTLE_S, SILENT, Lifeline, Message
-from ..comm.position import Position
+from ..comm.position import Position, is_waiting
 from ..errors import PipelineRuntimeError
 
 _COMM = tuple(map(os.path.normpath, ("torch/distributed/", "deepspeed/comm/", "dualpipe_engine/comm/")))
 _LANE = os.path.normpath("engine/lane.py")
+_BATCHES = "train_batch", "eval_batch"  #: sections in which a rank may fall behind; all others wait from end to end
+_PRINT_S = 1.0  #: seconds that a full pipe may hold a message of a rank that is about to end
 _SHOWN = 8  #: ranks that a message lists
 _WHY = {
     GONE: "its process ended without a word (killed or crashed)",
@@ -52,12 +54,20 @@ class Watch:
         self._grace = min(3.0, 0.2 * timeout_s)
         self._section: str | None = None
         self._broken = False  # a transfer has failed, and this rank waits to be told why
+        self._aborted = False  # transfers may have ended without their data, and without an error
         self._depth = self._batches = 0
         self._seen: tuple[Any, float] = (None, 0.0)
         self._main = threading.get_ident()
         self._world = dist.group.WORLD
         self._lifeline = line = Lifeline(
-            dist.get_rank(), _share, self._patience, self._report, describe, self._told, self._signalled
+            dist.get_rank(),
+            dist.get_world_size(),
+            _share,
+            self._patience,
+            self._report,
+            describe,
+            self._told,
+            self._signalled,
         )
         line.start()
         Finalize(None, self._leave, exitpriority=10)
@@ -76,6 +86,17 @@ class Watch:
             PipelineRuntimeError: a rank is lost, at the start or within.
         """
         return _Section(self, name)
+
+    def check(self) -> None:
+        """After waits, before anything is made of what they brought: NCCL ends the transfers of a group that is aborted
+        as if they were done.
+
+        Raises:
+            PipelineRuntimeError: the groups were aborted, or are about to be.
+        """
+        if self._aborted or self._lifeline.text is not None:
+            self._lifeline.decided.wait(SETTLE_S + 1)
+            raise PipelineRuntimeError(self._lifeline.text or "the batch was interrupted")
 
     def close(self) -> None:
         """End the watch, as when the process group is gone."""
@@ -103,7 +124,10 @@ class Watch:
 
     def _exit(self, error: BaseException | None) -> None:
         try:
-            if self._depth == 1 and error is not None and not getattr(error, "everywhere", False):
+            if self._depth == 1 and error is None:
+                self.check()
+            elif self._depth == 1 and not getattr(error, "everywhere", False):
+                assert error is not None
                 self._explain(error)
         finally:
             self._depth -= 1
@@ -113,13 +137,15 @@ class Watch:
                 self._section = self.position.op = self.position.plan = self.position.awaits = None
 
     def _explain(self, error: BaseException) -> None:
-        """Raise what is behind an error of communication; tell the others of any other error."""
-        if _from_comm(error):
+        """Raise what is behind an error of communication, or of what an aborted one has left; tell the others of any
+        other error."""
+        comm = _from_comm(error)
+        if comm:
             self._broken = True
             self._lifeline.decided.wait(SETTLE_S + 1)
         if self._lifeline.text is None:
-            self._lifeline.fail("".join(traceback.format_exception(error)), comm=_from_comm(error))
-        elif _from_comm(error):
+            self._lifeline.fail("".join(traceback.format_exception(error)), comm=comm)
+        elif comm or (self._aborted and isinstance(error, Exception)):
             raise PipelineRuntimeError(self._lifeline.text) from error
 
     # -- in the thread of the lifeline ---------------------------------------------------------------------------
@@ -127,14 +153,15 @@ class Watch:
     def _report(self) -> Message:
         if self._world is not dist.group.WORLD:
             self._lifeline.close()
-        section, op = self._section, self.position.op
-        frame = sys._current_frames().get(self._main)
-        waiting = self._broken or self.position.awaits is not None
-        waiting = waiting or (frame is not None and _is_comm(frame.f_code.co_filename))
-        now, here = time.monotonic(), (section, self._batches, id(op), waiting)
+        section, op, plan_runs = self._section, self.position.op, self._section in _BATCHES
+        declared = self._broken or self.position.awaits is not None or is_waiting(self._main)
+        # When its program is over a rank shares its results with the others.
+        declared = declared or (self.position.plan is not None and op is None) or not (section is None or plan_runs)
+        now, here = time.monotonic(), (section, self._batches, id(op), declared)
         if here != self._seen[0]:
             self._seen = (here, now)
-        plan_runs = section in ("train_batch", "eval_batch")
+        age = now - self._seen[1]
+        waiting = declared or (age > self._patience / 2 and self._device_waits())
         where = "outside of the engine" if section is None else section
         if section == "train_batch":
             where += f" {self._batches}"
@@ -145,33 +172,46 @@ class Watch:
             "op": None if op is None else str(op),
             "section": section,
             "waiting": waiting,
-            "age": now - self._seen[1],
-            "late": plan_runs and waiting and now - self._seen[1] > self._patience,
+            "age": age,
+            "late": plan_runs and waiting and age > self._patience,
             "awaits": self.position.awaited(),
         }
+
+    def _device_waits(self) -> bool:
+        """Whether the host stands still because the device does: the queue in front of it is full."""
+        done = self.position.device_done
+        try:
+            return done is not None and not done()
+        except RuntimeError:  # the device is broken, which the program will hear itself
+            return False
 
     def _signalled(self, numbers: bytes) -> None:
         if signal.SIGINT in numbers and signal.getsignal(signal.SIGINT) is signal.default_int_handler and self._section:
             self._lifeline.fail("KeyboardInterrupt", wait=False)
-            abort_groups()
+            self._abort()
 
     def _told(self, text: str) -> None:
         if self._world is not dist.group.WORLD:
             return
-        if self._section is None:
-            print(f"dualpipe_engine: {text}", file=sys.stderr, flush=True)
         threading.Thread(target=self._break_out, args=(text,), daemon=True).start()
 
+    def _abort(self) -> None:
+        self._aborted = True
+        threading.Thread(target=abort_groups, daemon=True).start()  # which may wait for a device that hangs
+
     def _break_out(self, text: str) -> None:
-        abort_groups()
+        """Nothing here may last: the deadline holds for a rank whose device, output or interpreter hangs, too."""
         until = time.monotonic() + self._grace
+        self._abort()
+        if self._section is None:
+            _say(text)
         while time.monotonic() < until:
             if self._section is None:
                 return
             time.sleep(0.05)
         frame = sys._current_frames().get(self._main)
         stack = "".join(traceback.format_stack(frame)) if frame else ""
-        print(f"dualpipe_engine: {text}\nThis rank could not leave:\n{stack}", file=sys.stderr, flush=True)
+        _say(f"{text}\nThis rank could not leave:\n{stack}")
         os._exit(1)
 
 
@@ -256,6 +296,14 @@ def _share(value: Any) -> Any:
     return box[0]
 
 
+def _say(text: str) -> None:
+    """Print to stderr, unless nobody reads it."""
+    message = f"dualpipe_engine: {text}"
+    printing = threading.Thread(target=print, args=(message,), kwargs={"file": sys.stderr, "flush": True}, daemon=True)
+    printing.start()
+    printing.join(_PRINT_S)
+
+
 def _is_comm(path: str) -> bool:
     return any(part in path for part in _COMM) or path.endswith(_LANE)
 
@@ -266,6 +314,8 @@ def _from_comm(error: BaseException | None) -> bool:
         trace = error.__traceback__
         while trace is not None and trace.tb_next is not None:
             trace = trace.tb_next
+        if isinstance(error, dist.DistError):
+            return True
         if isinstance(error, RuntimeError) and trace is not None and _is_comm(trace.tb_frame.f_code.co_filename):
             return True
         error = error.__cause__

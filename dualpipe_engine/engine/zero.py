@@ -16,6 +16,7 @@ from deepspeed.runtime.zero.stage_1_and_2 import GradPartitionBufferGroup
 from torch import Tensor, nn
 
 from .lane import Lane
+from .norm import norm_of
 from .reduction import StageParams
 from .reduction_order import contributions, reduction_order
 
@@ -216,7 +217,7 @@ class PartitionedReduction:
 
     def _note_for_offload(self, param: nn.Parameter, grad: Tensor) -> None:
         optimizer = self._optimizer
-        optimizer.norm_for_param_grads[optimizer.get_param_id(param)] = grad.double().norm(2)
+        optimizer.norm_for_param_grads[optimizer.get_param_id(param)] = norm_of(grad)
         optimizer.update_offload_overflow_tracker(grad)
 
     # -- the layout ----------------------------------------------------------------------------------------------

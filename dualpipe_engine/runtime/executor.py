@@ -10,6 +10,7 @@ import torch
 from torch.utils import _pytree as pytree
 
 from ..comm.p2p import Edges
+from ..comm.position import waiting
 from ..errors import DualPipeError
 from ..profiling.records import DATA, FLUSH, RECEIVE, SEND
 from ..schedule.op import FB, RECV_B, RECV_F, REDUCE, SEND_B, SEND_F, STEP, B, F, I, Op, W
@@ -121,15 +122,16 @@ class Executor:
             self._borders.clear()
         program = plan.programs[self._rank]
         position = self._edges.position
-        position.plan, position.awaits = plan, None
+        position.plan, position.awaits, position.device_done = plan, None, self._observer.device_done
         try:
             for op in program:
                 position.op = op
                 if self._unnoted and op.kind not in _SENDS:
                     self._note()
                 self._handlers[op.kind](op)
-            with self._observer.waiting(FLUSH):
+            with self._observer.waiting(FLUSH), waiting():
                 self._edges.flush()
+            position.op = None
         except BaseException as error:
             for chunk in self._chunks.values():
                 chunk.clear()

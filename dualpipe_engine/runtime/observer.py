@@ -90,6 +90,11 @@ class Observer:
         stretch.start = self.now()
         return stretch
 
+    def device_done(self) -> bool:
+        """Whether what was recorded has run, on the device too. Any thread may ask."""
+        stretches = self._batch.stretches
+        return self._on_host or not stretches or bool(stretches[-1][3].query())
+
     def spans(self) -> list[Span]:
         """Ops of the last batch; times in seconds of the host's monotonic clock."""
         marks = self._batch.resolve().marks

@@ -23,6 +23,7 @@ from .weight_grad_ops import FusedWgrad, Linear
 from .weight_grad_split import Contribution, accumulate, split
 
 _OWN = "weight_grad_store"
+BATCH_BYTES = 1 << 20  #: weight gradients of one call of the autograd engine, whose cost shows in small layers only
 
 
 class WeightGradStore:
@@ -61,19 +62,27 @@ class WeightGradStore:
     def take(self) -> list[Callable[[], None]]:
         """Hand over what was put since the last `take`, in that order; each closure has an effect once.
 
-        Gradients of one parameter become one closure, which adds them up before it accumulates, as autograd does.
+        Gradients of one parameter are in one closure, which adds them up before it accumulates, as autograd does.
+        A closure holds as many parameters as make `BATCH_BYTES` of gradients: that much is alive at once beside what it
+        is added to, and is done at a time by what fills a wait for communication.
         """
         waiting, self._waiting = self._waiting, []
-        groups: dict[nn.Parameter, list[Contribution]] = {}
+        batches: dict[nn.Parameter, list[Contribution]] = {}
         closures: list[Callable[[], None]] = []
+        batch: list[Contribution] = []
+        left = 0
         for each in waiting:
             if not isinstance(each, Contribution):
                 closures.append(torch.no_grad()(each))  # as in a backward
-            elif each.param in groups:
-                groups[each.param].append(each)
-            else:
-                groups[each.param] = [each]
-                closures.append(functools.partial(_run_once, groups[each.param], self.fused_wgrad))
+                continue
+            if each.param not in batches:
+                size = each.param.nbytes
+                if size > left:
+                    batch, left = [], BATCH_BYTES
+                    closures.append(functools.partial(_run_once, batch, self.fused_wgrad))
+                batches[each.param] = batch
+                left -= size
+            batches[each.param].append(each)
         return closures
 
 

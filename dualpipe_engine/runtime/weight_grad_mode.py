@@ -54,8 +54,9 @@ class SplitMode(TorchFunctionMode):
         parse = _PARSERS.get(func)
         if parse is not None and not torch.compiler.is_compiling():
             call = parse(*args, **kwargs)
-            frame: _Frame = self._local.frame
-            if call is not None and frame.recomputed_in_mode():
+            # Autograd's device threads are given the mode without a frame: nothing there is a module's forward.
+            frame: _Frame | None = getattr(self._local, "frame", None)
+            if call is not None and frame is not None and frame.recomputed_in_mode():
                 out = split(self._sink, *call)
                 if out is not None:
                     frame.caught = True

@@ -3,6 +3,11 @@
 While nothing is deferred the weight gradient goes the usual way through autograd. A deferred one is fed into the same
 gradient edge later, so that views, casts, several uses, hooks and the type of the gradient are autograd's business in
 both cases.
+
+A layer may differentiate within its own forward: forces of a learned energy, gradient penalties. Only a backward that
+accumulates into the parameter defers; one that is to be differentiated itself (`create_graph`) runs on differentiable
+formulas, whose own backward autograd does as part of I. Under forward-mode differentiation and the transforms of
+`torch.func` the plain operations run.
 """
 
 from __future__ import annotations
@@ -13,8 +18,8 @@ from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
-from torch.autograd.graph import GradientEdge
+from torch.autograd import forward_ad
+from torch.autograd.graph import GradientEdge, _engine_run_backward
 
 from .weight_grad_ops import FusedWgrad, SplitOp
 
@@ -40,6 +45,16 @@ class Contribution(NamedTuple):
     bias_edge: GradientEdge | None  #: for an operation whose bias gradient comes with the weight's
     offset: int | None  #: where the weight starts in the parameter; None if it does not share the parameter's memory
 
+    @property
+    def leaves(self) -> list[Tensor]:
+        """What the gradients of `compute` belong to, if `is_direct`."""
+        return [edge.node.variable for edge in (self.edge, self.bias_edge) if edge is not None]  # type: ignore[attr-defined]
+
+    @property
+    def is_direct(self) -> bool:
+        """Whether no view or cast stands between the gradients and their parameters."""
+        return all(hasattr(edge.node, "variable") for edge in (self.edge, self.bias_edge) if edge is not None)
+
     def compute(self) -> list[tuple[GradientEdge, Tensor]]:
         if self.bias_edge is None:
             return [(self.edge, self.op.weight_grad(self.grad, self.x, self.like))]
@@ -57,19 +72,53 @@ class Contribution(NamedTuple):
 
 @torch.no_grad()
 def accumulate(contributions: list[Contribution], fused: FusedWgrad | None = None) -> None:
-    """Compute the weight gradients of one parameter and one backward, add them up, and forget them.
+    """Compute weight gradients of one backward, add up those of each parameter, and forget them.
 
     They go into `main_grad` (fp32) where the parameter has one, else into `grad` as autograd does it, post-accumulate
-    hooks included.
+    hooks included: of all parameters in one call of its engine.
     """
-    main_grad = getattr(contributions[0].param, "main_grad", None)
-    if main_grad is None:
-        edges, grads = zip(*(pair for each in contributions for pair in each.compute()), strict=True)
-        torch.autograd.backward(edges, grads)
-    else:
-        for each in contributions:
+    whole: list[Contribution] = []
+    viewed: list[Contribution] = []
+    through_views = {each.param for each in contributions if not each.is_direct}  # together, for one order of the sum
+    for each in contributions:
+        main_grad = getattr(each.param, "main_grad", None)
+        if main_grad is not None:
             each.add_to(main_grad, fused)
+        else:
+            (viewed if each.param in through_views else whole).append(each)
     contributions.clear()
+    edges: list[Any] = []
+    grads: list[Tensor] = []
+    for each in viewed:
+        for edge, grad in each.compute():
+            edges.append(edge)
+            grads.append(grad)
+    viewed.clear()
+    if whole:
+        with torch.enable_grad():
+            root = _Late.apply(whole, *(leaf for each in whole for leaf in each.leaves))
+        edges.append(root)
+        grads.append(root.detach())
+    if edges:
+        _engine_run_backward(tuple(edges), tuple(grads), False, False, (), allow_unreachable=True, accumulate_grad=True)
+
+
+class _Late(torch.autograd.Function):
+    """Makes weight gradients in its backward, so that autograd owns them alone, and need not copy what it keeps."""
+
+    @staticmethod
+    def forward(ctx: Any, contributions: list[Contribution], *leaves: Tensor) -> Tensor:
+        ctx.contributions = contributions
+        return leaves[0].new_empty(())
+
+    @staticmethod
+    def backward(ctx: Any, *_: Any) -> Any:
+        contributions: list[Contribution] = ctx.contributions
+        grads: list[Tensor] = []
+        contributions.reverse()
+        while contributions:
+            grads += [grad for _, grad in contributions.pop().compute()]
+        return None, *grads
 
 
 class Sink(Protocol):
@@ -86,6 +135,8 @@ class Sink(Protocol):
 
 def split(sink: Sink, op: SplitOp, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor | None:
     """Run `op` so that its weight gradient can be deferred; None if the caller must run the plain operation."""
+    if forward_ad._current_level >= 0 or torch._C._are_functorch_transforms_active():
+        return None
     if not torch.is_grad_enabled() or type(x) not in _PLAIN or type(weight) not in _PLAIN or not weight.requires_grad:
         return None
     param = _splittable(weight)
@@ -144,22 +195,67 @@ class _Split(torch.autograd.Function):
         return out.data if out._is_view() else out  # autograd lets nobody change a Function's view in place
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> Any:
         x, weight = ctx.saved_tensors
         need_x, need_weight, need_bias = ctx.needs_input_grad[:3]
         op: SplitOp = ctx.op
-        joint = op.joint_bias and need_weight and need_bias and getattr(ctx.param, "main_grad", None) is None
+        has_main_grad = getattr(ctx.param, "main_grad", None) is not None
+        differentiable = torch.is_grad_enabled()
+        if differentiable and has_main_grad and need_weight:
+            weight = _IntoMainGrad.apply(weight, ctx.param)
+        joint = op.joint_bias and need_weight and need_bias and (differentiable or not has_main_grad)
         grad_x = op.input_grad(grad, x, weight) if need_x else None
         grad_weight = grad_bias = None
-        if need_weight and not _put_off(ctx, grad, x, weight, joint):
-            if joint:
-                grad_weight, grad_bias = op.joint_grads(grad, x, weight)
-            else:
-                grad_weight = op.weight_grad(grad, x, weight)
+        where = _destination(ctx.next_functions[1][0]) if need_weight else _NOWHERE
+        if where == _NOWHERE:
+            joint = False
+        elif where == _GRAD and not differentiable and _put_off(ctx, grad, x, weight, joint):
+            pass
+        elif joint:
+            grad_weight, grad_bias = op.joint_grads(grad, x, weight)
+        else:
+            grad_weight = op.weight_grad(grad, x, weight)
         if need_bias and not joint:
             grad_bias = op.bias_grad(grad, ctx.bias_shape)
         return grad_x, grad_weight, grad_bias, None, None, None
+
+
+_NOWHERE, _GRAD, _CALLER = "nowhere", "grad", "caller"
+
+
+def _destination(node: Any) -> str:
+    """Where the backward that runs brings the gradient that goes into `node`: nowhere, as it is not asked for; to the
+    `grad` of the parameter; or to the caller of `torch.autograd.grad`."""
+    try:
+        if not torch._C._will_engine_execute_node(node):
+            return _NOWHERE
+        while not hasattr(node, "variable"):
+            node = node.next_functions[0][0]
+        return _GRAD if torch._C._will_engine_execute_node(node) else _CALLER
+    except RuntimeError:  # what `grad` was asked for has no answer
+        return _CALLER
+
+
+class _IntoMainGrad(torch.autograd.Function):
+    """A weight whose gradient, of a second differentiation, is added to the parameter's `main_grad` at once."""
+
+    @staticmethod
+    def forward(ctx: Any, weight: Tensor, param: nn.Parameter) -> Tensor:
+        ctx.param = param
+        return weight.view_as(weight)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Any:
+        node = ctx.next_functions[0][0]
+        if _destination(node) != _GRAD:
+            return grad, None
+        whole = (
+            grad
+            if hasattr(node, "variable")
+            else torch.autograd.grad(GradientEdge(*ctx.next_functions[0]), ctx.param, grad)[0]
+        )
+        ctx.param.main_grad.add_(whole)
+        return None, None
 
 
 def _put_off(ctx: Any, grad: Tensor, x: Tensor, weight: Tensor, joint: bool) -> bool:

@@ -200,7 +200,7 @@ def test_frozen_weights_leave_nothing() -> None:
         out = layer(torch.randn(3, 8, requires_grad=True))
         with store.defer():
             out.sum().backward()
-        assert len(store.take()) == count
+        assert len(store._waiting) == count
         assert all(layer.get_parameter(name).grad is None for name in frozen)
 
 

@@ -1,0 +1,45 @@
+""" "auto" under bf16 leaves the dtypes of buffers to DeepSpeed, and a start from its file trains alike."""
+
+from __future__ import annotations
+
+import copy
+
+import moe_runs
+import pytest
+import torch
+import training
+
+
+def started(path, data_types=None, steps=3):
+    """A start under the file `path`, with routers whose bias moves by steps that bf16 cannot add up."""
+    import dualpipe_engine
+
+    model = moe_runs.config(blocks=2, expert_parallel=1, bias_rate=0.001)
+    module = moe_runs.make_module(model, 2, 1)
+    moe_runs.set_routing(module, [0.5, 0.25, 0.0, -0.5])
+    settings = training.settings(2, 1, 1, "bf16", schedule="auto", costs=str(path))
+    settings["data_types"].update(data_types or {})
+    engine, *_ = dualpipe_engine.initialize(
+        model=module, config=copy.deepcopy(settings), training_data=moe_runs.Tokens(8)
+    )
+    data = training.stream(0)
+    losses = [float(engine.train_batch(data)) for _ in range(steps)]
+    engine.watch.close()
+    buffers = {name: buffer.clone() for name, buffer in engine.module.named_buffers()}
+    return {"losses": losses, "buffers": buffers, "weights": training.weights(engine), "plan": engine.plan.digest()}
+
+
+@pytest.mark.parametrize("kind", [None, "bf16"])
+def test_the_second_start_trains_as_the_first(ranks, tmp_path, kind):
+    types = {} if kind is None else {"buffer_dtype": kind}
+    first, second = (ranks.run(2, started, path=tmp_path / "costs.json", data_types=types) for _ in range(2))
+    for mine, again in zip(first, second, strict=True):
+        assert mine["plan"] == again["plan"] and mine["losses"] == again["losses"]
+        assert mine["buffers"].keys() == again["buffers"].keys()
+        for name, buffer in mine["buffers"].items():
+            assert buffer.dtype == again["buffers"][name].dtype, name
+            assert torch.equal(buffer, again["buffers"][name]), name
+        for name, value in mine["weights"].items():
+            assert torch.equal(value, again["weights"][name]), name
+    dtypes = {buffer.dtype for rank in first for name, buffer in rank["buffers"].items() if name.endswith("bias")}
+    assert dtypes == {torch.float32 if kind is None else torch.bfloat16}

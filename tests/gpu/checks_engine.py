@@ -1,0 +1,269 @@
+"""Checks of the engine on ranks that share the one GPU, over gloo."""
+
+from __future__ import annotations
+
+import copy
+import tempfile
+from pathlib import Path
+from statistics import median
+from typing import Any
+from unittest.mock import patch
+
+import torch
+from common import CPU, DEVICE, Facts, Run, asleep
+
+SIZES = {"vocabulary": 64, "hidden": 32, "heads": 2, "head": 16, "rotary": 8, "kv_rank": 16, "dense_inner": 64}
+MOE = SIZES | {"expert_inner": 32, "experts": 4, "shared_experts": 1, "expert_parallel": 2, "bias_rate": 0.05}
+LENGTH, MICRO, RATE = 16, 2, 1e-3
+
+
+def _settings(schedule: str, micros: int, zero: int = 1, precision: str = "fp32", **pipeline: Any) -> Facts:
+    found: Facts = {
+        "train_micro_batch_size_per_gpu": MICRO,
+        "gradient_accumulation_steps": micros,
+        "optimizer": {"type": "Adam", "params": {"lr": RATE, "adam_w_mode": False, "torch_adam": True}},
+        "zero_optimization": {"stage": zero},
+        "steps_per_print": None,
+        "pipeline": {"schedule": schedule, "p2p_timeout_s": 60.0} | pipeline,
+    }
+    if precision == "bf16":
+        found |= {"bf16": {"enabled": True}, "data_types": {"grad_accum_dtype": "fp32"}}
+    return found
+
+
+class Rows:
+    """Tokens and the tokens after them."""
+
+    def __init__(self, rows: int = 64, seed: int = 3) -> None:
+        self._rows = torch.randint(0, 64, (rows, LENGTH + 1), generator=torch.Generator().manual_seed(seed))
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def __getitem__(self, index: int) -> Any:
+        return self._rows[index, :-1], self._rows[index, 1:]
+
+
+def stream(replica: int = 0) -> Any:
+    """Micro-batches without end."""
+    rows, at = Rows(seed=3 + replica), 0
+    while True:
+        chosen = [rows[(at + each) % len(rows)] for each in range(MICRO)]
+        at += MICRO
+        yield torch.stack([x for x, _ in chosen]), torch.stack([y for _, y in chosen])
+
+
+def start(config: Facts, model: Facts, ranks: int, replicas: int = 1, data: Any = None) -> tuple[Any, int]:
+    """An engine, and the replica of this rank."""
+    from deepspeed.pipe import PipelineModule
+    from deepspeed.runtime.pipe.topology import PipeDataParallelTopology
+
+    import dualpipe_engine
+    from dualpipe_engine.models.config import MoEConfig
+    from dualpipe_engine.models.transformer import layers, loss
+
+    topology = PipeDataParallelTopology(ranks, replicas)
+    replica = topology.get_coord(torch.distributed.get_rank()).data
+    torch.manual_seed(7)
+    module = PipelineModule(layers=layers(MoEConfig(**model), replica), topology=topology, loss_fn=loss)
+    engine, *_ = dualpipe_engine.initialize(model=module, config=copy.deepcopy(config), training_data=data)
+    return engine, replica
+
+
+def train(config: Facts, model: Facts, ranks: int, replicas: int = 1, steps: int = 2, slow: bool = False) -> Facts:
+    """Losses, weights before and after, and the number of process groups by step."""
+    engine, replica = start(config, model, ranks, replicas)
+    before = {name: param.detach().float().cpu() for name, param in engine.module.named_parameters()}
+    data, losses, groups = stream(replica), [], []
+    if slow:
+        _slow_down(engine)
+    for _ in range(steps):
+        losses.append(float(engine.train_batch(data)))
+        groups.append(len(torch.distributed.distributed_c10d._world.pg_map))
+    after = {name: param.detach().float().cpu() for name, param in engine.module.named_parameters()}
+    schedule = engine.plan.schedule
+    engine.watch.close()
+    return {"losses": losses, "before": before, "after": after, "groups": groups, "schedule": schedule}
+
+
+def many(configs: list[Facts], **arguments: Any) -> list[Facts]:
+    """Several trainings, one after the other, by the same processes: imports and CUDA contexts are dear."""
+    return [train(config, **arguments) for config in configs]
+
+
+def _slow_down(engine: Any) -> None:
+    """Let reductions, and what they read, come late on the device."""
+    lane = engine._tail.reduction._lane
+    behind, post = lane.behind, lane.post
+
+    def late_behind(tensors: Any) -> Any:
+        asleep(2.0)
+        return behind(tensors)
+
+    def late_post(*arguments: Any) -> None:
+        with behind(()):
+            asleep(5.0)
+        post(*arguments)
+
+    lane.behind, lane.post = late_behind, late_post
+
+
+def untagged(run: Run) -> Facts:
+    """On a backend without tags, as NCCL is one: groups are made, all edges are used, and the training is the same."""
+    model, found = SIZES | {"blocks": 4, "dense_blocks": 4}, {}
+    for ranks, replicas in ((2, 1),) if CPU else ((2, 1), (3, 1), (4, 1), (2, 2)):
+        arguments = {
+            "config": _settings("dualpipe", 2 * ranks), "model": model, "ranks": ranks, "replicas": replicas
+        }  # fmt: skip
+        losses = []
+        for backend in ("gloo", "cpu:gloo"):
+            options = {"backend": backend, "device": "cpu"}
+            losses.append([each["losses"] for each in run(ranks * replicas, train, options=options, **arguments)])
+        assert losses[0] == losses[1], f"{ranks} x {replicas} ranks: {losses}"
+        found[f"{ranks} x {replicas}"] = losses[1][0]
+    return found
+
+
+def reductions(run: Run) -> Facts:
+    """Under the tail of the schedule, with the device late, they give what reducing after the schedule gives."""
+    found = {}
+    for zero in (1,) if CPU else (0, 1, 2):
+        ours, plain = (
+            run(2, _reduced, zero=zero, after=after)
+            for after in (False, True)
+        )  # fmt: skip
+        for mine, theirs in zip(ours, plain, strict=True):
+            assert mine["losses"] == theirs["losses"], f"ZeRO-{zero}: {mine['losses']} and {theirs['losses']}"
+            for name, value in mine["after"].items():
+                assert torch.equal(value, theirs["after"][name]), f"ZeRO-{zero}: {name}"
+        found[f"ZeRO-{zero}"] = ours[0]["losses"]
+    return found
+
+
+def _reduced(zero: int, after: bool) -> Facts:
+    from dualpipe_engine.engine import gradients
+
+    model = SIZES | {"blocks": 2, "dense_blocks": 2}
+    config = _settings("dualpipe", 3, zero)
+    if not after:
+        return train(config, model, ranks=2, slow=True)
+    with patch.object(gradients, "choose_reduction", gradients.AfterSchedule):
+        return train(config, model, ranks=2)
+
+
+SCHEDULES = ("1f1b", "zb1p", "dualpipe", "dualpipev", "zbv")
+
+
+def schedules(run: Run) -> Facts:
+    """Losses are those of one process, in fp32 under ZeRO-1 and in bf16 under ZeRO-2; copies of weights stay equal."""
+    ranks, names = (2, ("dualpipe",)) if CPU else (4, SCHEDULES)
+    model = SIZES | {"blocks": 2 * ranks, "dense_blocks": 2 * ranks}
+    kinds = [("fp32", 1)] if CPU else [("fp32", 1), ("bf16", 2)]
+    configs = [
+        _settings(name, 2 * ranks, zero, precision, check_twins=1) for name in names for precision, zero in kinds
+    ]
+    results = run(ranks, many, configs=configs, model=model, ranks=ranks)
+    start_weights = {name: value for rank in results for name, value in rank[0]["before"].items()}
+    want, found = _one_process(model, start_weights, 2 * ranks, steps=2), {}
+    for index, config in enumerate(configs):
+        name, low = config["pipeline"]["schedule"], "bf16" in config
+        got = results[0][index]["losses"]
+        bound = 1e-2 if low else 1e-5
+        error = max(abs(a - b) / b for a, b in zip(got, want, strict=True))
+        assert error <= bound, f"{name}, {'bf16' if low else 'fp32'}: losses {got}, of one process {want}"
+        found[f"{name}, {'bf16' if low else 'fp32'}"] = error
+    return {"relative_errors": found, "losses": want}
+
+
+def _one_process(model: Facts, weights: dict[str, torch.Tensor], micros: int, steps: int) -> list[float]:
+    from dualpipe_engine.models.config import MoEConfig
+    from dualpipe_engine.models.transformer import layers, loss
+
+    net = torch.nn.Sequential(*(spec.build() for spec in layers(MoEConfig(**model))))
+    net.load_state_dict({name: value for name, value in weights.items() if "." in name}, strict=False)
+    assert {name for name, _ in net.named_parameters()} <= set(weights), "weights are missing"
+    net.to(DEVICE)
+    optimizer, data, found = torch.optim.Adam(net.parameters(), lr=RATE), stream(), []
+    for _ in range(steps):
+        losses = []
+        for _ in range(micros):
+            inputs, labels = (each.to(DEVICE) for each in next(data))
+            value = loss(net(inputs), labels)
+            (value / micros).backward()
+            losses.append(float(value))
+        optimizer.step()
+        optimizer.zero_grad()
+        found.append(sum(losses) / micros)
+    return found
+
+
+def experts(run: Run) -> Facts:
+    """Experts that two replicas share train on the GPU as on the CPU, and no step makes a process group."""
+    model = MOE | {"blocks": 2 if CPU else 4}
+    ranks = 1 if CPU else 2
+    configs = [_settings("1f1b" if CPU else "dualpipe", 2 if CPU else 4)]
+    arguments = {"configs": configs, "model": model, "ranks": ranks, "replicas": 2, "steps": 3}
+    here = run(2 * ranks, many, **arguments)
+    there = here if CPU else run(2 * ranks, many, options={"device": "cpu"}, **arguments)
+    for mine, theirs in zip(here, there, strict=True):
+        torch.testing.assert_close(
+            torch.tensor(mine[0]["losses"]), torch.tensor(theirs[0]["losses"]), rtol=1e-4, atol=1e-6
+        )
+        assert len(set(mine[0]["groups"])) == 1, f"process groups by step: {mine[0]['groups']}"
+    return {"losses": here[0][0]["losses"], "groups": here[0][0]["groups"][-1]}
+
+
+def auto(run: Run) -> Facts:
+    """`auto` changes nothing in the model, trains as a start from its file does, and measures what events measure."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = str(Path(folder, "costs.json"))
+        first = run(2, _measured, path=path)
+        second = run(2, _measured, path=path)
+    for mine, again in zip(first, second, strict=True):
+        assert mine["dtypes"] == again["dtypes"], f"dtypes of buffers: {mine['dtypes']} and {again['dtypes']}"
+        assert mine["losses"] == again["losses"], f"first start {mine['losses']}, second {again['losses']}"
+    ratios = {kind: first[0]["costs"][kind] / first[0]["events"][kind] for kind in first[0]["events"]}
+    if not CPU:
+        for kind, ratio in ratios.items():
+            assert abs(ratio - 1) <= 0.15, (
+                f"{kind} was measured {ratio:.2f} times as long as its events say: {first[0]}"
+            )
+    return {"schedule": first[0]["schedule"], "measured_over_events": ratios}
+
+
+def _measured(path: str) -> Facts:
+    from dualpipe_engine.engine import auto as measuring
+
+    wide = {} if CPU else {"hidden": 1024, "expert_inner": 1024}
+    model = MOE | wide | {"blocks": 2, "expert_parallel": 1}
+    plain, states = measuring.stage_costs, []
+
+    def watched(*arguments: Any, **options: Any) -> Any:
+        before = _random_states()
+        costs = plain(*arguments, **options)
+        states.append(all(torch.equal(a, b) for a, b in zip(before, _random_states(), strict=True)))
+        return costs
+
+    with patch.object(measuring, "stage_costs", watched):
+        engine, replica = start(_settings("auto", 4, 1, "bf16", costs=path), model, 2, data=Rows())
+    assert all(states), "random states have changed"
+    dtypes = {name: str(buffer.dtype) for name, buffer in engine.module.named_buffers()}
+    costs, data = engine._costs, stream(replica)
+    losses = [float(engine.train_batch(data)) for _ in range(3)]
+    schedule = engine.plan.schedule
+    engine.watch.close()
+    fixed, replica = start(_settings("zb1p", 4, 1, "bf16"), model, 2)
+    data, times = stream(replica), {"F": [], "I": [], "W": []}  # type: ignore[var-annotated]
+    for step in range(2 if CPU else 4):
+        fixed.train_batch(data)
+        for span in fixed.timeline().spans if step else ():
+            if span.op.kind in times and span.op.stage == 0:
+                times[span.op.kind].append(span.end - span.start)
+    fixed.watch.close()
+    mean = {kind: median(found) for kind, found in times.items() if found}
+    measured = dict(zip("FIW", (costs.f[0], costs.i[0], costs.w[0]), strict=True))
+    return {"dtypes": dtypes, "losses": losses, "schedule": schedule, "events": mean, "costs": measured}
+
+
+def _random_states() -> list[torch.Tensor]:
+    return [torch.get_rng_state()] + ([] if CPU else [torch.cuda.get_rng_state()])
