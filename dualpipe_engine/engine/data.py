@@ -88,8 +88,8 @@ class BatchFeed:
 
     def _start(self, value: Any, copy: bool) -> _Copy:
         """Begin to move a value onto the device."""
-        side, tensors = self._side, [leaf for leaf in pytree.tree_leaves(value) if isinstance(leaf, torch.Tensor)]
-        if side is None or any(tensor.device.type != "cpu" for tensor in tensors):
+        side = self._side
+        if side is None or any(_is_on_device(leaf) for leaf in pytree.tree_leaves(value)):
             return _Copy(self._move(value, copy), None)
         with on_stream(side):
             return _Copy(self._move(value, copy), side.record_event())
@@ -101,7 +101,7 @@ class BatchFeed:
             if not isinstance(leaf, torch.Tensor):
                 return leaf
             leaf = leaf.detach()
-            if self._side is not None and leaf.device.type == "cpu":
+            if self._side is not None and not _is_on_device(leaf):
                 leaf = (leaf if leaf.is_pinned() else leaf.pin_memory()).to(self._device, non_blocking=True)
             else:
                 leaf = leaf.to(self._device, copy=copy)
@@ -112,6 +112,10 @@ class BatchFeed:
         if isinstance(value, torch.Tensor):
             return move(value)
         return pytree.tree_map(move, tuple(value) if isinstance(value, list) else value)
+
+
+def _is_on_device(leaf: Any) -> bool:
+    return isinstance(leaf, torch.Tensor) and leaf.device.type != "cpu"
 
 
 class _Copy:

@@ -69,7 +69,7 @@ class _Parts:
 
     def travel(self, state: State, tickets: Tickets | None) -> State:
         group = self._layer.ep_group
-        if self._stream is None:
+        if self._stream is None and group.size() > 1:
             self._stream = shared_stream(state["rows"].device)
         each = [len(state["rows"]) // group.size()] * group.size()
         return state | {"rows": exchange(state["rows"], each, each, group, tickets, self._stream)}

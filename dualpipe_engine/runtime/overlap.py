@@ -153,8 +153,8 @@ class PhasedChunk(StageChunk):
         self._segments.clear()
 
     def _wait(self, tickets: Tickets, weights: _Weights) -> None:
-        """Wait, and run weight gradients for as long as there is time; not before what leads on, for they would hold back
-        the transfers that come next."""
+        """Wait, and run weight gradients for as long as there is time; not before what leads on, whose transfers they
+        would hold back."""
         while weights and not tickets.leads_on and not tickets.done():
             weights.popleft()()
         tickets.wait(self._timeout_s)

@@ -5,9 +5,9 @@
 
 Two ranks share the experts of a stage of some layers, over a link that is made slow (`link.py`; needs root). A layer
 has attention, counts, dispatch, experts and combine as the model of `dualpipe_engine.models` has them, with its
-dispatcher; its computation takes `ratio` times as long as one of its all-to-alls, forward and backward alike. Times are medians over
-pairs. "computation" is what the computation of a pair took, "hidden" the part of the all-to-all time of the sequential
-run that an overlapped pair does not wait for: 1 - (pair - computation) / (sequential - computation).
+dispatcher; its computation takes `ratio` times as long as one of its all-to-alls, forward and backward alike. Times are
+medians over pairs. "computation" is what the computation of a pair took, "hidden" the part of the all-to-all time of
+the sequential run that an overlapped pair does not wait for: 1 - (pair - computation) / (sequential - computation).
 
 --cuda runs one MoE block in bf16 on one GPU with a loop-back all-to-all through pinned memory (`loopback.py`);
 `--cuda --device cpu` runs the same on the CPU, to see that it works.
