@@ -1,4 +1,5 @@
 // dualpipe_engine._comm: see comm/stream.py for the interface and its Python twin.
+#include <torch/csrc/Event.h>
 #include <torch/csrc/utils/pybind.h>
 #include <torch/version.h>
 
@@ -29,6 +30,17 @@ py::dict counters(const CommStream& stream) {
   return all;
 }
 
+double since(const dualpipe::Moment& moment, py::handle earlier) {
+  TORCH_CHECK_TYPE(THPEvent_Check(earlier.ptr()), "a torch.Event is needed");
+  return moment.since(reinterpret_cast<THPEvent*>(earlier.ptr())->event);
+}
+
+py::object moments(Ticket& ticket) {
+  const auto all = ticket.moments();
+  if (!all.posted) return py::none();
+  return py::make_tuple(all.posted, all.finished, all.stopped, all.resumed);
+}
+
 } // namespace
 
 // The last reference may go while Python holds the GIL, and a thread that is joined may need it to free a tensor.
@@ -50,6 +62,9 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, module) {
     }
   });
 
+  py::class_<dualpipe::Moment, std::shared_ptr<dualpipe::Moment>>(module, "Moment", py::module_local())
+      .def("since", &since, py::arg("earlier"));
+
   py::class_<Ticket, std::shared_ptr<Ticket>>(module, "Ticket", py::module_local())
       .def("wait", &Ticket::wait, py::arg("timeout_s"), no_gil())
       .def("done", &Ticket::done, no_gil())
@@ -58,6 +73,7 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, module) {
              const int64_t at = ticket.finished_ns;
              return at == 0 ? py::none() : py::object(py::float_(static_cast<double>(at) * kNanoseconds));
            })
+      .def("moments", &moments)
       .def_property_readonly("kind", [](const Ticket& t) { return dualpipe::kKindNames[t.kind]; })
       .def_readonly("what", &Ticket::what)
       .def_readonly("size", &Ticket::bytes)

@@ -101,7 +101,7 @@ CommStream::CommStream(c10::Device device) : device_(device) {
   if (device.is_cpu()) return;
   const c10::impl::VirtualGuardImpl impl(device.type());
   if (!device_.has_index()) device_ = impl.getDevice();
-  stream_ = impl.getStreamFromGlobalPool(device_, /*isHighPriority=*/true);
+  stream_ = impl.getNewStream(device_, /*priority=*/-1);
 }
 
 void CommStream::close() {
@@ -178,18 +178,25 @@ Shared CommStream::post(Kind kind, const Group& group, const at::Tensor& given, 
     std::optional<c10::StreamGuard> guard;
     if (!counted.is_cpu()) {
       TORCH_CHECK(stream_, "a stream of the CPU was given a tensor on ", counted.device());
-      const c10::impl::VirtualGuardImpl impl(device_.type());
-      c10::Event produced(device_.type());
-      produced.record(impl.getStream(device_));
-      produced.block(*stream_);
+      const c10::Stream current = c10::impl::VirtualGuardImpl(device_.type()).getStream(device_);
+      const auto produced = std::make_shared<Moment>(current);
+      produced->block(*stream_);
       ticket->native_ = !needs_host(group, device_.type());
       if (ticket->native_) {
+        ticket->poster_ = current;
+        ticket->moments_.posted = produced;
         guard.emplace(*stream_);
       } else {
         stage(*ticket, from, to);
       }
     }
     ticket->work_ = launch(to, from);
+    if (ticket->native_ && kind == kAllToAll) {
+      // Exchanges of one group are one queue anyway, so this stream may follow them and tell when each ended. Receives
+      // that are posted ahead would hold back what this stream has to send.
+      ticket->work_->wait();
+      ticket->moments_.finished = std::make_shared<Moment>(*stream_);
+    }
   } catch (const c10::Error& error) {
     ticket->complete(error.what_without_backtrace());
     return ticket;

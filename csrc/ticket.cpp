@@ -110,22 +110,40 @@ void Ticket::order_behind() {
   }
 }
 
+Moments Ticket::moments() {
+  std::lock_guard<std::mutex> lock(mutex_);
+  return moments_;
+}
+
+// Orders the current stream behind the transfer. From then on the stream that posted it cannot overtake it, so if that is
+// the current one, memory that is freed here is used again only after the transfer: the host may run ahead by a whole
+// step without keeping the buffers of every transfer. Elsewhere `done` frees them, once the accelerator has finished.
+void Ticket::wait_on_device() {
+  const c10::Stream current = c10::impl::VirtualGuardImpl(poster_->device_type()).getStream(poster_->device());
+  at::Tensor in, out;
+  std::lock_guard<std::mutex> lock(mutex_);
+  if (!work_) return;
+  const bool first = !moments_.stopped;
+  if (first) moments_.stopped = std::make_shared<Moment>(current);
+  work_->wait();
+  if (first) moments_.resumed = std::make_shared<Moment>(current);
+  if (!moments_.finished) moments_.finished = moments_.resumed;
+  if (current == *poster_) {
+    std::swap(in, in_);
+    std::swap(out, out_);
+  }
+}
+
 void Ticket::wait(double seconds) {
   const int64_t start = now_ns();
-  const auto timeout = std::chrono::milliseconds(static_cast<int64_t>(seconds * 1e3) + 1);
   if (native_ && state_ != kDone) {
-    c10::intrusive_ptr<c10d::Work> work;
-    {
-      std::lock_guard<std::mutex> lock(mutex_);
-      work = work_;
-    }
     try {
-      if (work) work->wait(timeout);
+      wait_on_device();
     } catch (const std::exception& raised) {
       complete(message_of(raised));
     }
   } else if (!by_callback_ && take()) {
-    finish(timeout);
+    finish(std::chrono::milliseconds(static_cast<int64_t>(seconds * 1e3) + 1));
   } else if (state_ != kDone) {
     wait_done(seconds);
   }

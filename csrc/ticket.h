@@ -35,6 +35,31 @@ inline int64_t now_ns() {
   return duration_cast<nanoseconds>(steady_clock::now().time_since_epoch()).count();
 }
 
+// An instant on a stream of an accelerator: an event that keeps its time. Shared with Python.
+class Moment {
+ public:
+  explicit Moment(const c10::Stream& stream) : event_(stream.device_type(), c10::EventFlag::BACKEND_DEFAULT) {
+    event_.record(stream);
+  }
+
+  void block(const c10::Stream& stream) const { event_.block(stream); }
+
+  // Seconds since an earlier event of the same device; both must have happened.
+  double since(const c10::Event& earlier) const { return earlier.elapsedTime(event_) * 1e-3; }
+
+ private:
+  c10::Event event_;
+};
+
+// Where the transfer of a process group that works on the accelerator's streams by itself stood, for the times of its
+// ticket: the host only queues such a transfer, so its own clock says nothing.
+struct Moments {
+  std::shared_ptr<Moment> posted;   // what came before it on the stream that posted it was done
+  std::shared_ptr<Moment> finished; // of a receive or send: seen by the stream that waited
+  std::shared_ptr<Moment> stopped;  // the waiting stream had nothing else to do
+  std::shared_ptr<Moment> resumed;
+};
+
 // Sums over the tickets of one kind.
 struct Counter {
   std::atomic<int64_t> posted{0}, finished{0}, failed{0}, bytes{0}, flight_ns{0}, waited_ns{0};
@@ -50,8 +75,9 @@ class Ticket {
     ++counter().posted;
   }
 
-  // Waits (call it without the GIL): on the CPU until the transfer is done, on an accelerator until the current stream
-  // is ordered behind it. Throws TransferError when the transfer failed or `seconds` passed.
+  // Waits (call it without the GIL): on the CPU until the transfer is done. On an accelerator the current stream is
+  // ordered behind it and the host goes on at once; `seconds` then counts for what goes through host memory only.
+  // Throws TransferError when the transfer failed or `seconds` passed.
   void wait(double seconds);
 
   // Whether the transfer has ended, well or not. Takes no lock.
@@ -77,6 +103,9 @@ class Ticket {
   // Ends the wait of a thread that is in finish().
   void abort();
 
+  // Times on the accelerator; empty where host times hold.
+  Moments moments();
+
   const Kind kind;
   const std::string what;
   const int64_t bytes;
@@ -92,6 +121,7 @@ class Ticket {
   void land();
   void poll();
   void wait_done(double seconds);
+  void wait_on_device();
   void order_behind();
 
   std::shared_ptr<Counters> counters_;
@@ -103,6 +133,8 @@ class Ticket {
   at::Tensor in_, out_;      // the caller's memory
   at::Tensor pinned_;        // what arrives for out_, with pinned staging
   bool native_ = false;      // the process group works on the accelerator's streams by itself
+  std::optional<c10::Stream> poster_;  // of a native transfer: whose op made in_, and may take the memory again
+  Moments moments_;
   bool by_callback_ = false; // the process group calls complete()
   std::optional<c10::Stream> stream_;  // of the staging copies
   std::optional<c10::Event> landed_;   // after the copy into out_

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import importlib
 import json
+import os
+import subprocess
 import sys
 from io import StringIO
 from pathlib import Path
@@ -59,3 +61,14 @@ def test_tables_json_and_png(report, tmp_path):
     report.write([section, section], tmp_path / "new")
     assert [one["rows"] for one in json.loads((tmp_path / "new" / "report.json").read_text())] == [rows, rows]
     assert (tmp_path / "new" / "report.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_overlap_on_one_device_runs_on_the_cpu_too():
+    """--cuda is for a GPU, but must not rot where there is none."""
+    command = [sys.executable, str(BENCH / "overlap.py"), "--cuda", "--device", "cpu"]
+    found = subprocess.run(
+        command, capture_output=True, text=True, timeout=120, env=os.environ | {"OMP_NUM_THREADS": "1"}
+    )
+    assert found.returncode == 0, found.stderr
+    rows = [line for line in found.stdout.splitlines() if line.startswith("| ") and " ms " in line]
+    assert len(rows) == 3 and all(float(row.split("|")[-2]) > 0 for row in rows)

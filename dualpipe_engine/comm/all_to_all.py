@@ -1,7 +1,8 @@
 """All-to-all over rows, differentiable, and posted rather than waited for where a `Tickets` is given.
 
 Expert parallelism sends each token to the ranks of its experts and back (DeepSeek-V3 report, section 3.2.1: "dispatch"
-and "combine"). The backward of one is the other with the splits exchanged.
+and "combine"). The backward of one is the other with the splits exchanged. How many rows come from where is an exchange
+of its own before that (`Counts`), and the only thing that the host has to read.
 """
 
 from __future__ import annotations
@@ -11,22 +12,24 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch import Tensor
 
+from .device import on_stream, pinned_empty
 from .position import waiting
-from .stream import CommStream, open_stream
-from .tickets import Tickets
+from .stream import SharedStream, shared_stream
+from .tickets import Moments, Tickets
 
 TIMEOUT_S = 600.0  #: of an exchange that nobody overlaps
 
 
 def exchange(
-    rows: torch.Tensor,
+    rows: Tensor,
     send: Sequence[int],
     receive: Sequence[int],
     group: dist.ProcessGroup,
     tickets: Tickets | None = None,
-    stream: CommStream | None = None,
-) -> torch.Tensor:
+    stream: SharedStream | None = None,
+) -> Tensor:
     """Send consecutive blocks of rows to the ranks of a group and receive theirs.
 
     Args:
@@ -36,7 +39,7 @@ def exchange(
         group: the ranks.
         tickets: takes the ticket, of the backward too; the result (the gradient) holds no data before its `wait`. The
             rows must then be used by nothing else that backward adds up. None: wait here.
-        stream: posts it, and the backward; None: one for this exchange.
+        stream: posts it, and the backward; None: the one of the device, opened for this exchange if nobody has it.
 
     Returns:
         [sum(receive), ...], on one rank the rows themselves.
@@ -46,12 +49,12 @@ def exchange(
     """
     if group.size() == 1:
         return rows
-    return _Exchange.apply(rows, tuple(send), tuple(receive), group, tickets, stream or open_stream(rows.device))
+    return _Exchange.apply(rows, tuple(send), tuple(receive), group, tickets, stream or shared_stream(rows.device))
 
 
 class _Exchange(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, rows: torch.Tensor, send: Any, receive: Any, *route: Any) -> torch.Tensor:
+    def forward(ctx: Any, rows: Tensor, send: Any, receive: Any, *route: Any) -> Tensor:
         ctx.splits, ctx.route = (receive, send), route
         return _post(rows, send, receive, *route)
 
@@ -61,15 +64,76 @@ class _Exchange(torch.autograd.Function):
         return _post(grads[0], send, receive, *ctx.route), None, None, None, None, None
 
 
-def _post(
-    rows: torch.Tensor, send: Any, receive: Any, group: Any, tickets: Tickets | None, stream: CommStream
-) -> torch.Tensor:
+def _post(rows: Tensor, send: Any, receive: Any, group: Any, tickets: Tickets | None, stream: SharedStream) -> Tensor:
     rows = rows.contiguous()
     out = rows.new_empty((sum(receive), *rows.shape[1:]))
-    ticket = stream.all_to_all(group, out, rows, receive, send, f"all-to-all of group rank {group.rank()}")
+    ticket = stream.posts.all_to_all(group, out, rows, receive, send, f"all-to-all of group rank {group.rank()}")
     if tickets is None:
         with waiting():
             ticket.wait(TIMEOUT_S)
     else:
         tickets.add(ticket, rows.nbytes)
     return out
+
+
+class Counts:
+    """Numbers of rows that a rank sends and receives, on the device and, after `wait`, on the host.
+
+    Args:
+        sent: [ranks * each] int64; rows of this rank for each expert, say, of every rank.
+        group: the ranks.
+        tickets: takes the ticket of the exchange; its `wait` brings the numbers to the host. None: wait here.
+        stream: posts it.
+
+    Attributes:
+        both: [2, ranks, each], those that this rank sends and those that it receives.
+        send: rows for each rank.
+        receive: rows from each rank.
+        expected: [each], rows that arrive here for each expert.
+    """
+
+    send: list[int]
+    receive: list[int]
+    expected: list[int]
+
+    def __init__(self, sent: Tensor, group: dist.ProcessGroup, tickets: Tickets | None, stream: SharedStream) -> None:
+        ranks = group.size()
+        self.both = torch.stack([sent, torch.empty_like(sent)]).view(2, ranks, -1)
+        self._stream = stream
+        each = [1] * ranks
+        what = f"all-to-all of counts of group rank {group.rank()}"
+        self._ticket = stream.posts.all_to_all(group, self.both[1], self.both[0], each, each, what)
+        if tickets is None:
+            self.wait(TIMEOUT_S)
+        else:
+            tickets.add(self, sent.nbytes)
+
+    def wait(self, timeout_s: float) -> None:
+        """Bring the numbers to the host: of a MoE layer, forward and backward, the one wait of the host for the device.
+        The copy follows the exchange alone, while the device goes on with what it has been given before."""
+        self._ticket.wait(timeout_s)
+        side = self._stream.side
+        if side is None:
+            self._read(self.both)
+            return
+        landed = pinned_empty(self.both.shape, self.both.dtype)
+        with on_stream(side):
+            self._ticket.wait(timeout_s)
+            landed.copy_(self.both, non_blocking=True)
+            copied = side.record_event()
+        copied.synchronize()
+        self._read(landed)
+
+    def _read(self, both: Tensor) -> None:
+        sent, received = both.tolist()
+        self.send, self.receive = [sum(each) for each in sent], [sum(each) for each in received]
+        self.expected = [sum(each) for each in zip(*received, strict=True)]
+
+    def done(self) -> bool:
+        return self._ticket.done()
+
+    def finished_at(self) -> float | None:
+        return self._ticket.finished_at()
+
+    def moments(self) -> Moments | None:
+        return self._ticket.moments()

@@ -19,6 +19,7 @@ import importlib.util
 import os
 import sys
 import warnings
+import weakref
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import ModuleType
@@ -28,6 +29,7 @@ import torch
 import torch.distributed as dist
 
 from ..errors import ConfigError
+from .device import side_stream
 from .tickets import TimedTicket
 
 VARIABLE = "DUALPIPE_COMM"
@@ -42,7 +44,7 @@ class StreamTicket(TimedTicket, Protocol):
         what: how errors call it, with the rank of the peer.
         size: bytes sent; of a receive the bytes received.
         posted_ns: nanoseconds of the monotonic clock.
-        finished_ns: the same; 0 until it is done. On an accelerator: when it was seen to be done.
+        finished_ns: the same; 0 until it is done. On an accelerator: when it was seen to be done; see `moments`.
         waited_ns: how long `wait` held its callers.
     """
 
@@ -59,6 +61,11 @@ class CommStream(Protocol):
 
     Tensors on an accelerator travel on a high-priority stream that waits only for what made them; over gloo and MPI,
     which take CPU tensors only, through pinned host memory. Posting never raises for a lost peer: the ticket does.
+
+    Where the process group works on the accelerator itself (NCCL), streams wait for each other and the host for none of
+    them: the transfer waits for what the posting stream has been given so far, and who waits on the ticket for the
+    transfer. The ticket keeps the tensors until then if the posting stream waits, which takes freed memory again only
+    in its own order; else until the accelerator has finished.
     """
 
     def send(self, group: dist.ProcessGroup, tensor: torch.Tensor, peer: int, tag: int, what: str) -> StreamTicket:
@@ -96,6 +103,36 @@ def open_stream(device: torch.device, how: str | None = None) -> CommStream:
         ConfigError: `how` is none of these, or what it asks for does not work; the message holds the reason.
     """
     return implementation(how or os.environ.get(VARIABLE, ""))(str(device))
+
+
+class SharedStream:
+    """The communication stream that all exchanges on a device go through, and one beside it for what the host reads.
+
+    Get it by `shared_stream`, and keep it: it closes with the last reference.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self.posts = open_stream(device)
+        self.side = side_stream(device)
+        weakref.finalize(self, self.posts.close)
+
+
+_SHARED: weakref.WeakValueDictionary[torch.device, SharedStream] = weakref.WeakValueDictionary()
+
+
+def shared_stream(device: torch.device) -> SharedStream:
+    """The stream for exchanges between ranks that share experts: one a device, however many layers have it.
+
+    Args:
+        device: of the tensors.
+
+    Raises:
+        ConfigError: as `open_stream`.
+    """
+    found = _SHARED.get(device)
+    if found is None:
+        found = _SHARED[device] = SharedStream(device)
+    return found
 
 
 @functools.cache

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Protocol
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any, Protocol
 
 from .position import waiting
 
 if TYPE_CHECKING:
+    import torch
+
     from .stream import StreamTicket
 
 
@@ -16,7 +18,10 @@ class Ticket(Protocol):
     """A transfer under way."""
 
     def wait(self, timeout_s: float) -> None:
-        """Return when the transfer is done (on an accelerator: when the current stream waits for it).
+        """Return when the transfer is done.
+
+        On an accelerator: let the current stream wait for it and return at once; what is late there is for the
+        lifeline to find, and `timeout_s` counts only for transfers that go through host memory.
 
         Raises:
             PipelineRuntimeError: the peer was lost, or `timeout_s` seconds passed.
@@ -26,11 +31,25 @@ class Ticket(Protocol):
         """Whether the transfer is finished, without waiting."""
 
 
+class Moment(Protocol):
+    """An instant on a stream of an accelerator."""
+
+    def since(self, earlier: torch.Event) -> float:
+        """Seconds since an event that has been recorded with timing; both must have happened."""
+
+
+Moments = tuple[Moment, Moment | None, Moment | None, Moment | None]
+"""Of a transfer: posted, finished, the waiting stream stood still, it went on."""
+
+
 class TimedTicket(Ticket, Protocol):
     """A ticket that knows when its transfer ended."""
 
     def finished_at(self) -> float | None:
         """Seconds of the monotonic clock; None while it runs, or where the host cannot know."""
+
+    def moments(self) -> Moments | None:
+        """Where host times mean nothing, because the host only queues the transfer: the times on the device."""
 
 
 @dataclass
@@ -43,6 +62,7 @@ class Transfer:
         waited: seconds that the computation stood still for it.
         finished: when it was seen to be finished, at the latest when the wait for it ended.
         size: bytes that this rank sent.
+        moments: on accelerators what the times are made of; see `resolved`.
     """
 
     name: str
@@ -50,18 +70,37 @@ class Transfer:
     waited: float = 0.0
     finished: float = 0.0
     size: int = 0
+    moments: Moments | None = None
 
     @property
     def hidden(self) -> float:
         """Seconds of the transfer that ran under something else."""
         return max(0.0, self.finished - self.posted - self.waited)
 
+    def resolved(self, origin: tuple[float, Any] | None) -> Transfer:
+        """The same with times of the device on the host's clock, once the device has finished.
+
+        Args:
+            origin: seconds of the host's monotonic clock, and a timed event of the same moment; None on the CPU.
+        """
+        if self.moments is None or origin is None:
+            return self
+        zero, event = origin
+        posted, finished, stopped, resumed = self.moments
+        waited = 0.0 if stopped is None or resumed is None else max(0.0, resumed.since(event) - stopped.since(event))
+        start = zero + posted.since(event)
+        # A receive or a send that nobody had to wait for has no event behind it: when the host saw its end must do.
+        end = self.finished if finished is None else zero + finished.since(event)
+        return replace(self, posted=start, waited=waited, finished=max(start, end), moments=None)
+
 
 def transfer_of(ticket: StreamTicket) -> Transfer:
     """What has become of a transfer of a communication stream; named after its kind, `finished` is 0 while it runs."""
-    return Transfer(
-        ticket.kind, ticket.posted_ns * 1e-9, ticket.waited_ns * 1e-9, ticket.finished_at() or 0.0, ticket.size
-    )
+    moments = ticket.moments()
+    finished = ticket.finished_at() or 0.0
+    if moments is not None and moments[1] is not None:
+        finished = finished or time.monotonic()
+    return Transfer(ticket.kind, ticket.posted_ns * 1e-9, ticket.waited_ns * 1e-9, finished, ticket.size, moments)
 
 
 class Tickets:
@@ -73,12 +112,14 @@ class Tickets:
     Args:
         name: of the phase, for the overlap report.
         log: takes a `Transfer` for everything that was waited for; None: nothing is kept.
+        leads_on: whether the phase is followed by communication, for which the host needs what it brings.
     """
 
-    def __init__(self, name: str = "", log: list[Transfer] | None = None) -> None:
+    def __init__(self, name: str = "", log: list[Transfer] | None = None, leads_on: bool = False) -> None:
         self._name = name
         self._log = log
         self._open: list[tuple[TimedTicket, Transfer]] = []
+        self.leads_on = leads_on
 
     def add(self, ticket: TimedTicket, size: int = 0) -> None:
         """Leave `ticket`, of a transfer of `size` bytes, to `wait`."""
@@ -92,7 +133,7 @@ class Tickets:
         return all(transfer.finished for _, transfer in self._open)
 
     def wait(self, timeout_s: float) -> None:
-        """Return when all transfers are done (on an accelerator: when the current stream waits for them).
+        """Wait for all transfers; see `Ticket.wait`.
 
         Raises:
             PipelineRuntimeError: a peer was lost, or `timeout_s` seconds passed.
@@ -105,5 +146,6 @@ class Tickets:
             transfer.waited = end - start
             transfer.finished = ticket.finished_at() or transfer.finished or end
             if self._log is not None:
+                transfer.moments = ticket.moments()
                 self._log.append(transfer)
         self._open.clear()

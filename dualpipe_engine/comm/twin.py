@@ -13,6 +13,7 @@ import torch
 import torch.distributed as dist
 
 from ..errors import PipelineRuntimeError
+from .device import Moment, on_stream
 
 GRACE_NS = 5_000_000  #: a caller that waits within this time does so itself; later the lane does
 _IDLE_LOOKS = 10  #: in a row with nothing to do, then the watcher sleeps until the next post
@@ -28,6 +29,11 @@ class Ticket:
         self.posted_ns = time.monotonic_ns()
         self.finished_ns = self.waited_ns = 0
         self.native = False  # the process group works on the accelerator's streams by itself
+        self.poster: Any = None  # of a native transfer: the stream whose op made `kept`, and may take the memory again
+        self.posted: Moment | None = None
+        self.ended: Moment | None = None
+        self.stopped: Moment | None = None
+        self.resumed: Moment | None = None
         self.by_callback = False  # the process group calls `complete`
         self.work: Any = None
         self._kept: Any = kept
@@ -87,11 +93,9 @@ class Ticket:
             self._sums["waited_ns"] += stood
 
     def _wait(self, timeout_s: float) -> None:
-        work = self.work
         if self.native:
             try:
-                if work is not None:
-                    work.wait(timedelta(seconds=timeout_s))
+                self._wait_on_device()
             except RuntimeError as error:
                 self.complete(str(error))
         elif not self.by_callback and self.take():
@@ -102,6 +106,25 @@ class Ticket:
             raise PipelineRuntimeError(f"{self.what} failed: {self._error}")
         if self._landed is not None:
             self._landed.wait()
+
+    def _wait_on_device(self) -> None:
+        """Order the current stream behind the transfer; see `Ticket::wait_on_device` in csrc/ticket.cpp."""
+        current = torch.accelerator.current_stream(self.poster.device)
+        with self._lock:
+            if self.work is None:
+                return
+            first = self.stopped is None
+            if first:
+                self.stopped = Moment(current)
+            self.work.wait()
+            if first:
+                self.resumed = Moment(current)
+            self.ended = self.ended or self.resumed
+            if current == self.poster:
+                self._kept = None
+
+    def moments(self) -> tuple[Moment | None, ...] | None:
+        return None if self.posted is None else (self.posted, self.ended, self.stopped, self.resumed)
 
     def done(self) -> bool:
         work = self.work
@@ -182,8 +205,8 @@ class CommStream:
         self._device = torch.device(device)
         self._stream: Any = None
         if self._device.type != "cpu":
-            self._module = torch.get_device_module(self._device)
-            self._stream = self._module.Stream(self._device, priority=-1)
+            self._stream = torch.Stream(self._device, priority=-1)
+            self._device = self._stream.device
         names = ("posted", "finished", "failed", "bytes", "flight_ns", "waited_ns")
         self._sums = {kind: dict.fromkeys(names, 0) for kind in ("send", "recv", "all_to_all")}
         self._lanes: dict[tuple[str, Any, int], _Lane] = {}
@@ -291,11 +314,19 @@ class CommStream:
         self, ticket: Ticket, group: dist.ProcessGroup, rows: Any, out: Any, launch: Callable[[Any, Any], Any]
     ) -> Any:
         stream = self._stream
-        stream.wait_stream(self._module.current_stream(self._device))
+        current = torch.accelerator.current_stream(self._device)
+        produced = Moment(current)
+        produced.block(stream)
         ticket.native = dist.get_backend(group) not in ("gloo", "mpi")
-        with self._module.stream(stream):
+        if ticket.native:
+            ticket.poster, ticket.posted = current, produced
+        with on_stream(stream):
             if ticket.native:
-                return launch(out, rows)
+                work = launch(out, rows)
+                if ticket.kind == "all_to_all":  # as in csrc/stream.cpp
+                    work.wait()
+                    ticket.ended = Moment(stream)
+                return work
             host_rows = None if rows is None else torch.empty_like(rows, device="cpu", pin_memory=True)
             if host_rows is not None:
                 host_rows.copy_(rows, non_blocking=True)
@@ -303,7 +334,7 @@ class CommStream:
             host_out = None if out is None else torch.empty_like(out, device="cpu", pin_memory=True)
 
         def land() -> Any:
-            with torch.no_grad(), self._module.stream(stream):
+            with torch.no_grad(), on_stream(stream):
                 out.copy_(host_out, non_blocking=True)
                 return stream.record_event()
 

@@ -1,7 +1,8 @@
 """Feed: micro-batches for the ranks at the ends of a pipeline.
 
 Both ends of a bidirectional pipeline read the same stream of M batches `(inputs, labels)`. Each takes the inputs of the
-micro-batches that enter there and the labels of those that leave there.
+micro-batches that enter there and the labels of those that leave there. On an accelerator they are copied from pinned
+memory beside the computation, one micro-batch ahead of their use.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from typing import Any
 import torch
 from torch.utils import _pytree as pytree
 
+from ..comm.device import on_stream
 from ..errors import ConfigError
 from .grid import Place
 
@@ -25,6 +27,7 @@ class BatchFeed:
         num_micro: micro-batches of the batch.
         next_batch: reads the next `(inputs, labels)`.
         device: where the tensors go.
+        side: a stream of the device for copies to it; None on the CPU.
         input_gradient: let floating-point inputs require a gradient.
         fingerprint: keep a checksum of everything that is read.
     """
@@ -36,6 +39,7 @@ class BatchFeed:
         next_batch: Callable[[], Any],
         device: torch.device,
         *,
+        side: torch.Stream | None = None,
         input_gradient: bool = False,
         fingerprint: bool = False,
     ) -> None:
@@ -43,20 +47,26 @@ class BatchFeed:
         self._num_micro = num_micro
         self._next_batch = next_batch
         self._device = device
+        self._side = side
         self._input_gradient = input_gradient
         self._fingerprint = fingerprint
         self._read = 0
-        self._inputs: dict[int, Any] = {}
-        self._labels: dict[int, Any] = {}
+        self._inputs: dict[int, _Copy] = {}
+        self._labels: dict[int, _Copy] = {}
         self.checksum = 0
 
     def inputs(self, micro: int) -> Any:
-        self._read_until(micro)
-        return self._inputs.pop(micro)
+        return self._take(self._inputs, micro)
 
     def labels(self, micro: int) -> Any:
+        return self._take(self._labels, micro)
+
+    def _take(self, held: dict[int, _Copy], micro: int) -> Any:
         self._read_until(micro)
-        return self._labels.pop(micro)
+        value = held.pop(micro).take()
+        if self._side is not None:  # what this rank takes next travels while this is computed
+            self._read_until(min(micro + self._place.placement.num_directions, self._num_micro - 1))
+        return value
 
     def drain(self) -> None:
         """Read what is left of the batch, so that both ends leave the stream at the same place."""
@@ -72,9 +82,17 @@ class BatchFeed:
             number = self._read
             self._read += 1
             if place.placement.rank_of(0, number) == place.rank:
-                self._inputs[number] = self._move(batch[0], copy=True)
+                self._inputs[number] = self._start(batch[0], copy=True)
             if place.placement.rank_of(last, number) == place.rank:
-                self._labels[number] = self._move(batch[1], copy=False)
+                self._labels[number] = self._start(batch[1], copy=False)
+
+    def _start(self, value: Any, copy: bool) -> _Copy:
+        """Begin to move a value onto the device."""
+        side = self._side
+        if side is None or any(_is_on_device(leaf) for leaf in pytree.tree_leaves(value)):
+            return _Copy(self._move(value, copy), None)
+        with on_stream(side):
+            return _Copy(self._move(value, copy), side.record_event())
 
     def _move(self, value: Any, copy: bool) -> Any:
         """Onto the device; inputs as a copy, because layers may work in place. Lists become tuples, as in DeepSpeed."""
@@ -82,7 +100,11 @@ class BatchFeed:
         def move(leaf: Any) -> Any:
             if not isinstance(leaf, torch.Tensor):
                 return leaf
-            leaf = leaf.detach().to(self._device, copy=copy)
+            leaf = leaf.detach()
+            if self._side is not None and not _is_on_device(leaf):
+                leaf = (leaf if leaf.is_pinned() else leaf.pin_memory()).to(self._device, non_blocking=True)
+            else:
+                leaf = leaf.to(self._device, copy=copy)
             if copy and self._input_gradient and leaf.is_floating_point():
                 leaf.requires_grad_()
             return leaf
@@ -90,6 +112,32 @@ class BatchFeed:
         if isinstance(value, torch.Tensor):
             return move(value)
         return pytree.tree_map(move, tuple(value) if isinstance(value, list) else value)
+
+
+def _is_on_device(leaf: Any) -> bool:
+    return isinstance(leaf, torch.Tensor) and leaf.device.type != "cpu"
+
+
+class _Copy:
+    """A value on its way to the device.
+
+    Args:
+        value: it holds no data before `arrived`.
+        arrived: event behind the copy; None: it is there.
+    """
+
+    def __init__(self, value: Any, arrived: torch.Event | None) -> None:
+        self._value, self._arrived = value, arrived
+
+    def take(self) -> Any:
+        """The value, for the current stream, which waits for the copy; the host does not."""
+        if self._arrived is not None:
+            tensors = [leaf for leaf in pytree.tree_leaves(self._value) if isinstance(leaf, torch.Tensor)]
+            for tensor in tensors:  # the memory belongs to the stream of the copy
+                current = torch.accelerator.current_stream(tensor.device)
+                current.wait_event(self._arrived)
+                tensor.record_stream(current)
+        return self._value
 
 
 def _checksum(batch: Iterable[Any], start: int) -> int:

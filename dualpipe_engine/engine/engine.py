@@ -16,6 +16,7 @@ from deepspeed.runtime.torch_autocast import autocast_if_enabled
 from deepspeed.utils import logger
 from deepspeed.utils.timer import ThroughputTimer
 
+from ..comm.device import side_stream
 from ..comm.p2p import Edges
 from ..comm.stream import StreamTicket
 from ..comm.tickets import Transfer
@@ -209,6 +210,7 @@ class DualPipeEngine(Evaluation, Measuring, Checkpoints):
             self._before_forward,
             self.finite.borders,
         )
+        self._inbound = side_stream(self.device)  # of inputs and labels
         # Evaluation may use other shapes, so it has edges of its own and announces every shape.
         self._eval_executor = Executor(
             self.place.rank,
@@ -303,6 +305,7 @@ class DualPipeEngine(Evaluation, Measuring, Checkpoints):
             num_micro,
             self._next_batch,
             self.device,
+            side=self._inbound,
             input_gradient=needs_input_gradient(self.module),
             fingerprint=fingerprint,
         )

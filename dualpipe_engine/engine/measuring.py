@@ -38,7 +38,8 @@ class Measuring(PipelineEngine):
         those, between stages as "send" and "recv". Clocks and collectivity as for `timeline`."""
         rank = self.place.rank
         finished = [*self._transfers, *(t for t in map(transfer_of, self._transported) if t.finished)]
-        mine = [Hop(rank, t.name, t.posted, t.finished, t.waited, t.size) for t in finished]
+        on_clock = self._observer.on_clock(finished)
+        mine = [Hop(rank, t.name, t.posted, t.finished, t.waited, t.size) for t in on_clock]
         return [
             hop._replace(start=hop.start - shift, end=hop.end - shift)
             for shift, theirs in self._of_all_ranks(mine)

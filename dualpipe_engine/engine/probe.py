@@ -17,6 +17,7 @@ import torch.distributed as dist
 from deepspeed.pipe import PipelineModule
 
 from ..comm.communicators import close
+from ..comm.device import side_stream
 from ..comm.p2p import Edges
 from ..comm.transport import GroupTransport
 from ..runtime.chunk import StageChunk
@@ -94,13 +95,16 @@ def stage_costs(
         edges = Edges(transport, device, timeout_s, dynamic_shape=module.dynamic_shape)
         observer = Observer(stage, device)
         executor = Executor(stage, {stage: chunk}, edges, observer)
+        side = side_stream(device)
         spans: list[Span] = []
 
         def run(plan: Plan) -> None:
             lowered = lower(plan)
             for number in range(BATCHES + 1):
                 dist.barrier()
-                feed = BatchFeed(place, num_micro, next_batch, device, input_gradient=needs_input_gradient(module))
+                feed = BatchFeed(
+                    place, num_micro, next_batch, device, side=side, input_gradient=needs_input_gradient(module)
+                )
                 executor.run(lowered, feed)
                 if number:
                     spans.extend(observer.spans())

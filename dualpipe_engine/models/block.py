@@ -95,13 +95,14 @@ class MoEBlock(nn.Module):
     def connect(self, group: dist.ProcessGroup) -> None:
         """Share the experts with the ranks of `group`; see `Experts.connect`."""
         self.experts.connect(group)
-        kind = DeepEP if deep_ep_available(group) else AllToAll
-        self.dispatcher = kind(group, self.config.experts)
+        experts = self.config.experts
+        self.dispatcher = DeepEP(group, experts) if deep_ep_available(group) else AllToAll(group, experts)
 
     def phases(self) -> list[Phase]:
-        """The block as phases: attention and routing, dispatch, experts, combine, sum."""
+        """The block as phases: attention and routing, counts of rows, dispatch, experts, combine, sum."""
         return [
             Phase("attention", COMPUTE, self._attend),
+            Phase("counts", COMM, self._count),
             Phase("dispatch", COMM, self._dispatch),
             Phase("experts", COMPUTE, self._compute),
             Phase("combine", COMM, self._combine),
@@ -109,7 +110,7 @@ class MoEBlock(nn.Module):
         ]
 
     def forward(self, state: Any) -> Any:
-        state = self._dispatch(self._attend(state), None)
+        state = self._dispatch(self._count(self._attend(state), None), None)
         return self._finish(self._combine(self._compute(state), None))
 
     def _attend(self, state: Any) -> State:
@@ -121,6 +122,9 @@ class MoEBlock(nn.Module):
         if self.shared is not None:
             ready["normed"] = normed
         return ready if loss is None else ready | {"loss": loss + routing.loss.to(loss.dtype)}
+
+    def _count(self, state: State, tickets: Tickets | None) -> State:
+        return self.dispatcher.count(state, tickets)
 
     def _dispatch(self, state: State, tickets: Tickets | None) -> State:
         return self.dispatcher.dispatch(state, tickets)

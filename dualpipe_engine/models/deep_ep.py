@@ -1,20 +1,26 @@
 """Dispatch and combine through DeepEP (github.com/deepseek-ai/DeepEP), where it is installed.
 
 A token travels once to each rank that has any of its experts; weights are applied and a rank's results added up there.
-Not run by the tests: DeepEP needs several GPUs with NVLink or RDMA.
+DeepEP counts what each rank and expert gets while it dispatches, and tells the host, which waits for that: it is the
+one wait of the layer. Both of its interfaces serve: `Buffer`, and `EPBuffer` or `ElasticBuffer` of version 2.
+
+Not run by the tests but against a stand-in: DeepEP needs several GPUs with NVLink or RDMA.
 """
 
 from __future__ import annotations
 
-from typing import Any
+import weakref
+from typing import Any, Protocol
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from ..comm.tickets import Tickets
+from ..comm.device import Moment, on_stream
+from ..comm.tickets import Moments, Tickets
 from .dispatch import State
-from .routing import Routing
+from .experts import Sizes
+from .routing import Routing, count
 
 
 def deep_ep_available(group: dist.ProcessGroup) -> bool:
@@ -28,8 +34,127 @@ def deep_ep_available(group: dist.ProcessGroup) -> bool:
     return True
 
 
+class Buffer(Protocol):
+    """A buffer of DeepEP, of either version. All calls go on at once; their events tell when they are done."""
+
+    def fit(self, rows: Tensor, top_k: int) -> None:
+        """Make room for rows `[tokens, hidden]` like these. Collective when it has to."""
+
+    def layout(self, experts: Tensor, num_experts: int) -> dict[str, Any]:
+        """What `dispatch` wants to know of `experts [tokens, top_k]`."""
+
+    def dispatch(self, rows: Tensor, weights: Tensor, layout: dict[str, Any]) -> tuple[Any, ...]:
+        """Rows, local experts (-1: of another rank), weights, rows of each expert, handle, event."""
+
+    def dispatch_again(self, rows: Tensor, handle: Any) -> tuple[Tensor, Any]:
+        """Other rows on the same way: rows, event."""
+
+    def combine(self, rows: Tensor, handle: Any, weights: Tensor | None = None) -> tuple[Tensor, Any, Any]:
+        """The way back, added up: rows, weights, event."""
+
+
+class _First:
+    """`deep_ep.Buffer`."""
+
+    def __init__(self, group: dist.ProcessGroup) -> None:
+        self._group = group
+        self._buffer: Any = None
+        self._size = 0
+
+    def fit(self, rows: Tensor, top_k: int) -> None:
+        size = rows.shape[1] * max(rows.element_size(), 2)
+        if size <= self._size:
+            return
+        from deep_ep import Buffer
+
+        ranks, self._size = self._group.size(), size
+        configs = (Buffer.get_dispatch_config(ranks), Buffer.get_combine_config(ranks))
+        nvlink = max(config.get_nvl_buffer_size_hint(size, ranks) for config in configs)
+        rdma = max(config.get_rdma_buffer_size_hint(size, ranks) for config in configs)
+        self._buffer = Buffer(self._group, nvlink, rdma)
+
+    def layout(self, experts: Tensor, num_experts: int) -> dict[str, Any]:
+        per_rank, per_node, per_expert, inside, _ = self._buffer.get_dispatch_layout(experts, num_experts)
+        return {
+            "topk_idx": experts,
+            "num_tokens_per_rank": per_rank,
+            "num_tokens_per_rdma_rank": per_node,
+            "is_token_in_rank": inside,
+            "num_tokens_per_expert": per_expert,
+        }
+
+    def dispatch(self, rows: Tensor, weights: Tensor, layout: dict[str, Any]) -> tuple[Any, ...]:
+        out, chosen, coming, sizes, handle, event = self._buffer.dispatch(
+            rows, topk_weights=weights, async_finish=True, **layout
+        )
+        return out, chosen, coming, sizes, handle, event
+
+    def dispatch_again(self, rows: Tensor, handle: Any) -> tuple[Tensor, Any]:
+        out, _, _, _, _, event = self._buffer.dispatch(rows, handle=handle, async_finish=True)
+        return out, event
+
+    def combine(self, rows: Tensor, handle: Any, weights: Tensor | None = None) -> tuple[Tensor, Any, Any]:
+        out, back, event = self._buffer.combine(rows, handle, topk_weights=weights, async_finish=True)
+        return out, back, event
+
+
+class _Second:
+    """`deep_ep.EPBuffer`, or `ElasticBuffer` as it was called before."""
+
+    def __init__(self, group: dist.ProcessGroup, kind: Any) -> None:
+        self._group, self._kind = group, kind
+        self._buffer: Any = None
+        self._room = (0, 0, 0)
+
+    def fit(self, rows: Tensor, top_k: int) -> None:
+        room = self._room
+        needed = (max(room[0], len(rows)), max(room[1], rows.shape[1]), max(room[2], top_k))
+        if needed == room:
+            return
+        self._room = tokens, hidden, top_k = needed
+        self._buffer = self._kind(self._group, num_max_tokens_per_rank=tokens, hidden=hidden, num_topk=top_k)
+
+    def layout(self, experts: Tensor, num_experts: int) -> dict[str, Any]:
+        return {"topk_idx": experts, "num_experts": num_experts}
+
+    def dispatch(self, rows: Tensor, weights: Tensor, layout: dict[str, Any]) -> tuple[Any, ...]:
+        out, chosen, coming, handle, event = self._buffer.dispatch(
+            rows, topk_weights=weights, async_with_compute_stream=True, **layout
+        )
+        return out, chosen, coming, handle.num_recv_tokens_per_expert_list, handle, event
+
+    def dispatch_again(self, rows: Tensor, handle: Any) -> tuple[Tensor, Any]:
+        options = {"num_sms": handle.num_sms, "async_with_compute_stream": True}
+        out, _, _, _, event = self._buffer.dispatch(rows, handle=handle, **options)
+        return out, event
+
+    def combine(self, rows: Tensor, handle: Any, weights: Tensor | None = None) -> tuple[Tensor, Any, Any]:
+        out, back, event = self._buffer.combine(rows, handle, topk_weights=weights, async_with_compute_stream=True)
+        return out, back, event
+
+
+class _Shared:
+    """What all layers of a group have in common: the buffer, and a stream that sees when its work is done."""
+
+    def __init__(self, group: dist.ProcessGroup) -> None:
+        import deep_ep
+
+        kind = getattr(deep_ep, "EPBuffer", None) or getattr(deep_ep, "ElasticBuffer", None)
+        self.group = group
+        self.buffer: Buffer = _First(group) if kind is None else _Second(group, kind)
+        self.seen: torch.Stream | None = None
+
+    def stream(self, device: torch.device) -> torch.Stream:
+        if self.seen is None:
+            self.seen = torch.Stream(device)
+        return self.seen
+
+
+_SHARED: weakref.WeakValueDictionary[dist.ProcessGroup, _Shared] = weakref.WeakValueDictionary()
+
+
 class DeepEP:
-    """A `Dispatcher` on a DeepEP buffer.
+    """A `Dispatcher` on the DeepEP buffer of its group, which lives as long as the dispatchers that share it.
 
     Args:
         group: the ranks that share the experts.
@@ -37,72 +162,79 @@ class DeepEP:
     """
 
     def __init__(self, group: dist.ProcessGroup, num_experts: int) -> None:
-        self._group = group
+        shared = _SHARED.get(group)
+        if shared is None:
+            shared = _SHARED[group] = _Shared(group)
+        self._shared = shared
         self._num_experts = num_experts
-        self._buffer: Any = None
+        self._num_local = num_experts // group.size()
 
     def prepare(self, x: Tensor, routing: Routing) -> State:
-        return {"rows": x, "weights": routing.weights.float(), "experts": routing.experts}
+        self._shared.buffer.fit(x, routing.experts.shape[1])
+        layout = self._shared.buffer.layout(routing.experts, self._num_experts)
+        return {"rows": x, "weights": routing.weights.float(), "way": _Way(layout)}
+
+    def count(self, state: State, tickets: Tickets | None) -> State:
+        return state  # `dispatch` counts, and waits for it
 
     def dispatch(self, state: State, tickets: Tickets | None) -> State:
-        buffer = self._sized(state["rows"])
-        experts = state.pop("experts")
-        call = _Call(buffer, tickets)
-        rows, weights, chosen, handle = _Dispatch.apply(
-            state["rows"], state["weights"], experts, self._num_experts, call
-        )
-        return state | {"rows": rows, "weights": weights, "chosen": chosen, "handle": handle}
+        way: _Way = state["way"]
+        rows, weights = _Dispatch.apply(state["rows"], state["weights"], way, _Call(self._shared, tickets))
+        return state | {"rows": rows, "weights": weights}
 
-    def arrange(self, state: State) -> tuple[Tensor, list[int]]:
-        place = (state["chosen"] >= 0).flatten().nonzero().squeeze(1)  # of -1: an expert of another rank
-        expert = state["chosen"].flatten()[place]
-        state["place"] = place[expert.argsort(stable=True)]
-        local = self._num_experts // self._group.size()
-        rows = state["rows"].index_select(0, state["place"] // state["chosen"].shape[1])
-        return rows, torch.bincount(expert, minlength=local).tolist()
+    def arrange(self, state: State) -> tuple[Tensor, Sizes]:
+        way: _Way = state["way"]
+        expert = way.chosen.flatten()
+        expert = expert.masked_fill(expert < 0, self._num_local).long()  # of another rank: behind all others
+        place = expert.argsort(stable=True)[: sum(way.sizes)]
+        rows = state["rows"].index_select(0, place // way.chosen.shape[1])
+        state["place"] = place
+        return rows, Sizes(count(expert, self._num_local + 1)[: self._num_local], way.sizes)
 
     def restore(self, state: State, rows: Tensor) -> State:
         place, before = state.pop("place"), state["rows"]
-        token = place // state.pop("chosen").shape[1]
+        token = place // state["way"].chosen.shape[1]
         weighted = rows * state.pop("weights").flatten()[place].to(rows.dtype).unsqueeze(1)
         return state | {"rows": rows.new_zeros(before.shape).index_add(0, token, weighted)}
 
     def combine(self, state: State, tickets: Tickets | None) -> State:
-        handle = state.pop("handle")
-        rows = _Combine.apply(state["rows"], handle, _Call(self._sized(state["rows"]), tickets))
-        return state | {"rows": rows}
+        way: _Way = state.pop("way")
+        return state | {"rows": _Combine.apply(state["rows"], way, _Call(self._shared, tickets))}
 
     def finish(self, state: State) -> Tensor:
         rows: Tensor = state["rows"]
         return rows
 
-    def _sized(self, rows: Tensor) -> Any:
-        """The buffer, made for the size of the first rows."""
-        if self._buffer is None:
-            from deep_ep import Buffer
 
-            size, ranks = rows.shape[1] * rows.element_size(), self._group.size()
-            configs = (Buffer.get_dispatch_config(ranks), Buffer.get_combine_config(ranks))
-            nvlink = max(config.get_nvl_buffer_size_hint(size, ranks) for config in configs)
-            rdma = max(config.get_rdma_buffer_size_hint(size, ranks) for config in configs)
-            self._buffer = Buffer(self._group, nvlink, rdma)
-        return self._buffer
+class _Way:
+    """Where the tokens of one micro-batch go.
+
+    Attributes:
+        layout: what the dispatch takes beside rows and weights.
+        chosen: [received tokens, top_k], local experts; -1 for one of another rank.
+        sizes: rows of each expert of this rank, as DeepEP has counted them.
+        handle: of the dispatch.
+    """
+
+    chosen: Tensor
+    sizes: list[int]
+    handle: Any
+
+    def __init__(self, layout: dict[str, Any]) -> None:
+        self.layout: dict[str, Any] = layout
 
 
 class _Call:
-    """A buffer, and who waits for what it does."""
+    """One use of the buffer, and who waits for it."""
 
-    def __init__(self, buffer: Any, tickets: Tickets | None) -> None:
-        self.buffer, self._tickets = buffer, tickets
+    def __init__(self, shared: _Shared, tickets: Tickets | None) -> None:
+        self.buffer, self._shared, self._tickets = shared.buffer, shared, tickets
 
-    def options(self) -> dict[str, Any]:
-        """Follow the current stream, and return an event."""
-        from deep_ep import Buffer
+    def begin(self, rows: Tensor) -> None:
+        self._posted = Moment(torch.accelerator.current_stream(rows.device))
 
-        return {"previous_event": Buffer.capture(), "async_finish": True}
-
-    def posted(self, event: Any, *kept: Any) -> None:
-        ticket = _EventTicket(event, kept)
+    def end(self, event: Any, *kept: Any) -> None:
+        ticket = _EventTicket(event, self._posted, self._shared.stream(kept[0].device), kept)
         if self._tickets is None:
             ticket.wait(0.0)
         else:
@@ -110,62 +242,72 @@ class _Call:
 
 
 class _EventTicket:
-    def __init__(self, event: Any, kept: Any) -> None:
-        self._event, self._kept = event, kept
+    """A call under way.
+
+    Args:
+        event: of DeepEP; streams can wait for it, but the host cannot ask it.
+        posted: the moment before the call.
+        seen: a stream that follows the event, to ask that.
+        kept: tensors that live until somebody has waited.
+    """
+
+    def __init__(self, event: Any, posted: Moment, seen: torch.Stream, kept: Any) -> None:
+        self._event, self._posted, self._kept = event, posted, kept
+        with on_stream(seen):
+            event.current_stream_wait()
+            self._finished = Moment(seen)
+        self._stood: tuple[Moment, Moment] | None = None
+        self._device = seen.device
 
     def wait(self, timeout_s: float) -> None:
-        self._event.current_stream_wait()
-        self._kept = None
+        current = torch.accelerator.current_stream(self._device)
+        stopped = Moment(current)
+        self._finished.block(current)
+        self._stood = self._stood or (stopped, Moment(current))
+        self._event = self._kept = None
 
     def done(self) -> bool:
-        return True  # waiting costs the host nothing
+        return self._finished.happened()
 
     def finished_at(self) -> float | None:
         return None
 
+    def moments(self) -> Moments | None:
+        return (self._posted, self._finished, *(self._stood or (None, None)))
+
 
 class _Dispatch(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, rows: Tensor, weights: Tensor, experts: Tensor, num_experts: int, call: _Call) -> Any:
-        buffer = call.buffer
-        per_rank, per_node, per_expert, inside, _ = buffer.get_dispatch_layout(experts, num_experts)
-        out, chosen, coming, _, handle, event = buffer.dispatch(
-            rows,
-            topk_idx=experts,
-            topk_weights=weights,
-            num_tokens_per_rank=per_rank,
-            num_tokens_per_rdma_rank=per_node,
-            is_token_in_rank=inside,
-            num_tokens_per_expert=per_expert,
-            **call.options(),
-        )
-        call.posted(event, rows, weights)
-        ctx.handle, ctx.call = handle, call
-        ctx.mark_non_differentiable(chosen)
-        return out, coming, chosen, handle
+    def forward(ctx: Any, rows: Tensor, weights: Tensor, way: _Way, call: _Call) -> Any:
+        call.begin(rows)
+        out, way.chosen, coming, sizes, way.handle, event = call.buffer.dispatch(rows, weights, way.layout)
+        way.layout, way.sizes = {}, list(sizes)
+        call.end(event, rows, weights)
+        ctx.handle, ctx.call = way.handle, call
+        return out, coming
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> Any:
         rows, weights = grads[0].contiguous(), grads[1].float().contiguous()
-        back, back_weights, event = ctx.call.buffer.combine(
-            rows, ctx.handle, topk_weights=weights, **ctx.call.options()
-        )
-        ctx.call.posted(event, rows, weights)
-        return back, back_weights, None, None, None
+        ctx.call.begin(rows)
+        back, back_weights, event = ctx.call.buffer.combine(rows, ctx.handle, weights)
+        ctx.call.end(event, rows, weights)
+        return back, back_weights, None, None
 
 
 class _Combine(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, rows: Tensor, handle: Any, call: _Call) -> Tensor:
-        out, _, event = call.buffer.combine(rows, handle, **call.options())
-        call.posted(event, rows)
-        ctx.handle, ctx.call = handle, call
-        result: Tensor = out
-        return result
+    def forward(ctx: Any, rows: Tensor, way: _Way, call: _Call) -> Tensor:
+        call.begin(rows)
+        out, _, event = call.buffer.combine(rows, way.handle)
+        call.end(event, rows)
+        ctx.handle, ctx.call = way.handle, call
+        return out
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> Any:
         rows = grads[0].contiguous()
-        back, _, _, _, _, event = ctx.call.buffer.dispatch(rows, handle=ctx.handle, **ctx.call.options())
-        ctx.call.posted(event, rows)
+        ctx.call.begin(rows)
+        back, event = ctx.call.buffer.dispatch_again(rows, ctx.handle)
+        ctx.call.end(event, rows)
         return back, None, None

@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from ..comm.all_to_all import exchange
+from ..comm.stream import SharedStream, shared_stream
 from ..comm.tickets import Tickets
 from ..errors import ConfigError
 from ..runtime.phases import COMM, COMPUTE, Phase
@@ -55,6 +56,7 @@ class _Parts:
         self._moe = moe
         self._layer: MOELayer = moe.deepspeed_moe
         self._enter, self._leave = enter, leave
+        self._stream: SharedStream | None = None
 
     def gate(self, state: Any) -> State:
         carried, hidden = self._enter(state)
@@ -67,8 +69,10 @@ class _Parts:
 
     def travel(self, state: State, tickets: Tickets | None) -> State:
         group = self._layer.ep_group
+        if self._stream is None and group.size() > 1:
+            self._stream = shared_stream(state["rows"].device)
         each = [len(state["rows"]) // group.size()] * group.size()
-        return state | {"rows": exchange(state["rows"], each, each, group, tickets)}
+        return state | {"rows": exchange(state["rows"], each, each, group, tickets, self._stream)}
 
     def experts(self, state: State) -> State:
         rows, layer = state["rows"], self._layer

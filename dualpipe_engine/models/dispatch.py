@@ -3,8 +3,8 @@
 A dispatcher works on the state of a layer, a dictionary; computation and communication are apart, so that they can be
 phases:
 
-    prepare (compute) -> dispatch (comm) -> arrange (compute) -> experts -> restore (compute) -> combine (comm)
-    -> finish (compute)
+    prepare (compute) -> count (comm) -> dispatch (comm) -> arrange (compute) -> experts -> restore (compute)
+    -> combine (comm) -> finish (compute)
 """
 
 from __future__ import annotations
@@ -15,8 +15,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from ..comm.all_to_all import exchange
+from ..comm.all_to_all import Counts, exchange
+from ..comm.stream import SharedStream, shared_stream
 from ..comm.tickets import Tickets
+from .experts import Sizes
 from .routing import Routing
 
 State = dict[str, Any]
@@ -28,10 +30,13 @@ class Dispatcher(Protocol):
     def prepare(self, x: Tensor, routing: Routing) -> State:
         """What has to travel, of tokens `x [tokens, hidden]`."""
 
+    def count(self, state: State, tickets: Tickets | None) -> State:
+        """Find out how many rows come from where."""
+
     def dispatch(self, state: State, tickets: Tickets | None) -> State:
         """Send rows to the ranks of their experts."""
 
-    def arrange(self, state: State) -> tuple[Tensor, list[int]]:
+    def arrange(self, state: State) -> tuple[Tensor, Sizes]:
         """The received rows sorted by expert, `[rows, hidden]`, and how many each expert of this rank has."""
 
     def restore(self, state: State, rows: Tensor) -> State:
@@ -47,7 +52,7 @@ class Dispatcher(Protocol):
 class AllToAll:
     """One row for each token and expert, none dropped, by all-to-all of a torch process group.
 
-    How many rows come from where is exchanged at dispatch, before the rows: 8 bytes for each expert and rank.
+    How many rows come from where is exchanged before the rows: 8 bytes for each expert and rank.
 
     Args:
         group: the ranks that share the experts; None: this rank has all.
@@ -57,8 +62,8 @@ class AllToAll:
     def __init__(self, group: dist.ProcessGroup | None, num_experts: int) -> None:
         self._group = group
         self._ranks = 1 if group is None else group.size()
-        self._num_experts = num_experts
         self._num_local = num_experts // self._ranks
+        self._stream: SharedStream | None = None
 
     def prepare(self, x: Tensor, routing: Routing) -> State:
         flat = routing.experts.flatten()
@@ -69,28 +74,33 @@ class AllToAll:
             "weights": routing.weights.flatten().index_select(0, order),
             "token": token,
             "tokens": x.shape[0],
-            "counts": torch.bincount(flat, minlength=self._num_experts),
+            "counts": routing.counts,
         }
 
-    def dispatch(self, state: State, tickets: Tickets | None) -> State:
-        counts = state.pop("counts")
-        coming = torch.empty_like(counts)
-        if self._group is None:
-            return state | {"coming": counts.view(1, -1), "send": [len(state["rows"])], "receive": [len(state["rows"])]}
-        dist.all_to_all_single(coming, counts, group=self._group)
-        coming = coming.view(self._ranks, self._num_local)
-        send = counts.view(self._ranks, self._num_local).sum(dim=1).tolist()
-        receive = coming.sum(dim=1).tolist()
-        rows = exchange(state["rows"], send, receive, self._group, tickets)
-        return state | {"rows": rows, "coming": coming, "send": send, "receive": receive}
+    def count(self, state: State, tickets: Tickets | None) -> State:
+        if self._group is None or self._ranks == 1:
+            return state
+        if self._stream is None:
+            self._stream = shared_stream(state["counts"].device)
+        return state | {"counts": Counts(state["counts"], self._group, tickets, self._stream)}
 
-    def arrange(self, state: State) -> tuple[Tensor, list[int]]:
-        rows, coming = state["rows"], state["coming"]
+    def dispatch(self, state: State, tickets: Tickets | None) -> State:
+        if self._group is None or self._ranks == 1:
+            return state
+        counts: Counts = state["counts"]
+        return state | {
+            "rows": exchange(state["rows"], counts.send, counts.receive, self._group, tickets, self._stream)
+        }
+
+    def arrange(self, state: State) -> tuple[Tensor, Sizes]:
+        rows, counts = state["rows"], state["counts"]
         if self._ranks == 1:
-            return rows, coming[0].tolist()
+            return rows, Sizes(counts)
+        coming = counts.both[1]
         local = torch.arange(self._num_local, device=rows.device).repeat(self._ranks)
-        state["order"] = local.repeat_interleave(coming.flatten()).argsort(stable=True)
-        return rows.index_select(0, state["order"]), coming.sum(dim=0).tolist()
+        expert = local.repeat_interleave(coming.flatten(), output_size=len(rows))
+        state["order"] = expert.argsort(stable=True)
+        return rows.index_select(0, state["order"]), Sizes(coming.sum(dim=0), counts.expected)
 
     def restore(self, state: State, rows: Tensor) -> State:
         if self._ranks > 1:
@@ -98,9 +108,12 @@ class AllToAll:
         return state | {"rows": rows}
 
     def combine(self, state: State, tickets: Tickets | None) -> State:
-        if self._group is None:
+        if self._group is None or self._ranks == 1:
             return state
-        return state | {"rows": exchange(state["rows"], state["receive"], state["send"], self._group, tickets)}
+        counts: Counts = state.pop("counts")
+        return state | {
+            "rows": exchange(state["rows"], counts.receive, counts.send, self._group, tickets, self._stream)
+        }
 
     def finish(self, state: State) -> Tensor:
         rows: Tensor = state["rows"]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -13,6 +13,24 @@ from torch.nn import functional
 
 from ..errors import ConfigError
 from .config import MoEConfig
+
+
+class Sizes:
+    """Rows of each expert of this rank.
+
+    Args:
+        device: [experts] int64.
+        known: the same on the host; None: nobody has read them yet.
+    """
+
+    def __init__(self, device: Tensor, known: list[int] | None = None) -> None:
+        self.device, self.known = device, known
+
+    def host(self) -> list[int]:
+        """The sizes on the host, which waits for the device unless they are known."""
+        if self.known is None:
+            self.known = self.device.tolist()
+        return self.known
 
 
 class FeedForward(nn.Module):
@@ -79,13 +97,20 @@ class Experts(nn.Module):
             )
         self.group = group
 
-    def forward(self, rows: Tensor, sizes: Sequence[int]) -> Tensor:
+    def forward(self, rows: Tensor, sizes: Sizes) -> Tensor:
         """Apply the experts.
 
         Args:
-            rows: [sum(sizes), hidden], those of the first expert first.
+            rows: [sum of sizes, hidden], those of the first expert first.
             sizes: rows of each expert of this rank.
         """
+        if not len(rows) or not _spoils_empty_groups(rows, self.up):
+            return self._feed(rows, sizes)
+        places, roomy = _apart(sizes, len(rows))
+        padded = rows.new_zeros(len(rows) + self.num_local, rows.shape[1]).index_copy(0, places, rows)
+        return self._feed(padded, roomy).index_select(0, places)
+
+    def _feed(self, rows: Tensor, sizes: Sizes) -> Tensor:
         return _grouped(_gated(_grouped(rows, self.up, sizes)), self.down, sizes)
 
     @contextmanager
@@ -118,21 +143,44 @@ class Experts(nn.Module):
         super()._load_from_state_dict(state_dict, prefix, *args)
 
 
-def _grouped(rows: Tensor, weight: Tensor, sizes: Sequence[int]) -> Tensor:
+def _grouped(rows: Tensor, weight: Tensor, sizes: Sizes) -> Tensor:
     """`rows [n, in]`, of which `sizes` belong to each expert, times `weight [experts, in, out]`."""
     if len(rows) and has_grouped_mm(rows, weight):
-        ends = torch.tensor(sizes, device=rows.device).cumsum(0).to(torch.int32)
-        return torch._grouped_mm(rows, weight, offs=ends)
-    parts = [part @ weight[index] for index, part in enumerate(rows.split(list(sizes)))]
+        return torch._grouped_mm(rows, weight, offs=sizes.device.cumsum(0).to(torch.int32))
+    parts = [part @ weight[index] for index, part in enumerate(rows.split(sizes.host()))]
     return torch.cat(parts)
 
 
+def _apart(sizes: Sizes, count: int) -> tuple[Tensor, Sizes]:
+    """Room for a row of zeros behind the rows of each expert: where the `count` rows go (int64), and the sizes then."""
+    here = sizes.device
+    expert = torch.arange(len(here), device=here.device).repeat_interleave(here, output_size=count)
+    known = None if sizes.known is None else [size + 1 for size in sizes.known]
+    return torch.arange(count, device=here.device) + expert, Sizes(here + 1, known)
+
+
+_TORCH = tuple(int(part) for part in torch.__version__.split(".")[:2])
+
+
 def has_grouped_mm(rows: Tensor, weight: Tensor) -> bool:
-    """Whether torch multiplies groups of rows in one call here: floats of 2 and 4 bytes on CPU, bf16 on CUDA since
-    compute capability 8, with rows of a multiple of 16 bytes."""
+    """Whether torch multiplies groups of rows in one call here, without reading their sizes on the host.
+
+    With rows of a multiple of 16 bytes these are bf16 on CUDA, of compute capability 9 and, since torch 2.9, 10; others
+    are refused or, in later versions, multiplied one by one after a wait. On the CPU floats of 2 and 4 bytes, since
+    torch 2.9.
+    """
     if any(size * rows.element_size() % 16 for size in weight.shape[1:]):
         return False
     if rows.device.type == "cpu":
-        return rows.dtype in (torch.float32, torch.bfloat16, torch.float16)
-    fit = rows.device.type == "cuda" and rows.dtype == torch.bfloat16
-    return fit and torch.cuda.get_device_capability(rows.device)[0] >= 8
+        return _TORCH >= (2, 9) and rows.dtype in (torch.float32, torch.bfloat16, torch.float16)
+    if rows.device.type != "cuda" or rows.dtype != torch.bfloat16:
+        return False
+    major = torch.cuda.get_device_capability(rows.device)[0]
+    return major == 9 or (major == 10 and _TORCH >= (2, 9))
+
+
+def _spoils_empty_groups(rows: Tensor, weight: Tensor) -> bool:
+    """Whether the weight gradient of an expert without rows may be anything but zero (pytorch issue 172439)."""
+    if rows.device.type != "cuda" or not has_grouped_mm(rows, weight):
+        return False
+    return torch.cuda.get_device_capability(rows.device)[0] == 10

@@ -66,6 +66,11 @@ class Observer:
         self._batch.transfers = [each for each in transfers if each.name not in BETWEEN_STAGES]
         return self._batch
 
+    def on_clock(self, transfers: Sequence[Transfer]) -> list[Transfer]:
+        """Transfers of the last batch with all times in seconds of the host's monotonic clock; waits for the
+        accelerator."""
+        return self._batch.on_clock(transfers)
+
     def span(self, op: Op) -> Stretch:
         """Context manager: the body is `op`."""
         return Stretch(self, OP, op)
@@ -162,12 +167,17 @@ class Batch:
 
     def resolve(self) -> BatchRecord:
         """The record in seconds of the host's monotonic clock; waits for the accelerator."""
-        if self._origin is not None:
-            torch.accelerator.synchronize()
+        found = self.on_clock(self.transfers)
         marks = [Mark(kind, op, self._seconds(start), self._seconds(end)) for kind, op, start, end in self.stretches]
-        marks += [Mark(PHASE, _NO_OP, t.posted, t.finished, t.name, t.waited) for t in self.transfers]
+        marks += [Mark(PHASE, _NO_OP, t.posted, t.finished, t.name, t.waited) for t in found]
         start = 0.0 if self.start is None else self._seconds(self.start)
         return BatchRecord(start, start if self.end is None else self._seconds(self.end), marks)
+
+    def on_clock(self, transfers: Sequence[Transfer]) -> list[Transfer]:
+        """See `Observer.on_clock`."""
+        if self._origin is not None:
+            torch.accelerator.synchronize()
+        return [transfer.resolved(self._origin) for transfer in transfers]
 
     def _seconds(self, moment: Any) -> float:
         if self._origin is None:

@@ -4,6 +4,9 @@ Each phase is an autograd segment. Forward and backward of a micro-batch are cor
 posted communication; `interleave` lets one compute while the other communicates, as in figure 4 of the DeepSeek-V3
 report (arXiv 2412.19437), on one Python thread and in an order that depends on the phases alone, so that all ranks of
 an expert-parallel group post their collectives in one order. Weight gradients fill what is left of a wait.
+
+Between two phases the graph is cut, and nothing is kept of what passes the cut but what the phases save themselves: for
+the backward a leaf without memory stands in its place.
 """
 
 from __future__ import annotations
@@ -13,6 +16,7 @@ from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
+from itertools import pairwise
 from typing import Any, TypeVar
 
 import torch
@@ -21,12 +25,12 @@ from torch.utils import _pytree as pytree
 from torch.utils.checkpoint import checkpoint
 
 from ..comm.tickets import Tickets, Transfer
-from .chunk import StageChunk
+from .chunk import StageChunk, _inside
 from .phases import COMM, COMPUTE, Phase, Phased
 
 Result = TypeVar("Result")
-#: Yields what it has posted and must not be resumed before that is done.
-Steps = Generator[Tickets, None, Result]
+#: Yields None before it posts, and then what it has posted; it must not be resumed before that is done.
+Steps = Generator[Tickets | None, None, Result]
 Grads = list[torch.Tensor | None]
 _Weights = deque[Callable[[], None]]
 
@@ -60,12 +64,22 @@ def _chain(first: Callable[[Any], Any], second: Callable[[Any], Any], state: Any
 
 @dataclass
 class _Segment:
-    """One phase of one micro-batch, between its forward and its backward."""
+    """One phase of one micro-batch, between its forward and its backward.
+
+    Args:
+        leaves: one for each tensor that it took and that needs a gradient; see `_cut`.
+        edges: for each output that needs a gradient its edge, or the index of the leaf that went through.
+        tickets: of its transfers.
+    """
 
     leaves: list[torch.Tensor]
-    #: For each output that needs a gradient its edge, or the index of the leaf that it is.
     edges: list[GradientEdge | int]
     tickets: Tickets
+
+    @property
+    def travels_back(self) -> bool:
+        """Whether the backward of a communication phase posts anything."""
+        return any(not isinstance(edge, int) for edge in self.edges)
 
 
 class PhasedChunk(StageChunk):
@@ -139,27 +153,29 @@ class PhasedChunk(StageChunk):
         self._segments.clear()
 
     def _wait(self, tickets: Tickets, weights: _Weights) -> None:
-        """Wait, and run weight gradients for as long as there is time."""
-        while weights and not tickets.done():
+        """Wait, and run weight gradients for as long as there is time; not before what leads on, whose transfers they
+        would hold back."""
+        while weights and not tickets.leads_on and not tickets.done():
             weights.popleft()()
         tickets.wait(self._timeout_s)
 
     def _forward_steps(self, micro: int, inputs: Any, labels: Any) -> Steps[Any]:
         segments: list[_Segment] = []
-        state = inputs
-        for phase in self._phases[:-1]:
-            tickets = Tickets(phase.name, self._log)
+        entered, leaves = self._enter(inputs)  # leaves that collect what goes back to the stage before
+        for phase, following in pairwise(self._phases):
             if phase.kind == COMPUTE:
-                entered, leaves = self._enter(state)
+                tickets = Tickets(phase.name, self._log)
                 state = phase.run(entered)
                 segments.append(_Segment(leaves, _edges(state, ()), tickets))
             else:
-                leaves = _differentiable(state)
-                state = phase.run(state, tickets)
-                segments.append(_Segment(leaves, _edges(state, leaves), tickets))
+                tickets = Tickets(phase.name, self._log, leads_on=following.kind == COMM)
+                yield None
+                state = phase.run(entered, tickets)
+                segments.append(_Segment(leaves, _edges(state, _differentiable(entered)), tickets))
+                del entered  # only what has been posted needs it, and only until then
                 yield tickets
-            state = pytree.tree_map(_cut, state)
-        entered, leaves = self._enter(state)
+            entered, leaves = _cut(state)
+            del state
         output = self._phases[-1].run(entered)
         self._segments[micro] = segments
         if not self.is_last:
@@ -185,11 +201,13 @@ class PhasedChunk(StageChunk):
                         torch.autograd.backward(edges, of_edges)
                 found = [leaf.grad for leaf in leaves]
                 continue
-            # `grad` hands over what the phase has posted; `backward` would copy it before it has arrived.
-            found = (
-                list(torch.autograd.grad(edges, leaves, of_edges, allow_unused=True)) if edges else [None] * len(leaves)
-            )
-            yield segment.tickets
+            found = [None] * len(leaves)
+            if segment.travels_back:
+                yield None
+                # `grad` hands over what the phase has posted; `backward` would copy it before it has arrived.
+                if edges:
+                    found = list(torch.autograd.grad(edges, leaves, of_edges, allow_unused=True))
+                yield segment.tickets
             for edge, grad in given:
                 if isinstance(edge, int):
                     before = found[edge]
@@ -227,7 +245,10 @@ def finish(steps: Steps[Result], wait: Callable[[Tickets], None], posted: Ticket
 def interleave(first: Steps[Any], second: Steps[Any], wait: Callable[[Tickets], None]) -> tuple[Any, Any]:
     """Run two coroutines in turns, so that each computes while what the other has posted is under way.
 
-    `second` begins: a backward starts with the communication that comes last in a forward.
+    `second` begins: a backward starts with the communication that comes last in a forward. What `leads_on` to more
+    communication, such as numbers of rows, is not worth a turn of its own: the other side computes, and before it posts
+    in its turn the first one is let go on. So the host, which has to wait for such numbers, has given the device
+    something to do before, and the rows they are for travel under it.
 
     Returns:
         What each returns.
@@ -240,12 +261,24 @@ def interleave(first: Steps[Any], second: Steps[Any], wait: Callable[[Tickets], 
         while True:
             if (tickets := posted[turn]) is not None:
                 wait(tickets)
-            posted[turn] = next(sides[turn])
+            while (step := next(sides[turn])) is None:
+                other = posted[1 - turn]
+                if other is not None and other.leads_on:
+                    wait(other)
+                    posted[1 - turn] = _next_posted(sides[1 - turn])
+            posted[turn] = step
             turn = 1 - turn
     except StopIteration as end:
         results[turn] = end.value
     results[1 - turn] = finish(sides[1 - turn], wait, posted[1 - turn])
     return results[0], results[1]
+
+
+def _next_posted(steps: Steps[Any]) -> Tickets:
+    """Resume a coroutine that communicates next."""
+    while (step := next(steps)) is None:
+        pass
+    return step
 
 
 def _run_all(weights: _Weights) -> None:
@@ -257,11 +290,25 @@ def _same(state: Any) -> Any:
     return state
 
 
-def _cut(value: Any) -> Any:
-    """Cut a tensor off from the graph; what needs a gradient becomes a leaf that collects it."""
-    if not isinstance(value, torch.Tensor) or not value.requires_grad:
-        return value
-    return value.detach().requires_grad_()
+def _cut(state: Any) -> tuple[Any, list[torch.Tensor]]:
+    """Cut the tensors of a state off from the graph.
+
+    Returns:
+        The state for the next phase, and a leaf for each tensor that needs a gradient, in order, which collects it. The
+        leaf keeps the shape and lets go of the memory: of what it stands for, only its gradient is asked for later.
+    """
+    leaves: list[torch.Tensor] = []
+
+    def cut(value: Any) -> Any:
+        if not isinstance(value, torch.Tensor) or not value.requires_grad:
+            return value
+        leaf = value.detach().requires_grad_()
+        inside = _inside(leaf)
+        leaf.data = leaf.new_empty(()).expand(leaf.shape)
+        leaves.append(leaf)
+        return inside
+
+    return pytree.tree_map(cut, state), leaves
 
 
 def _differentiable(state: Any) -> list[torch.Tensor]:

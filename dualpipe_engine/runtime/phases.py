@@ -2,8 +2,8 @@
 
 A layer with a method `phases()` is run as the list that it returns, one phase after the other, each handing its result
 (any nest of tensors and plain values) to the next; the whole list does what the layer's `forward` does. An
-expert-parallel transformer block has, for example, attention and routing (compute), dispatch (comm), experts (compute),
-combine (comm).
+expert-parallel transformer block has, for example, attention and routing (compute), counts of rows (comm), dispatch
+(comm), experts (compute), combine (comm).
 
 Each phase is an autograd segment of its own: the graph is cut between phases, so that the backward of one phase can
 run, or wait, apart from the next.
@@ -27,7 +27,8 @@ class Phase(NamedTuple):
         run: of a compute phase: `run(state) -> state`. Of a comm phase: `run(state, tickets) -> state`, which posts its
             transfers, adds them to `tickets` (`comm.tickets.Tickets`) and does not read their results; the autograd
             functions in it do the same in their backward, with the same `tickets`. A comm phase has no parameters and
-            uses each tensor of its state at most once.
+            uses each tensor of its state at most once. One that is followed by another comm phase is waited for as soon
+            as the other micro-batch has computed something: for what the host must know before it can post.
     """
 
     name: str

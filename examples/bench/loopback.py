@@ -1,7 +1,10 @@
-"""F&B of one MoE block in bf16 on one GPU, with all-to-alls that go through pinned host memory and back.
+"""F&B of one MoE block on one device, with all-to-alls that go through pinned host memory and back.
 
-The size of a block's rows is stretched until communication takes as long as computation, so that the pair, at best,
-takes half as long as its halves one after the other.
+The real communication stream posts them to a process group of one rank (`Loop`), which copies as a network would:
+beside the computation, on the copy engines. How much it copies is chosen so that communication takes as long as
+computation, a little less and a little more: the pair, at best, takes as long as the longer of the two.
+
+On the CPU (`--device cpu`, in fp32) the same runs with gloo; it shows that the benchmark works, and hides nothing.
 """
 
 from __future__ import annotations
@@ -9,140 +12,206 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from statistics import median
+from types import SimpleNamespace
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
+from dualpipe_engine.comm.stream import SharedStream
 from dualpipe_engine.models.block import MoEBlock
 from dualpipe_engine.models.config import MoEConfig
 from dualpipe_engine.models.dispatch import AllToAll, State
 from dualpipe_engine.runtime.overlap import PhasedChunk, phases_of
 from dualpipe_engine.runtime.weight_grad import WeightGradStore, install
 
-CONFIG = MoEConfig(
+LARGE = MoEConfig(
     hidden=2048, heads=16, head=128, rotary=64, kv_rank=512, experts=16, top_k=4, expert_inner=1024, blocks=1
 )
-TOKENS = (4, 2048)
+SMALL = MoEConfig(hidden=64, heads=2, head=32, rotary=8, kv_rank=16, experts=4, expert_inner=64, blocks=1)
+BALANCES = (0.9, 1.0, 1.1)  #: communication / computation
 
 
-class _Event:
-    """A loop-back under way on its own stream."""
+class _Copied(dist._Work):
+    """Copies that streams can wait for."""
 
-    def __init__(self, event: torch.cuda.Event, kept: tuple[Tensor, ...]) -> None:
-        self._event, self._kept = event, kept
+    def __init__(self, event: torch.Event) -> None:
+        super().__init__()
+        self._event = event
 
-    def wait(self, timeout_s: float) -> None:
-        self._event.wait()
-
-    def done(self) -> bool:
-        return True  # waiting costs the host nothing
-
-    def finished_at(self) -> float | None:
-        return None
+    def wait(self, timeout: Any = None) -> bool:
+        torch.accelerator.current_stream().wait_event(self._event)
+        return True
 
 
-class Loop:
-    """Sends rows to the host and back, `passes` times."""
+class Loop(dist.ProcessGroup):
+    """A process group of one rank that works on the streams of a device.
 
-    def __init__(self) -> None:
-        self.passes = 0
-        self._stream = torch.cuda.Stream(priority=-1)
+    Args:
+        device: of the tensors.
+
+    Attributes:
+        amount: how often rows travel to the host and back; a part of them for what is left of it.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        super().__init__(0, 1)
+        kind = dist.ProcessGroup.BackendType.CUSTOM
+        self._register_backend(device, kind, torch._C._distributed_c10d.FakeProcessGroup._create_internal(0, 1))
+        self.amount = 0.0
         self._host: Tensor | None = None
+        self._under_way: list[_Copied] = []
 
-    def post(self, rows: Tensor, tickets: Any) -> Tensor:
-        rows = rows.contiguous()
-        out = torch.empty_like(rows)
+    def alltoall_base(self, out: Tensor, rows: Tensor, receive: Any, send: Any, options: Any = None) -> _Copied:
         if self._host is None or self._host.shape != rows.shape:
             self._host = torch.empty(rows.shape, dtype=rows.dtype, pin_memory=True)
-        self._stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(self._stream):
-            for _ in range(self.passes):
-                self._host.copy_(rows, non_blocking=True)
-                out.copy_(self._host, non_blocking=True)
-            if not self.passes:
-                out.copy_(rows)
-            event = torch.cuda.Event()
-            event.record()
-        ticket = _Event(event, (rows, out))
-        if tickets is None:
-            ticket.wait(0.0)
-        else:
-            tickets.add(ticket, rows.nbytes)
-        return out
+        out.copy_(rows)
+        left = self.amount
+        while left > 0:
+            some = slice(0, max(1, round(min(1.0, left) * len(rows))))
+            self._host[some].copy_(rows[some], non_blocking=True)
+            out[some].copy_(self._host[some], non_blocking=True)
+            left -= 1
+        event = torch.Event(out.device)
+        event.record()
+        self._under_way = [*self._under_way[-7:], _Copied(event)]
+        return self._under_way[-1]
 
-
-class _Travel(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, rows: Tensor, loop: Loop, tickets: Any) -> Tensor:
-        ctx.loop, ctx.tickets = loop, tickets
-        return loop.post(rows, tickets)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Any) -> Any:
-        return ctx.loop.post(grads[0], ctx.tickets), None, None
+    all_to_all_single = alltoall_base  # since torch 2.13
 
 
 class LoopBack(AllToAll):
-    """The dispatcher of one rank, whose rows travel all the same."""
+    """The dispatcher of one rank, whose rows travel all the same.
 
-    def __init__(self, loop: Loop) -> None:
-        super().__init__(None, CONFIG.experts)
-        self._loop = loop
+    Args:
+        config: of the block.
+        group: of one rank.
+        device: of the rows.
+    """
+
+    def __init__(self, config: MoEConfig, group: dist.ProcessGroup, device: torch.device) -> None:
+        super().__init__(None, config.experts)
+        self._loop, self._posts = group, SharedStream(device)
 
     def dispatch(self, state: State, tickets: Any) -> State:
-        state = super().dispatch(state, None)
-        return state | {"rows": _Travel.apply(state["rows"], self._loop, tickets)}
+        return state | {"rows": _Travel.apply(state["rows"], self._loop, self._posts, tickets)}
 
-    def combine(self, state: State, tickets: Any) -> State:
-        return state | {"rows": _Travel.apply(state["rows"], self._loop, tickets)}
+    combine = dispatch
 
 
-def _timed(run: Callable[[], None], repeats: int = 10) -> float:
-    """Median seconds."""
-    found = []
-    for _ in range(repeats + 2):
-        torch.cuda.synchronize()
-        start = time.perf_counter()
-        run()
-        torch.cuda.synchronize()
-        found.append(time.perf_counter() - start)
-    return median(found[2:])
+class _Travel(torch.autograd.Function):
+    """As `comm.all_to_all.exchange`, which sends nothing where there is one rank."""
+
+    @staticmethod
+    def forward(ctx: Any, rows: Tensor, *route: Any) -> Tensor:
+        ctx.route = route
+        return _post(rows, *route)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> Any:
+        return _post(grads[0], *ctx.route), None, None, None
 
 
-def main() -> None:
-    if not torch.cuda.is_available():
-        raise SystemExit("--cuda needs a GPU, and there is none here")
-    torch.manual_seed(0)
-    loop = Loop()
-    block = MoEBlock(CONFIG).to("cuda", torch.bfloat16)
-    block.dispatcher = LoopBack(loop)
-    store = WeightGradStore()
-    install(block, store)
-    chunk = PhasedChunk(block, 0, phases_of([block]), 60.0, is_last=False, store=store)
-    inputs = torch.randn(*TOKENS, CONFIG.hidden, device="cuda", dtype=torch.bfloat16)
-    grads = [torch.randn_like(inputs)]
-    micro = 0
+def _post(rows: Tensor, group: Any, stream: SharedStream, tickets: Any) -> Tensor:
+    rows = rows.contiguous()
+    out = torch.empty_like(rows)
+    ticket = stream.posts.all_to_all(group, out, rows, [len(rows)], [len(rows)], "loop")
+    tickets.add(ticket, rows.nbytes)
+    return out
 
-    def halves() -> None:
-        chunk.forward(0, inputs.detach().requires_grad_())
-        chunk.backward(0, grads)
 
-    def pair() -> None:
-        nonlocal micro
-        fresh = inputs.detach().requires_grad_()
-        chunk.overlapped(micro + 1, fresh, None, chunk, micro, grads, 1.0)
-        micro += 1
+class Bench:
+    """One block, its forward and backward one after the other and as a pair."""
 
-    compute = _timed(halves)
-    loop.passes = 1
-    once = _timed(halves) - compute
-    loop.passes = max(1, round(compute / once))
-    sequential = _timed(halves)
-    chunk.forward(0, inputs.detach().requires_grad_())
-    together = _timed(pair)
-    longest = max(compute, sequential - compute)
-    print(f"{torch.cuda.get_device_name()}, {TOKENS[0] * TOKENS[1]} tokens, {CONFIG}")
-    print(f"computation {compute * 1e3:.2f} ms, all-to-all {(sequential - compute) * 1e3:.2f} ms")
-    print(f"one after the other {sequential * 1e3:.2f} ms, F&B pair {together * 1e3:.2f} ms")
-    print(f"pair / longest of the two: {together / longest:.3f}")
+    def __init__(self, device: torch.device, config: MoEConfig, tokens: tuple[int, int], repeats: int) -> None:
+        torch.manual_seed(0)
+        on_cpu = device.type == "cpu"
+        self._device, self._repeats = device, repeats
+        self.loop: Any = SimpleNamespace(amount=0.0) if on_cpu else Loop(device)
+        dtype = torch.float32 if on_cpu else torch.bfloat16
+        block = MoEBlock(config).to(device, dtype)
+        block.dispatcher = LoopBack(config, _gloo_of_one() if on_cpu else self.loop, device)
+        store = WeightGradStore()
+        install(block, store)
+        self._chunk = PhasedChunk(block, 0, phases_of([block]), 60.0, is_last=False, store=store)
+        self._inputs = torch.randn(*tokens, config.hidden, device=device, dtype=dtype)
+        self._grads = [torch.randn_like(self._inputs)]
+        self._micro = 0
+
+    def _fresh(self) -> Tensor:
+        return self._inputs.detach().requires_grad_()
+
+    def halves(self) -> float:
+        """Seconds of a forward and a backward, one after the other."""
+
+        def run() -> None:
+            self._chunk.forward(0, self._fresh())
+            self._chunk.backward(0, self._grads)
+
+        return self._timed(run)
+
+    def pair(self) -> float:
+        """Seconds of a pair."""
+        chunk = self._chunk
+        chunk.forward(self._micro, self._fresh())
+
+        def run() -> None:
+            chunk.overlapped(self._micro + 1, self._fresh(), None, chunk, self._micro, self._grads, 1.0)
+            self._micro += 1
+
+        seconds = self._timed(run)
+        chunk.clear()
+        return seconds
+
+    def _timed(self, run: Callable[[], None]) -> float:
+        found = []
+        for _ in range(self._repeats + 2):
+            self._synchronize()
+            start = time.perf_counter()
+            run()
+            self._synchronize()
+            found.append(time.perf_counter() - start)
+        return median(found[2:])
+
+    def _synchronize(self) -> None:
+        if self._device.type != "cpu":
+            torch.accelerator.synchronize()
+
+
+def _gloo_of_one() -> dist.ProcessGroup:
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    return dist.group.WORLD
+
+
+def measure(device: torch.device, repeats: int = 10) -> list[dict[str, float]]:
+    """For each of `BALANCES` the seconds of computation, of communication, of both one after the other, and of a pair;
+    "ratio" is the pair over the longer of the first two."""
+    on_cpu = device.type == "cpu"
+    bench = Bench(device, SMALL if on_cpu else LARGE, (2, 32) if on_cpu else (4, 2048), repeats)
+    compute = bench.halves()
+    bench.loop.amount = 1.0
+    once = max(1e-9, bench.halves() - compute)
+    rows = []
+    for balance in BALANCES:
+        bench.loop.amount = balance * compute / once
+        alone = bench.halves()
+        communication = max(0.0, alone - compute)
+        pair = bench.pair()
+        ratio = pair / max(compute, communication)
+        rows.append({"balance": balance, "compute": compute, "communication": communication})
+        rows[-1] |= {"sequential": alone, "pair": pair, "ratio": ratio}
+    return rows
+
+
+def main(device: str) -> None:
+    where = torch.device(device)
+    if where.type == "cuda" and not torch.cuda.is_available():
+        raise SystemExit("--cuda needs a GPU, and there is none here; --cuda --device cpu only shows that it runs")
+    rows = measure(where, repeats=2 if where.type == "cpu" else 10)
+    print(torch.cuda.get_device_name() if where.type == "cuda" else where.type)
+    print("| computation | all-to-all | one after the other | F&B pair | pair / longer of the two |")
+    print("|---|---|---|---|---|")
+    for row in rows:
+        seconds = [f"{row[name] * 1e3:.2f} ms" for name in ("compute", "communication", "sequential", "pair")]
+        print("| " + " | ".join([*seconds, f"{row['ratio']:.3f}"]) + " |")

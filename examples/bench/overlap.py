@@ -4,12 +4,13 @@
     python examples/bench/overlap.py --cuda
 
 Two ranks share the experts of a stage of some layers, over a link that is made slow (`link.py`; needs root). A layer
-has attention, dispatch, experts and combine as the model of `dualpipe_engine.models` has them, with its dispatcher; its
-computation takes `ratio` times as long as one of its all-to-alls, forward and backward alike. Times are medians over
-pairs. "computation" is what the computation of a pair took, "hidden" the part of the all-to-all time of the sequential
-run that an overlapped pair does not wait for: 1 - (pair - computation) / (sequential - computation).
+has attention, counts, dispatch, experts and combine as the model of `dualpipe_engine.models` has them, with its
+dispatcher; its computation takes `ratio` times as long as one of its all-to-alls, forward and backward alike. Times are
+medians over pairs. "computation" is what the computation of a pair took, "hidden" the part of the all-to-all time of
+the sequential run that an overlapped pair does not wait for: 1 - (pair - computation) / (sequential - computation).
 
---cuda runs one MoE block in bf16 on one GPU with a loop-back all-to-all through pinned memory (`loopback.py`).
+--cuda runs one MoE block in bf16 on one GPU with a loop-back all-to-all through pinned memory (`loopback.py`);
+`--cuda --device cpu` runs the same on the CPU, to see that it works.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ import torch
 import torch.distributed as dist
 
 from dualpipe_engine.models.dispatch import AllToAll
-from dualpipe_engine.models.routing import Routing
+from dualpipe_engine.models.routing import Routing, count
 from dualpipe_engine.runtime.overlap import PhasedChunk, phases_of
 from dualpipe_engine.runtime.phases import COMM, COMPUTE, Phase
 
@@ -76,6 +77,7 @@ class Layer:
     def phases(self) -> list[Phase]:
         return [
             Phase("attention", COMPUTE, self._attend),
+            Phase("counts", COMM, self._dispatcher.count),
             Phase("dispatch", COMM, self._dispatcher.dispatch),
             Phase("experts", COMPUTE, self._experts),
             Phase("combine", COMM, self._dispatcher.combine),
@@ -102,7 +104,8 @@ def measure(args: argparse.Namespace) -> list[dict[str, float]]:
     tokens = args.kilobytes * 1024 // (4 * WIDTH) * 2  # half of the rows travel
     experts = (torch.arange(tokens) % EXPERTS).view(-1, 1)
     work = Work(args.compute == "real")
-    layers = [Layer(work, Routing(experts, torch.ones(tokens, 1), torch.zeros(1))) for _ in range(args.layers)]
+    routing = Routing(experts, torch.ones(tokens, 1), torch.zeros(1), count(experts, EXPERTS))
+    layers = [Layer(work, routing) for _ in range(args.layers)]
     chunk = PhasedChunk(torch.nn.Identity(), 0, phases_of(layers), 120.0, is_last=False)
     grads = [torch.ones(tokens, WIDTH)]
 
@@ -187,11 +190,12 @@ def main() -> None:
     parser.add_argument("--megabit", type=float, default=400.0, help="a second, of the link, each way")
     parser.add_argument("--out", help="PNG file")
     parser.add_argument("--cuda", action="store_true", help="one block on one GPU instead")
+    parser.add_argument("--device", default="cuda", help="for --cuda: where the block is")
     args = parser.parse_args()
     if args.cuda:
         from loopback import main as on_one_gpu
 
-        on_one_gpu()
+        on_one_gpu(args.device)
     elif "RANK" in os.environ:
         print(json.dumps(measure(args)))
     else:

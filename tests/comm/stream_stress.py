@@ -28,7 +28,8 @@ def gloo_group(store, rank, size):
     options._threads = 2
     backend = dist.ProcessGroupGloo(store, rank, size, options)
     group._set_default_backend(dist.ProcessGroup.BackendType.GLOO)
-    group._register_backend(torch.device("cpu"), dist.ProcessGroup.BackendType.GLOO, backend)
+    for device in ("cpu", "cuda") if torch.cuda.is_available() else ("cpu",):  # of CUDA tensors through host memory
+        group._register_backend(torch.device(device), dist.ProcessGroup.BackendType.GLOO, backend)
     return group
 
 

@@ -9,6 +9,7 @@ import threading
 import time
 import weakref
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -148,7 +149,7 @@ def test_all_to_all_and_its_gradient(streams, groups):
         rows = (torch.arange(sum(send[rank])).double() + 10 * rank).unsqueeze(1).requires_grad_()
         receive = [row[rank] for row in send]
         tickets = Tickets("dispatch", log if rank == 0 else None)
-        out = exchange(rows, send[rank], receive, groups[rank], tickets, streams[rank])
+        out = exchange(rows, send[rank], receive, groups[rank], tickets, SimpleNamespace(posts=streams[rank]))
         time.sleep(0.05)
         tickets.wait(SOON_S)
         value = out.detach().flatten().tolist()

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
+from types import SimpleNamespace
+
 import pytest
 import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from dualpipe_engine.errors import ConfigError
+from dualpipe_engine.models import experts as experts_module
 from dualpipe_engine.models.attention import rotate
 from dualpipe_engine.models.block import MoEBlock
 from dualpipe_engine.models.config import MoEConfig
-from dualpipe_engine.models.experts import Experts, _grouped, has_grouped_mm
+from dualpipe_engine.models.experts import Experts, Sizes, _grouped, has_grouped_mm
 from dualpipe_engine.models.routing import Router, rebalance
 from dualpipe_engine.models.transformer import layers, loss
 from dualpipe_engine.runtime.weight_grad import WeightGradStore, install
@@ -126,13 +130,56 @@ def test_the_loss_of_all_blocks_arrives_with_its_gradient():
 def test_grouped_products_equal_single_ones(sizes):
     rows, weight = torch.randn(sum(sizes), 8, requires_grad=True), torch.randn(4, 8, 12, requires_grad=True)
     assert has_grouped_mm(rows, weight) and not has_grouped_mm(rows.double(), weight.double())
-    found = _grouped(rows, weight, sizes)
-    slow = _grouped(rows.double(), weight.double(), sizes)
+    found = _grouped(rows, weight, Sizes(torch.tensor(sizes)))
+    slow = _grouped(rows.double(), weight.double(), Sizes(torch.tensor(sizes)))
     torch.testing.assert_close(found, slow.float(), rtol=1e-5, atol=1e-5)
     upstream = torch.randn_like(found)
     grads = torch.autograd.grad(found, [rows, weight], upstream)
     for grad, wanted in zip(grads, torch.autograd.grad(slow, [rows, weight], upstream.double()), strict=True):
         torch.testing.assert_close(grad, wanted, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("split", [False, True])
+def test_room_for_experts_without_rows_changes_nothing(monkeypatch, split):
+    torch.manual_seed(0)
+    layer = Experts(config(expert_inner=8), 0)
+    rows, sizes = torch.randn(9, 16), torch.tensor([4, 0, 5, 0])
+    found = []
+    for spoils in (False, True):
+        monkeypatch.setattr(experts_module, "_spoils_empty_groups", lambda rows, weight, spoils=spoils: spoils)
+        layer.zero_grad()
+        mine = rows.clone().requires_grad_()
+        store = WeightGradStore()
+        install(layer, store)
+        out = layer(mine, Sizes(sizes))
+        with store.defer() if split else nullcontext():
+            (out * torch.arange(16.0)).sum().backward()
+        for closure in store.take():
+            closure()
+        found.append([out, mine.grad, layer.up.grad, layer.down.grad])
+    for plain, apart in zip(*found, strict=True):
+        torch.testing.assert_close(apart, plain)
+    assert not layer.up.grad[1].any() and not layer.down.grad[3].any()
+
+
+@pytest.mark.parametrize(
+    ("torch_version", "capability", "dtype", "fits"),
+    [
+        ((2, 8), (9, 0), torch.bfloat16, True),
+        ((2, 8), (10, 0), torch.bfloat16, False),  # refused
+        ((2, 11), (8, 0), torch.bfloat16, False),  # one by one, after a wait
+        ((2, 11), (10, 0), torch.bfloat16, True),
+        ((2, 11), (12, 0), torch.bfloat16, False),
+        ((2, 11), (9, 0), torch.float32, False),
+    ],
+)
+def test_where_groups_are_multiplied_in_one_call(monkeypatch, torch_version, capability, dtype, fits):
+    monkeypatch.setattr(experts_module, "_TORCH", torch_version)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    rows = SimpleNamespace(device=torch.device("cuda", 0), dtype=dtype, element_size=lambda: dtype.itemsize)
+    weight = torch.empty(4, 16, 32, device="meta")
+    assert has_grouped_mm(rows, weight) == fits
+    assert experts_module._spoils_empty_groups(rows, weight) == (fits and capability[0] == 10)
 
 
 def test_weights_do_not_depend_on_who_holds_them():

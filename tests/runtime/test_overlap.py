@@ -37,6 +37,9 @@ class Arrival:
     def finished_at(self):
         return None
 
+    def moments(self):
+        return None
+
 
 class Travel(torch.autograd.Function):
     @staticmethod
@@ -140,10 +143,10 @@ def test_gradients_equal_one_process(schedule, ranks, micros, split, recompute):
     assert sum(span.op.kind == FB for observer in observers for span in observer.spans()) == pairs
 
 
-def pair(split=True, recompute=False):
+def pair(split=True, recompute=False, kind=Block):
     """One F&B of two micro-batches on a stage; returns the block with its events, the transfers and what came out."""
     torch.manual_seed(0)
-    block = Block().double()
+    block = kind().double()
     store = WeightGradStore() if split else None
     if store is not None:
         install(block, store)
@@ -187,6 +190,46 @@ def test_each_transfer_of_a_pair_is_under_a_computation_of_the_other_side():
         "wait combine",
     ]
     assert sorted(transfer.name for transfer in log) == ["combine", "combine", "dispatch", "dispatch"]
+
+
+class CountingBlock(Block):
+    """A block whose rows may travel only when the host knows how many there are."""
+
+    def phases(self):
+        attention, *rest = super().phases()
+        return [attention, Phase("counts", COMM, self._count), *rest]
+
+    def _count(self, state, tickets):
+        return state | {"counts": Travel.post(torch.ones(3), tickets, self.events, "counts")}
+
+
+def test_what_leads_on_is_awaited_under_a_computation_and_goes_on_before_the_other_side_posts():
+    block, *_ = pair(recompute=True, kind=CountingBlock)
+    assert [" ".join(event) for event in block.events] == [
+        "post combine'",
+        "compute attention",
+        "post counts",
+        "wait combine'",
+        "compute experts",  # again, for its backward
+        "wait counts",
+        "post dispatch",
+        "post dispatch'",
+        "wait dispatch",
+        "compute experts",
+        "post combine",
+        "wait dispatch'",
+        "compute attention",  # again, for its backward
+        "wait combine",
+    ]
+
+
+def test_gradients_with_counts():
+    block, _, inputs, output, grads = pair(kind=CountingBlock)
+    oracle = Block().double()
+    oracle.load_state_dict(block.state_dict())
+    wanted, first = oracle(inputs[1].detach()), inputs[0].detach().requires_grad_()
+    oracle(first).sum().backward()
+    assert torch.equal(output, wanted) and torch.equal(grads[0], first.grad)
 
 
 def test_weight_gradients_fill_what_is_left_of_a_wait():

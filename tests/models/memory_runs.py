@@ -1,0 +1,86 @@
+"""Bytes that live after the forward of blocks, by phases and whole; run on pooled ranks."""
+
+from __future__ import annotations
+
+import gc
+import weakref
+
+import deepspeed_moe_runs
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from dualpipe_engine.models.block import DenseBlock, MoEBlock
+from dualpipe_engine.models.config import MoEConfig
+from dualpipe_engine.runtime.chunk import StageChunk
+from dualpipe_engine.runtime.overlap import PhasedChunk, phases_of
+
+TOKENS = (4, 32)
+
+
+class Made(TorchDispatchMode):
+    """Remembers the memory of every tensor that an operation returns, as long as it lives."""
+
+    def __init__(self):
+        super().__init__()
+        self._made = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        for tensor in tree_leaves(out):
+            if isinstance(tensor, torch.Tensor):
+                self._made.append(weakref.ref(tensor.untyped_storage()))
+        return out
+
+    def alive(self):
+        gc.collect()
+        held = {storage.data_ptr(): storage.nbytes() for ref in self._made if (storage := ref()) is not None}
+        return sum(held.values())
+
+
+def stages():
+    """name -> (layers, a micro-batch)"""
+    sizes = {"hidden": 16, "heads": 2, "head": 8, "rotary": 4, "kv_rank": 8, "experts": 4, "expert_inner": 8}
+    shared = MoEConfig(**sizes, expert_parallel=2)
+    x = torch.randn(*TOKENS, 16)
+    loss = torch.zeros(1, requires_grad=True)
+    found = {
+        "dense": ([DenseBlock(shared), DenseBlock(shared)], x),
+        "experts": ([DenseBlock(shared), MoEBlock(shared, dist.get_rank()), MoEBlock(shared, dist.get_rank())], x),
+        "no shared experts": ([MoEBlock(MoEConfig(**sizes, expert_parallel=2, shared_experts=0), dist.get_rank())], x),
+        "auxiliary loss": (
+            [MoEBlock(MoEConfig(**sizes, expert_parallel=2, balancing="loss"), dist.get_rank())],
+            (x, loss),
+        ),
+        "all experts": ([MoEBlock(MoEConfig(**sizes))], x),
+        "DeepSpeed's": ([deepspeed_moe_runs.PhasedBlock(), deepspeed_moe_runs.PhasedBlock(True)], (x[..., :8], loss)),
+    }
+    for layers, _ in found.values():
+        for layer in layers:
+            if isinstance(layer, MoEBlock) and layer.ep_size > 1:
+                layer.connect(dist.group.WORLD)
+            elif isinstance(layer, deepspeed_moe_runs.Block):
+                layer.moe.set_deepspeed_parallelism()
+    return found
+
+
+def alive_after_forward():
+    """name -> bytes by phases and whole."""
+    found = {}
+    for name, (layers, inputs) in stages().items():
+        whole = nn.Sequential(*layers)
+        by_phases = PhasedChunk(whole, 0, phases_of(layers), 60.0, is_last=False)
+        assert any(phase.kind == "comm" for phase in by_phases._phases) == (name != "dense")
+        for chunk in (by_phases, StageChunk(whole, 0, is_last=False)):
+            leaves = torch.utils._pytree.tree_map(lambda value: value.detach().clone().requires_grad_(), inputs)
+            with Made() as made:
+                chunk.forward(0, leaves)
+            found.setdefault(name, []).append(made.alive())
+            grads = [torch.ones_like(leaf) for leaf in tree_leaves(leaves)]
+            chunk.backward(0, grads)
+            assert all(leaf.grad is not None for leaf in tree_leaves(leaves))
+            del leaves, grads
+            assert made.alive() == 0, f"{name}: something outlives the backward"
+    return found
