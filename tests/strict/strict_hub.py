@@ -141,10 +141,11 @@ class Hub:
             self._communicators.setdefault(name, _Communicator(name, tuple(members)))
             self.communicators = max(self.communicators, len(self._communicators))
         elif what == "shut":
-            communicator = self._communicators[rest[0]]
-            communicator.shut.add(rank)
-            if communicator.shut.issuperset(communicator.members):
-                del self._communicators[rest[0]]
+            communicator = self._communicators.get(rest[0])
+            if communicator is not None:
+                communicator.shut.add(rank)
+                if communicator.shut.issuperset(communicator.members):
+                    del self._communicators[rest[0]]
         elif what == "post":
             self._post(rank, *rest)
         elif what == "wait":
