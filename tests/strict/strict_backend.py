@@ -177,20 +177,25 @@ def _like(tensor: torch.Tensor, payload: bytes) -> torch.Tensor:
     return torch.frombuffer(bytearray(payload), dtype=tensor.dtype).view(tensor.shape)
 
 
+_REDUCE = {
+    dist.ReduceOp.SUM: torch.add,
+    dist.ReduceOp.AVG: torch.add,
+    dist.ReduceOp.MAX: torch.maximum,
+    dist.ReduceOp.MIN: torch.minimum,
+    dist.ReduceOp.PRODUCT: torch.mul,
+}
+
+
+def _op_of(opts: Any) -> Any:
+    """The reduction, read while the options are there: they own it."""
+    return next(op for op in _REDUCE if opts is None or opts.reduceOp == op)
+
+
 def _reduced(tensor: torch.Tensor, payloads: list[bytes], op: Any) -> torch.Tensor:
-    parts = [_like(tensor, payload) for payload in payloads]
-    total = parts[0].clone()
-    for part in parts[1:]:
-        if op == dist.ReduceOp.MAX:
-            total = torch.maximum(total, part)
-        elif op == dist.ReduceOp.MIN:
-            total = torch.minimum(total, part)
-        elif op == dist.ReduceOp.PRODUCT:
-            total = total * part
-        else:
-            assert op in (dist.ReduceOp.SUM, dist.ReduceOp.AVG), op
-            total = total + part
-    return total / len(parts) if op == dist.ReduceOp.AVG else total
+    total, *others = (_like(tensor, payload) for payload in payloads)
+    for other in others:
+        total = _REDUCE[op](total, other)
+    return total / len(payloads) if op == dist.ReduceOp.AVG else total
 
 
 class StrictGroup(dist.ProcessGroup):
@@ -235,7 +240,7 @@ class StrictGroup(dist.ProcessGroup):
 
     def allreduce(self, tensors: Any, opts: Any = None) -> StrictWork:
         (tensor,) = tensors
-        op = dist.ReduceOp.SUM if opts is None else opts.reduceOp
+        op = _op_of(opts)
         detail = f"{tensor.dtype} {tensor.numel()}"
 
         def take(payloads: Any) -> None:
@@ -252,7 +257,7 @@ class StrictGroup(dist.ProcessGroup):
 
     def reduce(self, tensors: Any, opts: Any) -> StrictWork:
         (tensor,) = tensors
-        root, op = opts.rootRank, opts.reduceOp
+        root, op = opts.rootRank, _op_of(opts)
 
         def take(payloads: Any) -> None:
             if root == self.rank():
@@ -277,7 +282,7 @@ class StrictGroup(dist.ProcessGroup):
     _allgather_base = all_gather_single
 
     def reduce_scatter_single(self, output: Any, tensor: Any, opts: Any) -> StrictWork:
-        op, mine = opts.reduceOp, self.rank()
+        op, mine = _op_of(opts), self.rank()
 
         def take(payloads: Any) -> None:
             whole = _reduced(tensor.detach(), payloads, op).reshape(-1)

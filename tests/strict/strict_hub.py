@@ -17,6 +17,7 @@ import heapq
 import random
 import threading
 import time
+import traceback
 from collections import deque
 from dataclasses import dataclass, field
 from multiprocessing.connection import Listener, wait
@@ -45,6 +46,7 @@ class _Communicator:
     members: tuple[int, ...]
     queues: dict[int, deque[_Op]] = field(default_factory=dict)
     seen: set[int] = field(default_factory=set)  # ranks that have posted
+    shut: set[int] = field(default_factory=set)  # ranks that have given it back
 
 
 @dataclass
@@ -114,6 +116,8 @@ class Hub:
                 except (EOFError, OSError):
                     open_.remove(connection)
                     self._end(by_connection[id(connection)])
+                except Exception:
+                    self._fault(traceback.format_exc())
             while self._pending and self._pending[0][0] <= time.monotonic():
                 self._complete(*heapq.heappop(self._pending)[2:])
             self._look(time.monotonic() - heard)
@@ -137,7 +141,11 @@ class Hub:
             self._communicators.setdefault(name, _Communicator(name, tuple(members)))
             self.communicators = max(self.communicators, len(self._communicators))
         elif what == "shut":
-            self._communicators.pop(rest[0], None)
+            communicator = self._communicators.get(rest[0])
+            if communicator is not None:
+                communicator.shut.add(rank)
+                if communicator.shut.issuperset(communicator.members):
+                    del self._communicators[rest[0]]
         elif what == "post":
             self._post(rank, *rest)
         elif what == "wait":

@@ -21,7 +21,7 @@ PLANTED = {
         {},
         r"call 0 that makes a group differs.*rank 2: makes group .1, 2.",
     ),
-    "no device": ("no_device", 2, {}, r"all_gather_object before set_device .*in no_device"),
+    "no device": ("no_device", 2, {}, r"all_gather_object before set_device: .*in no_device"),
     "one options object": ("shared_options", 3, {}, r"one options object is given to two groups"),
     "a wait with a timeout": ("timeout", 2, {"timeouts": False}, r"wait with a timeout for all_reduce .*in timeout"),
     "first messages that cross": (
