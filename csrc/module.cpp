@@ -36,7 +36,11 @@ double since(const dualpipe::Moment& moment, py::handle earlier) {
 }
 
 py::object moments(Ticket& ticket) {
-  const auto all = ticket.moments();
+  dualpipe::Moments all;
+  {
+    py::gil_scoped_release release;
+    all = ticket.moments();
+  }
   if (!all.posted) return py::none();
   return py::make_tuple(all.posted, all.finished, all.stopped, all.resumed);
 }

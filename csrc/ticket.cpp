@@ -120,14 +120,22 @@ Moments Ticket::moments() {
 // step without keeping the buffers of every transfer. Elsewhere `done` frees them, once the accelerator has finished.
 void Ticket::wait_on_device() {
   const c10::Stream current = c10::impl::VirtualGuardImpl(poster_->device_type()).getStream(poster_->device());
+  c10::intrusive_ptr<c10d::Work> work;
+  {
+    std::lock_guard<std::mutex> lock(mutex_);
+    work = work_;
+  }
+  if (!work) return;
+  const auto stopped = std::make_shared<Moment>(current);
+  work->wait();  // not under the lock: a process group in Python takes the GIL
+  const auto resumed = std::make_shared<Moment>(current);
   at::Tensor in, out;
   std::lock_guard<std::mutex> lock(mutex_);
-  if (!work_) return;
-  const bool first = !moments_.stopped;
-  if (first) moments_.stopped = std::make_shared<Moment>(current);
-  work_->wait();
-  if (first) moments_.resumed = std::make_shared<Moment>(current);
-  if (!moments_.finished) moments_.finished = moments_.resumed;
+  if (!moments_.stopped) {
+    moments_.stopped = stopped;
+    moments_.resumed = resumed;
+  }
+  if (!moments_.finished) moments_.finished = resumed;
   if (current == *poster_) {
     std::swap(in, in_);
     std::swap(out, out_);

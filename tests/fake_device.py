@@ -1,6 +1,6 @@
-"""An accelerator that computes on the CPU: tensors of the device "fake", and a count of what makes the host wait.
+"""An accelerator that computes on the CPU: its tensors, and a count of what makes the host wait.
 
-It renames a device of torch for the whole process, so tests use it in a process of their own (`run_alone`).
+`setup` changes torch for the whole process, so tests use it in a process of their own (`run_alone`).
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ READS = {
     aten.is_nonzero,
 }
 waits: list[str] = []  #: what has made the host wait
-DEVICE = torch.device("fake", 0)
+DEVICE = torch.device("privateuseone", 0)
 
 
 class Tensor(torch.Tensor):
@@ -42,6 +42,10 @@ class Tensor(torch.Tensor):
         self = torch.Tensor._make_wrapper_subclass(cls, raw.size(), device=DEVICE, **layout)
         self.raw = raw
         return self
+
+    def tolist(self):  # torch has none for a subclass
+        waits.append("tolist")
+        return self.raw.tolist()
 
     @classmethod
     def __torch_dispatch__(cls, func, types, args=(), kwargs=None):
@@ -84,7 +88,7 @@ def _note(func, packet, args, kwargs):
             waits.append("copy_")
     if packet is aten._to_copy and kwargs.get("device") is not None:
         source = args[0]
-        crosses = isinstance(source, Tensor) != (torch.device(kwargs["device"]).type == "fake")
+        crosses = isinstance(source, Tensor) != (torch.device(kwargs["device"]).type == DEVICE.type)
         if crosses and not (kwargs.get("non_blocking") and getattr(source, "pinned", False)):
             waits.append("to")
 

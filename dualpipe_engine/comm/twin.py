@@ -109,17 +109,17 @@ class Ticket:
 
     def _wait_on_device(self) -> None:
         """Order the current stream behind the transfer; see `Ticket::wait_on_device` in csrc/ticket.cpp."""
+        work = self.work
+        if work is None:
+            return
         current = torch.accelerator.current_stream(self.poster.device)
+        stopped = Moment(current)
+        work.wait()
+        resumed = Moment(current)
         with self._lock:
-            if self.work is None:
-                return
-            first = self.stopped is None
-            if first:
-                self.stopped = Moment(current)
-            self.work.wait()
-            if first:
-                self.resumed = Moment(current)
-            self.ended = self.ended or self.resumed
+            if self.stopped is None:
+                self.stopped, self.resumed = stopped, resumed
+            self.ended = self.ended or resumed
             if current == self.poster:
                 self._kept = None
 

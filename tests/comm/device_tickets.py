@@ -42,6 +42,8 @@ class Group(dist.ProcessGroup):
     def alltoall_base(self, out, rows, receive, send, options=None):
         return self._work()
 
+    all_to_all_single = alltoall_base  # since torch 2.13
+
     def _work(self):
         self.kept.append(Work(self.calls))
         return self.kept[-1]
@@ -51,7 +53,7 @@ def main(way):
     library = fake_device.setup()
     group = Group()
     backend = torch._C._distributed_c10d.FakeProcessGroup._create_internal(0, 2)
-    group._register_backend(torch.device("fake"), dist.ProcessGroup.BackendType.CUSTOM, backend)
+    group._register_backend(fake_device.DEVICE, dist.ProcessGroup.BackendType.CUSTOM, backend)
     if way == "python":
         dist.get_backend = lambda group: "nccl"
     stream = open_stream(fake_device.DEVICE, way)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import subprocess
 import sys
@@ -20,7 +21,7 @@ from torch.utils import cpp_extension
 
 from dualpipe_engine.comm import stream as stream_module
 from dualpipe_engine.comm.all_to_all import exchange
-from dualpipe_engine.comm.stream import implementation, open_stream
+from dualpipe_engine.comm.stream import implementation, open_stream, shared_stream
 from dualpipe_engine.comm.tickets import Tickets, transfer_of
 from dualpipe_engine.comm.transport import GroupTransport
 from dualpipe_engine.errors import ConfigError, PipelineRuntimeError
@@ -163,6 +164,22 @@ def test_all_to_all_and_its_gradient(streams, groups):
     assert in_threads(run, RANKS) == [[0, 20, 21], [1, 2, 10, 22, 23], [11, 12, 13, 24]]
     assert [transfer.name for transfer in log] == ["dispatch"] * 2
     assert streams[0].counters()["all_to_all"]["finished"] == 2
+
+
+def test_exchanges_share_one_stream_that_closes_with_its_last_user(groups, monkeypatch):
+    opened = []
+    plain = stream_module.open_stream
+    monkeypatch.setattr(stream_module, "open_stream", lambda device: opened.append(plain(device)) or opened[-1])
+    stream_module._SHARED.clear()
+    kept = shared_stream(CPU)
+    ones = [1] * RANKS
+    for _ in range(2):
+        in_threads(lambda rank: exchange(torch.ones(RANKS, 1), ones, ones, groups[rank]), RANKS)
+    assert len(opened) == 1 and kept.posts is opened[0]
+    del kept
+    gc.collect()
+    with pytest.raises(PipelineRuntimeError, match="late failed"):
+        opened[0].send(groups[0], torch.ones(1), 1, 0, "late").wait(SOON_S)
 
 
 @pytest.mark.parametrize("pause", [0.0, 0.05], ids=["caller_waits", "lane_waits"])

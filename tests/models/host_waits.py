@@ -70,7 +70,7 @@ def main():
         "nonzero": tensor.nonzero,
         "bincount": tensor.bincount,
         "cpu": tensor.cpu,
-        "tensor": lambda: torch.tensor([1, 2], device="fake"),
+        "upload": lambda: torch.empty_like(tensor).copy_(torch.arange(4)),
         "mask": lambda: tensor[tensor > 1],
         "repeat": lambda: tensor.repeat_interleave(tensor),
     }.items():

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import memory_runs
+import phase_memory_runs
 
 LEAVES = 256  #: bytes of the leaves without memory that stand in the place of what passed a cut
 
 
 def test_phases_keep_no_more_than_the_whole_block(ranks):
-    for rank in ranks.run(2, memory_runs.alive_after_forward):
+    for rank in ranks.run(2, phase_memory_runs.alive_after_forward):
         for name, (by_phases, whole) in rank.items():
             assert whole > 10_000, name
             assert by_phases <= whole + LEAVES, f"{name}: {by_phases} bytes by phases, {whole} whole"
