@@ -80,9 +80,7 @@ def run_ranks(world: int, function: Callable[..., Any], options: Facts | None = 
     context, port, workers = mp.get_context("spawn"), free_port(), []
     for rank in range(world):
         ours, theirs = context.Pipe()
-        worker = context.Process(
-            target=_rank, args=(rank, world, port, options or {}, theirs, function, arguments), daemon=True
-        )
+        worker = context.Process(target=_rank, args=(rank, world, port, options or {}, theirs, function, arguments))
         worker.start()
         theirs.close()
         workers.append((worker, ours))
