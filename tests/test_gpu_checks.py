@@ -40,7 +40,9 @@ def test_checks_of_one_process(checks, name):
     getattr(checks["checks_ops"], name)(None)
 
 
-@pytest.mark.parametrize("name", ["staging", "reductions", "schedules", "experts", "auto"])
+@pytest.mark.parametrize(
+    "name", ["staging", "reductions", "schedules", "experts", pytest.param("auto", marks=pytest.mark.faults_all)]
+)
 def test_checks_of_ranks(checks, ranks, name):
     module = checks["checks_comm" if name == "staging" else "checks_engine"]
     getattr(module, name)(on_pool(ranks))

@@ -55,6 +55,7 @@ def stream(replica: int = 0) -> Any:
 
 def start(config: Facts, model: Facts, ranks: int, replicas: int = 1, data: Any = None) -> tuple[Any, int]:
     """An engine, and the replica of this rank."""
+    import deepspeed
     from deepspeed.pipe import PipelineModule
     from deepspeed.runtime.pipe.topology import PipeDataParallelTopology
 
@@ -62,6 +63,7 @@ def start(config: Facts, model: Facts, ranks: int, replicas: int = 1, data: Any 
     from dualpipe_engine.models.config import MoEConfig
     from dualpipe_engine.models.transformer import layers, loss
 
+    deepspeed.init_distributed(dist_backend="gloo", verbose=False)  # takes the group that is there
     topology = PipeDataParallelTopology(ranks, replicas)
     replica = topology.get_coord(torch.distributed.get_rank()).data
     torch.manual_seed(7)
@@ -73,17 +75,21 @@ def start(config: Facts, model: Facts, ranks: int, replicas: int = 1, data: Any 
 def train(config: Facts, model: Facts, ranks: int, replicas: int = 1, steps: int = 2, slow: bool = False) -> Facts:
     """Losses, weights before and after, and the number of process groups by step."""
     engine, replica = start(config, model, ranks, replicas)
-    before = {name: param.detach().float().cpu() for name, param in engine.module.named_parameters()}
+    before = _weights(engine)
     data, losses, groups = stream(replica), [], []
     if slow:
         _slow_down(engine)
     for _ in range(steps):
         losses.append(float(engine.train_batch(data)))
         groups.append(len(torch.distributed.distributed_c10d._world.pg_map))
-    after = {name: param.detach().float().cpu() for name, param in engine.module.named_parameters()}
+    after = _weights(engine)
     schedule = engine.plan.schedule
     engine.watch.close()
     return {"losses": losses, "before": before, "after": after, "groups": groups, "schedule": schedule}
+
+
+def _weights(engine: Any) -> dict[str, torch.Tensor]:
+    return {name: param.detach().float().cpu().clone() for name, param in engine.module.named_parameters()}
 
 
 def many(configs: list[Facts], **arguments: Any) -> list[Facts]:
@@ -190,7 +196,7 @@ def _one_process(model: Facts, weights: dict[str, torch.Tensor], micros: int, st
             inputs, labels = (each.to(DEVICE) for each in next(data))
             value = loss(net(inputs), labels)
             (value / micros).backward()
-            losses.append(float(value))
+            losses.append(float(value.detach()))
         optimizer.step()
         optimizer.zero_grad()
         found.append(sum(losses) / micros)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import multiprocessing as mp
 import os
+import pickle
 import socket
 import sys
 import time
@@ -58,7 +59,7 @@ def _rank(rank: int, world: int, port: int, options: Facts, pipe: Any, function:
         answer = (True, function(**arguments))
     except BaseException:
         answer = (False, traceback.format_exc())
-    pipe.send(answer)
+    pipe.send_bytes(pickle.dumps(answer))  # `send` would leave tensors in memory that goes with this process
     pipe.close()
     sys.stdout.flush()
     os._exit(0)  # threads of groups that are broken must not keep it
@@ -79,9 +80,7 @@ def run_ranks(world: int, function: Callable[..., Any], options: Facts | None = 
     context, port, workers = mp.get_context("spawn"), free_port(), []
     for rank in range(world):
         ours, theirs = context.Pipe()
-        worker = context.Process(
-            target=_rank, args=(rank, world, port, options or {}, theirs, function, arguments), daemon=True
-        )
+        worker = context.Process(target=_rank, args=(rank, world, port, options or {}, theirs, function, arguments))
         worker.start()
         theirs.close()
         workers.append((worker, ours))
@@ -91,7 +90,7 @@ def run_ranks(world: int, function: Callable[..., Any], options: Facts | None = 
         for rank, (_, pipe) in enumerate(workers):
             assert pipe.poll(max(0.0, until - time.monotonic())), f"rank {rank} has not answered in {RANKS_S:.0f} s"
             try:
-                good, answer = pipe.recv()
+                good, answer = pickle.loads(pipe.recv_bytes())
             except EOFError:
                 raise AssertionError(f"rank {rank} died") from None
             assert good, f"rank {rank}:\n{answer}"

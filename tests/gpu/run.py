@@ -111,7 +111,7 @@ def inside(number: int) -> None:
         line = {"result": "skipped" if missing else "failed", "facts": {"error": str(error)}}
     except BaseException as error:
         traceback.print_exc()
-        line = {"result": "failed", "facts": {"error": str(error).splitlines()[0] if str(error) else repr(error)}}
+        line = {"result": "failed", "facts": {"error": (str(error).strip() or repr(error)).splitlines()[-1]}}
     print(f"\n{MARK}{json.dumps(line)}", flush=True)
     os._exit(0)
 
@@ -120,6 +120,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, help="JSON file (default: docs/measured/HARDWARE.json)")
     parser.add_argument("--only", default="", help="numbers of checks, with commas")
+    parser.add_argument("--minutes", type=float, default=7.8, help="for all checks together (default 7.8)")
     parser.add_argument("--check", type=int, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.check is not None:
@@ -132,10 +133,12 @@ def main() -> int:
     out = args.out or ROOT / "docs" / "measured" / f"{name}.json"
     wanted = {int(number) for number in args.only.split(",") if number.strip()}
     report |= {"started": time.strftime("%Y-%m-%d %H:%M:%S"), "checks": []}
+    until = time.monotonic() + 60 * args.minutes
     for check in CHECKS:
         if wanted and check.number not in wanted:
             continue
-        line = run_check(check)
+        left = until - time.monotonic()
+        line = run_check(check._replace(limit_s=max(1, min(check.limit_s, int(left)))))
         report["checks"].append(line)
         out.write_text(json.dumps(report, indent=1) + "\n")
         print(f"{line['check']:>2}  {line['result']:<8} {line['seconds']:>6.1f} s  {line['name']}", flush=True)
