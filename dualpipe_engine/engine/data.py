@@ -7,9 +7,10 @@ micro-batches that enter there and the labels of those that leave there.
 from __future__ import annotations
 
 import zlib
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
+import numpy as np
 import torch
 from torch.utils import _pytree as pytree
 
@@ -71,6 +72,7 @@ class BatchFeed:
                 self.checksum = _checksum(batch, self.checksum)
             number = self._read
             self._read += 1
+            _check_batch(batch, number)
             if place.placement.rank_of(0, number) == place.rank:
                 self._inputs[number] = self._move(batch[0], copy=True)
             if place.placement.rank_of(last, number) == place.rank:
@@ -90,6 +92,26 @@ class BatchFeed:
         if isinstance(value, torch.Tensor):
             return move(value)
         return pytree.tree_map(move, tuple(value) if isinstance(value, list) else value)
+
+
+def _check_batch(batch: Any, micro: int) -> None:
+    """Refuse what is no pair of inputs and labels.
+
+    Raises:
+        ConfigError: it is not.
+    """
+    if isinstance(batch, Mapping) or not hasattr(batch, "__getitem__") or len(batch) < 2:
+        size = f" of {len(batch)}" if hasattr(batch, "__len__") else ""
+        raise ConfigError(
+            f"micro-batch {micro} is a {type(batch).__name__}{size}, but must be a pair (inputs, labels): let the "
+            "loader make pairs, or say where they are: "
+            'engine.set_batch_fn(lambda batch: (batch["inputs"], batch["labels"]))'
+        )
+    if isinstance(batch[0], np.ndarray):
+        raise ConfigError(
+            f"the inputs of micro-batch {micro} are an array of numpy, but must be tensors: let the loader call "
+            "torch.from_numpy"
+        )
 
 
 def _checksum(batch: Iterable[Any], start: int) -> int:
