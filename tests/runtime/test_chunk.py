@@ -31,7 +31,9 @@ def test_a_loss_that_is_none(loss_fn, text):
     with pytest.raises(ConfigError, match=f"what loss_fn returns is {text} in micro-batch 3"):
         chunk.forward(3, torch.randn(3, 2), torch.randn(3, 2))
     chunk = StageChunk(lambda x: loss_fn(x, torch.zeros(3, 2)), 1, is_last=True)
-    with pytest.raises(ConfigError, match=f"the output of the last layer, which is the loss, is {text} in micro-batch 3"):
+    with pytest.raises(
+        ConfigError, match=f"the output of the last layer, which is the loss, is {text} in micro-batch 3"
+    ):
         chunk.forward(3, torch.randn(3, 2).requires_grad_())
 
 
