@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import zlib
 from collections.abc import Iterator
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch.distributed as dist
 from deepspeed.pipe import LayerSpec, PipelineModule, TiedLayerSpec
 from deepspeed.runtime.pipe.topology import PipelineParallelGrid
 
 from ..errors import ConfigError
+from .fingerprint import ATTRIBUTE, fingerprint
+
+if TYPE_CHECKING:
+    from .module import PlacedModule
 
 #: Keys of the DeepSpeed configuration that say what is written down, not what is computed, and the one that scripts put
 #: there to tell ranks apart.
@@ -47,19 +52,64 @@ def agree_on_job(settings: dict[str, Any], module: PipelineModule) -> None:
     _compare(facts, missing="absent")
 
 
-def agree_on_copies(module: PipelineModule) -> None:
-    """Compare shape, dtype and `requires_grad` of every parameter with those of its copies. Collective over all ranks.
+def agree_on_copies(module: PlacedModule) -> None:
+    """Compare every layer with its copies, by `fingerprint`. Collective over all ranks.
+
+    Attributes of modules are compared within each pipeline: replicas that share experts and slices of one model differ
+    in them.
 
     Raises:
         ConfigError: copies differ.
     """
-    place = _slice(module._grid)
+    grid = module._grid
+    layers: dict[str, dict[str, str]] = {}
+    for number, function in zip(module.dualpipe_layers, module.forward_funcs, strict=True):
+        for name, value in fingerprint(function, str(number)).items():
+            copies = f" of replica {module.dualpipe_place.replica}" if ATTRIBUTE in name else ""
+            layers.setdefault(f"{number}{copies}{_slice(grid)}", {})[name] = value
+    mine = {key: zlib.crc32(repr(sorted(facts.items())).encode()) for key, facts in layers.items()}
+    found: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(found, mine)
+    held: dict[str, set[int]] = {}
+    for each in found:
+        for key, digest in each.items():
+            held.setdefault(key, set()).add(digest)
+    differing = [key for key, digests in held.items() if len(digests) > 1]
+    if not differing:
+        return
+    dist.all_gather_object(found, {key: layers[key] for key in differing if key in layers})
+    names = {key: dict.fromkeys(name for each in found for name in each.get(key, ())) for key in differing}
+    place = _slice(grid)
     _compare(
         {
-            f"parameter {name}{place}": f"{list(param.shape)} {param.dtype}{'' if param.requires_grad else ', frozen'}"
-            for name, param in module.named_parameters()
+            f"{_what(layers[key].get(name, ''))} {name}{place}": layers[key].get(name, "absent")
+            for key in differing
+            if key in layers
+            for name in names[key]
         }
     )
+
+
+def _what(value: str) -> str:
+    return "parameter" if value.startswith("[") else "layer"
+
+
+def raise_everywhere(wrong: list[str], remedy: str = "") -> None:
+    """Tell all ranks what any of them has found. Collective over all ranks.
+
+    Args:
+        wrong: sentences of this rank.
+        remedy: what follows them.
+
+    Raises:
+        ConfigError: a rank has found something; the same on every rank.
+    """
+    found: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(found, wrong)
+    texts = list(dict.fromkeys(text for each in found for text in each))
+    if texts:
+        more = f"; and {len(texts) - 3} more" if len(texts) > 3 else ""
+        raise ConfigError(f"{'; '.join(texts[:3])}{more}{remedy}")
 
 
 def _slice(grid: PipelineParallelGrid) -> str:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, Literal
 
+from deepspeed.runtime.config import DeepSpeedConfig
+from deepspeed.runtime.tensor_parallel.init_utils import load_ds_config
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from ..errors import ConfigError
@@ -69,8 +70,8 @@ class DualPipeConfig(BaseModel):
         return path if path.suffix in (".csv", ".json") else None
 
 
-def read_config(config: str | Path | dict[str, Any]) -> tuple[dict[str, Any], DualPipeConfig]:
-    """Load a DeepSpeed JSON and check its "pipeline" section.
+def read_config(config: Any) -> tuple[dict[str, Any], DualPipeConfig]:
+    """Load a configuration of DeepSpeed, in any form that it takes, and check its "pipeline" section.
 
     Returns:
         The whole JSON as a dict, and our part of it.
@@ -98,20 +99,33 @@ def read_config(config: str | Path | dict[str, Any]) -> tuple[dict[str, Any], Du
         first = error.errors()[0]
         raise ConfigError(f'"pipeline": {{"{first["loc"][0]}": ...}}: {first["msg"]}, got {first["input"]!r}') from None
     _check_schedule(parsed)
+    if not parsed.is_stock:
+        _check_other_sections(data)
     if parsed.layer_costs is not None and parsed.partition_method != PAIRS:
         raise ConfigError('"layer_costs" is for "partition_method": "pairs": add it, or leave "layer_costs" out')
     return data, parsed
 
 
-def _load(config: str | Path | dict[str, Any]) -> dict[str, Any]:
+def find_config(args: Any, config: Any, config_params: Any) -> Any:
+    """The configuration among the arguments of initialize, as DeepSpeed finds it; None if there is none."""
+    found = config if config is not None else config_params
+    for name in ("deepscale_config", "deepspeed_config"):
+        found = getattr(args, name, None) if found is None else found
+    return found
+
+
+def _load(config: Any) -> dict[str, Any]:
+    """A dict, a `DeepSpeedConfig`, the path of a file in HJSON, of which JSON is a part, or base64 of such text."""
+    if isinstance(config, DeepSpeedConfig):
+        config = config._param_dict
     if isinstance(config, dict):
         return config
     try:
-        data = json.loads(Path(config).read_text())
+        data = load_ds_config(str(config))
     except (OSError, ValueError) as error:
         raise ConfigError(f"cannot read the DeepSpeed configuration {config}: {error}") from None
     if not isinstance(data, dict):
-        raise ConfigError(f"{config} holds no JSON object")
+        raise ConfigError(f"the DeepSpeed configuration {config} holds no keys")
     return data
 
 
@@ -128,6 +142,37 @@ def _check_schedule(config: DualPipeConfig) -> None:
         f'unknown schedule "{config.schedule}": did you mean "{near[0]}"? There are {", ".join(names)}, '
         "or the path of a plan file"
     )
+
+
+#: Keys of other sections that have no effect under a schedule, with the values that ask for nothing.
+WITHOUT_EFFECT: dict[str, tuple[Any, ...]] = {
+    "autotuning.enabled": (False,),
+    "data_efficiency.enabled": (False,),
+    "expert_parallel.enabled": (False,),
+    "flops_profiler.enabled": (False,),
+    "fp16.auto_cast": (False,),
+    "hybrid_engine.enabled": (False,),
+    "sequence_parallel_size": (0, 1),
+    "tensor_parallel.autotp_size": (0, 1),
+    "zero_optimization.mics_shard_size": (-1, 0, 1),
+    "zero_optimization.zero_hpz_partition_size": (0, 1),
+    "zero_optimization.zero_quantized_gradients": (False,),
+    "zero_optimization.zero_quantized_nontrainable_weights": (False,),
+    "zero_optimization.zero_quantized_weights": (False,),
+}
+
+
+def _check_other_sections(data: dict[str, Any]) -> None:
+    for path, off in WITHOUT_EFFECT.items():
+        value: Any = data
+        for key in path.split("."):
+            value = value.get(key) if isinstance(value, dict) else None
+        if value is not None and value not in off:
+            name = path.replace(".", '": {"')
+            raise ConfigError(
+                f'"{name}": {value!r}{"}" * path.count(".")} has no effect under a schedule: leave it out, or take '
+                f'"schedule": "{STOCK}"'
+            )
 
 
 def micro_batches(config: dict[str, Any], replicas: int) -> int:

@@ -8,9 +8,10 @@ memory beside the computation, one micro-batch ahead of their use.
 from __future__ import annotations
 
 import zlib
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
+import numpy as np
 import torch
 from torch.utils import _pytree as pytree
 
@@ -81,6 +82,7 @@ class BatchFeed:
                 self.checksum = _checksum(batch, self.checksum)
             number = self._read
             self._read += 1
+            _check_batch(batch, number)
             if place.placement.rank_of(0, number) == place.rank:
                 self._inputs[number] = self._start(batch[0], copy=True)
             if place.placement.rank_of(last, number) == place.rank:
@@ -138,6 +140,26 @@ class _Copy:
                 current.wait_event(self._arrived)
                 tensor.record_stream(current)
         return self._value
+
+
+def _check_batch(batch: Any, micro: int) -> None:
+    """Refuse what is no pair of inputs and labels.
+
+    Raises:
+        ConfigError: it is not.
+    """
+    if isinstance(batch, Mapping) or not hasattr(batch, "__getitem__") or len(batch) < 2:
+        size = f" of {len(batch)}" if hasattr(batch, "__len__") else ""
+        raise ConfigError(
+            f"micro-batch {micro} is a {type(batch).__name__}{size}, but must be a pair (inputs, labels): let the "
+            "loader make pairs, or say where they are: "
+            'engine.set_batch_fn(lambda batch: (batch["inputs"], batch["labels"]))'
+        )
+    if isinstance(batch[0], np.ndarray):
+        raise ConfigError(
+            f"the inputs of micro-batch {micro} are an array of numpy, but must be tensors: let the loader call "
+            "torch.from_numpy"
+        )
 
 
 def _checksum(batch: Iterable[Any], start: int) -> int:

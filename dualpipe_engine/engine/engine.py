@@ -38,6 +38,7 @@ from .data import BatchFeed, check_same_stream
 from .evaluation import Evaluation
 from .experts import has_experts
 from .finite import FiniteCheck
+from .freezing import TrainedParams
 from .gradients import GradientTail
 from .grid import Place
 from .measuring import Measuring
@@ -49,10 +50,13 @@ from .module import (
     set_activation_checkpointing,
     stage_views,
 )
+from .param_groups import GroupMap
 from .planning import make_lowered_plan
+from .reduction import params_of
 from .totals import Totals
 from .twins import check_twins
 from .watch import Watch, watched
+from .written_buffers import WrittenBuffers
 
 
 class DualPipeEngine(Evaluation, Measuring, Checkpoints):
@@ -141,11 +145,20 @@ class DualPipeEngine(Evaluation, Measuring, Checkpoints):
 
     def _configure_optimizer(self, client_optimizer: Any, model_parameters: Any) -> None:
         """DeepSpeed's optimizers learn of experts from this flag, which it sets for layers of its own only; elsewhere
-        the flag would mean checkpoint files of such layers."""
+        the flag would mean checkpoint files of such layers. A client that calls this after `initialize` may give
+        parameters that it has listed before."""
+        again = "_tail" in vars(self)
+        if again:
+            groups = GroupMap(self.module, model_parameters, client_optimizer, self._pipeline_group)
+            client_optimizer, mapped = groups.apply()
+            model_parameters = list(self.module.parameters()) if mapped is None else mapped
         before = self.has_moe_layers
         self.has_moe_layers = has_experts(self.module)
         super()._configure_optimizer(client_optimizer, model_parameters)
         self.has_moe_layers = before
+        if again:
+            self.using_bf16_optimizer = type(self.optimizer) is BF16_Optimizer
+            self._tail.renew()
 
     def _check_expert_states(self) -> None:
         """Refuse to save what could not be loaded.
@@ -184,6 +197,7 @@ class DualPipeEngine(Evaluation, Measuring, Checkpoints):
                 is_last=stage == last,
                 loss_fn=self._additional.watch(module.loss_fn) if stage == last else None,
                 store=self._store,
+                params=params_of(view.forward_funcs),
             )
             for stage, view in self._views.items()
         }
@@ -200,17 +214,12 @@ class DualPipeEngine(Evaluation, Measuring, Checkpoints):
         self._edges = Edges(transport, self.device, timeout, module.dynamic_shape, self.watch.position)
         self._observer = Observer(self.place.rank, self.device)
         self._tail = GradientTail(self)
-        self.finite = FiniteCheck(self)
+        self._trained, self._written = TrainedParams(self), WrittenBuffers(self)
         self._executor = Executor(
-            self.place.rank,
-            self._chunks,
-            self._edges,
-            self._observer,
-            self._tail,
-            self._before_forward,
-            self.finite.borders,
+            self.place.rank, self._chunks, self._edges, self._observer, self._tail, self._before_forward
         )
         self._inbound = side_stream(self.device)  # of inputs and labels
+        self._watch_finite()
         # Evaluation may use other shapes, so it has edges of its own and announces every shape.
         self._eval_executor = Executor(
             self.place.rank,
@@ -254,6 +263,7 @@ class DualPipeEngine(Evaluation, Measuring, Checkpoints):
         self._set_training(True)
         self._agree_on_plan()
         self.timers(TRAIN_BATCH_TIMER).start()
+        self._follow_changes()
         self._tail.begin()
         self._transfers.clear()
         self._transported.clear()
@@ -290,6 +300,23 @@ class DualPipeEngine(Evaluation, Measuring, Checkpoints):
         self.module.train(mode)
         for view in self._views.values():
             view.training = mode
+
+    def _follow_changes(self) -> None:
+        """What the user has done to the module since the last batch."""
+        if self._trained.changed():
+            self._tail.renew()
+            self._watch_finite()
+            if self._store is not None:
+                self.weight_split = install(self.module, self._store)
+        self._written.begin()
+
+    def _exec_optimizer_step(self, lr_kwargs: Any = None) -> None:
+        self._written.check()
+        super()._exec_optimizer_step(lr_kwargs)
+
+    def _watch_finite(self) -> None:
+        self.finite = FiniteCheck(self)
+        self._executor.borders = self.finite.borders
 
     def _agree_on_plan(self) -> None:
         """Make a new plan when the number of micro-batches has changed (`set_train_batch_size`)."""

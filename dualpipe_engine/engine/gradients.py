@@ -32,8 +32,12 @@ class GradientTail:
         """Start of a batch."""
         if self._plan is not self._engine.plan:  # which stage closes a weight that two share depends on the plan
             self._plan = self._engine.plan
-            self.reduction = choose_reduction(self._engine)
+            self.renew()
         self.reduction.begin()
+
+    def renew(self) -> None:
+        """The plan, the optimizer or what is trained has changed."""
+        self.reduction = choose_reduction(self._engine)
 
     def accumulate(self, stage: int) -> None:
         """Move fresh gradients to where they are added up, when that is not `param.grad`."""

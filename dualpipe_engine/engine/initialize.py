@@ -19,14 +19,15 @@ from ..errors import ConfigError
 from .agreement import agree_on_copies, agree_on_job
 from .auto import choose, job_costs, print_choice
 from .balance import stage_bounds
-from .config import AUTO, check_zero, micro_batches, read_config
+from .config import AUTO, check_zero, find_config, micro_batches, read_config
 from .engine import DualPipeEngine
 from .experts import make_expert_groups
 from .grid import set_device
 from .module import place
-from .param_groups import GroupMap
+from .param_groups import GroupMap, name_parameters
 from .planning import agree, make_lowered_plan, unmeasured_costs
 from .watch import Watch
+from .written_buffers import check_statistics
 
 _stock_initialize = deepspeed.initialize  # before `dualpipe_engine.run` puts ours in its place
 
@@ -59,11 +60,8 @@ def initialize(
         ConfigError: the configuration cannot work; raised on every rank before memory is allocated.
         PlanError: the schedule cannot run on these ranks; likewise.
     """
-    found = config if config is not None else config_params
-    if found is None:
-        found = getattr(args, "deepspeed_config", None)
-    dualpipe = None
-    if found is not None and (isinstance(found, dict) or str(found).endswith(".json")):
+    found, dualpipe = find_config(args, config, config_params), None
+    if found is not None:
         settings, dualpipe = read_config(found)
     if dualpipe is None or dualpipe.is_stock:
         return _stock_initialize(
@@ -88,6 +86,8 @@ def initialize(
         )
     if mpu is not None:
         raise ConfigError("mpu must be None: the PipelineModule's topology says where ranks stand")
+    if mesh_param is not None:
+        raise ConfigError("mesh_param must be None: a schedule has no sequence parallelism")
     check_zero(settings)
     zero.partition_parameters.shutdown_init_context()
     ds_comm.init_distributed(
@@ -113,10 +113,14 @@ def initialize(
         agree(plan, torch.device(get_accelerator().current_device_name()))
         bounds = stage_bounds(model, plan, dualpipe)
 
-        groups = GroupMap(model, model_parameters, optimizer, base_grid)
+        given = None if model_parameters is None else list(model_parameters)  # of the module as it is now
+        name_parameters(model)
         placed = place(model, plan.placement, bounds)
         make_expert_groups(model, base_grid)
         agree_on_copies(model)
+        check_statistics(model, plan.placement)
+        groups = GroupMap(model, given, optimizer, base_grid.pp_proc_group, lr_scheduler)
+        optimizer, given = groups.apply()
         config_class = DeepSpeedConfig(settings, base_grid)
         deepspeed.set_optimizer_flags(config_class, model)
         engine = DualPipeEngine(
@@ -128,8 +132,8 @@ def initialize(
             watch=watch,
             args=args,
             model=model,
-            optimizer=groups.optimizer(),
-            model_parameters=groups.parameters(),
+            optimizer=optimizer,
+            model_parameters=given,
             training_data=training_data,
             lr_scheduler=lr_scheduler,
             mpu=model.mpu(),

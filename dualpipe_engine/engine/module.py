@@ -1,8 +1,8 @@
 """In-place conversion of a `deepspeed.pipe.PipelineModule`: its layers are placed on ranks as a `Placement` says.
 
-The module keeps its identity and its parameter names. A rank builds the layers that it did not hold before and takes
-their weights and buffers from the rank that built them, so that seeded, loaded or hand-made weights survive bit for
-bit. Layers are registered by their number in the model, so every copy of a stage lists its parameters in one order.
+The module keeps its identity and its parameter names. Layers that a rank did not hold before come from the rank that
+built them (`carry`), with all that the user has done to them. Layers are registered by their number in the model, so
+every copy of a stage lists its parameters in one order.
 """
 
 from __future__ import annotations
@@ -15,21 +15,23 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from deepspeed.accelerator import get_accelerator
-from deepspeed.pipe import LayerSpec, PipelineModule, TiedLayerSpec
+from deepspeed.pipe import PipelineModule, TiedLayerSpec
 from deepspeed.runtime.activation_checkpointing import checkpointing
 from torch import nn
 
 from ..comm.tickets import Transfer
+from ..errors import ConfigError
 from ..runtime.chunk import StageChunk
 from ..runtime.overlap import PhasedChunk, phases_of
 from ..runtime.phases import Phased
 from ..schedule.placement import Placement
+from .agreement import raise_everywhere
+from .carry import Layer, carry
 from .experts import whole_experts
+from .fingerprint import difference, fingerprint
 from .grid import Place, deepspeed_grid, position_of
-from .partition import same_random_state, stage_of_layer
-
-PLACEHOLDER = "nothing_to_train"
-"""Parameter of a rank that trains none, always 0: DeepSpeed's optimizers need one."""
+from .param_groups import add_placeholder
+from .partition import stage_of_layer
 
 
 class PlacedModule(PipelineModule):
@@ -58,6 +60,14 @@ class PlacedModule(PipelineModule):
             if not hasattr(self.forward_funcs[index], "state_dict"):
                 checkpoint_engine.save(state_dict={}, path=self.ckpt_layer_path(save_dir, index))
 
+    def _synchronize_tied_weights(self) -> None:
+        """The weights of the first layer of each tie, in the order of the model, are those of all."""
+        for key, comm in self.tied_comms.items():
+            owners = [self.stage_owner(number) for number in _tied_layers(self, key)]
+            source = comm["ranks"][sorted(set(owners)).index(owners[0])]
+            for name in comm["weight_attr"]:
+                dist.broadcast(self._recursive_getattr(comm["module"], name).data, source, group=comm["group"])
+
     def ckpt_layer_path_list(self, ckpt_dir: str, local_layer_idx: int) -> list[str]:
         return super().ckpt_layer_path_list(ckpt_dir, self.dualpipe_layers[local_layer_idx] - self._local_start)
 
@@ -76,14 +86,17 @@ def place(module: PipelineModule, placement: Placement, bounds: Sequence[int]) -
     base_grid = module._grid
     placed = Place(base_grid.topology(), placement, module.global_rank)
     before = [int(part) for part in module.parts]
-    module.parts = list(bounds)
-    layers = [layer for stage in placed.stages for layer in range(module.parts[stage], module.parts[stage + 1])]
+    layers = [layer for stage in placed.stages for layer in range(bounds[stage], bounds[stage + 1])]
 
-    old_layers = range(before[module.stage_id], before[module.stage_id + 1])
-    old = dict(zip(old_layers, module.forward_funcs, strict=True))
-    old_tied = dict(module.tied_modules.items())
-    functions = _build(module, layers, old, old_tied)
-    _move_weights(module, placed, before, old, old_tied)
+    held = carry(module, placed, before, bounds)
+    module.parts = list(bounds)
+    wrong, functions = [], []
+    try:
+        functions = _register(module, {layer: held[layer] for layer in layers})
+    except ConfigError as error:
+        wrong.append(str(error))
+    raise_everywhere(wrong)
+    del held
     module.to(get_accelerator().device_name(module.local_rank))
 
     kind = type(module)
@@ -97,8 +110,7 @@ def place(module: PipelineModule, placement: Placement, bounds: Sequence[int]) -
     module.stage_id = module._grid.get_stage_id()
     module.num_stages = module._grid.pipe_parallel_size
     if not any(param.requires_grad for param in module.parameters()):
-        device = get_accelerator().device_name(module.local_rank)
-        module.register_parameter(PLACEHOLDER, nn.Parameter(torch.zeros(1, device=device)))
+        add_placeholder(module)
     for param in module.parameters():
         param.ds_pipe_replicated = False
     module.tied_comms = module._index_tied_modules()
@@ -106,78 +118,71 @@ def place(module: PipelineModule, placement: Placement, bounds: Sequence[int]) -
     return placed
 
 
-_Old = dict[int, Any]
-
-
-def _build(module: PipelineModule, layers: list[int], old: _Old, old_tied: dict[str, nn.Module]) -> list[Any]:
-    """Register the modules of `layers` on `module`, building those that are missing; returns the layer functions."""
+def _register(module: PipelineModule, layers: dict[int, Layer]) -> list[Any]:
+    """Let `module` hold `layers` and no others; returns what a stage calls."""
     numbered = {str(layer) for layer in range(len(module._layer_specs))}
     for name in [name for name in module._modules if name in numbered]:
         delattr(module, name)
     module.tied_modules = nn.ModuleDict()
     module.tied_weight_attrs = {}
     functions: list[Any] = []
-    with same_random_state():
-        for layer in layers:
-            spec = module._layer_specs[layer]
-            if isinstance(spec, TiedLayerSpec):
-                if spec.key not in module.tied_modules:
-                    module.tied_modules[spec.key] = old_tied[spec.key] if spec.key in old_tied else spec.build()
-                    module.tied_weight_attrs[spec.key] = spec.tied_weight_attr
-                tied = module.tied_modules[spec.key]
-                functions.append(tied if spec.forward_fn is None else partial(spec.forward_fn, tied))
-            elif isinstance(spec, (LayerSpec, nn.Module)):
-                built = old[layer] if layer in old else spec if isinstance(spec, nn.Module) else spec.build()
-                module.add_module(str(layer), built)
-                functions.append(built)
-            else:
-                functions.append(old.get(layer, spec))
+    for number, layer in layers.items():
+        spec = module._layer_specs[number]
+        if isinstance(spec, TiedLayerSpec):
+            functions.append(_register_tied(module, number, spec, layer))
+            continue
+        if layer.module is not None:
+            module.add_module(str(number), layer.module)
+        if isinstance(spec, nn.Module) and isinstance(layer.function, nn.Module):
+            module._layer_specs[number] = layer.function
+        functions.append(layer.function)
     return functions
 
 
-def _move_weights(
-    module: PipelineModule, placed: Place, before: list[int], old: _Old, old_tied: dict[str, nn.Module]
-) -> None:
-    """Copy parameters and buffers of every layer, with dtype and requires_grad, from the rank that built it to the
-    ranks that hold it now."""
-    device = torch.device(get_accelerator().device_name(module.local_rank))
-    kinds: dict[int | str, list[tuple[torch.dtype, bool]]] = {}
-    found: list[Any] = [None] * len(placed.pipeline)
-    built = old_tied | {layer: held for layer, held in old.items() if isinstance(held, nn.Module)}
-    mine = {key: [(tensor.dtype, tensor.requires_grad) for tensor in _tensors(held)] for key, held in built.items()}
-    dist.all_gather_object(found, mine, group=module._grid.pp_proc_group)
-    for theirs in found:
-        kinds |= theirs
-    moved: set[tuple[int | str, int]] = set()
-    for layer, spec in enumerate(module._layer_specs):
-        if not isinstance(spec, (LayerSpec, nn.Module)):
-            continue
-        key = spec.key if isinstance(spec, TiedLayerSpec) else layer
-        source = stage_of_layer(before, layer)
-        for target in placed.placement.replicas(stage_of_layer(module.parts, layer)):
-            if target == source or (key, target) in moved:
-                continue
-            moved.add((key, target))
-            if placed.rank == source:
-                for tensor in _tensors(built[key]):
-                    dist.send(tensor.data.to(device).contiguous().view(-1).view(torch.uint8), placed.pipeline[target])
-            elif placed.rank == target:
-                held = module.tied_modules[key] if isinstance(key, str) else module._modules[str(key)]
-                for tensor, kind in zip(_tensors(held.to(device)), kinds[key], strict=True):
-                    _receive(tensor, kind, placed.pipeline[source], device)
+def _register_tied(module: PipelineModule, number: int, spec: TiedLayerSpec, layer: Layer) -> Any:
+    """A tied layer shares the weights that are tied with the first one of its key, and keeps what else it has: as a
+    module of its own, under its number, unless that is nothing."""
+    assert layer.module is not None
+    if spec.key not in module.tied_modules:
+        module.tied_modules[spec.key] = layer.module
+        module.tied_weight_attrs[spec.key] = spec.tied_weight_attr
+        return layer.function
+    first = module.tied_modules[spec.key]
+    if layer.module is first:
+        return layer.function
+    shared = {}
+    for name, own in zip(module.tied_weight_attrs[spec.key], spec.tied_weight_attr, strict=True):
+        weight, of_first = module._recursive_getattr(layer.module, own), module._recursive_getattr(first, name)
+        if weight.shape != of_first.shape:
+            raise ConfigError(
+                f"layer {number} is tied as {spec.key!r}, but its {own} is {list(weight.shape)} and that of the first "
+                f"layer of the tie {list(of_first.shape)}: tie weights of one shape"
+            )
+        shared[weight] = of_first
+    if _nothing_else(layer.module, first, set(shared)) and _usual(spec, layer):
+        return first if spec.forward_fn is None else partial(spec.forward_fn, first)
+    for part in layer.module.modules():
+        for name, param in part._parameters.items():
+            if param in shared:
+                part._parameters[name] = shared[param]
+    module.add_module(str(number), layer.module)
+    return layer.function
 
 
-def _tensors(held: nn.Module) -> list[torch.Tensor]:
-    return [*held.parameters(), *held.buffers()]
+def _tied_layers(module: PipelineModule, key: str) -> list[int]:
+    return [n for n, spec in enumerate(module._layer_specs) if isinstance(spec, TiedLayerSpec) and spec.key == key]
 
 
-def _receive(tensor: torch.Tensor, kind: tuple[torch.dtype, bool], peer: int, device: torch.device) -> None:
-    dtype, trained = kind
-    raw = torch.empty(tensor.numel() * dtype.itemsize, dtype=torch.uint8, device=device)
-    dist.recv(raw, peer)
-    tensor.data = raw.view(dtype).view(tensor.shape)
-    if isinstance(tensor, nn.Parameter):
-        tensor.requires_grad_(trained)
+def _usual(spec: TiedLayerSpec, layer: Layer) -> bool:
+    function = layer.function
+    return function is layer.module or (isinstance(function, partial) and function.func is spec.forward_fn)
+
+
+def _nothing_else(module: nn.Module, first: nn.Module, shared: set[nn.Parameter]) -> bool:
+    """Whether a module has nothing but what it shares with `first`."""
+    if difference(fingerprint(module, ""), fingerprint(first, "")) or set(module.parameters()) != shared:
+        return False
+    return all(torch.equal(own, other) for own, other in zip(module.buffers(), first.buffers(), strict=True))
 
 
 def stage_views(module: PlacedModule) -> dict[int, PipelineModule]:

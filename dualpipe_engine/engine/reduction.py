@@ -59,7 +59,7 @@ class StageParams:
         pairs: list[tuple[nn.Parameter, Any]] = engine.module.get_tied_weights_and_groups()
         self.tied = [(param, group) for param, group in pairs if dist.get_world_size(group) > 1 and param.requires_grad]
         tied = {param for param, _ in self.tied}
-        held = {stage: _params_of(view.forward_funcs) for stage, view in engine._views.items()}
+        held = {stage: params_of(view.forward_funcs) for stage, view in engine._views.items()}
         order = [op.stage for op in engine.plan.programs[engine.place.rank] if op.kind == REDUCE]
         closing = {param: stage for stage in order for param in held[stage] if param not in tied}
         # In the order of the module, which is that of the twin.
@@ -68,7 +68,7 @@ class StageParams:
         self.late = [param for param in params if param not in closing]
 
 
-def _params_of(functions: Iterable[Any]) -> set[nn.Parameter]:
+def params_of(functions: Iterable[Any]) -> set[nn.Parameter]:
     """Parameters of layers: modules, functions bound to one (a TiedLayerSpec's `forward_fn`), methods of one."""
     found: set[nn.Parameter] = set()
     for function in functions:

@@ -7,7 +7,7 @@ as it has been sent.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -16,6 +16,7 @@ from torch.autograd.graph import GradientEdge, _engine_run_backward
 from torch.utils import _pytree as pytree
 
 from ..comm.meta import flatten
+from ..errors import ConfigError
 from .weight_grad import WeightGradStore
 
 _unsafe_view = torch.ops.aten._unsafe_view.default
@@ -59,6 +60,7 @@ class StageChunk:
         is_last: whether the stage makes the loss.
         overlap: use the module's own `overlapped_forward_backward` where it has one.
         store: collects deferred weight gradients during I; None runs I as a full backward and W as nothing.
+        params: the parameters of the stage.
     """
 
     def __init__(
@@ -70,12 +72,14 @@ class StageChunk:
         loss_fn: Callable[..., Any] | None = None,
         store: WeightGradStore | None = None,
         overlap: bool = True,
+        params: Iterable[torch.nn.Parameter] = (),
     ) -> None:
         self.module = module
         self.stage = stage
         self.is_last = is_last
         self.loss_fn = loss_fn
         self._store = store
+        self._params = list(params)
         self._overlap = overlap
         self._keeps_outputs = overlap and hasattr(type(module), "overlapped_forward_backward")
         self._alive: dict[int, Activation] = {}
@@ -194,10 +198,24 @@ class StageChunk:
         tensors, meta = flatten(output)
         differentiable = [tensor for tensor in tensors if tensor.is_floating_point() or tensor.is_complex()]
         edges = [_edge(tensor) if tensor.requires_grad else None for tensor in differentiable]
+        if not any(edges) and any(param.requires_grad for param in self._params):
+            raise ConfigError(
+                f"the output of stage {self.stage} needs no gradient in micro-batch {micro}, so that its parameters "
+                'would not be trained: if layers are checkpointed, set "pipeline": {"use_reentrant": false}; else look '
+                "for torch.no_grad() or detach() in its layers, or freeze its parameters"
+            )
         self._alive[micro] = Activation(leaves, edges, outputs=differentiable if self._keeps_outputs else [])
         return meta.build([tensor.detach() for tensor in tensors])
 
     def _keep_loss(self, micro: int, leaves: list[torch.Tensor], loss: torch.Tensor) -> torch.Tensor:
+        if wrong := _no_loss(loss):
+            what = (
+                "the output of the last layer, which is the loss," if self.loss_fn is None else "what loss_fn returns"
+            )
+            raise ConfigError(
+                f"{what} is {wrong} in micro-batch {micro}: it must be one floating-point number as a tensor that "
+                "depends on the parameters; other values can be reported by the PipelineModule's get_additional_losses"
+            )
         self._alive[micro] = Activation(leaves, [], loss)
         return loss.detach()
 
@@ -217,6 +235,15 @@ class StageChunk:
     @staticmethod
     def _input_grads(kept: Activation) -> list[torch.Tensor]:
         return [torch.zeros_like(leaf) if leaf.grad is None else leaf.grad for leaf in kept.leaves]
+
+
+def _no_loss(loss: Any) -> str | None:
+    """What is wrong with a loss."""
+    if not isinstance(loss, torch.Tensor):
+        return f"a {type(loss).__name__}"
+    if loss.numel() != 1 or not loss.is_floating_point():
+        return f"a tensor {list(loss.shape)} of {loss.dtype}"
+    return None if loss.requires_grad else "a tensor that needs no gradient"
 
 
 def as_leaves(value: Any) -> Any:

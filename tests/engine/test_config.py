@@ -1,0 +1,86 @@
+"""The configuration is read in every form that DeepSpeed reads; what has no effect is refused by name."""
+
+from __future__ import annotations
+
+import argparse
+import base64
+import json
+import types
+
+import pytest
+from deepspeed.runtime.config import DeepSpeedConfig
+
+from dualpipe_engine.engine.config import WITHOUT_EFFECT, find_config, read_config
+from dualpipe_engine.errors import ConfigError
+
+PLAIN = {"train_batch_size": 4, "pipeline": {"schedule": "zb1p"}}
+HJSON = """{
+  # comments, and no quotes
+  train_batch_size: 4
+  pipeline: {
+    schedule: zb1p
+  }
+}"""
+
+
+@pytest.mark.parametrize("name", ["ds.json", "ds.hjson", "settings", "ds.conf.txt"])
+@pytest.mark.parametrize("text", [json.dumps(PLAIN), HJSON], ids=["json", "hjson"])
+def test_any_file_name(tmp_path, name, text):
+    path = tmp_path / name
+    path.write_text(text)
+    for given in (str(path), path):
+        settings, parsed = read_config(given)
+        assert settings == PLAIN
+        assert parsed.schedule == "zb1p"
+
+
+@pytest.mark.parametrize("text", [json.dumps(PLAIN), HJSON], ids=["json", "hjson"])
+def test_base64(text):
+    assert read_config(base64.urlsafe_b64encode(text.encode()).decode())[1].schedule == "zb1p"
+
+
+def test_deepspeed_config():
+    assert read_config(DeepSpeedConfig(dict(PLAIN)))[1].schedule == "zb1p"
+
+
+@pytest.mark.parametrize(
+    ("content", "text"),
+    [
+        ('{"train_batch_size": 4, "train_batch_size": 8}', "Duplicate keys"),
+        ("[1, 2]", "holds no keys"),
+        (None, "existing deepspeed config"),
+    ],
+)
+def test_what_cannot_be_read(tmp_path, content, text):
+    path = tmp_path / "ds.json"
+    if content is not None:
+        path.write_text(content)
+    with pytest.raises(ConfigError, match=text):
+        read_config(path)
+
+
+def test_where_the_configuration_is_given():
+    args = argparse.Namespace(deepspeed_config="a")
+    assert find_config(args, None, None) == "a"
+    assert find_config(argparse.Namespace(deepscale_config="b"), None, None) == "b"
+    assert find_config(args, "c", "d") == "c"
+    assert find_config(None, None, "d") == "d"
+    assert find_config(types.SimpleNamespace(), None, None) is None
+
+
+@pytest.mark.parametrize("path", WITHOUT_EFFECT)
+def test_keys_without_effect_are_refused(path):
+    off = WITHOUT_EFFECT[path]
+    for value in (*off, True if off == (False,) else 2):
+        section = value
+        for key in reversed(path.split(".")):
+            section = {key: section}
+        config = {"pipeline": {"schedule": "zb1p"}, **section}
+        if value in off:
+            read_config(config)
+        else:
+            with pytest.raises(
+                ConfigError, match=rf'"{path.split(".")[-1]}": {value}.* has no effect under a schedule'
+            ):
+                read_config(config)
+        read_config(section)  # DeepSpeed's own pipeline may do something with it
