@@ -53,6 +53,7 @@ def _play(pipe, rank: int, world: int, port: int, function, kwargs: dict[str, An
     os.environ.update(TORCHELASTIC_USE_AGENT_STORE="True", TORCHELASTIC_RESTART_COUNT="0")
     try:
         deepspeed.init_distributed(dist_backend="gloo", verbose=False)
+        del os.environ["TORCHELASTIC_USE_AGENT_STORE"]  # whoever makes another world meets at its own address
         answer = (True, function(**kwargs))
     except BaseException as error:
         answer = (False, (type(error).__name__, str(error), traceback.format_exc()))

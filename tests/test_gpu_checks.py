@@ -41,14 +41,14 @@ def test_checks_of_one_process(checks, name):
 
 
 @pytest.mark.parametrize(
-    "name", ["staging", "reductions", "schedules", "experts", pytest.param("auto", marks=pytest.mark.faults_all)]
+    "name", ["staging", "reductions", "schedules", "experts", pytest.param("auto", marks=pytest.mark.all)]
 )
 def test_checks_of_ranks(checks, ranks, name):
     module = checks["checks_comm" if name == "staging" else "checks_engine"]
     getattr(module, name)(on_pool(ranks))
 
 
-@pytest.mark.faults_all
+@pytest.mark.all
 @pytest.mark.parametrize("number", [2, 11])
 def test_checks_that_start_ranks_themselves(checks, number):
     run = checks["run"]
