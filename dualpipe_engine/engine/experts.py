@@ -6,7 +6,8 @@ ranks of the other groups, the mirror's included.
 
 from __future__ import annotations
 
-from contextlib import ExitStack
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch.distributed as dist
@@ -16,9 +17,12 @@ from deepspeed.runtime.pipe.topology import PipelineParallelGrid
 from deepspeed.utils import groups
 from torch import nn
 
+from ..comm.communicators import close
 from ..errors import ConfigError
 from ..models.experts import Experts
 from .norm import sum_of_squares
+
+_ABSENT = object()
 
 
 def make_expert_groups(module: PipelineModule, base_grid: PipelineParallelGrid) -> list[dist.ProcessGroup]:
@@ -68,23 +72,36 @@ def make_expert_groups(module: PipelineModule, base_grid: PipelineParallelGrid) 
     return own
 
 
-def connect_experts(module: PipelineModule) -> list[dist.ProcessGroup]:
-    """Let the layers of a module that is not placed yet run. Collective over all ranks.
+@contextmanager
+def connected_experts(module: PipelineModule) -> Iterator[None]:
+    """Let the layers of a module that is not placed yet run in the body; they and their groups are gone from it after.
+
+    Collective over all ranks, its end too.
 
     Args:
         module: a PipelineModule as its constructor left it.
-
-    Returns:
-        The groups that this rank is in, for the caller to destroy when the layers have run.
 
     Raises:
         ConfigError: as `make_expert_groups`.
     """
     made = make_expert_groups(module, module._grid)
+    before = [(vars(part), dict(vars(part))) for part in module.modules()]
     for part in module.modules():
         if hasattr(part, "set_deepspeed_parallelism"):
             part.set_deepspeed_parallelism()
-    return made
+    changed = [
+        (own, key, held.get(key, _ABSENT))
+        for own, held in before
+        for key in own
+        if own[key] is not held.get(key, _ABSENT)
+    ]
+    yield
+    for own, key, value in changed:
+        if value is _ABSENT:
+            del own[key]
+        else:
+            own[key] = value
+    close(made)
 
 
 def has_experts(module: nn.Module) -> bool:

@@ -13,10 +13,9 @@ from deepspeed.accelerator import get_accelerator
 from deepspeed.pipe import PipelineModule, TiedLayerSpec
 from torch.utils import _pytree as pytree
 
-from ..comm.communicators import close
 from ..errors import ConfigError
 from ..schedule.placement import LINEAR, Placement
-from .experts import connect_experts
+from .experts import connected_experts
 from .grid import Place, set_device
 from .module import PlacedModule
 from .partition import same_random_state
@@ -85,32 +84,31 @@ def measure_layers(module: PipelineModule, batch: Any, repeats: int = 5) -> list
     place = Place(module._grid.topology(), Placement(LINEAR, module.num_stages), module.global_rank)
     device = torch.device(get_accelerator().device_name(module.local_rank))
     set_device(module)
-    expert_groups = connect_experts(module)
-    first, last = place.rank == 0, place.rank == module.num_stages - 1
-    start = int(module.parts[module.stage_id])
-    buffers = {name: buffer.detach().clone() for name, buffer in module.named_buffers()}
-    box: list[Any] = [batch[0]]
-    if not first:
-        dist.recv_object_list(box, place.pipeline[place.rank - 1])
-    x = _moved(box[0], device)
-    mine = {}
-    with same_random_state(), torch.enable_grad():
-        for index, layer in enumerate(module.forward_funcs):
-            ends = last and index == len(module.forward_funcs) - 1 and module.loss_fn is not None
-            labels = (_moved(batch[1], device),) if ends else ()
-            runs = []
-            for _ in range(repeats + 1):
-                seconds, y = _run(module, layer, x, labels, input_gradient=not (first and index == 0))
-                runs.append(seconds)
-            mine[start + index] = median(runs[1:])
-            x = y
-    if not last:
-        dist.send_object_list([_moved(x, torch.device("cpu"))], place.pipeline[place.rank + 1])
-    for name, buffer in module.named_buffers():
-        buffer.data.copy_(buffers[name])
-    table = torch.tensor(_gathered(module, mine), dtype=torch.float64, device=device)
-    dist.all_reduce(table)
-    close(expert_groups)
+    with connected_experts(module):
+        first, last = place.rank == 0, place.rank == module.num_stages - 1
+        start = int(module.parts[module.stage_id])
+        buffers = {name: buffer.detach().clone() for name, buffer in module.named_buffers()}
+        box: list[Any] = [batch[0]]
+        if not first:
+            dist.recv_object_list(box, place.pipeline[place.rank - 1])
+        x = _moved(box[0], device)
+        mine = {}
+        with same_random_state(), torch.enable_grad():
+            for index, layer in enumerate(module.forward_funcs):
+                ends = last and index == len(module.forward_funcs) - 1 and module.loss_fn is not None
+                labels = (_moved(batch[1], device),) if ends else ()
+                runs = []
+                for _ in range(repeats + 1):
+                    seconds, y = _run(module, layer, x, labels, input_gradient=not (first and index == 0))
+                    runs.append(seconds)
+                mine[start + index] = median(runs[1:])
+                x = y
+        if not last:
+            dist.send_object_list([_moved(x, torch.device("cpu"))], place.pipeline[place.rank + 1])
+        for name, buffer in module.named_buffers():
+            buffer.data.copy_(buffers[name])
+        table = torch.tensor(_gathered(module, mine), dtype=torch.float64, device=device)
+        dist.all_reduce(table)
     return [float(total) / dist.get_world_size() for total in table]
 
 

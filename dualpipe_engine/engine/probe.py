@@ -16,7 +16,6 @@ import torch
 import torch.distributed as dist
 from deepspeed.pipe import PipelineModule
 
-from ..comm.communicators import close
 from ..comm.device import side_stream
 from ..comm.p2p import Edges
 from ..comm.transport import GroupTransport
@@ -31,7 +30,7 @@ from ..schedule.measure import measured_costs, paired_plan
 from ..schedule.plan import Plan
 from ..schedule.timeline import Span, Timeline
 from .data import BatchFeed
-from .experts import connect_experts
+from .experts import connected_experts
 from .grid import Place
 from .links import transfer_seconds
 from .module import has_phases, make_chunk, needs_input_gradient
@@ -66,9 +65,8 @@ def stage_costs(
         timeout_s: seconds after which a transfer is given up.
     """
     stage, ranks = place.rank, len(place.pipeline)
-    expert_groups = connect_experts(module)
     num_micro = max(1, min(num_micro, 2 * ranks))
-    with _untouched(module):
+    with connected_experts(module), _untouched(module):
         view = copy.copy(module)
         store = WeightGradStore() if split_backward else None
         if store is not None:
@@ -120,7 +118,6 @@ def stage_costs(
         hop = transfer_seconds(place, transport, sizes, device, timeout_s)
         dist.barrier()  # nobody takes from a rank that has gone on
         transport.close()
-        close(expert_groups)
     mine = measured_costs([Timeline(ranks, spans)], ranks).at(stage)
     return _same_on_all(place, mine, saved.total, hop)
 

@@ -65,8 +65,17 @@ class LocalStages(DualPipe):
             held.append(part)
         super().__init__((Stage(held[rank]), Stage(held[size - 1 - rank])), process_group=groups[replica])
         self._group, self.replicas = groups[replica], len(groups)
-        # Who holds the same stages: in each replica two.
-        self._twins = sorted(start + position for start in starts for position in {rank, size - 1 - rank})
+
+    def _make_twin_group(self) -> dist.ProcessGroup:
+        """The ranks that hold the same stages: in each replica two. All ranks make all groups, in one order."""
+        size = self.num_ranks
+        groups = [
+            dist.new_group(
+                sorted(at + near for at in range(0, dist.get_world_size(), size) for near in {r, size - 1 - r})
+            )
+            for r in range(size // 2)
+        ]
+        return groups[min(self.rank, size - 1 - self.rank)]
 
     @property
     def local_module(self) -> nn.ModuleList:

@@ -8,7 +8,6 @@ from itertools import product
 import pytest
 import torch
 import torch.distributed as dist
-from ranks import free_port
 
 from dualpipe_engine.comm import communicators
 from dualpipe_engine.comm.transport import GroupTransport
@@ -85,13 +84,12 @@ def test_edges_of_placements():
     assert Placement(LINEAR, 1).edges() == ()
 
 
-def _ring(port, replicas):
+def _ring(replicas):
     """Pipelines that are rings, as on a placement whose last rank passes on to its first."""
     rank, world = dist.get_rank(), dist.get_world_size()
     dist.destroy_process_group()
-    address = f"tcp://127.0.0.1:{port}"
-    dist.init_process_group("cpu:gloo", init_method=address, rank=rank, world_size=world)
-    assert os.environ["WORLD_SIZE"] == str(world)
+    store = dist.TCPStore("127.0.0.1", int(os.environ["MASTER_PORT"]), is_master=False)
+    dist.init_process_group("cpu:gloo", store=dist.PrefixStore("ring", store), rank=rank, world_size=world)
     before = len(dist.distributed_c10d._world.pg_map)
     size = world // replicas
     line = [position * replicas + rank % replicas for position in range(size)]
@@ -112,7 +110,7 @@ def _ring(port, replicas):
 
 @pytest.mark.parametrize(("world", "replicas"), [(2, 1), (3, 1), (4, 2), (8, 1)])
 def test_backend_without_tags(ranks, world, replicas):
-    results = ranks.run(world, _ring, port=free_port(), replicas=replicas)
+    results = ranks.run(world, _ring, replicas=replicas)
     size = world // replicas
     for rank, (made, found, left) in enumerate(results):
         assert made == (2 if size == 2 else 4), "two neighbours, two directions"

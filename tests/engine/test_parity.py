@@ -125,6 +125,16 @@ def test_bf16_follows_stock(ranks, stock, micros, zero):
     assert_copies_identical(ours)
 
 
+@pytest.mark.parametrize("zero", [0, 1])
+def test_predivided_gradients_are_the_same(ranks, zero):
+    config = training.settings(3, 2, zero, schedule="dualpipe")
+    plain, divided = (
+        ranks.run(4, training.train, config=config | more, ranks=2, replicas=2)
+        for more in ({}, {"gradient_predivide_factor": 3.0})
+    )
+    assert_same_training(divided, plain)
+
+
 def test_zero_1_partitions_over_both_copies(ranks, stock):
     ours = run_ours(ranks, "dualpipe", 4, 8, steps=1, tied=False)
     theirs = stock(4, 8, steps=1, tied=False)

@@ -8,7 +8,7 @@ from strict_hub import Hub
 def on_twin(ranks):
     """Runs a function of strict_runs on a strict twin of `world` ranks; `on_twin.hub` is its hub."""
 
-    def run(world, function, eager=True, in_flight=8, timeouts=True, seed=0, **kwargs):
+    def run(world, function, eager=True, in_flight=8, timeouts=False, seed=0, **kwargs):
         run.hub = hub = Hub(world, eager, seed)
         rules = {"port": free_port(), "eager": eager, "in_flight": in_flight, "timeouts": timeouts}
         try:

@@ -315,6 +315,8 @@ class NativeStream(twin.CommStream):
     def _post(self, *args: Any, **kwargs: Any) -> twin.Ticket:
         ticket = super()._post(*args, **kwargs)
         ticket.native, ticket.by_callback = True, False
+        if (work := ticket.work) is not None:  # None: it has failed
+            ticket._wait_on_device = work.wait  # the stream that is ordered is the host
         return ticket
 
     def _keep(self, key: Any, ticket: twin.Ticket) -> None:

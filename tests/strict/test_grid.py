@@ -1,4 +1,4 @@
-"""The engine on the strict twin of NCCL: a sample of the parity grid, in which every pair of settings occurs."""
+"""The engine on the strict twin of NCCL: a sample of the parity grid."""
 
 from __future__ import annotations
 

@@ -48,7 +48,7 @@ def test_forgiven_by_other_rules(on_twin):
     """The same calls pass where the rule they break is not in force."""
     on_twin(2, strict_runs.both_send_first)
     on_twin(2, strict_runs.too_many_in_flight)
-    on_twin(2, strict_runs.timeout)
+    on_twin(2, strict_runs.timeout, timeouts=True)
 
 
 @pytest.mark.parametrize("eager", [True, False], ids=["eager", "lazy"])
