@@ -54,6 +54,7 @@ def _play(pipe, rank: int, world: int, port: int, function, kwargs: dict[str, An
     try:
         deepspeed.init_distributed(dist_backend="gloo", verbose=False)
         del os.environ["TORCHELASTIC_USE_AGENT_STORE"]  # whoever makes another world meets at its own address
+        _meet(world, port)
         answer = (True, function(**kwargs))
     except BaseException as error:
         answer = (False, (type(error).__name__, str(error), traceback.format_exc()))
@@ -62,6 +63,14 @@ def _play(pipe, rank: int, world: int, port: int, function, kwargs: dict[str, An
     with suppress(EOFError):
         pipe.recv()  # until all have answered: an end closes connections that others may still use
     os._exit(0)
+
+
+def _meet(world: int, port: int) -> None:
+    """Return when all ranks are here: one that leaves its world early would cut off those that still connect."""
+    store = dist.TCPStore("127.0.0.1", port, is_master=False)
+    if store.add("here", 1) == world:
+        store.set("all here", "")
+    store.wait(["all here"])
 
 
 class RankError(Exception):
