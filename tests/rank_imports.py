@@ -4,6 +4,7 @@
 No thread may be alive after it: a fork takes along only the one that calls it.
 """
 
+import gc
 import os
 
 os.environ.update(OMP_NUM_THREADS="1", DS_ACCELERATOR="cpu", MASTER_ADDR="127.0.0.1")
@@ -29,3 +30,5 @@ torch.set_num_threads(1)
 
 # Ranks of one machine would share memory by an op that is compiled at first use, and that a killed test leaves locked.
 deepspeed.comm.torch.build_shm_op = lambda: None
+
+gc.freeze()  # a collection in a rank would go through all of this, and copy its memory

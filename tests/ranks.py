@@ -48,6 +48,7 @@ def _play(pipe, rank: int, world: int, port: int, function, kwargs: dict[str, An
     import deepspeed
     import rank_imports  # noqa: F401
 
+    mp.set_start_method("fork", force=True)  # Linux's default, not how this rank began: workers of a DataLoader use it
     os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world), MASTER_PORT=str(port))
     # The store is the test's own: a port that is asked for and given back may be somebody else's by then.
     os.environ.update(TORCHELASTIC_USE_AGENT_STORE="True", TORCHELASTIC_RESTART_COUNT="0")
