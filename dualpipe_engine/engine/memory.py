@@ -42,20 +42,22 @@ def _bytes(tensors: list[Any]) -> int:
 
 @contextmanager
 def gradient_watch(engine: Any) -> Iterator[list[int]]:
-    """Record the bytes of gradients through the batches in the body: in our engine after each backward and each start
-    of a reduction, in DeepSpeed's own before it reduces, when all are there."""
+    """Record the bytes of gradients through the batches in the body: in our engine after each backward, each start of
+    a reduction and when all have arrived, in DeepSpeed's own before it reduces, when all are there."""
     found: list[int] = []
-    ours = hasattr(engine, "_tail")
-    # The first thing that DeepSpeed's engine does when it reduces is to ask for tied weights.
-    owner, names = (
-        (engine._tail, ["accumulate", "reduce"]) if ours else (engine.module, ["get_tied_weights_and_groups"])
-    )
-    for name in names:
-        setattr(owner, name, _watched(engine, getattr(owner, name), found, before=not ours))
+    if hasattr(engine, "_tail"):
+        tail, reduction = engine._tail, engine._tail.reduction
+        calls = [(tail, "accumulate", False), (tail, "reduce", False)]
+        if hasattr(reduction, "hand_over"):  # by then all that was under way has arrived
+            calls.append((reduction, "hand_over", True))
+    else:  # the first thing that DeepSpeed's engine does when it reduces is to ask for tied weights
+        calls = [(engine.module, "get_tied_weights_and_groups", True)]
+    for owner, name, before in calls:
+        setattr(owner, name, _watched(engine, getattr(owner, name), found, before))
     try:
         yield found
     finally:
-        for name in names:
+        for owner, name, _ in calls:
             delattr(owner, name)
 
 

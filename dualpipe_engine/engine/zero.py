@@ -113,7 +113,7 @@ class PartitionedReduction:
         self._start(self._late_pieces)
         self._lane.drain()
         for index in range(len(self._optimizer.bit16_groups)):
-            self._hand_over(index)
+            self.hand_over(index)
         self._partitions.clear()
 
     def held(self) -> list[Tensor]:
@@ -197,7 +197,7 @@ class PartitionedReduction:
             self._partitions[index] = torch.zeros_like(master, device=self._engine.device, requires_grad=False)
         return self._partitions[index]
 
-    def _hand_over(self, index: int) -> None:
+    def hand_over(self, index: int) -> None:
         """Give the optimizer its partition, cut into views of single parameters, of which it takes the norm."""
         optimizer, flat = self._optimizer, self._partition(index)
         views, position = [], 0

@@ -20,6 +20,7 @@ def test_quick_start():
     assert all("5 micro-batches: losses and outputs bit-equal to one process, gradients to" in line for line in lines)
 
 
+@pytest.mark.all
 def test_lightning(tmp_path):
     pytest.importorskip("lightning")
     command = [sys.executable, str(EXAMPLES / "lightning_example.py"), "--num-gpus", "2", "--steps", "4"]
@@ -31,6 +32,7 @@ def test_lightning(tmp_path):
     assert "val_loss" in result.stdout
 
 
+@pytest.mark.all
 def test_transformer():
     pytest.importorskip("transformers")
     command = [sys.executable, str(EXAMPLES / "transformer_example.py"), "--num-gpus", "2", "--steps", "3"]

@@ -232,6 +232,25 @@ def test_gradients_with_counts():
     assert torch.equal(output, wanted) and torch.equal(grads[0], first.grad)
 
 
+class KeepingBlock(Block):
+    """A block that needs the rows that it sends here too."""
+
+    def _travel(self, state, tickets, name):
+        return super()._travel(state | {"kept": state["rows"]}, tickets, name)
+
+    def _experts(self, state):
+        return super()._experts(state | {"residual": state["residual"] + state["kept"]})
+
+
+def test_what_travels_and_stays_gets_both_gradients():
+    block, _, inputs, _, grads = pair(kind=KeepingBlock)
+    oracle = KeepingBlock().double()
+    oracle.load_state_dict(block.state_dict())
+    first = inputs[0].detach().requires_grad_()
+    oracle(first).sum().backward()
+    torch.testing.assert_close(grads[0], first.grad)
+
+
 def test_weight_gradients_fill_what_is_left_of_a_wait():
     torch.manual_seed(0)
     block = Block().double()

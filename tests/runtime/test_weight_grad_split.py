@@ -173,6 +173,20 @@ def test_post_accumulate_hooks_see_the_gradient_in_w() -> None:
     assert seen[-1] is True and seen.count(True) == 1
 
 
+def test_hooks_of_views_run() -> None:
+    def hooked(x: Tensor, w: Tensor) -> Tensor:
+        view = w.t()
+        if view.requires_grad:
+            view.register_hook(lambda grad: grad * 2)
+        return F.linear(x, view)
+
+    module, store = Apply(hooked, 8, 8), WeightGradStore()
+    install(module, store)
+    x, grad = torch.randn(4, 8), torch.randn(4, 8)
+    step(module, store, x, grad)
+    torch.testing.assert_close(module.weight.grad, 2 * x.t() @ grad)
+
+
 def test_shared_by_split_and_other_operations() -> None:
     """What is not split runs in I; the sum is right up to the order of additions."""
 
