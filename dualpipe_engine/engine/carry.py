@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import sys
-import types
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from functools import partial
@@ -126,15 +124,15 @@ def _packed(
     content: dict[int, Any] = {number: tuple(layer) for number, layer in layers.items()}
     facts = {number: _facts(number, layer) for number, layer in layers.items()}
     try:
-        data, shapes, blocks = pack(content, context)
+        data, shapes, blocks = pack(tuple(content.items()), context)
     except Exception:
         for number, layer in layers.items():
             if reason := _obstacle(tuple(layer), number, context):
-                content[number] = _tensors(layer)
+                content[number] = tuple(_tensors(layer).items())
                 if not isinstance(module._layer_specs[number], (LayerSpec, nn.Module)):
                     wrong.append(f"layer {number} cannot be carried to pipeline rank {target}: {reason}")
                 facts[number][""] = reason
-        data, shapes, blocks = pack(content, context)
+        data, shapes, blocks = pack(tuple(content.items()), context)
     return _Message(data, shapes, [block.numel() for block in blocks], facts), blocks
 
 
@@ -160,10 +158,12 @@ def _unpacked(
     message: _Message, blocks: list[Tensor], module: PipelineModule, context: Context, wrong: list[str]
 ) -> dict[int, Layer]:
     layers = {}
-    for number, content in unpack(message.data, message.shapes, blocks, context).items():
+    for number, content in unpack(message.data, message.shapes, blocks, context):
         facts = message.facts[number]
         reason = facts.pop("", None)
-        layer = layers[number] = Layer(*content) if reason is None else _rebuilt(module._layer_specs[number], content)
+        layer = layers[number] = (
+            Layer(*content) if reason is None else _rebuilt(module._layer_specs[number], dict(content))
+        )
         if differs := difference(facts, _facts(number, layer)):
             why = differs if reason is None else f"{reason}, and a copy built from its LayerSpec is another: {differs}"
             wrong.append(f"layer {number} cannot be carried to pipeline rank {module.stage_id}: {why}")
@@ -229,13 +229,13 @@ def _said(error: Exception) -> str:
 
 
 def _own(module: PipelineModule, placed: Place) -> dict[Any, Any]:
-    """Objects that every rank has its own of: the module, what its specifications name, and what modules of Python hold
-    at their top. Collective over the ranks of a pipeline.
+    """Objects that every rank has its own of: the module and what its specifications name. Collective over the ranks of
+    a pipeline.
 
     An argument of one LayerSpec alone counts if it looks the same on all ranks: it may have been changed with its
     layer.
     """
-    found: dict[Any, Any] = {("global", name, key): value for name, key, value in _globals()}
+    found: dict[Any, Any] = {}
     uses: Counter[int] = Counter()
     arguments: dict[Any, Any] = {}
     for number, spec in enumerate(module._layer_specs):
@@ -260,25 +260,6 @@ def _own(module: PipelineModule, placed: Place) -> dict[Any, Any]:
 
 
 _CARRIED = (nn.Module, Tensor, int, float, complex, str, bytes, list, dict, set, frozenset, tuple, type(None))
-_BY_NAME = (
-    *(nn.Module, Tensor, int, float, complex, str, bytes, tuple, frozenset, type(None), type, torch.dtype),
-    *(types.ModuleType, types.FunctionType, types.BuiltinFunctionType),
-)
-"""Kinds of objects that are carried, or that pickle finds by name."""
-
-
-def _globals() -> list[tuple[str, str, Any]]:
-    """Objects with a name in a module of Python, those that pickle finds by name aside."""
-    left_out: dict[type, bool] = {}
-    found = []
-    for name, module in sys.modules.copy().items():
-        for key, value in vars(module).copy().items() if type(module) is types.ModuleType else ():
-            kind = type(value)
-            if kind not in left_out:
-                left_out[kind] = issubclass(kind, _BY_NAME)
-            if not left_out[kind] and key[:2] != "__":
-                found.append((name, key, value))
-    return found
 
 
 def _context(module: PipelineModule, own: dict[Any, Any], placed: Place, device: torch.device, other: int) -> Context:

@@ -16,6 +16,7 @@ import sys
 import types
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -24,6 +25,12 @@ from torch.nn.utils import parametrize
 
 _ALIGNMENT = 16  # bytes; enough for every dtype
 _PLAIN = (int, float, complex, str, bytes, bool, type(None), torch.dtype, torch.Size)
+_BY_NAME = (
+    *(nn.Module, Tensor, int, float, complex, str, bytes, tuple, frozenset, type(None), type, torch.dtype),
+    *(types.ModuleType, types.FunctionType, types.BuiltinFunctionType),
+)
+"""Kinds of objects that are carried, or that pickle finds by name."""
+_OF_EVERY_MODULE = frozenset(vars(nn.Module()))
 
 
 @dataclass(frozen=True)
@@ -47,6 +54,8 @@ class Shape:
 class Context:
     """What belongs to a process: object -> key here, and key -> object there.
 
+    What Python's modules hold at their top belongs to it too.
+
     Args:
         own: key -> object; keys mean the same on all ranks.
         device: where layers run.
@@ -61,12 +70,39 @@ class Context:
         group_key: Callable[[Any], Any] = lambda group: None,
         group_of: Callable[[Any], Any] = lambda key: None,
     ) -> None:
-        self.own = own
+        self._own = own
         self.device = device
         self.group_key, self.group_of = group_key, group_of
-        self.keys: dict[int, Any] = {}
+        self._keys: dict[int, Any] = {}
         for key, value in own.items():
-            self.keys.setdefault(id(value), key)
+            self._keys.setdefault(id(value), key)
+
+    def key_of(self, value: Any) -> Any:
+        """The key of an object that belongs to this process, or None."""
+        key = self._keys.get(id(value))
+        return self._globals.get(id(value)) if key is None and not isinstance(value, _BY_NAME) else key
+
+    def value_of(self, key: Any) -> Any:
+        """The object that this process has for a key."""
+        return vars(sys.modules[key[1]])[key[2]] if key[0] == "global" else self._own[key]
+
+    @cached_property
+    def _globals(self) -> dict[int, tuple[str, str, str]]:
+        """Objects with a name in a module of Python, those that pickle finds by name aside: id -> key.
+
+        Asked for the few objects that are neither modules nor tensors: to look through all that is imported takes as
+        long as to carry a small layer.
+        """
+        left_out: dict[type, bool] = {}
+        found: dict[int, tuple[str, str, str]] = {}
+        for name, module in sys.modules.copy().items():
+            for key, value in vars(module).copy().items() if type(module) is types.ModuleType else ():
+                kind = type(value)
+                if kind not in left_out:
+                    left_out[kind] = issubclass(kind, _BY_NAME)
+                if not left_out[kind] and key[:2] != "__":
+                    found.setdefault(id(value), ("global", name, key))
+        return found
 
 
 class _Ref:
@@ -106,13 +142,17 @@ class _Pickler(pickle.Pickler):
         self._context = context
         self.tensors: list[Tensor] = []
         self._kept: list[Any] = []  # so that no id is used twice
+        self._parts: set[int] = set()  # what modules and tensors keep their parts in
 
     def persistent_id(self, value: Any) -> Any:
-        if type(value) in _PLAIN:
+        if type(value) in _PLAIN or id(value) in self._parts:
             return None
         if type(value) is _Ref:
             return "tensor", value.number
-        key = self._context.keys.get(id(value))
+        if type(value) is dict and value.keys() >= _OF_EVERY_MODULE:  # a module's state
+            self._parts.update(id(value[key]) for key in _OF_EVERY_MODULE)
+            return None
+        key = self._context.key_of(value)
         if key is not None:
             return "own", key
         if isinstance(value, torch.distributed.ProcessGroup):
@@ -158,7 +198,9 @@ class _Pickler(pickle.Pickler):
         self.tensors.append(memory)
         trained = value.requires_grad and value.is_leaf  # another is computed again from what it came from
         hooks = value._backward_hooks if value.is_leaf else None
-        state = (dict(vars(value)), hooks, value._post_accumulate_grad_hooks, value.grad if value.is_leaf else None)
+        attributes = dict(vars(value))
+        self._parts.add(id(attributes))
+        state = (attributes, hooks, value._post_accumulate_grad_hooks, value.grad if value.is_leaf else None)
         reference = _Ref(len(self.tensors) - 1)
         self._kept.append(reference)
         filled = state if any(state[:1]) or any(each is not None for each in state[1:]) else None
@@ -182,7 +224,7 @@ class _Unpickler(pickle.Unpickler):
             if group is None:
                 raise pickle.UnpicklingError("a process group that has no counterpart on this rank")
             return group
-        return self._context.own[rest[0]]
+        return self._context.value_of(rest[0])
 
 
 # -- tensors -------------------------------------------------------------------------------------------------------
