@@ -366,6 +366,8 @@ class DualPipeEngine(Evaluation, Measuring, Checkpoints):
                     f"steps: {steps} loss: {self.agg_train_loss:0.4f} {extra}iter time (s): {elapsed:0.3f} "
                     f"samples/sec: {self.train_batch_size() / elapsed:0.3f}"
                 )
+                if self.wall_clock_breakdown():
+                    print(self._wall_clock())
         if self.global_rank == 0 and self.monitor.enabled:
             loss = self.agg_train_loss
             assert loss is not None
