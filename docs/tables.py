@@ -8,8 +8,11 @@ looking at its classes. What we say of each stands in `dualpipe_engine/engine/ke
 
 from __future__ import annotations
 
+import ast
+import inspect
 import logging
 import sys
+import textwrap
 import typing
 from collections.abc import Iterator, KeysView, Sequence
 from contextlib import contextmanager
@@ -19,7 +22,7 @@ from unittest import mock
 
 from pydantic import BaseModel
 
-from dualpipe_engine.engine import keys
+from dualpipe_engine.engine import keys, methods
 
 KeyPath = tuple[str, ...]
 _MARK = "__section__"  # a key whose value tells a model of which section it is
@@ -167,12 +170,76 @@ from what DeepSpeed reads and from `dualpipe_engine/engine/keys.py`; our own key
 """
 
 
+def engine_names() -> list[str]:
+    """Public methods and attributes that DeepSpeed's engines define, without what only reads the configuration."""
+    from deepspeed.runtime.engine import DeepSpeedEngine
+    from deepspeed.runtime.pipe.engine import PipelineEngine
+
+    found: set[str] = set()
+    for engine in (DeepSpeedEngine, PipelineEngine):
+        found |= {name for name in vars(engine) if not reads_configuration(vars(engine)[name])}
+        found |= _set_on_self(engine)
+    return sorted(name for name in found if not name.startswith("_"))
+
+
+def reads_configuration(method: Any) -> bool:
+    """Whether a method without arguments does no more than return a value of the configuration."""
+    if not inspect.isfunction(method) or list(inspect.signature(method).parameters) != ["self"]:
+        return False
+    definition = ast.parse(textwrap.dedent(inspect.getsource(method))).body[0]
+    assert isinstance(definition, ast.FunctionDef)
+    body = definition.body[1:] if ast.get_docstring(definition) else definition.body
+    return len(body) == 1 and isinstance(body[0], ast.Return) and "self._config" in ast.unparse(body[0])
+
+
+def _set_on_self(engine: type) -> set[str]:
+    nodes = [node for node in ast.walk(ast.parse(textwrap.dedent(inspect.getsource(engine)))) if _is_set(node)]
+    return {node.attr for node in nodes if isinstance(node, ast.Attribute)}
+
+
+def _is_set(node: ast.AST) -> bool:
+    """Whether it is `self.name`, set."""
+    if not isinstance(node, ast.Attribute) or not isinstance(node.ctx, ast.Store):
+        return False
+    return isinstance(node.value, ast.Name) and node.value.id == "self"
+
+
+def engine_page() -> str:
+    """docs/engine.md."""
+    lines = [_ENGINE_HEAD]
+    lines += ["| works | test |", "|---|---|"]
+    lines += [f"| {_listed(names)} | {_test(test)} |" for test, names in methods.WORKS.items()]
+    lines += ["", "| as in DeepSpeed's own pipeline engine | |", "|---|---|"]
+    lines += [f"| {_listed(names)} | {why} |" for why, names in methods.AS_STOCK.items()]
+    lines += ["", "| refused | because |", "|---|---|"]
+    lines += [f"| `{name}` | {why} |" for name, why in methods.REFUSED.items()]
+    attributes = _listed(" ".join(sorted(methods.REFUSED_ATTRIBUTES)))
+    lines += [f"| {attributes} | they belong to DeepSpeed's instruction schedule, which does not run |", ""]
+    return "\n".join(lines)
+
+
+def _listed(names: str) -> str:
+    return ", ".join(f"`{name}`" for name in names.split())
+
+
+_ENGINE_HEAD = """# Methods and attributes of the engine
+
+What becomes of each public name of DeepSpeed's `PipelineEngine` and `DeepSpeedEngine` under a `"schedule"`. Written by
+`python docs/tables.py` from `dualpipe_engine/engine/methods.py`. Names that only return a value of the configuration
+(`train_batch_size()`, `zero_optimization_stage()`, ...) answer as in DeepSpeed, and those of `torch.nn.Module`
+(`parameters()`, `state_dict()`, ...) are about the layers of this rank. What is refused raises a `DualPipeError`.
+"""
+
+
 def main() -> None:
     here = Path(__file__).parent
     found = configuration_keys()
     if missing := without_a_row(found, [row for rows in keys.TABLES.values() for row in rows]):
         sys.exit(f"no row in dualpipe_engine/engine/keys.py has {', '.join(missing)}")
+    if missing := sorted(set(engine_names()) - methods.named()):
+        sys.exit(f"no row in dualpipe_engine/engine/methods.py has {', '.join(missing)}")
     (here / "configuration.md").write_text(configuration_page(found))
+    (here / "engine.md").write_text(engine_page())
 
 
 if __name__ == "__main__":

@@ -65,7 +65,7 @@ class Measuring(PipelineEngine):
         """The plan simulated with the costs that `measured` shows: what is left between the two is communication and
         overhead."""
         compute = Timeline(measured.num_ranks, [span for span in measured.spans if span.op.kind in COMPUTE])
-        return simulate(self.plan.compute_only(), measured_costs([compute], self.num_stages))
+        return simulate(self.plan.compute_only(), measured_costs([compute], self.plan.placement.num_stages))
 
     def _keep_record(self) -> None:
         """The step ends: the profiler keeps it while profiling is on."""
