@@ -6,6 +6,8 @@ import importlib.util
 from pathlib import Path
 
 from changed_runs import built, data, fill, settings
+from deepspeed.runtime.config import DeepSpeedConfig
+from deepspeed.runtime.pipe.engine import PipelineEngine
 
 from dualpipe_engine.engine.methods import REFUSED, REFUSED_ATTRIBUTES
 from dualpipe_engine.errors import DualPipeError
@@ -86,3 +88,35 @@ def seen(schedule):
         engine.set_dataloader([next(data()) for _ in range(engine.micro_batches)])
         found["loss"] = float(engine.train_batch())
     return found
+
+
+class Counting(PipelineEngine):
+    """A client's own engine."""
+
+    def __init__(self, *args, **kwargs):
+        self.batches = 0
+        super().__init__(*args, **kwargs)
+
+    def train_batch(self, data_iter=None):
+        self.batches += 1
+        return super().train_batch(data_iter)
+
+
+def own_engine():
+    """A client's engine trains with our schedule; made by the client itself it is refused."""
+    import dualpipe_engine
+    from dualpipe_engine.engine.initialize import refuse_other_engines
+
+    config, losses = settings("dualpipe"), []
+    for engine_class in (None, Counting):
+        net = built()
+        fill(net)
+        engine, *_ = dualpipe_engine.initialize(
+            model=net, config=config, model_parameters=net.parameters(), engine_class=engine_class
+        )
+        losses.append(float(engine.train_batch(data())))
+    refuse_other_engines()
+    try:
+        Counting(args=None, model=built(), config=config, config_class=DeepSpeedConfig(config))
+    except DualPipeError as error:
+        return losses, engine.batches, type(engine).__mro__[0].__name__, str(error)
