@@ -142,19 +142,27 @@ def test_keys_of_bf16(ranks):
     bf16, one = {"bf16.enabled": True}, {ZERO + "stage": 1}
     variants = {
         "plain": bf16,
-        "immediate": bf16 | {"bf16.immediate_grad_update": True},
-        "old name": {"bfloat16.enabled": True, "bfloat16.check_grad_overflow": False},
+        "kept": bf16
+        | {
+            "bf16.immediate_grad_update": True,
+            "data_types.buffer_dtype": "bf16",
+            "data_types.keep_in_fp32_modules": ["scale"],
+        },
+        "old name": {
+            "bfloat16.enabled": True,
+            "bfloat16.check_grad_overflow": False,
+            "data_types.param_dtype": "bf16",
+            "data_types.buffer_dtype": "bf16",
+        },
         "fp32 sums": bf16 | one | {"data_types.grad_accum_dtype": "fp32"},
         "low masters": bf16 | one | {"bf16.bf16_master_weights_and_grads": True, "bf16.bf16_optimizer_states": True},
-        "buffers": bf16 | {"data_types.param_dtype": "bf16", "data_types.buffer_dtype": "bf16"},
-        "kept": bf16 | {"data_types.buffer_dtype": "bf16", "data_types.keep_in_fp32_modules": ["scale"]},
     }
     found = ranks.run(2, key_runs.trained, schedule="zb1p", variants=variants, optimizer=key_runs.ADAM)
     same(found, "plain", rel=0.03)
     for rank in found:
-        assert rank["immediate"][0] == rank["old name"][0] == rank["plain"][0]
+        assert rank["kept"][0] == rank["old name"][0] == rank["plain"][0]
         dtypes = {name: each[2] for name, each in rank.items()}
-        assert dtypes["plain"] == dtypes["kept"] == {torch.float32} and dtypes["buffers"] == {torch.bfloat16}
+        assert dtypes["plain"] == dtypes["kept"] == {torch.float32} and dtypes["old name"] == {torch.bfloat16}
 
 
 @pytest.mark.all
