@@ -19,6 +19,10 @@ class ProfileError(DualPipeError, ValueError):
     """A profile cannot be made or read; the message names the file or the remedy."""
 
 
+class MissingAttributeError(DualPipeError, AttributeError):
+    """An attribute of DeepSpeed's own engine does not exist here; the message says why."""
+
+
 class MissingExtraError(DualPipeError, ImportError):
     """An optional package is needed; the message holds the install command."""
 

@@ -3,7 +3,7 @@
     deepspeed --module dualpipe_engine.run train.py --deepspeed_config ds.json
 
 `deepspeed.initialize` becomes `dualpipe_engine.initialize` for the script; its arguments, `--local_rank` included, are
-passed on.
+passed on. A script that makes a PipelineEngine itself is told so.
 """
 
 from __future__ import annotations
@@ -24,9 +24,10 @@ def main() -> None:
     arguments.remove(script)
     import deepspeed
 
-    from .engine.initialize import initialize
+    from .engine.initialize import initialize, refuse_other_engines
 
     deepspeed.initialize = initialize
+    refuse_other_engines()
     sys.argv = [script, *arguments]
     sys.path.insert(0, str(Path(script).resolve().parent))
     try:

@@ -12,6 +12,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from ..errors import ConfigError
 from ..schedule.choose import SCHEDULES
+from .keys import refuse_keys
 
 STOCK = "1f1b-deepspeed"
 PAIRS = "pairs"  #: the partition method that is ours
@@ -100,7 +101,7 @@ def read_config(config: Any) -> tuple[dict[str, Any], DualPipeConfig]:
         raise ConfigError(f'"pipeline": {{"{first["loc"][0]}": ...}}: {first["msg"]}, got {first["input"]!r}') from None
     _check_schedule(parsed)
     if not parsed.is_stock:
-        _check_other_sections(data)
+        refuse_keys(data, STOCK)
     if parsed.layer_costs is not None and parsed.partition_method != PAIRS:
         raise ConfigError('"layer_costs" is for "partition_method": "pairs": add it, or leave "layer_costs" out')
     return data, parsed
@@ -142,37 +143,6 @@ def _check_schedule(config: DualPipeConfig) -> None:
         f'unknown schedule "{config.schedule}": did you mean "{near[0]}"? There are {", ".join(names)}, '
         "or the path of a plan file"
     )
-
-
-#: Keys of other sections that have no effect under a schedule, with the values that ask for nothing.
-WITHOUT_EFFECT: dict[str, tuple[Any, ...]] = {
-    "autotuning.enabled": (False,),
-    "data_efficiency.enabled": (False,),
-    "expert_parallel.enabled": (False,),
-    "flops_profiler.enabled": (False,),
-    "fp16.auto_cast": (False,),
-    "hybrid_engine.enabled": (False,),
-    "sequence_parallel_size": (0, 1),
-    "tensor_parallel.autotp_size": (0, 1),
-    "zero_optimization.mics_shard_size": (-1, 0, 1),
-    "zero_optimization.zero_hpz_partition_size": (0, 1),
-    "zero_optimization.zero_quantized_gradients": (False,),
-    "zero_optimization.zero_quantized_nontrainable_weights": (False,),
-    "zero_optimization.zero_quantized_weights": (False,),
-}
-
-
-def _check_other_sections(data: dict[str, Any]) -> None:
-    for path, off in WITHOUT_EFFECT.items():
-        value: Any = data
-        for key in path.split("."):
-            value = value.get(key) if isinstance(value, dict) else None
-        if value is not None and value not in off:
-            name = path.replace(".", '": {"')
-            raise ConfigError(
-                f'"{name}": {value!r}{"}" * path.count(".")} has no effect under a schedule: leave it out, or take '
-                f'"schedule": "{STOCK}"'
-            )
 
 
 def micro_batches(config: dict[str, Any], replicas: int) -> int:

@@ -53,13 +53,14 @@ from .module import (
 from .param_groups import GroupMap
 from .planning import make_lowered_plan
 from .reduction import params_of
+from .surface import Surface
 from .totals import Totals
 from .twins import check_twins
 from .watch import Watch, watched
 from .written_buffers import WrittenBuffers
 
 
-class DualPipeEngine(Evaluation, Measuring, Checkpoints):
+class DualPipeEngine(Evaluation, Measuring, Checkpoints, Surface):
     """What `dualpipe_engine.initialize` returns.
 
     `train_batch`, `eval_batch`, `save_checkpoint`, `load_checkpoint` and the rest of DeepSpeed's PipelineEngine keep
@@ -104,21 +105,24 @@ class DualPipeEngine(Evaluation, Measuring, Checkpoints):
         self.totals = Totals(
             (self._pipeline_group, self._replica_group, self.module._grid.slice_proc_group), self.device
         )
-        self._init_pipeline_state()
+        self._init_pipeline_state(base_grid)
         set_activation_checkpointing(self.module, self._config.pipeline)
         self._init_executor()
         if self.training_data:
             self._build_data_iter(self.training_data)
 
-    def _init_pipeline_state(self) -> None:
+    def _init_pipeline_state(self, base_grid: PipelineParallelGrid) -> None:
         """What the inherited methods of PipelineEngine read."""
         self.enable_backward_allreduce = False
         self.pipeline_enable_backward_allreduce = True
         self.using_bf16_optimizer = type(self.optimizer) is BF16_Optimizer
-        self.grid = self.module._grid
+        self.grid = base_grid
         self.global_rank = self.grid.get_global_rank()
-        self.num_stages = self.plan.placement.num_stages
+        self.num_stages = self.grid.pipe_parallel_size
         self.stage_id = self.place.rank
+        self.prev_stage, self.next_stage = self.stage_id - 1, self.stage_id + 1
+        self.dynamic_shape, self.has_bool_tensors = self.module.dynamic_shape, False
+        self.has_attention_mask = False
         self.is_pipe_parallel = self.plan.placement.num_ranks > 1
         self.is_data_parallel = self.place.replicas > 1
         self.is_model_parallel = self.grid.model_parallel_size > 1
@@ -182,7 +186,7 @@ class DualPipeEngine(Evaluation, Measuring, Checkpoints):
                 logger.info(apex.message)
             self._store = WeightGradStore(apex.wgrad if self.device.type == "cuda" else None)
             self.weight_split = install(module, self._store)
-        last = self.num_stages - 1
+        last = self.plan.placement.num_stages - 1
         self._transfers: list[Transfer] = []  # of the last batch, within phases
         self._additional = AdditionalLosses(module, self._pipeline_group, self._replica_group)
         overlap, timeout = self.dualpipe_config.overlap is not False, self.dualpipe_config.p2p_timeout_s
@@ -366,26 +370,12 @@ class DualPipeEngine(Evaluation, Measuring, Checkpoints):
                     f"steps: {steps} loss: {self.agg_train_loss:0.4f} {extra}iter time (s): {elapsed:0.3f} "
                     f"samples/sec: {self.train_batch_size() / elapsed:0.3f}"
                 )
+                if self.wall_clock_breakdown():
+                    print(self._wall_clock())
         if self.global_rank == 0 and self.monitor.enabled:
             loss = self.agg_train_loss
             assert loss is not None
             self.monitor.write_events([("Train/Samples/train_loss", loss.item(), self.global_samples)])
-
-    def set_train_batch_size(self, train_batch_size: int) -> None:
-        """Change the batch size by changing the number of micro-batches.
-
-        Raises:
-            ValueError: it is no multiple of micro-batch size and replicas.
-        """
-        steps, rest = divmod(train_batch_size, self.train_micro_batch_size_per_gpu() * self.place.replicas)
-        if rest or steps < 1:
-            raise ValueError(
-                f"train_batch_size {train_batch_size} must be a multiple of train_micro_batch_size_per_gpu "
-                f"{self.train_micro_batch_size_per_gpu()} x {self.place.replicas} replicas"
-            )
-        self._config.train_batch_size = train_batch_size
-        self._config.gradient_accumulation_steps = steps
-        self.micro_batches = steps
 
     def reset_activation_shape(self) -> None:
         """Let the next batch bring new shapes; call it on every rank."""
@@ -412,26 +402,6 @@ class DualPipeEngine(Evaluation, Measuring, Checkpoints):
         # The collector comes when it likes, but all ends of a communicator have to give it back together.
         self.__dict__.pop("_transport", None)
         super().__del__()
-
-    # -- what DeepSpeed asks about this rank ---------------------------------------------------------------------
-
-    def is_first_stage(self) -> bool:
-        """Whether this rank runs stage 0; the ranks at both ends of a bidirectional pipeline do."""
-        return 0 in self.place.stages
-
-    def is_last_stage(self) -> bool:
-        """Whether this rank runs the last stage; the ranks at both ends of a bidirectional pipeline do."""
-        return self.num_stages - 1 in self.place.stages
-
-    @property
-    def data_rank(self) -> int:
-        """Number of this rank's replica of the pipeline: shard training data by it."""
-        return self.place.replica
-
-    @property
-    def data_replicas(self) -> int:
-        """Replicas of the pipeline."""
-        return self.place.replicas
 
     @property
     def weight_grad_store(self) -> WeightGradStore | None:

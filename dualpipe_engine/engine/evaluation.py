@@ -83,7 +83,7 @@ class Evaluation(PipelineEngine):
             value = self._eval_value(result, num_micro, compute_loss, reduce_output)
         if not self.module.training:
             ds_checkpointing.reset()
-        if compute_loss and not bcast_loss and not self.is_last_stage():
+        if compute_loss and not bcast_loss and not self.place.reads_labels:
             value = None
         if self.global_rank == 0 and self.monitor.enabled and isinstance(value, torch.Tensor):
             self.monitor.write_events([("Train/Samples/eval_loss", value.mean().item(), self.global_samples)])
@@ -103,14 +103,14 @@ class Evaluation(PipelineEngine):
                 return self.totals.finish().loss
             result = BatchResult(outputs={micro: (loss, None) for micro, loss in losses.items()})
         shared = self._share_outputs(result, list(range(num_micro)))
-        if not self.is_last_stage():
+        if not self.place.reads_labels:
             return None
         outputs = [shared[micro] for micro in range(num_micro)]
         return outputs if reduce is None else self._reduce_outputs(outputs, reduce, micro_batches=num_micro)
 
     def _share_outputs(self, result: BatchResult, micros: list[int]) -> dict[int, Any]:
         """Give the outputs of `micros` to every rank that holds the last stage; None on the others."""
-        placement, last = self.plan.placement, self.num_stages - 1
+        placement, last = self.plan.placement, self.plan.placement.num_stages - 1
         shared = dict.fromkeys(micros)
         for micro in micros:
             if micro in result.outputs:
@@ -119,6 +119,6 @@ class Evaluation(PipelineEngine):
                 box = [shared[micro]]
                 source = self.place.pipeline[placement.rank_of(last, micro)]
                 dist.broadcast_object_list(box, src=source, group=self._pipeline_group)
-                if self.is_last_stage():
+                if self.place.reads_labels:
                     shared[micro] = box[0]
         return shared

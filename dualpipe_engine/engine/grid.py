@@ -64,7 +64,17 @@ class Place:
     @property
     def feeds(self) -> bool:
         """Whether this rank reads inputs or labels."""
-        return 0 in self.stages or self.placement.num_stages - 1 in self.stages
+        return self.reads_inputs or self.reads_labels
+
+    @property
+    def reads_inputs(self) -> bool:
+        """Whether this rank runs the first stage."""
+        return 0 in self.stages
+
+    @property
+    def reads_labels(self) -> bool:
+        """Whether this rank runs the last stage."""
+        return self.placement.num_stages - 1 in self.stages
 
     @property
     def ends(self) -> tuple[int, ...]:

@@ -11,15 +11,16 @@ from deepspeed import comm as ds_comm
 from deepspeed import zero
 from deepspeed.accelerator import get_accelerator
 from deepspeed.constants import TORCH_DISTRIBUTED_DEFAULT_PORT
-from deepspeed.pipe import PipelineModule
+from deepspeed.pipe import DualPipeVModule, PipelineModule
 from deepspeed.runtime.config import DeepSpeedConfig
+from deepspeed.runtime.pipe.engine import PipelineEngine
 
 from ..comm.position import Position
 from ..errors import ConfigError
 from .agreement import agree_on_copies, agree_on_job
 from .auto import choose, job_costs, print_choice
 from .balance import stage_bounds
-from .config import AUTO, check_zero, find_config, micro_batches, read_config
+from .config import AUTO, STOCK, check_zero, find_config, micro_batches, read_config
 from .engine import DualPipeEngine
 from .experts import make_expert_groups
 from .grid import set_device
@@ -46,12 +47,17 @@ def initialize(
     config: Any = None,
     mesh_param: Any = None,
     config_params: Any = None,
+    engine_class: type[PipelineEngine] | None = None,
 ) -> tuple[Any, Any, Any, Any]:
     """Initialize DeepSpeed; takes and returns what `deepspeed.initialize` does.
 
     With a `"schedule"` in the "pipeline" section of the configuration, `model` (a `deepspeed.pipe.PipelineModule`) is
     placed on the ranks as the schedule demands and a `DualPipeEngine` runs it. Without one, DeepSpeed's own
     initialize is called unchanged.
+
+    Args:
+        engine_class: with a schedule, a subclass of DeepSpeed's PipelineEngine whose methods the engine shall have;
+            they reach ours by `super()`.
 
     Returns:
         (engine, optimizer, training data loader, learning rate scheduler).
@@ -83,6 +89,11 @@ def initialize(
         raise ConfigError(
             f'"schedule": "{dualpipe.schedule}" needs a deepspeed.pipe.PipelineModule, got {type(model).__name__}: '
             "list the model's layers as LayerSpecs"
+        )
+    if isinstance(model, DualPipeVModule):
+        raise ConfigError(
+            f'"schedule": "{dualpipe.schedule}" and a DualPipeVModule, which has DeepSpeed\'s own schedule, do not go '
+            "together: make it a PipelineModule, or leave the schedule out"
         )
     if mpu is not None:
         raise ConfigError("mpu must be None: the PipelineModule's topology says where ranks stand")
@@ -123,7 +134,7 @@ def initialize(
         optimizer, given = groups.apply()
         config_class = DeepSpeedConfig(settings, base_grid)
         deepspeed.set_optimizer_flags(config_class, model)
-        engine = DualPipeEngine(
+        engine = _with_methods_of(engine_class)(
             dualpipe=dualpipe,
             base_grid=base_grid,
             place=placed,
@@ -145,3 +156,27 @@ def initialize(
         zero.partition_parameters.restore_init_context()
         engine._configure_python_gc()
     return engine, engine.optimizer, engine.training_dataloader, engine.lr_scheduler
+
+
+def _with_methods_of(engine_class: type[PipelineEngine] | None) -> type[DualPipeEngine]:
+    if engine_class is None or issubclass(DualPipeEngine, engine_class):
+        return DualPipeEngine
+    if issubclass(engine_class, DualPipeEngine):
+        return engine_class
+    return type(engine_class.__name__, (engine_class, DualPipeEngine), {"__module__": engine_class.__module__})
+
+
+def refuse_other_engines() -> None:
+    """Let DeepSpeed's own PipelineEngine refuse a configuration with a schedule of ours, which it would ignore."""
+    original = PipelineEngine.__init__
+
+    def init(self: PipelineEngine, *args: Any, **kwargs: Any) -> None:
+        schedule = kwargs["config_class"].pipeline.get("schedule", STOCK) if "config_class" in kwargs else STOCK
+        if schedule != STOCK:
+            raise ConfigError(
+                f'{type(self).__name__} would ignore "schedule": "{schedule}": call '
+                f"dualpipe_engine.initialize(engine_class={type(self).__name__}, ...) instead of making it"
+            )
+        original(self, *args, **kwargs)
+
+    PipelineEngine.__init__ = init
