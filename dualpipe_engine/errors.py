@@ -2,9 +2,19 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 
 class DualPipeError(Exception):
-    """Base of every error that dualpipe_engine raises on purpose."""
+    """Base of every error that dualpipe_engine raises on purpose.
+
+    Attributes:
+        everywhere: whether all ranks raise it at the same place of their program, so that none needs to be told.
+    """
+
+    def __init__(self, *args: object, everywhere: bool = False, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.everywhere = everywhere
 
 
 class ConfigError(DualPipeError, ValueError):
@@ -32,12 +42,4 @@ class PipelineRuntimeError(DualPipeError, RuntimeError):
 
 
 class CheckpointError(DualPipeError, RuntimeError):
-    """A checkpoint cannot be loaded or converted; the message names the file and the remedy.
-
-    Attributes:
-        everywhere: whether all ranks raise it, so that none needs to be told.
-    """
-
-    def __init__(self, message: str, everywhere: bool = False) -> None:
-        super().__init__(message)
-        self.everywhere = everywhere
+    """A checkpoint cannot be loaded or converted; the message names the file and the remedy."""

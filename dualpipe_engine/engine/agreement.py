@@ -109,7 +109,7 @@ def raise_everywhere(wrong: list[str], remedy: str = "") -> None:
     texts = list(dict.fromkeys(text for each in found for text in each))
     if texts:
         more = f"; and {len(texts) - 3} more" if len(texts) > 3 else ""
-        raise ConfigError(f"{'; '.join(texts[:3])}{more}{remedy}")
+        raise ConfigError(f"{'; '.join(texts[:3])}{more}{remedy}", everywhere=True)
 
 
 def _slice(grid: PipelineParallelGrid) -> str:
@@ -156,7 +156,8 @@ def _compare(facts: dict[str, str], missing: str | None = None) -> None:
             wrong.append(f"{name} is {', '.join(sides)}")
     if wrong:
         more = f"; and {len(wrong) - 3} more" if len(wrong) > 3 else ""
-        raise ConfigError(f"the ranks differ: {'; '.join(wrong[:3])}{more}: start all of them with the same job")
+        text = f"the ranks differ: {'; '.join(wrong[:3])}{more}: start all of them with the same job"
+        raise ConfigError(text, everywhere=True)
 
 
 def _ranks(ranks: list[int]) -> str:

@@ -162,6 +162,7 @@ class DualPipeEngine(Evaluation, Measuring, Checkpoints, Surface):
         self.has_moe_layers = before
         if again:
             self.using_bf16_optimizer = type(self.optimizer) is BF16_Optimizer
+            self._trained = TrainedParams(self)
             self._tail.renew()
 
     def _check_expert_states(self) -> None:
@@ -217,13 +218,14 @@ class DualPipeEngine(Evaluation, Measuring, Checkpoints, Surface):
         )
         self._edges = Edges(transport, self.device, timeout, module.dynamic_shape, self.watch.position)
         self._observer = Observer(self.place.rank, self.device)
-        self._tail = GradientTail(self)
         self._trained, self._written = TrainedParams(self), WrittenBuffers(self)
+        self._tail = GradientTail(self)
         self._executor = Executor(
             self.place.rank, self._chunks, self._edges, self._observer, self._tail, self._before_forward
         )
         self._inbound = side_stream(self.device)  # of inputs and labels
-        self._watch_finite()
+        self.finite = FiniteCheck(self)
+        self._executor.borders = self.finite.borders
         # Evaluation may use other shapes, so it has edges of its own and announces every shape.
         self._eval_executor = Executor(
             self.place.rank,
@@ -253,7 +255,8 @@ class DualPipeEngine(Evaluation, Measuring, Checkpoints, Surface):
 
         Raises:
             RuntimeError: gradients are switched off.
-            ConfigError: no optimizer is configured, there is no data, or the ends of the pipeline read different data.
+            ConfigError: no optimizer is configured, there is no data, the ends of the pipeline read different data, or
+                `requires_grad` was changed where it cannot be followed.
             StopIteration: the data ended within the batch.
             PipelineRuntimeError: a rank was lost, a transfer failed, copies of a parameter differ, or `check_finite`
                 has found a NaN or an inf.
@@ -282,10 +285,11 @@ class DualPipeEngine(Evaluation, Measuring, Checkpoints, Surface):
             self._check_stream(feed)
             self._report_split()
         with self._observer.waiting(LOSS):
-            self.agg_train_loss, self.dp_group_loss, _ = self.totals.finish()
+            self.agg_train_loss, self.dp_group_loss, *_ = self.totals.finish()
             self.agg_additional_losses = self._additional.mean(self.micro_batches, self.device)
         self._keep_record()
         self.timers(TRAIN_BATCH_TIMER).stop()
+        self._trained.check()
         self.finite.after_step()
         every = self.dualpipe_config.check_twins
         if every is not None and self.global_steps % every == 0:
@@ -307,20 +311,13 @@ class DualPipeEngine(Evaluation, Measuring, Checkpoints, Surface):
 
     def _follow_changes(self) -> None:
         """What the user has done to the module since the last batch."""
-        if self._trained.changed():
-            self._tail.renew()
-            self._watch_finite()
-            if self._store is not None:
-                self.weight_split = install(self.module, self._store)
+        if self._trained.changed() and self._store is not None:
+            self.weight_split = install(self.module, self._store)
         self._written.begin()
 
     def _exec_optimizer_step(self, lr_kwargs: Any = None) -> None:
         self._written.check()
         super()._exec_optimizer_step(lr_kwargs)
-
-    def _watch_finite(self) -> None:
-        self.finite = FiniteCheck(self)
-        self._executor.borders = self.finite.borders
 
     def _agree_on_plan(self) -> None:
         """Make a new plan when the number of micro-batches has changed (`set_train_batch_size`)."""

@@ -7,10 +7,11 @@ from typing import Any
 
 import torch.distributed as dist
 from deepspeed.utils import logger
+from torch import nn
 
 from ..errors import PipelineRuntimeError
 from ..runtime.borders import Borders, Finding, origins
-from .reduction import StageParams
+from .reduction import params_of
 
 _SHOWN = 4  #: micro-batches that a message lists
 
@@ -31,7 +32,14 @@ class FiniteCheck:
         self._engine = engine
         self._scaled = engine.fp16_enabled() or engine.torch_autocast_z0_gradscaler is not None
         self._raises = engine.dualpipe_config.check_finite
-        self.borders = Borders(not self._scaled, StageParams(engine).of_stage if self._raises else None)
+        self.borders = Borders(not self._scaled, self._params() if self._raises else None)
+
+    def _params(self) -> dict[int, list[nn.Parameter]]:
+        held = {stage: params_of(view.forward_funcs) for stage, view in self._engine._views.items()}
+        return {
+            stage: [param for param in self._engine.module.parameters() if param in params]
+            for stage, params in held.items()
+        }
 
     def before_step(self) -> None:
         """Before the optimizer steps. Collective over all ranks.

@@ -54,10 +54,16 @@ class GradientTail:
             PipelineRuntimeError: a rank is lost, so that gradients may not be what they should.
         """
         engine = self._engine
-        engine.totals.start(losses, engine.micro_batches, engine.finite.borders.bad(engine.device))
+        trained = engine._trained
+        bad = engine.finite.borders.bad(engine.device)
+        engine.totals.start(losses, engine.micro_batches, bad, trained.balance)
         with waiting():
             with engine._observer.waiting(DRAIN):
                 self.reduction.finish()
+                if engine.place.replicas > 1:
+                    engine.totals.finish()  # of which `_follow` may want to know on some of the replicas
+                if trained.news:
+                    self._follow()
             if engine.device.type == "cuda":  # once a step: what has not arrived is not to be stepped on
                 torch.cuda.current_stream(engine.device).synchronize()
         engine.watch.check()
@@ -65,6 +71,15 @@ class GradientTail:
         with waiting():
             engine._exec_optimizer_step()
             rebalance(engine.module, engine.mpu.get_data_parallel_group())
+
+    def _follow(self) -> None:
+        """This batch began with other parameters to train than the one before: its reductions were those of the ones
+        before, so that a copy that has not heard of it does not wait in vain; now, if all have, reduce the new ones."""
+        trained, before = self._engine._trained, self.reduction
+        if trained.agreed() and trained.settle():
+            self.renew()
+            if isinstance(before, AllReduce):
+                before.catch_up()
 
     def clip(self, max_norm: float) -> torch.Tensor:
         """Clip all gradients by their global 2-norm; returns the norm before clipping (scalar).

@@ -73,4 +73,5 @@ def agree(plan: Plan, device: torch.device) -> None:
     dist.all_reduce(low, op=dist.ReduceOp.MIN)
     dist.all_reduce(high, op=dist.ReduceOp.MAX)
     if not torch.equal(low, high):
-        raise PlanError("the ranks have made different plans: give all of them the same configuration and plan file")
+        text = "the ranks have made different plans: give all of them the same configuration and plan file"
+        raise PlanError(text, everywhere=True)

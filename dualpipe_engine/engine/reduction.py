@@ -45,9 +45,10 @@ class Reduction(Protocol):
 
 
 class StageParams:
-    """The trained parameters of a rank, by when their gradients are complete.
+    """The parameters of a rank that reductions expect (`TrainedParams.reduced`), by when their gradients are complete.
 
     Attributes:
+        all: in the order of the module, which is that of the twin.
         of_stage: stage -> its parameters; one that two stages of the rank share is listed with both.
         closed_by: stage -> parameters that are complete after the REDUCE of the stage.
         late: those that only the step may reduce: tied across ranks, or in no stage.
@@ -55,14 +56,14 @@ class StageParams:
     """
 
     def __init__(self, engine: Any) -> None:
-        params = [param for param in engine.module.parameters() if param.requires_grad]
+        self.all = params = engine._trained.reduced
+        trained = set(params)
         pairs: list[tuple[nn.Parameter, Any]] = engine.module.get_tied_weights_and_groups()
-        self.tied = [(param, group) for param, group in pairs if dist.get_world_size(group) > 1 and param.requires_grad]
+        self.tied = [(param, group) for param, group in pairs if dist.get_world_size(group) > 1 and param in trained]
         tied = {param for param, _ in self.tied}
         held = {stage: params_of(view.forward_funcs) for stage, view in engine._views.items()}
         order = [op.stage for op in engine.plan.programs[engine.place.rank] if op.kind == REDUCE]
         closing = {param: stage for stage in order for param in held[stage] if param not in tied}
-        # In the order of the module, which is that of the twin.
         self.of_stage = {stage: [p for p in params if p in held[stage]] for stage in held}
         self.closed_by = {stage: [p for p in params if closing.get(p) == stage] for stage in held}
         self.late = [param for param in params if param not in closing]
@@ -119,6 +120,17 @@ class AllReduce:
             # The norm counts what has had a gradient; here a twin's will do.
             optimizer = self._engine.optimizer
             optimizer.fp32_groups_has_gradients = [[True] * len(held) for held in optimizer.bf16_groups]
+
+    def catch_up(self) -> None:
+        """After `finish`: reduce what has been unfrozen since this was made, and drop what has been frozen."""
+        known, now = set(self._params.all), StageParams(self._engine)
+        for param in known.difference(now.all):
+            param.grad = None
+        for param, group in now.tied:
+            if param not in known:
+                dist.all_reduce(self._take(param, keep=True), group=group)
+        self._start([param for param in now.all if param not in known])
+        self._lane.drain()
 
     def buffers(self) -> list[Tensor]:
         return self._lane.buffers

@@ -17,11 +17,13 @@ class Total(NamedTuple):
         loss: mean over micro-batches and replicas.
         pipeline_loss: mean over the micro-batches of this replica.
         bad: how many notes of `Borders` hold a NaN or an inf.
+        balance: 0 if the copies of all stages have said the same.
     """
 
     loss: Tensor
     pipeline_loss: Tensor
     bad: Tensor
+    balance: Tensor
 
 
 class Totals:
@@ -38,20 +40,23 @@ class Totals:
         self._replicas, self._tensor_parallel = (None if dist.get_world_size(each) == 1 else each for each in others)
         self._device = device
 
-    def start(self, losses: Mapping[int, Tensor], num_micro: int, bad: Tensor | None = None) -> None:
+    def start(self, losses: Mapping[int, Tensor], num_micro: int, bad: Tensor | None = None, balance: int = 0) -> None:
         """Send this rank's part on its way. Collective over the ranks of a pipeline.
 
         Args:
             losses: of the micro-batches that end on this rank.
             num_micro: micro-batches of the batch.
             bad: what `Borders.bad` says; None: nothing was looked at.
+            balance: an integer that adds up to 0 over the copies of a stage where these agree (`TrainedParams`).
         """
         with torch.no_grad():
-            self._sums = torch.zeros(2, dtype=torch.float64, device=self._device)  # so that the order does not show
+            self._sums = torch.zeros(3, dtype=torch.float64, device=self._device)  # so that the order does not show
             if losses:
                 self._sums[0] = torch.stack(list(losses.values())).sum(dtype=torch.float64)
             if bad is not None:
                 self._sums[1] = bad
+            if balance:
+                self._sums[2] = balance
             self._num_micro = num_micro
             self._work = dist.all_reduce(self._sums, group=self._pipeline, async_op=True)
         self._total: Total | None = None
@@ -62,11 +67,11 @@ class Totals:
             with torch.no_grad():
                 self._work.wait()
                 pipeline_loss = self._sums[0] / self._num_micro
-                means = torch.stack([pipeline_loss, self._sums[1]])
+                means = torch.stack([pipeline_loss, *self._sums[1:]])
                 if self._replicas is not None:
                     dist.all_reduce(means, group=self._replicas)
                     means[0] /= dist.get_world_size(self._replicas)
                 if self._tensor_parallel is not None:
                     dist.all_reduce(means[1:], group=self._tensor_parallel)
-                self._total = Total(means[0].float(), pipeline_loss.float(), means[1])
+                self._total = Total(means[0].float(), pipeline_loss.float(), means[1], means[2])
         return self._total

@@ -20,7 +20,7 @@ import torch.distributed as dist
 from ..comm.abort import abort_groups
 from ..comm.lifeline import FAILED, GONE, LATE, LEFT, SETTLE_S, SILENT, Lifeline, Message
 from ..comm.position import Position, is_waiting
-from ..errors import PipelineRuntimeError
+from ..errors import ConfigError, PipelineRuntimeError, PlanError
 
 _COMM = tuple(map(os.path.normpath, ("torch/distributed/", "deepspeed/comm/", "dualpipe_engine/comm/")))
 _LANE = os.path.normpath("engine/lane.py")
@@ -105,7 +105,8 @@ class Watch:
     def _leave(self) -> None:
         """At the end of the process."""
         error = getattr(sys, "last_value", None)
-        if isinstance(error, BaseException) and self._lifeline.text is None:
+        told = getattr(error, "everywhere", False) or self._lifeline.text is not None
+        if isinstance(error, BaseException) and not told:
             self._lifeline.fail("".join(traceback.format_exception(error)))
         self.close()
 
@@ -145,8 +146,12 @@ class Watch:
             self._lifeline.decided.wait(SETTLE_S + 1)
         if self._lifeline.text is None:
             self._lifeline.fail("".join(traceback.format_exception(error)), comm=comm)
-        elif comm or (self._aborted and isinstance(error, Exception)):
+        elif comm or (self._aborted and isinstance(error, Exception) and not self._mistake(error)):
             raise PipelineRuntimeError(self._lifeline.text) from error
+
+    def _mistake(self, error: Exception) -> bool:
+        """Whether an error is of a user's making, and no consequence: the others have found it a little earlier."""
+        return isinstance(error, (ConfigError, PlanError)) and self._section not in _BATCHES
 
     # -- in the thread of the lifeline ---------------------------------------------------------------------------
 

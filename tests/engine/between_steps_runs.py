@@ -61,29 +61,63 @@ def expected_of_flips(kind, on):
     return losses, {name: param.detach() for name, param in net.named_parameters()}
 
 
-def flipped_with_zero():
+def frozen_with(**config):
+    """Plain SGD does not move what has no gradient, whatever the optimizer keeps its copies in: freeze, then back."""
     import dualpipe_engine
 
     net = built()
-    config = settings("dualpipe", zero_optimization={"stage": 1})
-    engine, *_ = dualpipe_engine.initialize(model=net, config=config, model_parameters=net.parameters())
+    fill(net)
+    more = settings("dualpipe", **config)
+    engine, *_ = dualpipe_engine.initialize(model=net, config=more, model_parameters=net.parameters())
+    stream = data(dtype=torch.bfloat16 if "bf16" in config else torch.float32)
+    losses = []
+    for on in (True, False, True):
+        flip(engine.module, on)
+        losses.append(float(engine.train_batch(stream)))
+    return losses, {n: value.float() for n, value in weights(engine).items()}
+
+
+def expected_of_frozen():
+    net = Numbered([Block() for _ in range(BLOCKS)])
+    fill(net)
+    optimizer, stream, losses = optimizer_of("sgd", net.parameters()), data(), []
+    for on in (True, False, True):
+        flip(net, on)
+        losses += by_itself(net, optimizer, 1, stream)
+    return losses, {name: param.detach() for name, param in net.named_parameters()}
+
+
+def refused_flip(start, on_ranks, **config):
+    """The error of a flip after the first step, on the ranks `on_ranks`."""
+    import dualpipe_engine
+
+    net = built()
+    if not start:
+        flip(net, False)
+    engine, *_ = dualpipe_engine.initialize(
+        model=net, config=settings("dualpipe", **config), model_parameters=net.parameters()
+    )
     stream = data()
     engine.train_batch(stream)
-    flip(engine.module, False)
+    if engine.global_rank in on_ranks:
+        flip(engine.module, not start)
     engine.train_batch(stream)
 
 
 class Moving(Block):
-    """Writes a buffer in its forward: what it has seen, or a table that does not depend on it."""
+    """Writes a buffer in its forward: what it has seen, how often it ran, or a table that depends on neither."""
 
-    def __init__(self, table):
+    def __init__(self, kind):
         super().__init__()
-        self.table = table
+        self.kind = kind
         self.register_buffer("seen", torch.zeros(WIDTH))
 
     def forward(self, x):
-        self.seen = torch.ones(WIDTH) if self.table else self.seen + x.detach().sum(0)
-        return super().forward(x) * (1.0 if self.table else 0.5)
+        self.seen = torch.ones(WIDTH) if self.kind == "table" else self.seen + self.step(x)
+        return super().forward(x) * (0.5 if self.kind == "seen" else 1.0)
+
+    def step(self, x):
+        return 1.0 if self.kind == "counter" else x.detach().sum(0)
 
 
 class Normed(Block):
@@ -100,7 +134,7 @@ def with_buffers(schedule, kinds):
 
     losses = None
     for kind in kinds:
-        spec = LayerSpec(Normed) if kind == "bn" else LayerSpec(Moving, kind == "table")
+        spec = LayerSpec(Normed) if kind == "bn" else LayerSpec(Moving, kind)
         net = built([spec, *[LayerSpec(Block) for _ in range(3)]])
         fill(net)
         engine, *_ = dualpipe_engine.initialize(model=net, config=settings(schedule), model_parameters=net.parameters())

@@ -139,10 +139,11 @@ def fill(net):
         param.data.copy_(torch.randn(param.shape, generator=generator) * 0.3)
 
 
-def data(seed=0):
+def data(seed=0, dtype=torch.float32):
     generator = torch.Generator().manual_seed(seed)
     while True:
-        yield torch.randn(2, WIDTH, generator=generator), torch.randn(2, WIDTH, generator=generator)
+        pair = torch.randn(2, WIDTH, generator=generator), torch.randn(2, WIDTH, generator=generator)
+        yield pair[0].to(dtype), pair[1].to(dtype)
 
 
 class Numbered(nn.Module):

@@ -16,15 +16,45 @@ def test_freezing_and_unfreezing_between_steps(ranks, schedule):
         same([rank[case] for rank in found], runs.expected_of_flips(*case))
 
 
-def test_freezing_is_refused_where_the_optimizer_is_flat(ranks):
-    with pytest.raises(RankError, match=r"requires_grad of [03]\.a\.weight has changed, but DeepSpeedZeroOptimizer"):
-        ranks.run(2, runs.flipped_with_zero)
+@pytest.mark.parametrize("precision", [None, "bf16"])
+def test_plain_sgd_freezes_in_flat_groups(ranks, precision):
+    more = {} if precision is None else {precision: {"enabled": True}}
+    found = ranks.run(2, runs.frozen_with, zero_optimization={"stage": 1}, **more)
+    if precision is None:
+        same(found, runs.expected_of_frozen())
+    else:
+        losses, weights = runs.expected_of_frozen()
+        for rank in found:
+            assert rank[0] == pytest.approx(losses, rel=0.02)
+            for name, value in rank[1].items():
+                torch.testing.assert_close(value, weights[name], rtol=0.02, atol=0.01)
+
+
+ADAM = {"optimizer": runs.OPTIMIZERS["adam"]}
+
+
+@pytest.mark.parametrize(
+    ("start", "on_ranks", "config", "text"),
+    [
+        (True, (0, 1), {"zero_optimization": {"stage": 1}, **ADAM}, "has changed, but DeepSpeedZeroOptimizer has made"),
+        (False, (0, 1), {"zero_optimization": {"stage": 1}}, "has changed, but DeepSpeedZeroOptimizer has made"),
+        (True, (0,), {}, "has changed on some of the ranks that hold a copy"),
+        (False, (1,), ADAM, "has changed on some of the ranks that hold a copy"),
+    ],
+)
+def test_flips_that_are_refused(ranks, start, on_ranks, config, text):
+    with pytest.raises(RankError) as caught:
+        ranks.run(2, runs.refused_flip, timeout=60, start=start, on_ranks=on_ranks, **config)
+    errors = caught.value.errors
+    assert sorted(errors) == [0, 1]
+    assert all(text in error[1] for error in errors.values())
+    assert any(error[1].startswith("requires_grad of 0.a.weight") for error in errors.values())
 
 
 def test_buffers_that_forwards_write(ranks):
     losses, buffers = zip(*ranks.run(2, runs.with_buffers, schedule="dualpipev", kinds=("bn", "seen")), strict=True)
     assert losses[0] == losses[1]
-    net = runs.Numbered([runs.Moving(False), *[runs.Block() for _ in range(3)]])
+    net = runs.Numbered([runs.Moving("seen"), *[runs.Block() for _ in range(3)]])
     runs.fill(net)
     assert losses[0] == pytest.approx(runs.by_itself(net, torch.optim.SGD(net.parameters(), lr=0.1)), rel=2e-5)
     torch.testing.assert_close((buffers[0] | buffers[1])["0.seen"], net.get_submodule("0").seen)
@@ -34,6 +64,8 @@ def test_buffers_that_forwards_write(ranks):
     assert "0.bn (BatchNorm1d) keeps statistics" in str(caught.value)
     with pytest.raises(RankError, match=r"forwards write the buffer 0\.seen"):
         ranks.run(2, runs.with_buffers, schedule="dualpipe", kinds=("seen",))
+    with pytest.raises(RankError, match=r"forwards change the buffer 0\.seen again and again"):
+        ranks.run(2, runs.with_buffers, schedule="dualpipe", kinds=("counter",))
 
 
 @pytest.mark.parametrize(("schedule", "zero"), [("dualpipe", 0), ("dualpipe", 1), ("zb1p", 0)])

@@ -28,6 +28,19 @@ CASES = {
     "checkpoints": CHECKPOINTS,
     "others": OTHERS,
 }
+#: What the short run has of each kind.
+SHORT = {
+    "layers": ("tied to the twin", "tied twice", "a rank without parameters"),
+    "frozen": ("vectors frozen", "first stage frozen", "a rank frozen"),
+    "checkpoints": tuple(CHECKPOINTS),
+    "others": ("micro-batches of different length", "compiled by the engine"),
+}
+PARTS = [(kind, SHORT[kind]) for kind in CASES]
+REST = [
+    (kind, tuple(name for name in CASES[kind] if name not in SHORT[kind]))
+    for kind in CASES
+    if len(SHORT[kind]) < len(CASES[kind])
+]
 
 
 def check(found):
@@ -39,9 +52,15 @@ def check(found):
             assert not missing, name
 
 
-@pytest.mark.parametrize("kind", CASES)
-def test_dualpipe(ranks, kind):
-    cases = {name: {"schedule": "dualpipe", "ranks": 4, **case} for name, case in CASES[kind].items()}
+@pytest.mark.parametrize(
+    ("kind", "names"),
+    [
+        *(pytest.param(*part, id=part[0]) for part in PARTS),
+        *(pytest.param(*part, id=f"{part[0]}, the rest", marks=pytest.mark.all) for part in REST),
+    ],
+)
+def test_dualpipe(ranks, kind, names):
+    cases = {name: {"schedule": "dualpipe", "ranks": 4, **CASES[kind][name]} for name in names}
     check(ranks.run(4, topology_runs.many, cases=cases))
 
 
