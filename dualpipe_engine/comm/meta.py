@@ -1,14 +1,17 @@
 """Meta: what a message between two stages looks like, so that the receiver can allocate it.
 
 A stage may pass on a tensor, or any nest of tuples, lists and dicts of tensors and plain values. The nest is flattened;
-its tensors travel one by one and everything else travels once, in the meta.
+its tensors travel with every message and everything else travels once, in the meta.
 """
 
 from __future__ import annotations
 
+import math
 import pickle
+from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import accumulate
 from typing import Any
 
 import torch
@@ -18,6 +21,7 @@ from ..errors import PipelineRuntimeError
 
 HEADER_BYTES = 4096
 _LENGTH_BYTES = 8
+_ALIGNED = 256  #: bytes; a multiple of where any kernel wants a tensor to begin
 
 
 @dataclass(frozen=True)
@@ -31,6 +35,11 @@ class TensorMeta:
     def differentiable(self) -> bool:
         """Whether a gradient travels back for this tensor: floating point and complex tensors only."""
         return self.dtype.is_floating_point or self.dtype.is_complex
+
+    @property
+    def size(self) -> int:
+        """Bytes."""
+        return math.prod(self.shape) * self.dtype.itemsize
 
     def empty(self, device: torch.device) -> torch.Tensor:
         return torch.empty(self.shape, dtype=self.dtype, device=device)
@@ -76,6 +85,22 @@ class MessageMeta:
             else repr(leaf)
             for leaf in self.leaves
         )
+
+
+def block_of(metas: Iterable[TensorMeta], device: torch.device) -> tuple[torch.Tensor, list[torch.Tensor]]:
+    """Memory for several tensors in one: `[bytes]` uint8, and the tensors in it.
+
+    They are no views of each other to autograd, so that one may be written to after another was used.
+    """
+    metas = list(metas)
+    starts = list(accumulate((-(-meta.size // _ALIGNED) * _ALIGNED for meta in metas), initial=0))
+    block = torch.empty(starts.pop(), dtype=torch.uint8, device=device)
+    storage = block.untyped_storage()
+    tensors = [
+        torch.empty(0, dtype=meta.dtype, device=device).set_(storage, start // meta.dtype.itemsize, meta.shape)
+        for meta, start in zip(metas, starts, strict=True)
+    ]
+    return block, tensors
 
 
 def flatten(value: Any) -> tuple[list[torch.Tensor], MessageMeta]:

@@ -3,14 +3,15 @@
 For each directed edge (source rank -> destination rank) receives are posted in the sender's order, sends are kept alive
 until they are done, and a consumer waits for its own receive only. Where each edge has a communicator of its own, one
 receive is posted ahead: it lies ready for the transfer, and as none queues behind it on its communicator, it holds
-nothing else even where all communicators and the computation share one hardware queue. The first forward message of a
-stage is preceded by a header (`meta.encode`); from then on the receiver allocates by itself. The shapes of a gradient
-message are those of the floating-point tensors that went forward, so it needs no header.
+nothing else even where all communicators and the computation share one hardware queue. There a message of several
+tensors travels as one block, because its second tensor would be a transfer that nobody has posted a receive for. The
+first forward message of a stage is preceded by a header (`meta.encode`), for which the receive is posted ahead in place
+of the message's; from then on the receiver allocates by itself. The shapes of a gradient message are those of the
+floating-point tensors that went forward, so it needs no header.
 """
 
 from __future__ import annotations
 
-import math
 from collections import defaultdict, deque
 from dataclasses import dataclass, field
 from typing import Any
@@ -18,7 +19,7 @@ from typing import Any
 import torch
 
 from ..errors import PipelineRuntimeError
-from .meta import HEADER_BYTES, MessageMeta, TensorMeta, decode, encode, flatten
+from .meta import HEADER_BYTES, MessageMeta, TensorMeta, block_of, decode, encode, flatten
 from .position import Position
 from .tickets import Ticket
 from .transport import Transport
@@ -43,6 +44,7 @@ class Inbound:
     src: int
     made_by: int  # the stage that sends it, and names it
     metas: tuple[TensorMeta, ...] = ()
+    header: tuple[torch.Tensor, Ticket] | None = None  # which tells the shapes
     message: MessageMeta | None = None
     tensors: list[torch.Tensor] = field(default_factory=list)
     tickets: list[Ticket] | None = None
@@ -97,10 +99,7 @@ class Edges:
         else:
             tensors = self._announce(stage, micro, output, dst)
         self._owed[stage, micro] = self._sent[stage].differentiable
-        tag = _tag(FORWARD, stage, micro, 0)
-        for tensor in tensors:
-            self._post_send(tensor.detach().contiguous(), dst, tag)
-            tag += 1
+        self._send_all([tensor.detach() for tensor in tensors], dst, _tag(FORWARD, stage, micro, 0))
 
     def _announce(self, stage: int, micro: int, output: Any, dst: int) -> list[torch.Tensor]:
         """The tensors of an output, after a header where the receiver cannot know them."""
@@ -121,10 +120,7 @@ class Edges:
 
     def send_backward(self, stage: int, micro: int, grads: list[torch.Tensor], dst: int) -> None:
         """Send the input gradients of `stage` for `micro`, one for each floating-point input, to rank `dst`."""
-        tag = _tag(BACKWARD, stage, micro, 0)
-        for grad in grads:
-            self._post_send(grad.contiguous(), dst, tag)
-            tag += 1
+        self._send_all(grads, dst, _tag(BACKWARD, stage, micro, 0))
 
     def post_forward(self, stage: int, micro: int, src: int) -> None:
         """Ask for the input of `stage` for `micro` from pipeline rank `src`."""
@@ -154,12 +150,23 @@ class Edges:
     def message_bytes(self, stage: int) -> int:
         """Bytes that `stage` passed on for a micro-batch; 0 where it sent nothing from this rank."""
         meta = self._sent.get(stage)
-        return 0 if meta is None else sum(math.prod(t.shape) * t.dtype.itemsize for t in meta.tensors)
+        return 0 if meta is None else sum(tensor.size for tensor in meta.tensors)
 
     @property
     def idle(self) -> bool:
         """Whether every receive that was asked for has been consumed and every send is done."""
         return not self._inbound and not self._outbound
+
+    def _send_all(self, tensors: list[torch.Tensor], dst: int, tag: int) -> None:
+        if self._transport.whole and len(tensors) > 1:
+            metas = [TensorMeta(tuple(tensor.shape), tensor.dtype) for tensor in tensors]
+            block, places = block_of(metas, self._device)
+            with torch.no_grad():
+                for place, tensor in zip(places, tensors, strict=True):
+                    place.copy_(tensor)
+            tensors = [block]
+        for index, tensor in enumerate(tensors):
+            self._post_send(tensor.contiguous(), dst, tag + index)
 
     def _post_send(self, tensor: torch.Tensor, dst: int, tag: int) -> None:
         while self._outbound and self._outbound[0][0].done():
@@ -174,9 +181,13 @@ class Edges:
             self._advance(waiting)
 
     def _advance(self, waiting: deque[Inbound]) -> None:
-        """Post what may be posted of one source."""
+        """Post what may be posted of one source; of a message whose shapes are not known its header."""
         ahead = self._transport.ahead
-        while waiting and (ahead is None or self._posted[waiting[0].src] < ahead) and self._shapes_known(waiting[0]):
+        while waiting and (ahead is None or self._posted[waiting[0].src] < ahead):
+            if not self._shapes_known(waiting[0]):
+                if waiting[0].kind == FORWARD:
+                    self._post_header(waiting[0])
+                return
             self._post(waiting.popleft())
 
     def _shapes_known(self, inbound: Inbound) -> bool:
@@ -192,18 +203,25 @@ class Edges:
 
     def _post(self, inbound: Inbound) -> None:
         tag = _tag(inbound.kind, inbound.made_by, inbound.micro, 0)
-        inbound.tickets = []
         self._posted[inbound.src] += 1
-        for meta in inbound.metas:
-            tensor = meta.empty(self._device)
-            inbound.tensors.append(tensor)
-            inbound.tickets.append(self._transport.recv(tensor, inbound.src, tag))
-            tag += 1
+        if self._transport.whole and len(inbound.metas) > 1:
+            block, inbound.tensors = block_of(inbound.metas, self._device)
+            blocks = [block]
+        else:
+            blocks = inbound.tensors = [meta.empty(self._device) for meta in inbound.metas]
+        inbound.tickets = [self._transport.recv(each, inbound.src, tag + index) for index, each in enumerate(blocks)]
+
+    def _post_header(self, inbound: Inbound) -> None:
+        if inbound.header is None:
+            header = torch.empty(HEADER_BYTES, dtype=torch.uint8, device=self._device)
+            tag = _tag(inbound.kind, inbound.made_by, inbound.micro, _HEADER)
+            inbound.header = header, self._transport.recv(header, inbound.src, tag)
 
     def _read_header(self, inbound: Inbound) -> None:
-        header = torch.empty(HEADER_BYTES, dtype=torch.uint8, device=self._device)
-        tag = _tag(inbound.kind, inbound.made_by, inbound.micro, _HEADER)
-        self._transport.recv(header, inbound.src, tag).wait(self._timeout_s)
+        self._post_header(inbound)
+        assert inbound.header is not None
+        header, ticket = inbound.header
+        ticket.wait(self._timeout_s)
         inbound.message = self._known[inbound.stage] = decode(header)
         inbound.metas = inbound.message.tensors
 

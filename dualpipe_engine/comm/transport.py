@@ -28,10 +28,12 @@ class Transport(Protocol):
     Attributes:
         rank: own position.
         ahead: receives from one rank that may be posted and not waited for; None: any number.
+        whole: whether a message of several tensors has to travel as one.
     """
 
     rank: int
     ahead: int | None
+    whole: bool
 
     def send(self, tensor: torch.Tensor, dst: int, tag: int) -> Ticket: ...
 
@@ -79,6 +81,7 @@ class GroupTransport:
         self._ranks = tuple(ranks)
         self.tagged = matches_by_tag(group)
         self.ahead = None if self.tagged else 1
+        self.whole = not self.tagged
         self._groups: dict[Pair, dist.ProcessGroup] = {}
         self._routes: dict[Pair, _Route] = {}
         if self.tagged:
@@ -186,6 +189,7 @@ class LocalTransport:
     """Transport between threads of one process: every message is copied at the send."""
 
     ahead = None
+    whole = False
 
     def __init__(self, hub: LocalHub, rank: int) -> None:
         self.rank = rank

@@ -1,7 +1,7 @@
 """A model of the order in which ranks post transfers, and of what a device may make of it.
 
 `host_steps` is what the host of a rank does in a step, by the rules of `Edges`; test_posting.py compares the two.
-`is_stuck` runs all ranks of a plan under one of three rules:
+`is_stuck` runs all ranks under one of three rules:
 
 - `rendezvous`: the first message of a directed edge holds the host until its peer posts too (a NCCL communicator that
   is connected by its first message);
@@ -38,6 +38,7 @@ class _Message:
     def __init__(self, kind, stage, edge):
         self.kind, self.stage, self.edge = kind, stage, edge
         self.posted = False
+        self.header = 0  # which transfer of the edge it is, once posted
         self.last = 0
 
 
@@ -76,8 +77,17 @@ class _Host:
 
     def advance(self, edge):
         waiting = self.waiting[edge]
-        while waiting and (self.ahead is None or self.open[edge] < self.ahead) and self.is_known(waiting[0]):
+        while waiting and (self.ahead is None or self.open[edge] < self.ahead):
+            if not self.is_known(waiting[0]):
+                self.post_header(waiting[0])
+                return
             self.post(waiting.popleft())
+
+    def post_header(self, message):
+        if not message.header:
+            self.posted[message.edge] += 1
+            self.steps.append(Step(POST, message.edge))
+            message.header = self.posted[message.edge]
 
     def post(self, message):
         message.posted = True
@@ -94,9 +104,9 @@ class _Host:
         while not message.posted:
             first = self.waiting[edge].popleft()
             if not self.is_known(first):
+                self.post_header(first)
                 self.known.add(first.stage)
-                self.posted[edge] += 1
-                self.steps += [Step(POST, edge), Step(NEED, edge, self.posted[edge])]
+                self.steps.append(Step(NEED, edge, first.header))
             self.post(first)
         self.steps.append(Step(NEED, edge, message.last))
         self.open[edge] -= 1
@@ -110,7 +120,7 @@ def host_steps(plan, rank, ahead, tensors=1, first=False, overlapped=True):
         plan: lowered.
         rank: which.
         ahead: messages of one source that are posted and not needed yet; None: any number.
-        tensors: of a message.
+        tensors: operations of a message, which is one where it travels whole.
         first: whether it is the first step, in which headers tell the shapes.
         overlapped: whether the halves of a pair run at once; else the forward's output leaves before the backward.
     """
@@ -135,37 +145,35 @@ def host_steps(plan, rank, ahead, tensors=1, first=False, overlapped=True):
     return host.steps
 
 
-def is_stuck(plan, ahead, *, rendezvous=False, in_flight=None, behind=None, **kwargs):
-    """The ranks that do not finish the step, with the step at which each stands; empty when all do."""
-    ranks = range(len(plan.programs))
-    steps = [host_steps(plan, rank, ahead, **kwargs) for rank in ranks]
-    at = [0 for _ in ranks]
+def is_stuck(steps, *, rendezvous=False, in_flight=None, behind=None):
+    """The ranks that do not finish, with the step at which each stands; empty when all do.
+
+    Args:
+        steps: for each rank what `host_steps` gives.
+        rendezvous, in_flight, behind: the rule.
+    """
     joined = {edge: [0, 0] for each in steps for _, edge, _ in each}  # sent, posted
-    edges = [[edge for edge in joined if rank in edge] for rank in ranks]
-
-    def alone(rank, edge):
-        """Transfers of `edge` that `rank` has started and its peer has not joined."""
-        both = joined[edge]
-        return max(0, both[edge[1] == rank] - min(both))
-
-    def may(rank, step):
-        act, edge, count = step
-        if rendezvous and any(alone(rank, other) and min(joined[other]) == 0 for other in edges[rank]):
-            return False
-        if act == NEED:
-            return min(joined[edge]) >= count
-        if in_flight is not None and sum(alone(rank, other) for other in edges[rank]) >= in_flight:
-            return False
-        return behind is None or alone(rank, edge) < behind
-
-    moved = True
-    while moved:
-        moved = False
-        for rank in ranks:
-            while at[rank] < len(steps[rank]) and may(rank, steps[rank][at[rank]]):
-                act, edge, _ = steps[rank][at[rank]]
-                if act != NEED:
-                    joined[edge][act == POST] += 1
-                at[rank] += 1
-                moved = True
-    return {rank: steps[rank][at[rank]] for rank in ranks if at[rank] < len(steps[rank])}
+    own = [[(both, rank == edge[1]) for edge, both in joined.items() if rank in edge] for rank in range(len(steps))]
+    at = [0 for _ in steps]
+    ready = deque(range(len(steps)))
+    while ready:
+        rank = ready.popleft()
+        while at[rank] < len(steps[rank]):
+            act, edge, count = steps[rank][at[rank]]
+            both, mine = joined[edge], rank == edge[1]
+            if rendezvous and any(each[m] > 0 == each[not m] for each, m in own[rank]):
+                break
+            if act == NEED:
+                if min(both) < count:
+                    break
+            else:
+                # Transfers that this rank has started and its peer has not joined.
+                if in_flight is not None and sum(max(0, each[m] - each[not m]) for each, m in own[rank]) >= in_flight:
+                    break
+                if behind is not None and both[mine] - both[not mine] >= behind:
+                    break
+                both[mine] += 1
+                if edge[not mine] not in ready:
+                    ready.append(edge[not mine])
+            at[rank] += 1
+    return {rank: each[at[rank]] for rank, each in enumerate(steps) if at[rank] < len(each)}

@@ -108,7 +108,7 @@ def _ring(replicas):
     return made, found, len(dist.distributed_c10d._world.pg_map) - before
 
 
-@pytest.mark.parametrize(("world", "replicas"), [(2, 1), (3, 1), (4, 2), (8, 1)])
+@pytest.mark.parametrize(("world", "replicas"), [(2, 1), (3, 1), (4, 2), pytest.param(8, 1, marks=pytest.mark.all)])
 def test_backend_without_tags(ranks, world, replicas):
     results = ranks.run(world, _ring, replicas=replicas)
     size = world // replicas

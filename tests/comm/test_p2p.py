@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from dualpipe_engine.comm.meta import HEADER_BYTES, decode, encode, flatten
+from dualpipe_engine.comm.meta import HEADER_BYTES, block_of, decode, encode, flatten
 from dualpipe_engine.comm.p2p import Edges
 from dualpipe_engine.comm.transport import LocalHub, LocalTransport
 from dualpipe_engine.errors import PipelineRuntimeError
@@ -40,13 +40,17 @@ def test_meta_too_large_or_unpicklable():
         encode(flatten((torch.ones(1), lambda: 0))[1])
 
 
-def two_ends(**kwargs):
+def two_ends(whole=False, **kwargs):
     hub = LocalHub(2)
-    return [Edges(LocalTransport(hub, rank), CPU, timeout_s=0.3, **kwargs) for rank in range(2)]
+    transports = [LocalTransport(hub, rank) for rank in range(2)]
+    for each in transports:
+        each.whole = whole
+    return [Edges(each, CPU, timeout_s=0.3, **kwargs) for each in transports]
 
 
-def test_forward_and_backward_share_an_edge():
-    left, right = two_ends()
+@pytest.mark.parametrize("whole", [False, True])
+def test_forward_and_backward_share_an_edge(whole):
+    left, right = two_ends(whole)
     for micro in range(3):
         right.post_forward(1, micro, src=0)
     left.post_backward(0, 1, src=1)  # before its forward was sent: posted as soon as the shape is known
@@ -62,6 +66,45 @@ def test_forward_and_backward_share_an_edge():
     right.flush()
     assert left.idle
     assert right.idle
+
+
+def test_messages_of_several_tensors_travel_whole():
+    """Of every dtype and number of elements, not contiguous ones too; one op each, forward and backward."""
+    left, right = two_ends(whole=True)
+    sent = []
+    post = left._transport.send
+    left._transport.send = lambda tensor, dst, tag: sent.append(tensor) or post(tensor, dst, tag)
+    value = {
+        "rows": torch.randn(3, 5).t(),
+        "mask": torch.tensor([True, False, True]),
+        "number": torch.tensor(7),
+        "none": torch.empty(0, 4, dtype=torch.bfloat16),
+        "complex": torch.randn(2, dtype=torch.complex64),
+        "half": torch.randn(1, dtype=torch.float16),
+    }
+    for micro in range(2):
+        right.post_forward(1, micro, src=0)
+        left.send_forward(0, micro, value, dst=1)
+        got = right.wait_forward(1, micro)
+        assert got.keys() == value.keys()
+        for name, tensor in value.items():
+            assert got[name].dtype == tensor.dtype and got[name].is_contiguous()
+            assert torch.equal(got[name], tensor), name
+    assert len(sent) == 3, "a header and two messages"
+    left.post_backward(0, 1, src=1)
+    grads = [torch.randn_like(tensor) for tensor in value.values() if tensor.is_floating_point() or tensor.is_complex()]
+    right.send_backward(1, 1, grads, dst=0)
+    assert all(map(torch.equal, left.wait_backward(0, 1), grads))
+
+
+def test_a_tensor_of_a_block_may_be_written_to():
+    """Autograd does not take it for a change of the others."""
+    _, (rows, mask) = block_of(flatten((torch.ones(3), torch.ones(3, dtype=torch.bool)))[1].tensors, CPU)
+    rows.copy_(torch.arange(3.0)).requires_grad_()
+    out = (rows * rows).sum()
+    mask.fill_(False)
+    out.backward()
+    assert rows.grad.tolist() == [0.0, 2.0, 4.0]
 
 
 def test_changed_shape():

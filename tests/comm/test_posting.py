@@ -12,35 +12,47 @@ from dualpipe_engine.comm.p2p import Edges
 from dualpipe_engine.errors import PlanError
 from dualpipe_engine.schedule.choose import SCHEDULES, make_plan, placement_of
 from dualpipe_engine.schedule.lower import forward_only, lower
-from dualpipe_engine.schedule.op import COMPUTE, RECV_B, RECV_F, SEND_B, SEND_F, W, atoms
+from dualpipe_engine.schedule.op import COMPUTE, FB, RECV_B, RECV_F, SEND_B, SEND_F, W, atoms
 
 AHEAD = 1  # what GroupTransport sets without tags
-RULES = {  # what finishes with few hardware queues does with more
-    "one hardware queue": {"behind": 1},
-    "2 in flight": {"in_flight": 2},
-    "8 in flight, the first step, messages of three tensors": {"in_flight": 8, "tensors": 3, "first": True},
-    "4 in flight, the first step": {"in_flight": 4, "first": True},
-    "one hardware queue, pairs one after the other": {"behind": 1, "overlapped": False},
+KINDS = {  # of steps, and the rules for each; what finishes with few hardware queues does with more
+    "a step": ({}, {"one hardware queue": {"behind": 1}, "2 in flight": {"in_flight": 2}}),
+    "the first step": ({"first": True}, {"one hardware queue": {"behind": 1}, "3 in flight": {"in_flight": 3}}),
+    "a step, pairs one after the other": ({"overlapped": False}, {"one hardware queue": {"behind": 1}}),
 }
 
 
 def plans(ranks, micros, optimize=False):
-    for schedule in SCHEDULES:
-        for pp in ranks:
-            for micro in micros:
+    """Of every generator; each forward-only plan once."""
+    for pp in ranks:
+        for micro in micros:
+            placements = {}
+            for schedule in SCHEDULES:
                 try:
                     yield lower(make_plan(schedule, pp, micro, optimize=optimize))
                 except PlanError:
                     assert (schedule, pp % 2) == ("dualpipe", 1)
                     continue
-                yield lower(forward_only(placement_of(schedule, pp), micro), train=False)
+                placement = placement_of(schedule, pp)
+                placements[placement] = lower(forward_only(placement, micro), train=False)
+            yield from placements.values()
+
+
+def steps_of(plan, ahead=AHEAD, **kind):
+    return [host_steps(plan, rank, ahead, **kind) for rank in range(len(plan.programs))]
 
 
 def check(found):
     for plan in found:
-        for rule, kwargs in RULES.items():
-            stuck = is_stuck(plan, AHEAD, **kwargs)
-            assert not stuck, f"{rule}: {plan.schedule}, {plan.placement}, {plan.num_micro} micro-batches: {stuck}"
+        pairs = any(op.kind == FB for program in plan.programs for op in program)
+        for name, (kind, rules) in KINDS.items():
+            if not kind.get("overlapped", True) and not pairs:
+                continue
+            steps = steps_of(plan, **kind)
+            for rule, kwargs in rules.items():
+                stuck = is_stuck(steps, **kwargs)
+                where = f"{plan.schedule}, {plan.placement}, {plan.num_micro} micro-batches"
+                assert not stuck, f"{name}, {rule}: {where}: {stuck}"
 
 
 def test_no_plan_is_stuck():
@@ -57,14 +69,16 @@ def test_no_plan_of_any_size_is_stuck(pp):
 
 
 def test_the_model_sees_deadlocks():
-    """A first message that is a rendezvous, receives posted as far ahead as the plan says, two queues too few."""
+    """A first message that is a rendezvous, receives posted as far ahead as the plan says, too few queues."""
     plan = lower(make_plan("dualpipe", 4, 8))
-    assert is_stuck(plan, None, rendezvous=True).keys() == {0, 1, 2, 3}
-    assert is_stuck(plan, AHEAD, rendezvous=True)
-    assert is_stuck(plan, None, behind=1)
-    assert not is_stuck(plan, None, behind=2)
-    assert is_stuck(plan, AHEAD, in_flight=1)
-    assert is_stuck(lower(make_plan("dualpipe", 2, 8)), None, in_flight=2)
+    ahead, far = steps_of(plan), steps_of(plan, None)
+    assert is_stuck(far, rendezvous=True).keys() == {0, 1, 2, 3}
+    assert is_stuck(ahead, rendezvous=True)
+    assert is_stuck(far, behind=1)
+    assert not is_stuck(far, behind=2)
+    assert is_stuck(ahead, in_flight=1)
+    assert is_stuck(steps_of(lower(make_plan("dualpipe", 2, 8)), None), in_flight=2)
+    assert is_stuck(steps_of(plan, tensors=2), in_flight=2), "so messages of several tensors travel whole"
 
 
 @pytest.mark.parametrize("pp", range(1, 17))
@@ -94,8 +108,8 @@ def test_a_ring_of_edges():
 class Recorder:
     """A transport on which every transfer is done at once; it writes down what is asked of it."""
 
-    def __init__(self, rank, ahead):
-        self.rank, self.ahead = rank, ahead
+    def __init__(self, rank, ahead, whole, message):
+        self.rank, self.ahead, self.whole, self.message = rank, ahead, whole, message
         self.steps = []
         self.counts = {}
 
@@ -108,7 +122,7 @@ class Recorder:
         self.counts[edge] = self.counts.get(edge, 0) + 1
         self.steps.append((POST, edge))
         if tensor.numel() == HEADER_BYTES:
-            tensor.copy_(encode(flatten(torch.ones(1))[1]))
+            tensor.copy_(encode(flatten(self.message)[1]))
         return _Done(self, edge, self.counts[edge])
 
 
@@ -124,8 +138,8 @@ class _Done:
         return True
 
 
-def run(edges, plan, rank):
-    """What the executor asks of `edges` in one step."""
+def run(edges, plan, rank, message):
+    """What the executor asks of `edges` in one step in which stages pass on `message`."""
     placement = plan.placement
 
     def peer(op):
@@ -135,9 +149,9 @@ def run(edges, plan, rank):
     remote = {op for op in plan.programs[rank] if op.kind in (RECV_F, RECV_B)}
     for op in plan.programs[rank]:
         if op.kind == SEND_F:
-            edges.send_forward(op.stage, op.micro, torch.ones(1), peer(op))
+            edges.send_forward(op.stage, op.micro, message, peer(op))
         elif op.kind == SEND_B:
-            edges.send_backward(op.stage, op.micro, [torch.ones(1)], peer(op))
+            edges.send_backward(op.stage, op.micro, list(message), peer(op))
         elif op.kind == RECV_F:
             edges.post_forward(op.stage, op.micro, peer(op))
         elif op.kind == RECV_B:
@@ -151,16 +165,20 @@ def run(edges, plan, rank):
     edges.flush()
 
 
-@pytest.mark.parametrize("ahead", [0, 1, 2, None])
+@pytest.mark.parametrize(("ahead", "tensors", "whole"), [(0, 1, True), (1, 1, True), (1, 2, True), (None, 2, False)])
 @pytest.mark.parametrize("schedule", SCHEDULES)
-def test_edges_keep_to_the_model(schedule, ahead):
+def test_edges_keep_to_the_model(schedule, ahead, tensors, whole):
+    """Of a message that does not travel whole every tensor is waited for, which the model does with the last."""
     plan = lower(make_plan(schedule, 4, 6))
+    message = tuple(torch.ones(1) for _ in range(tensors))
     for rank in range(4):
-        transport = Recorder(rank, ahead)
+        transport = Recorder(rank, ahead, whole, message)
         edges = Edges(transport, torch.device("cpu"))
         for first in (True, False):
-            run(edges, plan, rank)
-            steps = host_steps(plan, rank, ahead, first=first)
-            assert transport.steps == [tuple(step) if step.act == NEED else step[:2] for step in steps]
+            run(edges, plan, rank, message)
+            steps = host_steps(plan, rank, ahead, 1 if whole else tensors, first)
+            expected = [tuple(step) if step.act == NEED else step[:2] for step in steps]
+            assert [step for step in transport.steps if step[0] != NEED] == [e for e in expected if e[0] != NEED]
+            assert [step for step in transport.steps if step in expected] == expected
             assert edges.idle
             transport.steps, transport.counts = [], {}

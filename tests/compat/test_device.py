@@ -13,7 +13,7 @@ def test_transport_has_the_device_of_the_modules(monkeypatch, make, ranks):
     made = []
 
     class Transport:
-        rank, ahead = 0, None
+        rank, ahead, whole = 0, None, False
 
         def __init__(self, *args, edges, **kwargs):
             made.append((args[3], edges))
