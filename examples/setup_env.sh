@@ -1,6 +1,6 @@
 # Sourced by quickstart.sh and tests/run.sh: an environment that has all the project needs.
 # It uses the active virtual environment, else .venv in the repository root, and installs only when something changed.
-# Expects ROOT (the repository root) and, optionally, EXTRAS (extras of setup.py, such as test).
+# Expects ROOT (the repository root) and, optionally, EXTRAS (extras of pyproject.toml, such as test).
 
 if [ -z "${VIRTUAL_ENV:-}" ]; then
     if [ ! -x "$ROOT/.venv/bin/python" ]; then
@@ -33,7 +33,7 @@ _setup_step() { # what, command...
 _setup_stamp="$VIRTUAL_ENV/dualpipe_engine-$(printf '%s' "${EXTRAS:-} $ROOT" | cat - "$ROOT/setup.py" "$ROOT/pyproject.toml" "$ROOT"/csrc/* |
     python -c 'import hashlib, sys; print(hashlib.sha256(sys.stdin.buffer.read()).hexdigest()[:16])')"
 if [ ! -e "$_setup_stamp" ]; then
-    _setup_step "installing build tools" python -m pip install -q setuptools wheel ninja numpy
+    _setup_step "installing build tools" python -m pip install -q "setuptools>=77" wheel ninja numpy
     if ! python -c 'import torch' 2>/dev/null; then
         if [ "$GPUS" -gt 0 ]; then
             _setup_step "installing torch" python -m pip install -q torch

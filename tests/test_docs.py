@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import importlib
 import re
+import sys
+import types
 from pathlib import Path
 
 import pytest
@@ -10,7 +13,7 @@ import pytest
 from dualpipe_engine.cli import main
 
 ROOT = Path(__file__).parent.parent
-PAGES = sorted([*(ROOT / "docs").glob("*.md"), ROOT / "README.md", *(ROOT / "examples").glob("*.md")])
+PAGES = sorted([*(ROOT / "docs").glob("*.md"), *ROOT.glob("*.md"), *(ROOT / "examples").glob("*.md")])
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda path: path.name)
@@ -23,6 +26,117 @@ def test_named_files_exist():
     text = (ROOT / "docs" / "architecture.md").read_text()
     for name in re.findall(r"`((?:schedule|viz|comm|runtime|engine)/\w+\.py)", text):
         assert (ROOT / "dualpipe_engine" / name).exists(), name
+
+
+def sections():
+    """docs/extending.md by heading."""
+    text = (ROOT / "docs" / "extending.md").read_text()
+    return dict(part.split("\n", 1) for part in text.split("\n## ")[1:])
+
+
+def blocks(heading):
+    return re.findall(r"```python\n(.*?)```", sections()[heading], re.S)
+
+
+def module(name, code):
+    """Code of a page as a new module of the package."""
+    made = types.ModuleType(name)
+    made.__package__ = name.rpartition(".")[0]
+    exec(code, vars(made))
+    return made
+
+
+def test_extending_names_what_there_is():
+    """Files, and names in them."""
+    text = (ROOT / "docs" / "extending.md").read_text()
+    example = {"dualpipe_engine/schedule/gpipe.py", "tests/schedule/test_gpipe.py"}
+    names = set(re.findall(r"`((?:dualpipe_engine|tests)/[\w/]+\.py)`", text))
+    assert example < names
+    for name in names - example:
+        assert (ROOT / name).exists(), name
+    found = re.findall(r"`(\w+)`,? in\s`([\w/]+\.py)`", text)
+    assert len(found) > 12
+    for what, name in found:
+        assert re.search(rf"\b{what}\b", (ROOT / name).read_text()), f"{what} in {name}"
+
+
+def test_adding_a_schedule(monkeypatch):
+    """The file, the line and the test that the page shows are all that GPipe needs."""
+    from dualpipe_engine.schedule import choose
+
+    code, line, test = blocks("A schedule")
+    gpipe = module("dualpipe_engine.schedule.gpipe", code)
+    monkeypatch.setitem(sys.modules, gpipe.__name__, gpipe)
+    known = eval(f"{{{line}}}", {**vars(choose), "gpipe": gpipe, "sys": sys})
+    monkeypatch.setattr(choose, "_KNOWN", choose._KNOWN | known)
+    monkeypatch.setattr(choose, "SCHEDULES", tuple(choose._KNOWN))
+    monkeypatch.syspath_prepend(ROOT / "tests" / "schedule")
+    tests = module("test_gpipe", test)
+    for name in dir(tests):
+        if name.startswith("test_"):
+            getattr(tests, name)()
+    for optimize in (False, True):
+        assert choose.make_plan("gpipe", 2, 9, optimize=optimize).num_ops == 36
+    rows = {row.schedule: row for row in choose.compare(2, 9)}
+    assert rows["gpipe"].peak_activations == 9 and rows["gpipe"].feasible
+
+
+def test_adding_a_transport(tmp_path):
+    import torch
+
+    code, test = blocks("A transport")
+    made = module("dualpipe_engine.comm.folder", code)
+    edges = importlib.import_module("dualpipe_engine.comm.p2p").Edges
+    names = {"FolderTransport": made.FolderTransport, "Edges": edges, "torch": torch, "CPU": torch.device("cpu")}
+    exec(test, names)
+    names["test_a_message_arrives"](tmp_path)
+    late = made.FolderTransport(tmp_path, 1).recv(torch.empty(1), 0, 0)
+    with pytest.raises(Exception, match="receive from pipeline rank 0 failed"):
+        late.wait(0.01)
+
+
+def test_adding_a_model_family(monkeypatch):
+    import torch
+    from torch import nn
+
+    from dualpipe_engine.adapters import get_model_adapter, registry
+
+    class Tower(nn.Sequential):
+        pass
+
+    monkeypatch.setattr(registry, "_ADDED", dict(registry._ADDED))
+    _, code = blocks("A model family")
+    exec(code, {"Tower": Tower, "torch": torch})
+    model = Tower(*(nn.Linear(6, 6) for _ in range(4)))
+    assert len(get_model_adapter(model).partition(2)) == 2
+
+
+def test_adding_a_key():
+    from pydantic import Field, ValidationError
+
+    from dualpipe_engine.engine.config import DualPipeConfig
+
+    (code,) = blocks("A key of the JSON")
+    names = {"DualPipeConfig": DualPipeConfig, "Field": Field}
+    exec(f"class Longer(DualPipeConfig):\n{code}", names)
+    assert names["Longer"](log_every=3).log_every == 3
+    with pytest.raises(ValidationError):
+        names["Longer"](log_every=0)
+
+
+def test_adding_a_rule(monkeypatch):
+    from dualpipe_engine.profiling import doctor
+    from dualpipe_engine.profiling.breakdown import OTHER
+
+    (code,) = blocks("A rule of the doctor")
+    rule = {**vars(doctor)}
+    exec(code, rule)
+    monkeypatch.syspath_prepend(ROOT / "tests" / "profiling")
+    profile = importlib.import_module("test_doctor").profile
+    monkeypatch.setattr(doctor, "_CHECKS", [rule["_checkpointing"]])
+    slow = {"rank0": {OTHER: 0.5}, "micros": 4, "optimize": False}
+    found = [doctor.diagnose(profile(**slow, activation_checkpointing=on)) for on in (True, False)]
+    assert [[each.name for each in findings] for findings in found] == [["checkpointing"], []]
 
 
 def test_a_schedule_of_your_own(tmp_path, capsys):

@@ -15,7 +15,6 @@ class Inputs:
 
     Args:
         names: of the model's inputs, in the order in which a tuple lists them; the first is the main input.
-        positional: call the model with positional arguments (one that is no Hugging Face model).
         embeds: give stages after the first their hidden state as `inputs_embeds`, in place of the token ids.
         fixed: keyword arguments of every call.
     """
