@@ -97,7 +97,9 @@ def block_of(metas: Iterable[TensorMeta], device: torch.device) -> tuple[torch.T
     block = torch.empty(starts.pop(), dtype=torch.uint8, device=device)
     storage = block.untyped_storage()
     tensors = [
-        torch.empty(0, dtype=meta.dtype, device=device).set_(storage, start // meta.dtype.itemsize, meta.shape)
+        torch.empty(0, dtype=meta.dtype, device=device).set_(
+            storage, start // meta.dtype.itemsize, meta.shape, torch.empty(meta.shape, device="meta").stride()
+        )
         for meta, start in zip(metas, starts, strict=True)
     ]
     return block, tensors
