@@ -17,12 +17,12 @@ class Wide(nn.Module):
         super().__init__()
         self.up = nn.Linear(WIDTH, 12 * WIDTH)
         self.down = nn.Linear(12 * WIDTH, WIDTH)
-        self.register_buffer("calls", torch.zeros(1))
+        self.register_buffer("called", torch.zeros(1))
 
     def forward(self, x):
         if not torch.is_grad_enabled():
             return x + self.down(torch.relu(self.up(x)))
-        self.calls += 1
+        self.called.fill_(1)
         return x + self.down(torch.relu_(self.up(x)))
 
 
