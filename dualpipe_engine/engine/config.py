@@ -192,11 +192,8 @@ def check_zero(config: dict[str, Any]) -> None:
             "ZeRO-3 cannot work with a pipeline: it would gather every stage's weights again for each micro-batch; use "
             '"zero_optimization": {"stage": 1}, which partitions the optimizer state over all copies of a stage'
         )
-    whole = "Muon" if str(optimizer.get("type", "")).lower() == "muon" else "ZenFlow" if zero.get("zenflow") else None
-    if stage == 2 and whole:
-        raise ConfigError(
-            f'ZeRO-2 keeps no whole gradients, which {whole} needs: use "zero_optimization": {{"stage": 1}}'
-        )
+    if stage == 2 and str(optimizer.get("type", "")).lower() == "muon":
+        raise ConfigError('ZeRO-2 keeps no whole gradients, which Muon needs: use "zero_optimization": {"stage": 1}')
     for key in ("offload_optimizer", "offload_param"):
         _check_offload(key, zero, stage)
 

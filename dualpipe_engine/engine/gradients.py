@@ -111,7 +111,7 @@ def choose_reduction(engine: Any) -> Reduction:
     """The reduction that fits the engine's optimizer."""
     optimizer = engine.optimizer
     inner = getattr(optimizer, "optimizer", optimizer)
-    if engine.zenflow or "muon" in type(inner).__name__.lower():
+    if "muon" in type(inner).__name__.lower():
         return AfterSchedule(engine)
     if type(optimizer) is DeepSpeedZeroOptimizer:
         return PartitionedReduction(engine)
@@ -121,7 +121,7 @@ def choose_reduction(engine: Any) -> Reduction:
 
 class AfterSchedule:
     """DeepSpeed's own reduction, of all stages together after the schedule: for sparse gradients, and for optimizers
-    that work on whole gradients within it (Muon, ZenFlow)."""
+    that work on whole gradients within it (Muon)."""
 
     def __init__(self, engine: Any) -> None:
         self._engine = engine
