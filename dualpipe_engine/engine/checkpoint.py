@@ -15,6 +15,7 @@ from ..errors import CheckpointError
 from .checkpoint_files import (
     DESCRIPTION,
     PARTIAL,
+    checked_tag,
     damage,
     damages,
     naming_reads,
@@ -22,6 +23,7 @@ from .checkpoint_files import (
     peek,
     publish,
     settle,
+    standing,
     write_text,
 )
 from .checkpoint_state import check_ties, description, random_state, set_random_state, universal_info
@@ -58,10 +60,13 @@ class Checkpoints(PipelineEngine):
             exclude_frozen_parameters: leave out what is not trained.
 
         Raises:
-            CheckpointError: no file would hold certain tied weights.
+            CheckpointError: no file would hold certain tied weights, the tag names no folder below `save_dir`, or ranks
+                were given different ones; the same on every rank, before anything is written.
         """
         check_ties(self.module)
-        tag = str(tag or f"global_step{self.global_steps}")
+        tag = f"global_step{self.global_steps}" if tag is None else str(tag)
+        self._agree(save_dir, tag)
+        checked_tag(tag)
         folder = Path(save_dir, tag)
         if not hasattr(self.module, "universal_checkpoint_info"):
             self.module.universal_checkpoint_info = universal_info(self.module)
@@ -105,13 +110,16 @@ class Checkpoints(PipelineEngine):
                 every rank, before anything is loaded.
         """
         universal = self.load_universal_checkpoint()
-        latest = Path(load_dir, "latest_universal" if universal else "latest")
-        if tag is None and latest.is_file():
-            tag = latest.read_text().strip()
+        tag = None if tag is None else str(tag)
+        self._agree(load_dir, tag)
+        if tag is None:
+            tag = self._latest(Path(load_dir, "latest_universal" if universal else "latest"))
+        else:
+            checked_tag(tag)
         states = load_optimizer_states and not load_module_only
         if tag is not None:
-            folder = Path(load_dir, str(tag))
-            self._on_first(settle, folder)
+            folder = standing(Path(load_dir, tag))
+            tag = str(folder.relative_to(load_dir))
             self._check_files(folder, states)
             if states and not universal:
                 self._check_layout(folder)
@@ -134,6 +142,27 @@ class Checkpoints(PipelineEngine):
     def set_dataiterator(self, iterator: Iterator[Any]) -> None:
         super().set_dataiterator(iterator)
         self._resume_data()
+
+    @staticmethod
+    def _agree(folder: str, tag: str | None) -> None:
+        """Compare what the ranks were given. Collective over all ranks.
+
+        Raises:
+            CheckpointError: they differ; on all ranks.
+        """
+        found: list[Any] = [None] * dist.get_world_size()
+        dist.all_gather_object(found, (str(folder), tag))
+        for rank, each in enumerate(found):
+            if each != found[0]:
+                text = f"the ranks mean different checkpoints: {found[0]} on rank 0, {each} on rank {rank}"
+                raise CheckpointError(text, everywhere=True)
+
+    @staticmethod
+    def _latest(path: Path) -> str | None:
+        """The tag that the file `path` names, as rank 0 reads it; None if there is none. Collective over all ranks."""
+        box = [path.read_text(errors="replace").strip() if dist.get_rank() == 0 and path.is_file() else None]
+        dist.broadcast_object_list(box, 0)
+        return None if box[0] is None else checked_tag(box[0], str(path))
 
     def _on_first(self, function: Any, *args: Any) -> None:
         """Run on rank 0 while the others wait."""

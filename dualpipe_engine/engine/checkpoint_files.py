@@ -7,7 +7,7 @@ import shutil
 import zipfile
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Any
 
 import torch
@@ -17,6 +17,26 @@ from ..errors import CheckpointError
 PARTIAL = ".partial"  #: ending of a folder that is being written
 DESCRIPTION = "dualpipe.json"  #: in the folder of a checkpoint: the layers, for `dualpipe export`
 REPLACED = ".replaced"  #: ending of a folder whose successor is being put in its place
+
+
+def checked_tag(tag: str, source: str = "tag") -> str:
+    """A tag that all ranks have, looked at: it must name a folder below that of the checkpoints.
+
+    Args:
+        tag: the tag.
+        source: where it comes from, for errors.
+
+    Raises:
+        CheckpointError: it names no such folder.
+    """
+    path = PurePath(tag)
+    if path.is_absolute() or not path.parts or ".." in path.parts or str(path) != tag or not tag.isprintable():
+        text = f"{source} {tag!r} is no name of a folder below that of the checkpoints: take one such as global_step1"
+        raise CheckpointError(text, everywhere=True)
+    if path.suffix in (PARTIAL, REPLACED):
+        text = f"{source} {tag!r} ends in {path.suffix}, as folders that are being written do: take another"
+        raise CheckpointError(text, everywhere=True)
+    return tag
 
 
 def settle(folder: Path) -> None:
@@ -30,13 +50,22 @@ def settle(folder: Path) -> None:
 
 
 def publish(folder: Path) -> None:
-    """Give the complete folder `folder`.partial its name, in place of an older one. A run that is killed in between
-    leaves the older one to `settle`."""
+    """Give the complete folder `folder`.partial its name, in place of an older one, whose files that belong to no
+    checkpoint move along. A run that is killed in between leaves the older one to `settle`."""
     replaced = Path(f"{folder}{REPLACED}")
     if folder.exists():
         folder.rename(replaced)
     Path(f"{folder}{PARTIAL}").rename(folder)
+    for path in replaced.iterdir() if replaced.exists() else ():
+        if not (path.name.endswith("_states.pt") or path.name.startswith("dualpipe") or (folder / path.name).exists()):
+            path.rename(folder / path.name)
     shutil.rmtree(replaced, ignore_errors=True)
+
+
+def standing(folder: Path) -> Path:
+    """Where the checkpoint `folder` is: a run that was killed in `publish` has left it under another name."""
+    replaced = Path(f"{folder}{REPLACED}")
+    return replaced if replaced.exists() and not folder.exists() else folder
 
 
 def write_text(path: Path, text: str) -> None:

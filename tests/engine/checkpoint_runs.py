@@ -184,3 +184,35 @@ def files_written(config, ranks, folder, replicas=1):
     with patch.object(engine.checkpoint_engine, "save", noted):
         engine.save_checkpoint(folder, tag="all")
     return paths
+
+
+def sentences(config, ranks, folder, tags, latest):
+    """What saving and loading under each tag, and loading under each content of `latest`, raises; then a good save."""
+    import torch.distributed as dist
+
+    from dualpipe_engine.errors import CheckpointError
+
+    engine = start(config, ranks)
+    engine.train_batch(training.stream(0))
+    found = []
+
+    def tried(call, *args):
+        try:
+            call(*args)
+        except CheckpointError as error:
+            found.append(str(error))
+        else:
+            found.append(None)
+
+    for tag in tags:
+        tried(engine.save_checkpoint, folder, tag)
+        tried(engine.load_checkpoint, folder, tag)
+    tried(engine.save_checkpoint, folder, f"of rank {dist.get_rank()}")
+    for text in latest:
+        if dist.get_rank() == 0:
+            Path(folder, "latest").write_text(text)
+        tried(engine.load_checkpoint, folder)
+    there = os.listdir(folder)
+    dist.barrier()
+    engine.save_checkpoint(folder, "good")
+    return found, there, float(engine.train_batch(training.stream(0)))

@@ -146,17 +146,58 @@ def test_a_run_that_ends_while_saving_leaves_the_checkpoint_before(ranks, tmp_pa
 def test_publishing_can_stop_anywhere(tmp_path):
     folder, partial = tmp_path / "tag", tmp_path / f"tag{PARTIAL}"
     folder.mkdir()
-    (folder / "old").touch()
+    (folder / "old_states.pt").touch()
     partial.mkdir()
-    (partial / "new").touch()
+    (partial / "new_states.pt").touch()
     folder.rename(tmp_path / "tag.replaced")  # killed between the two renames
     settle(folder)
-    assert (folder / "old").exists() and not partial.exists()
+    assert (folder / "old_states.pt").exists() and not partial.exists()
     partial.mkdir()
-    (partial / "new").touch()
+    (partial / "new_states.pt").touch()
     publish(folder)
     settle(folder)
-    assert [path.name for path in folder.iterdir()] == ["new"] and list(tmp_path.iterdir()) == [folder]
+    assert [path.name for path in folder.iterdir()] == ["new_states.pt"] and list(tmp_path.iterdir()) == [folder]
+
+
+def test_files_of_others_stay(tmp_path):
+    folder, partial = tmp_path / "tag", tmp_path / f"tag{PARTIAL}"
+    folder.mkdir()
+    for name in ("notes.txt", "layer_07-model_states.pt", "dualpipe_rank_00003.pt"):
+        (folder / name).write_text("old")
+    (folder / "plots").mkdir()
+    partial.mkdir()
+    (partial / "layer_00-model_states.pt").write_text("new")
+    publish(folder)
+    assert sorted(path.name for path in folder.iterdir()) == ["layer_00-model_states.pt", "notes.txt", "plots"]
+    assert list(tmp_path.iterdir()) == [folder]
+
+
+def test_loading_writes_nothing(ranks, tmp_path):
+    """Nor does it remove what another job is writing; a checkpoint whose successor was never published is found."""
+    job = {"config": config("dualpipe"), "ranks": 2, "folder": str(tmp_path)}
+    ranks.run(2, runs.hop, save="x", **job)
+    (tmp_path / f"x{PARTIAL}").mkdir()
+    (tmp_path / "x").rename(tmp_path / "x.replaced")
+    before = sorted(path.name for path in tmp_path.iterdir())
+    ranks.run(2, runs.hop, load="x", **job)
+    assert sorted(path.name for path in tmp_path.iterdir()) == before
+
+
+def test_tags_that_name_no_checkpoint_are_refused_on_all_ranks(ranks, tmp_path):
+    tags = ["", ".", "../x", "a/../b", str(tmp_path / "x"), "x/", "x\n", f"x{PARTIAL}", "x.replaced"]
+    latest = ["", "../other", "/etc", "\x00", "x\ny"]
+    outside = sorted(path.name for path in tmp_path.parent.iterdir())
+    folder = tmp_path / "runs"
+    folder.mkdir()
+    found = ranks.run(
+        2, runs.sentences, config=config("dualpipe"), ranks=2, folder=str(folder), tags=tags, latest=latest
+    )
+    for sentences, there, loss in found:
+        assert all(sentences), sentences
+        assert sentences == found[0][0] and there == ["latest"] and loss > 0
+        assert "different checkpoints" in sentences[2 * len(tags)]
+    assert sorted(path.name for path in tmp_path.parent.iterdir()) == outside
+    assert (folder / "good" / "mp_rank_00_model_states.pt").is_file() and (folder / "latest").read_text() == "good"
 
 
 @pytest.mark.parametrize(
