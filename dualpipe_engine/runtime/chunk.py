@@ -196,6 +196,11 @@ class StageChunk:
             self._alive[micro] = Activation(leaves, [*outputs] or [_edge(output)], outputs=outputs)
             return output.detach()
         tensors, meta = flatten(output)
+        if not tensors:
+            raise ConfigError(
+                f"the output of stage {self.stage} holds no tensor in micro-batch {micro}, but is of type "
+                f"{type(output).__name__}: its last layer must return a tensor, or a tuple, list or dict of tensors"
+            )
         differentiable = [tensor for tensor in tensors if tensor.is_floating_point() or tensor.is_complex()]
         edges = [_edge(tensor) if tensor.requires_grad else None for tensor in differentiable]
         if not any(edges) and any(param.requires_grad for param in self._params):

@@ -42,6 +42,13 @@ def test_a_loss_of_one_element():
     assert chunk.forward(0, torch.randn(3, 2), torch.randn(3, 2)).shape == (1,)
 
 
+@pytest.mark.parametrize(("output", "kind"), [(None, "NoneType"), (3.0, "float"), ((), "tuple"), ({"x": None}, "dict")])
+def test_an_output_without_a_tensor(output, kind):
+    chunk = StageChunk(lambda x: output, 1, is_last=False)
+    with pytest.raises(ConfigError, match=f"stage 1 holds no tensor in micro-batch 2, but is of type {kind}: its last"):
+        chunk.forward(2, torch.randn(3, 2))
+
+
 def test_an_output_from_which_nothing_would_be_trained():
     layer = nn.Linear(2, 2)
     chunk = StageChunk(lambda x: layer(x).detach(), 0, is_last=False, params=layer.parameters())
