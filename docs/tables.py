@@ -161,8 +161,8 @@ def _test(test: str) -> str:
 _KEYS_HEAD = """# Keys of the DeepSpeed configuration
 
 What becomes of each key under a `"schedule"`; without one, DeepSpeed itself runs. Written by `python docs/tables.py`
-from what DeepSpeed reads and from `dualpipe_engine/engine/keys.py`; our own keys of the section `"pipeline"` are in the
-[keys of the "pipeline" section](pipeline_section.md).
+from what DeepSpeed reads and from `dualpipe_engine/engine/keys.py`; our own keys of the section `"pipeline"` are on the
+page [keys of the "pipeline" section](pipeline_section.md).
 
 - works: as in DeepSpeed, or as the row says;
 - stock does nothing either: DeepSpeed's own pipeline engine does not use the key;

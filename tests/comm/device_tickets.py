@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import gc
-import json
 import sys
 import weakref
 from datetime import timedelta
@@ -87,7 +86,7 @@ def main(way):
         found[name]["logged"] = log[0].moments is not None
     stream.close()
     del library
-    print(json.dumps(found))
+    fake_device.answer(found)
 
 
 if __name__ == "__main__":

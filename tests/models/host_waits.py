@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from contextlib import nullcontext
 from types import SimpleNamespace
 
@@ -86,7 +85,7 @@ def main():
             found[f"loss, {how}"] = count(block_of(MoEBlock, expert_parallel=2, balancing="loss"), phased, True)
             found[f"alone, {how}"] = count(block_of(MoEBlock), phased)
     del library
-    print(json.dumps(found))
+    fake_device.answer(found)
 
 
 if __name__ == "__main__":
