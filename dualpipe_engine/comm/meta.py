@@ -1,11 +1,14 @@
 """Meta: what a message between two stages looks like, so that the receiver can allocate it.
 
-A stage may pass on a tensor, or any nest of tuples, lists and dicts of tensors and plain values. The nest is flattened;
-its tensors travel with every message and everything else travels once, in the meta.
+A stage may pass on a tensor, or any nest of tensors and plain values that torch knows: tuples, named tuples, lists,
+dicts, and classes that are registered with it. The nest is flattened; its tensors travel with every message and
+everything else travels once, in the meta.
 """
 
 from __future__ import annotations
 
+import dataclasses
+import io
 import math
 import pickle
 from collections.abc import Iterable
@@ -17,7 +20,7 @@ from typing import Any
 import torch
 from torch.utils import _pytree as pytree
 
-from ..errors import PipelineRuntimeError
+from ..errors import ConfigError, PipelineRuntimeError
 
 HEADER_BYTES = 4096
 _LENGTH_BYTES = 8
@@ -106,14 +109,33 @@ def block_of(metas: Iterable[TensorMeta], device: torch.device) -> tuple[torch.T
 
 
 def flatten(value: Any) -> tuple[list[torch.Tensor], MessageMeta]:
-    """Split a stage output into its tensors and its meta."""
+    """Split a stage output into its tensors and its meta.
+
+    Raises:
+        ConfigError: tensors are in an object that is no nest, where no gradient would reach them.
+    """
     if isinstance(value, torch.Tensor):
         return [value], MessageMeta((TensorMeta(tuple(value.shape), value.dtype),), None)
     leaves, spec = pytree.tree_flatten(value)
-    metas = tuple(
-        TensorMeta(tuple(leaf.shape), leaf.dtype) if isinstance(leaf, torch.Tensor) else leaf for leaf in leaves
-    )
-    return [leaf for leaf in leaves if isinstance(leaf, torch.Tensor)], MessageMeta(metas, spec)
+    metas: list[Any] = []
+    for leaf in leaves:
+        if isinstance(leaf, torch.Tensor):
+            metas.append(TensorMeta(tuple(leaf.shape), leaf.dtype))
+        elif _needs_gradient(leaf):
+            raise ConfigError(
+                f"a stage output holds a {type(leaf).__name__}, whose tensors no gradient would reach: pass tensors in "
+                "tuples, named tuples, lists and dicts between layers, or make the class known, a dataclass by "
+                "torch.export.register_dataclass"
+            )
+        else:
+            metas.append(leaf)
+    return [leaf for leaf in leaves if isinstance(leaf, torch.Tensor)], MessageMeta(tuple(metas), spec)
+
+
+def _needs_gradient(leaf: Any) -> bool:
+    parts = dataclasses.fields(leaf) if dataclasses.is_dataclass(leaf) else ()
+    values = [*getattr(leaf, "__dict__", {}).values(), *(getattr(leaf, part.name, None) for part in parts)]
+    return any(isinstance(value, torch.Tensor) and value.requires_grad for value in values)
 
 
 def encode(meta: MessageMeta) -> torch.Tensor:
@@ -122,18 +144,27 @@ def encode(meta: MessageMeta) -> torch.Tensor:
     Raises:
         PipelineRuntimeError: the nest holds values that cannot be pickled, or too many of them.
     """
-    spec = None if meta.spec is None else pytree.treespec_dumps(meta.spec)
+    body = io.BytesIO()
     try:
-        body = pickle.dumps((meta.leaves, spec))
+        _Pickler(body).dump((meta.leaves, meta.spec))
     except Exception as error:
         raise PipelineRuntimeError(f"a stage output holds a value that cannot travel: {error}") from error
-    if len(body) > HEADER_BYTES - _LENGTH_BYTES:
+    size = body.tell()
+    if size > HEADER_BYTES - _LENGTH_BYTES:
         raise PipelineRuntimeError(
-            f"the description of a stage output takes {len(body)} bytes, more than {HEADER_BYTES - _LENGTH_BYTES}: "
+            f"the description of a stage output takes {size} bytes, more than {HEADER_BYTES - _LENGTH_BYTES}: "
             "pass fewer tensors or smaller constants between stages"
         )
-    raw = len(body).to_bytes(_LENGTH_BYTES, "little") + body
+    raw = size.to_bytes(_LENGTH_BYTES, "little") + body.getvalue()
     return torch.frombuffer(bytearray(raw.ljust(HEADER_BYTES, b"\0")), dtype=torch.uint8)
+
+
+class _Pickler(pickle.Pickler):
+    """torch warns of a spec of a leaf that is made by its class, as pickle would."""
+
+    def reducer_override(self, value: Any) -> Any:
+        leaf = isinstance(value, pytree.TreeSpec) and value.is_leaf()
+        return (pytree.tree_structure, (0,)) if leaf else NotImplemented
 
 
 def decode(header: torch.Tensor) -> MessageMeta:
@@ -141,4 +172,4 @@ def decode(header: torch.Tensor) -> MessageMeta:
     raw = bytes(header.cpu().numpy().tobytes())
     length = int.from_bytes(raw[:_LENGTH_BYTES], "little")
     leaves, spec = pickle.loads(raw[_LENGTH_BYTES : _LENGTH_BYTES + length])
-    return MessageMeta(leaves, None if spec is None else pytree.treespec_loads(spec))
+    return MessageMeta(leaves, spec)

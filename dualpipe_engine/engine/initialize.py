@@ -25,7 +25,7 @@ from .engine import DualPipeEngine
 from .experts import make_expert_groups
 from .grid import set_device
 from .module import place
-from .param_groups import GroupMap, name_parameters
+from .param_groups import GroupMap, check_dtypes, name_parameters
 from .planning import agree, make_lowered_plan, unmeasured_costs
 from .watch import Watch
 from .written_buffers import check_statistics
@@ -133,6 +133,7 @@ def initialize(
         groups = GroupMap(model, given, optimizer, base_grid.pp_proc_group, lr_scheduler)
         optimizer, given = groups.apply()
         config_class = DeepSpeedConfig(settings, base_grid)
+        check_dtypes(model, optimizer, given, config_class)
         deepspeed.set_optimizer_flags(config_class, model)
         engine = _with_methods_of(engine_class)(
             dualpipe=dualpipe,

@@ -15,6 +15,7 @@ import torch
 import torch.distributed as dist
 from deepspeed.accelerator import get_accelerator
 from deepspeed.pipe import PipelineModule
+from deepspeed.runtime.config import DeepSpeedConfig
 from torch import nn
 
 from .agreement import raise_everywhere
@@ -181,3 +182,37 @@ class GroupMap:
                     self._groups.append(group)
             return self._optimizer, None
         return self._optimizer, list(placed[0]["params"]) if self._flat else placed
+
+
+def check_dtypes(
+    model: PipelineModule, optimizer: Any, parameters: list[Any] | None, settings: DeepSpeedConfig
+) -> None:
+    """Refuse what ZeRO would turn into another dtype: it lays the parameters of a group end to end. Collective over all
+    ranks.
+
+    Args:
+        model: the module, placed.
+        optimizer: as `GroupMap.apply` returns it.
+        parameters: likewise.
+        settings: DeepSpeed's; under fp16 and bf16 it casts all parameters to one dtype before.
+
+    Raises:
+        ConfigError: a group has trained parameters of several dtypes; the same on every rank.
+    """
+    if not settings.zero_enabled or settings.float16_config.enabled or settings.bfloat16_config.enabled:
+        return
+    if isinstance(optimizer, torch.optim.Optimizer):
+        parameters = optimizer.param_groups
+    given: list[Any] = list(model.parameters()) if parameters is None else parameters
+    names = {param: name for name, param in model.named_parameters()}
+    wrong = []
+    for group in given if isinstance(given[0], dict) else [{"params": given}]:
+        trained = [param for param in group["params"] if param.requires_grad]
+        for param in trained:
+            if param.dtype != trained[0].dtype:
+                wrong.append(
+                    f"{names[trained[0]]} is of {trained[0].dtype} and {names[param]} of {param.dtype}, but ZeRO would "
+                    'make one flat tensor of their group: use "zero_optimization": {"stage": 0} or one dtype'
+                )
+                break
+    raise_everywhere(wrong)

@@ -2,15 +2,37 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+from typing import NamedTuple
+
 import pytest
 import torch
 
 from dualpipe_engine.comm.meta import HEADER_BYTES, block_of, decode, encode, flatten
 from dualpipe_engine.comm.p2p import Edges
 from dualpipe_engine.comm.transport import LocalHub, LocalTransport
-from dualpipe_engine.errors import PipelineRuntimeError
+from dualpipe_engine.errors import ConfigError, PipelineRuntimeError
 
 CPU = torch.device("cpu")
+
+
+class Masked(NamedTuple):
+    x: torch.Tensor
+    mask: torch.Tensor
+
+
+@dataclass
+class Known:
+    x: torch.Tensor
+    times: int
+
+
+@dataclass
+class Unknown:
+    x: torch.Tensor
+
+
+torch.export.register_dataclass(Known)
 
 
 @pytest.mark.parametrize(
@@ -21,6 +43,9 @@ CPU = torch.device("cpu")
         (torch.ones(2), torch.ones(1, dtype=torch.bool)),
         [torch.ones(2), {"a": torch.arange(3), "b": None}, ("text", 4)],
         (torch.empty(0, 5),),
+        {"both": Masked(torch.ones(2), torch.ones(2, dtype=torch.bool))},
+        (Known(torch.ones(2), 3), 1),
+        [(torch.ones(2), torch.ones(2))] * 40,
     ],
 )
 def test_meta_round_trip(value):
@@ -38,6 +63,13 @@ def test_meta_too_large_or_unpicklable():
         encode(flatten((torch.ones(1), "x" * 5000))[1])
     with pytest.raises(PipelineRuntimeError, match="cannot travel"):
         encode(flatten((torch.ones(1), lambda: 0))[1])
+
+
+@pytest.mark.parametrize("around", [lambda value: value, lambda value: (torch.ones(2), value)])
+def test_tensors_that_no_gradient_would_reach(around):
+    flatten(around(Unknown(torch.ones(2))))
+    with pytest.raises(ConfigError, match=r"holds a Unknown, .*register_dataclass"):
+        flatten(around(Unknown(torch.ones(2, requires_grad=True))))
 
 
 def two_ends(whole=False, **kwargs):

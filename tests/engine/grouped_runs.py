@@ -9,6 +9,7 @@ from changed_runs import (
     WIDTH,
     Block,
     Numbered,
+    blocks,
     built,
     by_itself,
     by_layer,
@@ -116,3 +117,12 @@ def foreign_parameter():
     net = built()
     params = [*net.parameters(), nn.Parameter(torch.ones(3))] if torch.distributed.get_rank() else net.parameters()
     dualpipe_engine.initialize(model=net, config=settings("dualpipe"), model_parameters=params)
+
+
+def dtypes_in_a_group():
+    import dualpipe_engine
+
+    net = built()
+    for block in blocks(net):
+        block.a.weight.data = block.a.weight.data.double()
+    dualpipe_engine.initialize(model=net, config=settings("zb1p", zero_optimization={"stage": 1}))

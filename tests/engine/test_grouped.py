@@ -18,8 +18,17 @@ def test_groups_and_lists_mean_the_same_parameters_on_all_copies(ranks, schedule
             assert [rank[name][2] for rank in found] == pytest.approx([norm] * 2, rel=1e-5)
 
 
-def test_a_parameter_of_another_model_is_refused_everywhere(ranks):
+@pytest.mark.parametrize(
+    ("wrong", "text"),
+    [
+        ("foreign_parameter", "a parameter of shape [3] given to initialize does not belong to the PipelineModule"),
+        ("dtypes_in_a_group", "0.a.weight is of torch.float64 and 0.a.bias of torch.float32, but ZeRO would make one"),
+    ],
+)
+def test_wrong_groups_are_refused_everywhere(ranks, wrong, text):
     with pytest.raises(RankError) as caught:
-        ranks.run(2, grouped_runs.foreign_parameter)
+        ranks.run(2, getattr(grouped_runs, wrong))
     messages = {error[1] for error in caught.value.errors.values()}
-    assert messages == {"a parameter of shape [3] given to initialize does not belong to the PipelineModule"}
+    assert len(caught.value.errors) == 2
+    assert len(messages) == 1
+    assert messages.pop().startswith(text)
