@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import random
 import threading
 import zlib
 
@@ -124,15 +123,6 @@ def change_all(net, name):
         CHANGES[name](block)
 
 
-def change_at_random(net, seed):
-    for name, block in list(net.named_modules()):
-        if isinstance(block, Block):
-            draw = random.Random(f"{seed} {name}")
-            chosen = draw.sample(STRUCTURE, draw.randint(0, 1)) + draw.sample(OTHERS, draw.randint(0, 3))
-            for change in chosen:
-                change(block)
-
-
 def fill(net):
     for name, param in net.named_parameters():
         generator = torch.Generator().manual_seed(zlib.crc32(name.encode()))
@@ -185,15 +175,9 @@ def by_layer(named):
 
 def expected(change):
     net = Numbered([Block() for _ in range(BLOCKS)])
-    if isinstance(change, int):
-        change_at_random(net, change)
-        fill(net)
-        groups = by_layer(net.named_parameters())
-    else:
-        change_all(net, change)
-        fill(net)
-        groups = net.parameters()
-    losses = by_itself(net, torch.optim.SGD(groups, lr=0.1))
+    change_all(net, change)
+    fill(net)
+    losses = by_itself(net, torch.optim.SGD(net.parameters(), lr=0.1))
     return losses, {name: param.detach() for name, param in net.named_parameters()}
 
 
@@ -227,13 +211,9 @@ def changed(schedule, changes):
     found = {}
     for change in changes:
         net = built([Block() for _ in range(BLOCKS)] if change == "lora" else None)
-        if isinstance(change, int):
-            change_at_random(net, change)
-        else:
-            change_all(net, change)
+        change_all(net, change)
         fill(net)
-        params = by_layer(net.named_parameters()) if isinstance(change, int) else net.parameters()
-        engine, *_ = dualpipe_engine.initialize(model=net, config=settings(schedule), model_parameters=params)
+        engine, *_ = dualpipe_engine.initialize(model=net, config=settings(schedule), model_parameters=net.parameters())
         stream = data()
         losses = [float(engine.train_batch(stream)) for _ in range(STEPS)]
         found[change] = losses, {name: value for name, value in weights(engine).items() if "nothing" not in name}
