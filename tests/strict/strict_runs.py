@@ -169,6 +169,33 @@ def auto(folder, experts):
     return left, losses
 
 
+class Pair(torch.nn.Module):
+    """A layer that takes and passes on hidden states with a mask and a second tensor that learns."""
+
+    def __init__(self):
+        super().__init__()
+        self.linear = torch.nn.Linear(8, 8)
+
+    def forward(self, given):
+        x, mask, extra = given if isinstance(given, tuple) else (given, given > 0, given[:, :3])
+        return x + torch.tanh(self.linear(x)) * mask, ~mask, extra * 0.5 + x[:, :3]
+
+
+def several_tensors(config, ranks):
+    """Losses of stages that pass on several tensors."""
+    from deepspeed.pipe import LayerSpec, PipelineModule
+
+    import dualpipe_engine
+
+    torch.manual_seed(7)
+    layers = [LayerSpec(Pair) for _ in range(2 * ranks)]
+    module = PipelineModule(layers, num_stages=ranks, loss_fn=lambda out, y: (out[0] + y).pow(2).mean() + out[2].mean())
+    engine, *_ = dualpipe_engine.initialize(model=module, config=config)
+    draw = torch.Generator().manual_seed(3)
+    data = iter([(torch.randn(2, 8, generator=draw), torch.randn(2, 8, generator=draw)) for _ in range(16)])
+    return [float(engine.train_batch(data)) for _ in range(2)]
+
+
 def moe(**kwargs):
     import moe_runs
 
