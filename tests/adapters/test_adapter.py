@@ -139,6 +139,26 @@ def test_any_model_with_a_row_of_blocks():
     assert_same(run(chained(stages), model, x, y, nn.functional.cross_entropy), whole)
 
 
+class Dropping(Net):
+    """Asks itself, not a module, whether it is trained."""
+
+    def forward(self, x, scale):
+        return nn.functional.dropout(super().forward(x, scale), 0.5, self.training)
+
+
+@pytest.mark.parametrize("mode", [True, False])
+def test_the_mode_of_a_stage_is_that_of_the_model(mode):
+    torch.manual_seed(0)
+    model = Dropping().train(not mode)
+    x = (torch.randn(4, 6), torch.tensor(2.0))
+    stages = [stage.train(mode) for stage in get_model_adapter(model, example_inputs=x).partition(2)]
+    model.train(mode)
+    with torch.random.fork_rng():
+        wanted = model(*x)
+    assert torch.equal(chained(stages)(x), wanted)
+    assert bool((wanted == 0).any()) == mode
+
+
 class Shared(Net):
     def forward(self, x):
         x = self.enter(x)
