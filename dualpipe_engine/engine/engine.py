@@ -219,13 +219,17 @@ class DualPipeEngine(Evaluation, Measuring, Checkpoints, Surface):
         self._edges = Edges(transport, self.device, timeout, module.dynamic_shape, self.watch.position)
         self._observer = Observer(self.place.rank, self.device)
         self._trained, self._written = TrainedParams(self), WrittenBuffers(self)
-        self._tail = GradientTail(self)
+        self._tail, self.finite = GradientTail(self), FiniteCheck(self)
         self._executor = Executor(
-            self.place.rank, self._chunks, self._edges, self._observer, self._tail, self._before_forward
+            self.place.rank,
+            self._chunks,
+            self._edges,
+            self._observer,
+            self._tail,
+            self._before_forward,
+            self.finite.borders,
         )
         self._inbound = side_stream(self.device)  # of inputs and labels
-        self.finite = FiniteCheck(self)
-        self._executor.borders = self.finite.borders
         # Evaluation may use other shapes, so it has edges of its own and announces every shape.
         self._eval_executor = Executor(
             self.place.rank,

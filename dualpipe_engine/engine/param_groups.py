@@ -149,10 +149,10 @@ class GroupMap:
                 spare.append((name, param))
             else:
                 held.setdefault(getattr(param, _NAME, name), []).append((name, param))
+        order = {name: number for number, (name, _) in enumerate(self._model.named_parameters())}
         groups: list[dict[str, Any]] = []
         for group in self._merged.values():
             found = [pair for name in dict.fromkeys(group.names) for pair in held.get(name, ())]
-            order = {name: number for number, (name, _) in enumerate(self._model.named_parameters())}
             found.sort(key=lambda pair: order[pair[0]])
             if not any(param.requires_grad for _, param in found):
                 found.append(spare.pop(0) if spare else (PLACEHOLDER, add_placeholder(self._model)))

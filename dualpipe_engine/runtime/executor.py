@@ -67,7 +67,6 @@ class Executor:
 
     Attributes:
         scale: factor on every loss before its backward.
-        borders: the argument; may be replaced between batches.
     """
 
     def __init__(
@@ -86,7 +85,7 @@ class Executor:
         self._observer = observer
         self._tail = tail
         self._on_micro = on_micro
-        self.borders = borders
+        self._borders = borders
         self.scale = 1.0
         self._handlers: dict[str, Callable[[Op], None]] = {
             F: self._forward,
@@ -119,8 +118,8 @@ class Executor:
         self._grads: dict[tuple[int, int], list[torch.Tensor]] = {}
         self._unnoted: list[tuple[Callable[[int, int, Any], None], Op, Any]] = []
         self._observer.start_batch()
-        if self.borders is not None:
-            self.borders.clear()
+        if self._borders is not None:
+            self._borders.clear()
         program = plan.programs[self._rank]
         position = self._edges.position
         position.plan, position.awaits, position.device_done = plan, None, self._observer.device_done
@@ -150,8 +149,8 @@ class Executor:
         if stage == 0:
             with self._observer.waiting(DATA, op):
                 inputs = self._feed.inputs(micro)
-            if self.borders is not None:
-                self.borders.data(micro, inputs)
+            if self._borders is not None:
+                self._borders.data(micro, inputs)
             return inputs
         key = (stage, micro)
         if key in self._inputs:
@@ -202,15 +201,15 @@ class Executor:
             else:
                 self._outputs[stage, micro] = output
         elif self._train:
-            if self.borders is not None:
-                self.borders.loss(stage, micro, output)
+            if self._borders is not None:
+                self._borders.loss(stage, micro, output)
             self._result.losses[micro] = output
         else:
             self._result.outputs[micro] = (output, labels)
 
     def _note_output(self, op: Op, output: Any) -> None:
-        if self.borders is not None:
-            self._unnoted.append((self.borders.output, op, output))
+        if self._borders is not None:
+            self._unnoted.append((self._borders.output, op, output))
 
     def _backward(self, op: Op) -> None:
         grads = self._take_grads(op)
@@ -234,8 +233,8 @@ class Executor:
             self._grads[(stage - 1, micro) if local else (stage, micro)] = grads
 
     def _note_grads(self, op: Op, grads: list[torch.Tensor]) -> None:
-        if self.borders is not None:
-            self._unnoted.append((self.borders.back, op, grads))
+        if self._borders is not None:
+            self._unnoted.append((self._borders.back, op, grads))
 
     def _note(self) -> None:
         """Note what the last op has passed on. Sends come first, since a neighbour may wait for them."""
@@ -292,8 +291,8 @@ class Executor:
             self._tail.accumulate(op.stage)
 
     def _note_weights(self, op: Op) -> None:
-        if self.borders is not None:
-            self.borders.weights(op.stage, op.micro)
+        if self._borders is not None:
+            self._borders.weights(op.stage, op.micro)
 
     def _reduce(self, op: Op) -> None:
         if self._tail is not None:
