@@ -17,10 +17,10 @@ from .errors import ConfigError, DualPipeError, MissingExtraError, PipelineRunti
 
 if TYPE_CHECKING:
     from .compat.deepseek import DualPipe, DualPipeV, set_p2p_tensor_dtype, set_p2p_tensor_shapes
+    from .compat.deepspeed_schedule import DualPipeSchedule
+    from .compat.weight_grad_store import WeightGradStore
     from .engine.engine import DualPipeEngine
     from .engine.initialize import initialize
-    from .engine.pipe_schedule import DualPipeSchedule
-    from .utils import WeightGradStore
 
 __version__ = "0.1.0"
 __all__ = [
@@ -42,7 +42,7 @@ __all__ = [
 _LAZY = {
     "DualPipe": "compat.deepseek",
     "DualPipeEngine": "engine.engine",
-    "DualPipeSchedule": "engine.pipe_schedule",
+    "DualPipeSchedule": "compat.deepspeed_schedule",
     "DualPipeV": "compat.deepseek",
     "WeightGradStore": "utils",
     "initialize": "engine.initialize",

@@ -11,8 +11,8 @@ from __future__ import annotations
 
 import argparse
 
-from dualpipe_engine.schedule.choose import compare
-from dualpipe_engine.schedule.costs import CostModel
+from dualpipe_engine.schedule.search.compare import compare
+from dualpipe_engine.schedule.timing.costs import CostModel
 
 SETTINGS = {
     "F = I = W = 1, no overlap (F&B = 3)": CostModel(),

@@ -21,7 +21,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from dualpipe_engine import DualPipe, DualPipeV
-from dualpipe_engine.utils import WeightGradStore, run_backward
+from dualpipe_engine.compat.weight_grad_store import WeightGradStore, run_backward
 
 HIDDEN, LENGTH, MICRO_BATCH = 64, 16, 3
 

@@ -21,10 +21,10 @@ from text import Windows, read_folder
 from torch.utils.data import DataLoader
 
 import dualpipe_engine
-from dualpipe_engine.schedule.costs import UNIT
 from dualpipe_engine.schedule.op import COMPUTE
-from dualpipe_engine.schedule.simulate import simulate
 from dualpipe_engine.schedule.timeline import Timeline
+from dualpipe_engine.schedule.timing.costs import UNIT
+from dualpipe_engine.schedule.timing.simulate import simulate
 from dualpipe_engine.viz.chrome import write_chrome
 from dualpipe_engine.viz.figure import save_figure
 from dualpipe_engine.viz.overlap import hidden, notes

@@ -23,7 +23,7 @@ import torch.utils.cpp_extension
 import transformers.modeling_utils
 
 import dualpipe_engine.adapters.adapter
-import dualpipe_engine.engine.auto
+import dualpipe_engine.engine.auto.choose
 import dualpipe_engine.engine.initialize
 
 torch.set_num_threads(1)

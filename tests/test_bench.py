@@ -25,8 +25,8 @@ def report():
 
 
 def test_planner_rows_count_the_ops_of_their_plans(report):
-    from dualpipe_engine.schedule.choose import make_plan
-    from dualpipe_engine.schedule.lower import lower
+    from dualpipe_engine.schedule.passes.lower import lower
+    from dualpipe_engine.schedule.search.make_plan import make_plan
 
     for optimize in (False, True):
         row = report.plan_row("dualpipe", 4, 16, optimize)

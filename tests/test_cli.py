@@ -9,11 +9,13 @@ import sys
 import pytest
 
 from dualpipe_engine.cli import main
-from dualpipe_engine.schedule.choose import SCHEDULES, compare, make_plan
-from dualpipe_engine.schedule.costs import CostModel
-from dualpipe_engine.schedule.lower import lower
+from dualpipe_engine.schedule.orders.registry import SCHEDULES
+from dualpipe_engine.schedule.passes.lower import lower
 from dualpipe_engine.schedule.plan import Plan
-from dualpipe_engine.schedule.simulate import peak_activations, simulate
+from dualpipe_engine.schedule.search.compare import compare
+from dualpipe_engine.schedule.search.make_plan import make_plan
+from dualpipe_engine.schedule.timing.costs import CostModel
+from dualpipe_engine.schedule.timing.simulate import peak_activations, simulate
 from dualpipe_engine.viz.chrome import write_chrome
 
 PAPER = ["--schedule", "dualpipe", "--ranks", "8", "--micro-batches", "20"]

@@ -24,7 +24,7 @@ def test_links_lead_somewhere(page):
 
 def test_named_files_exist():
     text = (ROOT / "docs" / "architecture.md").read_text()
-    for name in re.findall(r"`((?:schedule|viz|comm|runtime|engine)/\w+\.py)", text):
+    for name in re.findall(r"`((?:schedule|viz|comm|faults|runtime|engine|compat|profiling)/[\w/]+\.py)", text):
         assert (ROOT / "dualpipe_engine" / name).exists(), name
 
 
@@ -49,7 +49,7 @@ def module(name, code):
 def test_extending_names_what_there_is():
     """Files, and names in them."""
     text = (ROOT / "docs" / "extending.md").read_text()
-    example = {"dualpipe_engine/schedule/gpipe.py", "tests/schedule/test_gpipe.py"}
+    example = {"dualpipe_engine/schedule/orders/gpipe.py", "tests/schedule/orders/test_gpipe.py"}
     names = set(re.findall(r"`((?:dualpipe_engine|tests)/[\w/]+\.py)`", text))
     assert example < names
     for name in names - example:
@@ -62,22 +62,25 @@ def test_extending_names_what_there_is():
 
 def test_adding_a_schedule(monkeypatch):
     """The file, the line and the test that the page shows are all that GPipe needs."""
-    from dualpipe_engine.schedule import choose
+    from dualpipe_engine.schedule.orders import registry
+    from dualpipe_engine.schedule.search.compare import compare
+    from dualpipe_engine.schedule.search.make_plan import make_plan
 
     code, line, test = blocks("A schedule")
-    gpipe = module("dualpipe_engine.schedule.gpipe", code)
+    gpipe = module("dualpipe_engine.schedule.orders.gpipe", code)
     monkeypatch.setitem(sys.modules, gpipe.__name__, gpipe)
-    known = eval(f"{{{line}}}", {**vars(choose), "gpipe": gpipe, "sys": sys})
-    monkeypatch.setattr(choose, "_KNOWN", choose._KNOWN | known)
-    monkeypatch.setattr(choose, "SCHEDULES", tuple(choose._KNOWN))
+    known = eval(f"{{{line}}}", {**vars(registry), "gpipe": gpipe, "sys": sys})
+    for name, schedule in known.items():
+        monkeypatch.setitem(registry.KNOWN, name, schedule)
+    monkeypatch.setattr(registry, "SCHEDULES", tuple(registry.KNOWN))
     monkeypatch.syspath_prepend(ROOT / "tests" / "schedule")
     tests = module("test_gpipe", test)
     for name in dir(tests):
         if name.startswith("test_"):
             getattr(tests, name)()
     for optimize in (False, True):
-        assert choose.make_plan("gpipe", 2, 9, optimize=optimize).num_ops == 36
-    rows = {row.schedule: row for row in choose.compare(2, 9)}
+        assert make_plan("gpipe", 2, 9, optimize=optimize).num_ops == 36
+    rows = {row.schedule: row for row in compare(2, 9)}
     assert rows["gpipe"].peak_activations == 9 and rows["gpipe"].feasible
 
 

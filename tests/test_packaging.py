@@ -15,9 +15,10 @@ PACKAGE = Path(__file__).parent.parent / "dualpipe_engine"
 LAYERS = [
     "schedule",
     "viz",
-    "profiling",
     "comm",
+    "faults",
     "runtime",
+    "profiling",
     "models",
     "engine",
     "adapters",
@@ -25,17 +26,30 @@ LAYERS = [
 FOREIGN = {
     "schedule": set(),
     "viz": {"rich", "matplotlib", "numpy"},
-    "profiling": {"rich"},
     "comm": {"torch"},
+    "faults": {"torch"},
     "runtime": {"torch"},
+    "profiling": {"rich"},
     "models": {"torch", "deepspeed"},
     "engine": {"torch", "deepspeed", "pydantic", "numpy", "safetensors"},
     "adapters": {"torch", "deepspeed", "transformers", "safetensors"},
     "compat": {"torch"},
+    "testing": {"torch"},
+    "cli": set(),
 }
 #: What a package beside the layers may import; compat re-exports the integrations.
-ABOVE = {"compat": {"schedule", "comm", "runtime", "compat", "utils", "integrations"}}
-OPTIONAL = {("apex_support.py", "apex"), ("deep_ep.py", "deep_ep")}
+ABOVE = {
+    "compat": {"schedule", "comm", "runtime", "compat", "integrations"},
+    "testing": {"schedule"},
+    "cli": {"cli", "schedule", "viz", "profiling", "engine", "__version__"},
+}
+OPTIONAL = {
+    ("apex_support.py", "apex"),
+    ("deep_ep.py", "deep_ep"),
+    ("deepspeed_schedule.py", "deepspeed"),
+    ("profiler.py", "torch"),  # collects on the ranks; the rest of profiling reads files without torch
+    ("clocks.py", "torch"),
+}
 
 
 def imports(path):

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from dualpipe_engine.schedule.choose import SCHEDULES
+from dualpipe_engine.schedule.orders.registry import SCHEDULES
 
 ROOT = Path(__file__).resolve().parents[1]
 

@@ -5,14 +5,18 @@ from __future__ import annotations
 import json
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 
 from ..errors import ConfigError, MissingExtraError
 from .conversion import sources_of
-from .stage import Stage, materialize
+from .stage import Stage
+
+if TYPE_CHECKING:
+    pass
+
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
@@ -137,3 +141,20 @@ def _files(folder: Path) -> dict[str, Path]:
 
     with safe_open(folder / SINGLE, framework="pt") as opened:
         return dict.fromkeys(opened.keys(), folder / SINGLE)
+
+
+def materialize(module: nn.Module, device: torch.device) -> None:
+    """Give storage to everything of `module` that is on the meta device, keeping ties between its parts."""
+    seen: dict[int, torch.Tensor] = {}
+    for part in module.modules():
+        tables: list[dict[str, Any]] = [part._parameters, part._buffers]  # type: ignore[list-item]
+        for held in tables:
+            for key, tensor in held.items():
+                if tensor is None or not tensor.is_meta:
+                    continue
+                if id(tensor) not in seen:
+                    made: torch.Tensor = torch.empty_like(tensor, device=device)
+                    if isinstance(tensor, nn.Parameter):
+                        made = nn.Parameter(made, requires_grad=tensor.requires_grad)
+                    seen[id(tensor)] = made
+                held[key] = seen[id(tensor)]

@@ -2,15 +2,24 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable
+from typing import Any, Protocol
 
-import torch
 from torch import nn
 
 from .runner import Runner, Span
 
-if TYPE_CHECKING:
-    from .adapter import ModelAdapter
+
+class Source(Protocol):
+    """What a stage asks of the adapter that it is cut from (`ModelAdapter`)."""
+
+    fill: Callable[[Stage], None] | None
+
+    def modules_of(self, spans: tuple[Span, ...]) -> dict[str, nn.Module]: ...
+
+    def description(self) -> dict[str, Any]: ...
+
+    def runner(self, span: Span, owned: dict[str, nn.Module]) -> Runner: ...
 
 
 class Stage(nn.Module):
@@ -27,7 +36,7 @@ class Stage(nn.Module):
     whole_model: dict[str, Any]
     _runners: list[Runner]
 
-    def __init__(self, adapter: ModelAdapter, spans: tuple[Span, ...]) -> None:
+    def __init__(self, adapter: Source, spans: tuple[Span, ...]) -> None:
         super().__init__()
         owned = adapter.modules_of(spans)
         for name, module in owned.items():
@@ -77,20 +86,3 @@ class Stage(nn.Module):
                 place.add_module(part, nn.Module())
             place = place._modules[part]  # type: ignore[assignment]
         place.add_module(last, module)
-
-
-def materialize(module: nn.Module, device: torch.device) -> None:
-    """Give storage to everything of `module` that is on the meta device, keeping ties between its parts."""
-    seen: dict[int, torch.Tensor] = {}
-    for part in module.modules():
-        tables: list[dict[str, Any]] = [part._parameters, part._buffers]  # type: ignore[list-item]
-        for held in tables:
-            for key, tensor in held.items():
-                if tensor is None or not tensor.is_meta:
-                    continue
-                if id(tensor) not in seen:
-                    made: torch.Tensor = torch.empty_like(tensor, device=device)
-                    if isinstance(tensor, nn.Parameter):
-                        made = nn.Parameter(made, requires_grad=tensor.requires_grad)
-                    seen[id(tensor)] = made
-                held[key] = seen[id(tensor)]

@@ -14,8 +14,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from ..schedule.progress import waiting
 from .device import on_stream, pinned_empty
-from .position import waiting
 from .stream import SharedStream, shared_stream
 from .tickets import Moments, Tickets
 

@@ -19,8 +19,8 @@ from typing import Any
 import torch
 
 from ..errors import PipelineRuntimeError
+from ..schedule.progress import Position
 from .meta import HEADER_BYTES, MessageMeta, TensorMeta, block_of, decode, encode, flatten
-from .position import Position
 from .tickets import Ticket
 from .transport import Transport
 

@@ -4,7 +4,7 @@ One interface, three ways to get it; `DUALPIPE_COMM` (or an argument) forces one
 
     prebuilt    the C++ helper that was built at install (`dualpipe_engine._comm`)
     build       the C++ helper, built on first use and kept in torch's folder of extensions (`TORCH_EXTENSIONS_DIR`)
-    python      its twin in Python (`comm.twin`)
+    python      its twin in Python (`comm.python_stream`)
 
 Unset, they are tried in this order, and the twin comes with one warning.
 """
@@ -18,6 +18,7 @@ import importlib
 import importlib.util
 import os
 import sys
+import time
 import warnings
 import weakref
 from collections.abc import Callable, Sequence
@@ -30,7 +31,7 @@ import torch.distributed as dist
 
 from ..errors import ConfigError
 from .device import side_stream
-from .tickets import TimedTicket
+from .tickets import TimedTicket, Transfer
 
 VARIABLE = "DUALPIPE_COMM"
 _NAME = "dualpipe_comm"
@@ -161,7 +162,7 @@ def _prebuilt() -> ModuleType:
 
 
 def _twin() -> ModuleType:
-    return importlib.import_module("dualpipe_engine.comm.twin")
+    return importlib.import_module("dualpipe_engine.comm.python_stream")
 
 
 def _build() -> ModuleType:
@@ -190,3 +191,12 @@ def _build() -> ModuleType:
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
+
+
+def transfer_of(ticket: StreamTicket) -> Transfer:
+    """What has become of a transfer of a communication stream; named after its kind, `finished` is 0 while it runs."""
+    moments = ticket.moments()
+    finished = ticket.finished_at() or 0.0
+    if moments is not None and moments[1] is not None:
+        finished = finished or time.monotonic()
+    return Transfer(ticket.kind, ticket.posted_ns * 1e-9, ticket.waited_ns * 1e-9, finished, ticket.size, moments)

@@ -6,12 +6,10 @@ import time
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Protocol
 
-from .position import waiting
+from ..schedule.progress import waiting
 
 if TYPE_CHECKING:
     import torch
-
-    from .stream import StreamTicket
 
 
 class Ticket(Protocol):
@@ -92,15 +90,6 @@ class Transfer:
         # A receive or a send that nobody had to wait for has no event behind it: when the host saw its end must do.
         end = self.finished if finished is None else zero + finished.since(event)
         return replace(self, posted=start, waited=waited, finished=max(start, end), moments=None)
-
-
-def transfer_of(ticket: StreamTicket) -> Transfer:
-    """What has become of a transfer of a communication stream; named after its kind, `finished` is 0 while it runs."""
-    moments = ticket.moments()
-    finished = ticket.finished_at() or 0.0
-    if moments is not None and moments[1] is not None:
-        finished = finished or time.monotonic()
-    return Transfer(ticket.kind, ticket.posted_ns * 1e-9, ticket.waited_ns * 1e-9, finished, ticket.size, moments)
 
 
 class Tickets:

@@ -9,26 +9,26 @@ from typing import Any
 import torch
 from torch.utils import _pytree as pytree
 
-from .. import utils
 from ..runtime.chunk import StageChunk
 from ..runtime.weight_grad import WeightGradStore
+from .weight_grad_store import WeightGradStore as DeepSeekStore
 
 
 class SharedStore(WeightGradStore):
-    """A store that also takes what layers put into `utils.WeightGradStore`."""
+    """A store that also takes what layers put into DeepSeek's `WeightGradStore`."""
 
     @contextmanager
     def defer(self) -> Iterator[None]:
-        before, utils.WeightGradStore.enabled = utils.WeightGradStore.enabled, True
+        before, DeepSeekStore.enabled = DeepSeekStore.enabled, True
         try:
             with super().defer():
                 yield
         finally:
-            utils.WeightGradStore.enabled = before
+            DeepSeekStore.enabled = before
 
     def take(self) -> list[Callable[[], None]]:
         # A layer's closure may use saved activations, which still belong to the graph.
-        own = [torch.no_grad()(func) for func in utils.WeightGradStore.take()]
+        own = [torch.no_grad()(func) for func in DeepSeekStore.take()]
         return own + super().take()
 
 

@@ -14,7 +14,6 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from .. import utils
 from ..comm.communicators import open_pairs
 from ..comm.p2p import Edges
 from ..comm.transport import GroupTransport, Transport
@@ -22,12 +21,14 @@ from ..errors import ConfigError
 from ..runtime.executor import Executor
 from ..runtime.observer import Observer
 from ..runtime.weight_grad import install
-from ..schedule.choose import make_plan, placement_of
-from ..schedule.lower import forward_only, lower
+from ..schedule.orders.registry import placement_of
+from ..schedule.passes.lower import forward_only, lower
+from ..schedule.passes.verify import verify
 from ..schedule.placement import Placement
 from ..schedule.plan import Plan
-from ..schedule.verify import verify
+from ..schedule.search.make_plan import make_plan
 from .chunk import PairedChunk, SharedStore
+from .weight_grad_store import WeightGradStore as DeepSeekStore
 
 TIMEOUT_S = 600.0  #: of a transfer
 
@@ -129,15 +130,15 @@ class StagePair(nn.Module):
         for chunk in self._chunks.values():
             chunk.loss_fn, chunk.returns_outputs, chunk.returned = criterion, return_outputs, {}
         self._edges.reset_shapes()
-        utils.WeightGradStore.clear()
+        DeepSeekStore.clear()
         try:
             result = self._executor.run(plan, feed)
-            while utils.WeightGradStore.funcs_queue:  # what an `overlapped_forward_backward` has left to the pipeline
-                utils.WeightGradStore.pop()
+            while DeepSeekStore.funcs_queue:  # what an `overlapped_forward_backward` has left to the pipeline
+                DeepSeekStore.pop()
             loss = torch.stack([result.losses[micro] for micro in leaving]) if criterion and leaving else None
             outputs = self._returned(leaving) if return_outputs and leaving else None
         finally:
-            utils.WeightGradStore.clear()
+            DeepSeekStore.clear()
             for chunk in self._chunks.values():
                 chunk.loss_fn, chunk.returned = None, {}
         return loss, outputs

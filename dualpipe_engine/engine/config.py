@@ -11,7 +11,7 @@ from deepspeed.runtime.tensor_parallel.init_utils import load_ds_config
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from ..errors import ConfigError
-from ..schedule.choose import SCHEDULES
+from ..schedule.orders.registry import SCHEDULES
 from .keys import refuse_keys
 
 STOCK = "1f1b-deepspeed"
@@ -37,7 +37,7 @@ class DualPipeConfig(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
 
     schedule: str = STOCK
-    """A name of `schedule.choose.SCHEDULES`, "auto", a path to a plan file (.csv, .json), or "1f1b-deepspeed"."""
+    """A name of `schedule.orders.registry`, "auto", a path to a plan file (.csv, .json), or "1f1b-deepspeed"."""
     optimize: bool = True
     """Take the best candidate under the known costs; false runs the reference order."""
     costs: str | None = None

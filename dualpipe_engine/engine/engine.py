@@ -22,42 +22,42 @@ from ..comm.stream import StreamTicket
 from ..comm.tickets import Transfer
 from ..comm.transport import GroupTransport
 from ..errors import ConfigError
-from ..profiling.records import LOSS
+from ..faults.watch import Watch, watched
 from ..runtime.apex_support import apex_status
 from ..runtime.executor import Executor
 from ..runtime.observer import Observer
 from ..runtime.weight_grad import WeightGradStore, install
-from ..schedule.costs import CostModel
 from ..schedule.op import I, atoms
 from ..schedule.plan import Plan
-from .additional_losses import AdditionalLosses
-from .checkpoint import Checkpoints
-from .checkpoint_loader import ResumableLoader, ResumableSampler
+from ..schedule.records import LOSS
+from ..schedule.timing.costs import CostModel
+from .batches.additional_losses import AdditionalLosses
+from .batches.evaluation import Evaluation
+from .batches.feed import BatchFeed, check_same_stream
+from .batches.loader import ResumableLoader, ResumableSampler
+from .batches.loss_sums import Totals
+from .checkpoint.save_load import Checkpoints
+from .checks.copies import check_twins
+from .checks.finite import FiniteCheck
+from .checks.written_buffers import WrittenBuffers
 from .config import DualPipeConfig
-from .data import BatchFeed, check_same_stream
-from .evaluation import Evaluation
-from .experts import has_experts
-from .finite import FiniteCheck
-from .freezing import TrainedParams
-from .gradients import GradientTail
-from .grid import Place
-from .measuring import Measuring
-from .module import (
-    PlacedModule,
+from .placing.experts import has_experts
+from .placing.grid import Place
+from .placing.module import PlacedModule
+from .placing.param_groups import GroupMap
+from .placing.stages import (
     has_phases,
     make_chunk,
     needs_input_gradient,
+    params_of,
     set_activation_checkpointing,
     stage_views,
 )
-from .param_groups import GroupMap
-from .planning import make_lowered_plan
-from .reduction import params_of
+from .plan import make_lowered_plan
+from .reduction.freezing import TrainedParams
+from .reduction.tail import GradientTail
 from .surface import Surface
-from .totals import Totals
-from .twins import check_twins
-from .watch import Watch, watched
-from .written_buffers import WrittenBuffers
+from .timelines import Measuring
 
 
 class DualPipeEngine(Evaluation, Measuring, Checkpoints, Surface):

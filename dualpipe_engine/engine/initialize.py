@@ -15,20 +15,20 @@ from deepspeed.pipe import DualPipeVModule, PipelineModule
 from deepspeed.runtime.config import DeepSpeedConfig
 from deepspeed.runtime.pipe.engine import PipelineEngine
 
-from ..comm.position import Position
 from ..errors import ConfigError
-from .agreement import agree_on_copies, agree_on_job
-from .auto import choose, job_costs, print_choice
-from .balance import stage_bounds
+from ..faults.watch import Watch
+from ..schedule.progress import Position
+from .auto.choose import choose, job_costs, print_choice
+from .checks.agreement import agree_on_copies, agree_on_job
+from .checks.written_buffers import check_statistics
 from .config import AUTO, STOCK, check_zero, find_config, micro_batches, read_config
 from .engine import DualPipeEngine
-from .experts import make_expert_groups
-from .grid import set_device
-from .module import place
-from .param_groups import GroupMap, check_dtypes, name_parameters
-from .planning import agree, make_lowered_plan, unmeasured_costs
-from .watch import Watch
-from .written_buffers import check_statistics
+from .placing.balance import stage_bounds
+from .placing.experts import make_expert_groups
+from .placing.grid import set_device
+from .placing.module import place
+from .placing.param_groups import GroupMap, check_dtypes, name_parameters
+from .plan import agree, make_lowered_plan, unmeasured_costs
 
 _stock_initialize = deepspeed.initialize  # before `dualpipe_engine.run` puts ours in its place
 

@@ -61,7 +61,7 @@ _WRITTEN = "engine/test_keys.py::test_what_is_written_and_read"
 _BF16 = "engine/test_keys.py::test_keys_of_bf16"
 _REPORTS = "engine/test_reporting.py::test_reports_like_stock"
 _SENTENCE = "engine/test_errors.py::test_every_rank_says_the_same_sentence"
-_OFFLOAD = "engine/test_zero.py::test_optimizer_on_the_host_trains_like_stock"
+_OFFLOAD = "engine/reduction/test_partitioned.py::test_optimizer_on_the_host_trains_like_stock"
 _ZERO_3 = "only ZeRO-3 reads it"
 _GONE = "DeepSpeed has removed it"
 
@@ -89,7 +89,7 @@ TRAINING = (
 PIPELINE = (
     _works(
         "pipeline pipeline.activation_checkpoint_interval pipeline.use_reentrant",
-        "engine/test_conversion.py::test_features",
+        "engine/placing/test_module.py::test_features",
     ),
     _works(
         "pipeline.pipe_partitioned pipeline.grad_partitioned",
@@ -136,7 +136,7 @@ PRECISION = (
     _works(
         "fp16 fp16.enabled fp16.loss_scale fp16.initial_scale_power fp16.loss_scale_window fp16.hysteresis "
         "fp16.consecutive_hysteresis fp16.min_loss_scale",
-        "engine/test_zero.py::test_dynamic_loss_scale",
+        "engine/reduction/test_partitioned.py::test_dynamic_loss_scale",
     ),
     _works("fp16.fp16_master_weights_and_grads", "engine/test_keys.py::test_master_weights_in_fp16"),
     _refused("fp16.auto_cast", "inputs enter a schedule as the data loader makes them"),
@@ -176,7 +176,7 @@ CHECKPOINTS = (
     ),
     _works(
         "checkpoint.load_universal",
-        "engine/test_checkpoint.py::test_the_optimizer_moves_through_universal_checkpoints",
+        "engine/checkpoint/test_checkpoint.py::test_the_optimizer_moves_through_universal_checkpoints",
     ),
     _refused("checkpoint.use_node_local_storage", "rank 0 gives a checkpoint its name when the files of all are there"),
     _refused(
@@ -189,7 +189,10 @@ CHECKPOINTS = (
 
 _Z = "zero_optimization"
 ZERO = (
-    _works("zero_optimization zero_optimization.stage", "engine/test_zero.py::test_zero_2_trains_like_stock_zero_1"),
+    _works(
+        "zero_optimization zero_optimization.stage",
+        "engine/reduction/test_partitioned.py::test_zero_2_trains_like_stock_zero_1",
+    ),
     _works(
         "reduce_bucket_size allgather_bucket_size parameter_alignment round_robin_gradients compute_grad_norm",
         _SAME,

@@ -46,16 +46,17 @@ WORKS: dict[str, str] = {
     "engine/test_parity.py::test_trains_like_stock": "train_batch get_global_grad_norm get_lr optimizer lr_scheduler",
     "engine/test_topologies.py::test_changed_batch_size": "set_train_batch_size micro_batches",
     "engine/test_topologies.py::test_replicas": "compile is_compiled",
-    "engine/test_conversion.py::test_features": "eval_batch training_dataloader data_iterator",
-    "engine/test_batch_kinds.py::test_labels_may_be_anything": "set_batch_fn batch_fn",
+    "engine/placing/test_module.py::test_features": "eval_batch training_dataloader data_iterator",
+    "engine/batches/test_batch_kinds.py::test_labels_may_be_anything": "set_batch_fn batch_fn",
     "engine/test_classifier.py::test_loaders_that_the_engine_makes": "deepspeed_io collate_fn training_data",
-    "engine/test_checkpoint.py::test_a_resumed_run_is_the_uninterrupted_one": "save_checkpoint load_checkpoint "
-    "module_state_dict load_module_state_dict checkpoint_engine",
+    "engine/checkpoint/test_checkpoint.py::test_a_resumed_run_is_the_uninterrupted_one": (
+        "save_checkpoint load_checkpoint module_state_dict load_module_state_dict checkpoint_engine"
+    ),
     "engine/test_reporting.py::test_reports_like_stock": "get_additional_losses agg_additional_losses agg_train_loss "
     "is_gradient_accumulation_boundary monitor global_steps global_samples",
     "engine/test_reporting.py::test_curriculum_of_sequence_lengths": "reset_activation_shape",
-    "engine/test_zero.py::test_overflow_on_one_rank_skips_the_step_on_all": "skipped_steps",
-    "engine/test_norm.py::test_squares_in_pieces": "clip_fp32_gradients",
+    "engine/reduction/test_partitioned.py::test_overflow_on_one_rank_skips_the_step_on_all": "skipped_steps",
+    "engine/reduction/test_norm.py::test_squares_in_pieces": "clip_fp32_gradients",
     _VIEW: "grid num_stages stage_id prev_stage next_stage is_first_stage is_last_stage get_pipeline_parallel_rank "
     "get_data_parallel_rank get_model_parallel_rank get_tensor_parallel_rank is_pipe_parallel is_data_parallel "
     "is_model_parallel set_train_micro_batch_size micro_batch_size set_dataloader set_dataiterator global_rank",

@@ -12,8 +12,8 @@ from typing import Any, NoReturn
 from deepspeed.runtime.pipe.engine import PipelineEngine
 
 from ..errors import ConfigError, MissingAttributeError
-from .grid import Place
 from .methods import REFUSED, REFUSED_ATTRIBUTES
+from .placing.grid import Place
 
 
 class Surface(PipelineEngine):

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 from ..schedule.op import COMPUTE, FB, REDUCE, SEND_F, STEP, B, F, I, W
-from .records import DATA, DRAIN, FLUSH, LOSS, OP, PHASE, RECEIVE, REDUCTION, SEND, BatchRecord, Mark
+from ..schedule.records import DATA, DRAIN, FLUSH, LOSS, OP, PHASE, RECEIVE, REDUCTION, SEND, BatchRecord, Mark
 
 WAITING, COMMUNICATION, REDUCING, OPTIMIZER = "waiting", "communication", "reduction", "optimizer"
 DATA_TIME, OTHER = "data", "other"

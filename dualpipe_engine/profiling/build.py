@@ -11,14 +11,14 @@ from statistics import fmean, median
 from typing import Any
 
 from ..errors import ProfileError
-from ..schedule.measure import measured_costs
 from ..schedule.op import COMM, COMPUTE, NONE, RECV_B, RECV_F, REDUCE, SEND_F, Op
 from ..schedule.plan import Plan
+from ..schedule.records import DATA, DRAIN, FLUSH, LOSS, OP, PHASE, RECEIVE, SEND, BatchRecord, RankRecord
 from ..schedule.timeline import Span, Timeline
+from ..schedule.timing.from_timelines import measured_costs
 from ..viz.chrome import COMM_TRACK, COMPUTE_TRACK, MICROSECONDS, REDUCTION_TRACK, Note, to_chrome
 from .breakdown import CATEGORIES, COMMUNICATION, REDUCING, Breakdown, Message, break_down, messages, reductions
 from .profile import KEY, Profile, RankProfile
-from .records import DATA, DRAIN, FLUSH, LOSS, OP, PHASE, RECEIVE, SEND, BatchRecord, RankRecord
 
 
 def build_profile(records: Sequence[RankRecord], plan: Plan) -> Profile:

@@ -9,11 +9,13 @@ from functools import cached_property
 from statistics import fmean, median
 
 from ..errors import PlanError
-from ..schedule.choose import SCHEDULES, compare, fastest, make_plan
-from ..schedule.costs import CostModel
 from ..schedule.op import FB, I, atoms
+from ..schedule.orders.registry import SCHEDULES
 from ..schedule.placement import VEE, Placement
-from ..schedule.simulate import simulate
+from ..schedule.search.compare import compare, fastest
+from ..schedule.search.make_plan import make_plan
+from ..schedule.timing.costs import CostModel
+from ..schedule.timing.simulate import simulate
 from .breakdown import COMMUNICATION, DATA_TIME, OPTIMIZER, OTHER, REDUCING
 from .profile import Profile, RankProfile
 

@@ -13,10 +13,10 @@ from statistics import fmean, median
 from typing import Any
 
 from ..errors import PlanError, ProfileError
-from ..schedule.costs import CostModel
 from ..schedule.plan import Plan
-from ..schedule.simulate import simulate
 from ..schedule.timeline import Timeline
+from ..schedule.timing.costs import CostModel
+from ..schedule.timing.simulate import simulate
 from .breakdown import CATEGORIES
 
 KEY = "dualpipe_profile"

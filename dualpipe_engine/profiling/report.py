@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from ..schedule.measurement import gib
+from ..schedule.search.job_costs import gib
 from ..viz.terminal import wide_console
 from .breakdown import CATEGORIES, COMMUNICATION, REDUCING
 from .doctor import Finding

@@ -10,11 +10,11 @@ import torch
 from torch.utils import _pytree as pytree
 
 from ..comm.p2p import Edges
-from ..comm.position import waiting
 from ..errors import DualPipeError
-from ..profiling.records import DATA, FLUSH, RECEIVE, SEND
 from ..schedule.op import FB, RECV_B, RECV_F, REDUCE, SEND_B, SEND_F, STEP, B, F, I, Op, W
 from ..schedule.plan import Plan
+from ..schedule.progress import waiting
+from ..schedule.records import DATA, FLUSH, RECEIVE, SEND
 from .borders import Borders
 from .chunk import StageChunk, as_leaves
 from .observer import Observer

@@ -9,8 +9,8 @@ from typing import Any
 import torch
 
 from ..comm.tickets import Transfer
-from ..profiling.records import OP, PHASE, REDUCTION, BatchRecord, Mark
 from ..schedule.op import NONE, REDUCE, STEP, Op
+from ..schedule.records import OP, PHASE, REDUCTION, BatchRecord, Mark
 from ..schedule.timeline import Span
 
 BETWEEN_STAGES = ("send", "receive")  #: names of transfers that carry stage outputs and their gradients
@@ -79,7 +79,7 @@ class Observer:
         """Context manager: in the body the rank does something for `op` that is no computation.
 
         Args:
-            kind: one of the kinds of `profiling.records`.
+            kind: one of the kinds of `schedule.records`.
             op: whose input or output it is.
         """
         return Stretch(self, kind, op)

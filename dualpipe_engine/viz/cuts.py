@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from itertools import groupby
 from typing import TYPE_CHECKING, Any
 
-from ..schedule.recut import Cut, CutRow
+from ..schedule.cuts.fastest import Cut, CutRow
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -16,7 +16,7 @@ def cut_table(rows: Sequence[CutRow], title: str = "") -> Table:
     """Makespans with both cuts; `>` marks the fastest.
 
     Args:
-        rows: what `schedule.recut.compare_cuts` returns.
+        rows: what `schedule.cuts.fastest.compare_cuts` returns.
         title: printed above.
     """
     from rich.table import Table

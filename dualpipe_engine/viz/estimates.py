@@ -6,9 +6,9 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
-from ..schedule.estimate import PUBLISHED_HOURS, Estimate, Job
-from ..schedule.hardware import Hardware
-from ..schedule.model_shape import ModelShape
+from ..schedule.jobs.estimate import PUBLISHED_HOURS, Estimate, Job
+from ..schedule.jobs.hardware import Hardware
+from ..schedule.jobs.model_shape import ModelShape
 
 if TYPE_CHECKING:
     from rich.table import Table

@@ -6,8 +6,8 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
-from ..schedule.measurement import gib
-from ..schedule.memory import STOCK, Memory, MemoryRow
+from ..schedule.jobs.memory import STOCK, Memory, MemoryRow
+from ..schedule.search.job_costs import gib
 
 if TYPE_CHECKING:
     from rich.table import Table

@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
-from ..schedule.choose import Row, fastest
-from ..schedule.measurement import gib
 from ..schedule.op import Op, atoms
 from ..schedule.plan import Plan
+from ..schedule.search.compare import Row, fastest
+from ..schedule.search.job_costs import gib
 from ..schedule.timeline import Timeline
 from .cells import PALETTE, is_second, style
 
@@ -85,7 +85,7 @@ def comparison_table(rows: Sequence[Row], lower_bounds: Mapping[str, float], tit
     """Schedules side by side; `>` marks the fastest.
 
     Args:
-        rows: what `schedule.choose.compare` returns.
+        rows: what `schedule.search.compare.compare` returns.
         lower_bounds: schedule name -> least makespan of any order on that schedule's placement.
         title: printed above.
     """

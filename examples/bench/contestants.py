@@ -22,10 +22,11 @@ from sleeping import WIDTH, OverlappingStage, SleepingStage, Times, mean, stage_
 from torch.distributed import pipelining
 
 import dualpipe_engine
-from dualpipe_engine.schedule.choose import make_plan, placement_of
-from dualpipe_engine.schedule.costs import CostModel
+from dualpipe_engine.schedule.orders.registry import placement_of
 from dualpipe_engine.schedule.plan import Plan
-from dualpipe_engine.schedule.simulate import simulate
+from dualpipe_engine.schedule.search.make_plan import make_plan
+from dualpipe_engine.schedule.timing.costs import CostModel
+from dualpipe_engine.schedule.timing.simulate import simulate
 
 ROWS = 2  #: of a micro-batch
 TORCH = {

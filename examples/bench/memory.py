@@ -27,7 +27,7 @@ def _fullest(schedule: str, precision: str, zero: int) -> tuple[int, int, int]:
     from deepspeed.runtime.pipe.topology import PipeDataParallelTopology
 
     import dualpipe_engine
-    from dualpipe_engine.engine.memory import gradient_watch, held_bytes
+    from dualpipe_engine.testing.held_bytes import gradient_watch, held_bytes
 
     config: dict[str, Any] = {
         "train_micro_batch_size_per_gpu": 1,

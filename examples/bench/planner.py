@@ -6,10 +6,10 @@ import time
 from itertools import pairwise
 from typing import Any
 
-from dualpipe_engine.schedule.choose import make_plan
-from dualpipe_engine.schedule.costs import UNIT
-from dualpipe_engine.schedule.lower import lower
-from dualpipe_engine.schedule.verify import verify
+from dualpipe_engine.schedule.passes.lower import lower
+from dualpipe_engine.schedule.passes.verify import verify
+from dualpipe_engine.schedule.search.make_plan import make_plan
+from dualpipe_engine.schedule.timing.costs import UNIT
 
 SIZES = ((8, 64), (32, 512), (64, 1024), (128, 4096))  #: ranks and micro-batches
 OPTIMIZED = 64 * 1024  #: the most ranks times micro-batches that are optimised too

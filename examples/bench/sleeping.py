@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from dualpipe_engine.utils import run_backward
+from dualpipe_engine.compat.weight_grad_store import run_backward
 
 WIDTH = 8
 

@@ -12,7 +12,7 @@ import torch.distributed as dist
 from dualpipe_engine.comm import communicators
 from dualpipe_engine.comm.transport import GroupTransport
 from dualpipe_engine.errors import ConfigError
-from dualpipe_engine.schedule.choose import placement_of
+from dualpipe_engine.schedule.orders.registry import placement_of
 from dualpipe_engine.schedule.placement import LINEAR, Placement
 
 CPU = torch.device("cpu")

@@ -10,9 +10,10 @@ from dualpipe_engine.comm.communicators import rounds_of
 from dualpipe_engine.comm.meta import HEADER_BYTES, encode, flatten
 from dualpipe_engine.comm.p2p import Edges
 from dualpipe_engine.errors import PlanError
-from dualpipe_engine.schedule.choose import SCHEDULES, make_plan, placement_of
-from dualpipe_engine.schedule.lower import forward_only, lower
 from dualpipe_engine.schedule.op import COMPUTE, FB, RECV_B, RECV_F, SEND_B, SEND_F, W, atoms
+from dualpipe_engine.schedule.orders.registry import SCHEDULES, placement_of
+from dualpipe_engine.schedule.passes.lower import forward_only, lower
+from dualpipe_engine.schedule.search.make_plan import make_plan
 
 AHEAD = 1  # what GroupTransport sets without tags
 KINDS = {  # of steps, and the rules for each; what finishes with few hardware queues does with more

@@ -21,8 +21,8 @@ from torch.utils import cpp_extension
 
 from dualpipe_engine.comm import stream as stream_module
 from dualpipe_engine.comm.all_to_all import exchange
-from dualpipe_engine.comm.stream import implementation, open_stream, shared_stream
-from dualpipe_engine.comm.tickets import Tickets, transfer_of
+from dualpipe_engine.comm.stream import implementation, open_stream, shared_stream, transfer_of
+from dualpipe_engine.comm.tickets import Tickets
 from dualpipe_engine.comm.transport import GroupTransport
 from dualpipe_engine.errors import ConfigError, PipelineRuntimeError
 

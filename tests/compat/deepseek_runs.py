@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from dualpipe_engine import DualPipe, DualPipeV, set_p2p_tensor_dtype, set_p2p_tensor_shapes
-from dualpipe_engine.utils import WeightGradStore, run_backward
+from dualpipe_engine.compat.weight_grad_store import WeightGradStore, run_backward
 
 HIDDEN = 6
 PUT = []

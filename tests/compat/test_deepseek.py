@@ -11,8 +11,8 @@ from ranks import RankError
 
 from dualpipe_engine.comm.transport import LocalHub, LocalTransport
 from dualpipe_engine.compat.deepseek import StagePair
-from dualpipe_engine.schedule.choose import make_plan
 from dualpipe_engine.schedule.op import FB
+from dualpipe_engine.schedule.search.make_plan import make_plan
 
 
 def check_dualpipe(found):

@@ -132,7 +132,7 @@ class Tokens:
 def measured(path, ranks, replicas=2, steps=3, schedule="auto"):
     """Under "auto" the times of layers; then a start and some steps."""
     import dualpipe_engine
-    from dualpipe_engine.engine.layer_costs import measure_layers
+    from dualpipe_engine.engine.auto.layer_probe import measure_layers
 
     module = make_module(config(bias_rate=0.05), ranks, replicas)
     replica, before = module._grid.data_parallel_id, {n: b.clone() for n, b in module.named_buffers()}

@@ -82,7 +82,7 @@ def offsets():
     """Clock offsets with this rank's clock put forward by known seconds."""
     import time
 
-    from dualpipe_engine.runtime.clocks import clock_offset
+    from dualpipe_engine.profiling.clocks import clock_offset
 
     rank = torch.distributed.get_rank()
     group = torch.distributed.group.WORLD

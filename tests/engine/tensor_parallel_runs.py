@@ -22,7 +22,7 @@ from deepspeed.runtime.pipe.topology import (
 from torch import nn
 from training import VOCABULARY, WIDTH, Embed, cross_entropy, head
 
-from dualpipe_engine.engine.param_groups import PLACEHOLDER
+from dualpipe_engine.engine.placing.param_groups import PLACEHOLDER
 
 
 class _SumGradient(torch.autograd.Function):

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from dualpipe_engine.engine.config import DEEPSPEED_KEYS, DualPipeConfig, check_zero, micro_batches, read_config
 from dualpipe_engine.errors import ConfigError, DualPipeError
-from dualpipe_engine.schedule.choose import SCHEDULES
+from dualpipe_engine.schedule.orders.registry import SCHEDULES
 
 values = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=8) | st.sampled_from(SCHEDULES),

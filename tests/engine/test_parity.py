@@ -100,7 +100,7 @@ def test_every_shape_trains_like_stock(ranks, stock, schedule, shape):
 
 
 def test_plan_file(ranks, stock, tmp_path):
-    from dualpipe_engine.schedule.choose import make_plan
+    from dualpipe_engine.schedule.search.make_plan import make_plan
 
     path = tmp_path / "plan.csv"
     path.write_text(make_plan("dualpipe", 4, 8).to_csv())

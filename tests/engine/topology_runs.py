@@ -11,7 +11,7 @@ from deepspeed.runtime.pipe.topology import PipeDataParallelTopology
 from torch import nn
 from training import WIDTH, Block, Embed, cross_entropy, head, scale
 
-from dualpipe_engine.engine.param_groups import PLACEHOLDER
+from dualpipe_engine.engine.placing.param_groups import PLACEHOLDER
 
 
 def tied(forward_fn=None):

@@ -147,13 +147,14 @@ def reductions(run: Run) -> Facts:
 
 
 def _reduced(zero: int, after: bool) -> Facts:
-    from dualpipe_engine.engine import gradients
+    from dualpipe_engine.engine.reduction import tail
+    from dualpipe_engine.engine.reduction.after_schedule import AfterSchedule
 
     model = SIZES | {"blocks": 2, "dense_blocks": 2}
     config = _settings("dualpipe", 3, zero)
     if not after:
         return train(config, model, ranks=2, slow=True)
-    with patch.object(gradients, "choose_reduction", gradients.AfterSchedule):
+    with patch.object(tail, "choose_reduction", AfterSchedule):
         return train(config, model, ranks=2)
 
 
@@ -238,7 +239,7 @@ def auto(run: Run) -> Facts:
 
 
 def _measured(path: str) -> Facts:
-    from dualpipe_engine.engine import auto as measuring
+    from dualpipe_engine.engine.auto import choose as measuring
 
     wide = {} if CPU else {"hidden": 1024, "expert_inner": 1024}
     model = MOE | wide | {"blocks": 2, "expert_parallel": 1}

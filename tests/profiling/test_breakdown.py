@@ -13,7 +13,8 @@ from dualpipe_engine.profiling.breakdown import (
     messages,
     reductions,
 )
-from dualpipe_engine.profiling.records import (
+from dualpipe_engine.schedule.op import Op
+from dualpipe_engine.schedule.records import (
     DATA,
     DRAIN,
     LOSS,
@@ -26,7 +27,6 @@ from dualpipe_engine.profiling.records import (
     Mark,
     RankRecord,
 )
-from dualpipe_engine.schedule.op import Op
 
 
 def mark(kind, text, start, end, **more):

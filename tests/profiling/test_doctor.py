@@ -19,9 +19,9 @@ from dualpipe_engine.profiling.breakdown import (
 from dualpipe_engine.profiling.doctor import diagnose
 from dualpipe_engine.profiling.profile import Profile, RankProfile
 from dualpipe_engine.profiling.report import print_findings
-from dualpipe_engine.schedule.choose import make_plan
-from dualpipe_engine.schedule.costs import CostModel
-from dualpipe_engine.schedule.simulate import simulate
+from dualpipe_engine.schedule.search.make_plan import make_plan
+from dualpipe_engine.schedule.timing.costs import CostModel
+from dualpipe_engine.schedule.timing.simulate import simulate
 
 HEALTHY = CostModel(0.01, 0.01, 0.01, 0.021)  # pairs overlap: 70 %
 

@@ -11,11 +11,11 @@ from dualpipe_engine.cli import main
 from dualpipe_engine.errors import ProfileError
 from dualpipe_engine.profiling.build import build_profile, make_trace
 from dualpipe_engine.profiling.profile import KEY, Profile, read_profile
-from dualpipe_engine.profiling.records import OP, RECEIVE, SEND, BatchRecord, Mark, RankRecord
-from dualpipe_engine.schedule.choose import make_plan
-from dualpipe_engine.schedule.costs import CostModel
 from dualpipe_engine.schedule.op import SEND_B, SEND_F, F, Op, atoms
-from dualpipe_engine.schedule.simulate import simulate
+from dualpipe_engine.schedule.records import OP, RECEIVE, SEND, BatchRecord, Mark, RankRecord
+from dualpipe_engine.schedule.search.make_plan import make_plan
+from dualpipe_engine.schedule.timing.costs import CostModel
+from dualpipe_engine.schedule.timing.simulate import simulate
 from dualpipe_engine.viz.chrome import read_chrome
 
 

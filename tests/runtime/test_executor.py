@@ -15,9 +15,9 @@ from dualpipe_engine.runtime.chunk import StageChunk
 from dualpipe_engine.runtime.executor import BatchResult, Executor
 from dualpipe_engine.runtime.observer import Observer
 from dualpipe_engine.runtime.weight_grad import WeightGradStore, install
-from dualpipe_engine.schedule.choose import make_plan
-from dualpipe_engine.schedule.lower import forward_only, lower
+from dualpipe_engine.schedule.passes.lower import forward_only, lower
 from dualpipe_engine.schedule.plan import Plan
+from dualpipe_engine.schedule.search.make_plan import make_plan
 
 CPU = torch.device("cpu")
 

@@ -5,10 +5,10 @@ import torch
 
 from dualpipe_engine.comm.tickets import Transfer
 from dualpipe_engine.errors import ProfileError
-from dualpipe_engine.profiling.records import OP, PHASE, RECEIVE, REDUCTION
+from dualpipe_engine.profiling.profiler import enable_profiling
 from dualpipe_engine.runtime.observer import Observer
-from dualpipe_engine.runtime.profiler import enable_profiling
 from dualpipe_engine.schedule.op import Op
+from dualpipe_engine.schedule.records import OP, PHASE, RECEIVE, REDUCTION
 
 
 @pytest.fixture

@@ -14,9 +14,9 @@ from dualpipe_engine.runtime.chunk import StageChunk
 from dualpipe_engine.runtime.overlap import PhasedChunk, finish, interleave, phases_of
 from dualpipe_engine.runtime.phases import COMM, COMPUTE, Phase
 from dualpipe_engine.runtime.weight_grad import WeightGradStore, install
-from dualpipe_engine.schedule.choose import make_plan
-from dualpipe_engine.schedule.lower import lower
 from dualpipe_engine.schedule.op import FB
+from dualpipe_engine.schedule.passes.lower import lower
+from dualpipe_engine.schedule.search.make_plan import make_plan
 
 
 class Arrival:

@@ -11,9 +11,10 @@ from hypothesis import strategies as st
 from test_executor import ListFeed, check_against_oracle, make_stages, mean_square, run_plan
 from torch import nn
 
-from dualpipe_engine.schedule.choose import SCHEDULES, make_plan, placement_of
-from dualpipe_engine.schedule.costs import CostModel
-from dualpipe_engine.schedule.lower import lower
+from dualpipe_engine.schedule.orders.registry import SCHEDULES, placement_of
+from dualpipe_engine.schedule.passes.lower import lower
+from dualpipe_engine.schedule.search.make_plan import make_plan
+from dualpipe_engine.schedule.timing.costs import CostModel
 
 WIDTH = 3
 

@@ -6,10 +6,10 @@ import hashlib
 from collections import Counter
 from itertools import pairwise
 
-from dualpipe_engine.schedule.costs import CostModel
 from dualpipe_engine.schedule.op import Op, atoms
 from dualpipe_engine.schedule.plan import Plan
-from dualpipe_engine.schedule.simulate import simulate
+from dualpipe_engine.schedule.timing.costs import CostModel
+from dualpipe_engine.schedule.timing.simulate import simulate
 
 
 def check_plan(plan: Plan) -> None:

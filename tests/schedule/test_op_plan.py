@@ -7,11 +7,12 @@ import json
 import pytest
 
 from dualpipe_engine.errors import PlanError
-from dualpipe_engine.schedule.choose import SCHEDULES, make_plan
-from dualpipe_engine.schedule.lower import lower
 from dualpipe_engine.schedule.op import Op, pair
+from dualpipe_engine.schedule.orders.registry import SCHEDULES
+from dualpipe_engine.schedule.passes.lower import lower
 from dualpipe_engine.schedule.placement import BIDIRECTIONAL, LINEAR, VEE, Placement
 from dualpipe_engine.schedule.plan import Plan
+from dualpipe_engine.schedule.search.make_plan import make_plan
 
 
 @pytest.mark.parametrize(

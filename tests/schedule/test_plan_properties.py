@@ -10,14 +10,15 @@ from hypothesis import strategies as st
 from plan_checks import check_plan
 from test_lower_verify import is_sound
 
-from dualpipe_engine.schedule.bound import plan_bound
-from dualpipe_engine.schedule.choose import SCHEDULES, make_plan, placement_of
-from dualpipe_engine.schedule.costs import CostModel
-from dualpipe_engine.schedule.lower import lower
 from dualpipe_engine.schedule.op import Op
+from dualpipe_engine.schedule.orders.registry import SCHEDULES, placement_of
+from dualpipe_engine.schedule.passes.lower import lower
+from dualpipe_engine.schedule.passes.verify import VerifyError, verify
 from dualpipe_engine.schedule.plan import Plan
-from dualpipe_engine.schedule.simulate import peak_activations, simulate
-from dualpipe_engine.schedule.verify import VerifyError, verify
+from dualpipe_engine.schedule.search.make_plan import make_plan
+from dualpipe_engine.schedule.timing.bound import plan_bound
+from dualpipe_engine.schedule.timing.costs import CostModel
+from dualpipe_engine.schedule.timing.simulate import peak_activations, simulate
 
 seconds = st.floats(0.05, 4.0)
 

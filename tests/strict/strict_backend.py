@@ -18,8 +18,8 @@ import torch.distributed as dist
 from strict_hub import CONNECTED, DONE, FAULT, MADE
 from torch.distributed import distributed_c10d as c10d
 
+from dualpipe_engine.comm import python_stream as twin
 from dualpipe_engine.comm import stream as stream_module
-from dualpipe_engine.comm import twin
 
 NAME = "strict"
 

@@ -151,9 +151,9 @@ def auto(folder, experts):
     import training
 
     import dualpipe_engine
-    from dualpipe_engine.engine.auto import job_costs
+    from dualpipe_engine.engine.auto.choose import job_costs
     from dualpipe_engine.engine.config import read_config
-    from dualpipe_engine.engine.grid import set_device
+    from dualpipe_engine.engine.placing.grid import set_device
 
     world = dist.distributed_c10d._world.pg_map
     settings = training.settings(4, 2 if experts else 1, schedule="auto", costs=f"{folder}/costs.json")

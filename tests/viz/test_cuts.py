@@ -5,11 +5,12 @@ import json
 import pytest
 
 from dualpipe_engine.cli import main
-from dualpipe_engine.schedule.choose import SCHEDULES, make_plan, placement_of
-from dualpipe_engine.schedule.costs import CostModel
-from dualpipe_engine.schedule.layer_costs import parse_layer_costs, write_layer_costs
-from dualpipe_engine.schedule.recut import stage_costs
-from dualpipe_engine.schedule.simulate import simulate
+from dualpipe_engine.schedule.cuts.fastest import stage_costs
+from dualpipe_engine.schedule.cuts.layer_times import parse_layer_costs, write_layer_costs
+from dualpipe_engine.schedule.orders.registry import SCHEDULES, placement_of
+from dualpipe_engine.schedule.search.make_plan import make_plan
+from dualpipe_engine.schedule.timing.costs import CostModel
+from dualpipe_engine.schedule.timing.simulate import simulate
 
 #: 160 blocks of 1/20 F on 8 ranks, the first with an embedding of 0.2 F, the last with a head of 1 F; F = I = W.
 LAYERS = "0.75,0.15x158,3.15"

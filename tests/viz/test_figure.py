@@ -8,11 +8,11 @@ from xml.etree import ElementTree
 import pytest
 
 from dualpipe_engine.errors import ConfigError, MissingExtraError
-from dualpipe_engine.schedule.choose import make_plan
-from dualpipe_engine.schedule.costs import CostModel
 from dualpipe_engine.schedule.op import Op, atoms
-from dualpipe_engine.schedule.simulate import simulate
+from dualpipe_engine.schedule.search.make_plan import make_plan
 from dualpipe_engine.schedule.timeline import Span, Timeline
+from dualpipe_engine.schedule.timing.costs import CostModel
+from dualpipe_engine.schedule.timing.simulate import simulate
 from dualpipe_engine.viz.figure import save_figure
 
 

@@ -5,10 +5,11 @@ import io
 import pytest
 from rich.console import Console
 
-from dualpipe_engine.schedule.choose import compare, fastest, make_plan
-from dualpipe_engine.schedule.costs import CostModel
-from dualpipe_engine.schedule.simulate import peak_activations, simulate
+from dualpipe_engine.schedule.search.compare import compare, fastest
+from dualpipe_engine.schedule.search.make_plan import make_plan
 from dualpipe_engine.schedule.timeline import Span, Timeline
+from dualpipe_engine.schedule.timing.costs import CostModel
+from dualpipe_engine.schedule.timing.simulate import peak_activations, simulate
 from dualpipe_engine.viz.summary import comparison_table, plan_table, schedule_table
 
 

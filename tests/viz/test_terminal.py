@@ -5,11 +5,11 @@ import io
 import pytest
 from rich.console import Console
 
-from dualpipe_engine.schedule.choose import make_plan
-from dualpipe_engine.schedule.costs import CostModel
 from dualpipe_engine.schedule.op import Op
-from dualpipe_engine.schedule.simulate import simulate
+from dualpipe_engine.schedule.search.make_plan import make_plan
 from dualpipe_engine.schedule.timeline import Span, Timeline
+from dualpipe_engine.schedule.timing.costs import CostModel
+from dualpipe_engine.schedule.timing.simulate import simulate
 from dualpipe_engine.viz.terminal import draw_terminal
 
 

@@ -1,0 +1,127 @@
+"""Arguments that subcommands share, and what they stand for."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import sys
+from dataclasses import replace
+from typing import Any
+
+from ..errors import ConfigError
+from ..schedule.cuts.layer_times import parse_layer_costs
+from ..schedule.orders.registry import SCHEDULES, placement_of
+from ..schedule.passes.verify import verify
+from ..schedule.plan import Plan
+from ..schedule.search.job_costs import Measurement
+from ..schedule.search.make_plan import make_plan
+from ..schedule.timing.costs import CostModel
+
+_FILES = (".csv", ".json")
+
+_COSTS_HELP = (
+    "time of a forward, of the input part and of the weight part of a backward, and of an overlapped F&B pair, on 1/N "
+    "of the model (rank count N; dualpipev and zbv run it as two halves). Any unit: all times shown are in that unit. "
+    'Without FB, pairs take F+I+W: no overlap (default: 1,1,1,3). Or the file that "schedule": "auto" measured'
+)
+
+
+def add_schedule(parser: argparse.ArgumentParser) -> None:
+    """Which plan: the schedule or the file, and the work."""
+    parser.add_argument("--schedule", metavar="S", help=f"{', '.join(SCHEDULES)}, or a plan file (.csv, .json)")
+    add_work(parser, plan_file=True)
+    cap = "(stage, micro-batch) activations that a rank may hold (default: what the schedule is known for)"
+    parser.add_argument("--activation-cap", type=int, metavar="K", help=cap)
+
+
+def add_work(parser: argparse.ArgumentParser, plan_file: bool) -> None:
+    """Ranks, micro-batches and costs; `plan_file`: a plan file may have the first two."""
+    where = " (a plan file has its own)" if plan_file else ""
+    measured = where or " (measured --costs have their own)"
+    parser.add_argument("--ranks", type=int, metavar="N", help=f"pipeline ranks{measured}")
+    parser.add_argument(
+        "--micro-batches", type=int, metavar="M", help=f"micro-batches of one pipeline in a batch{where}"
+    )
+    unit = CostModel(fb=3.0)
+    parser.add_argument("--costs", type=costs_argument, default=unit, metavar="F,I,W[,FB]", help=_COSTS_HELP)
+    comm = "time of one transfer between two ranks, in the unit of --costs (default: 0, or the measured one)"
+    parser.add_argument("--comm", type=finite, metavar="C", help=comm)
+    best = "search for the order with the smallest makespan under the costs, instead of the reference order"
+    parser.add_argument("--optimize", action="store_true", help=best)
+
+
+def finite(text: str) -> float:
+    """A number that is neither infinite nor NaN."""
+    number = float(text)
+    if not math.isfinite(number):
+        raise ValueError
+    return number
+
+
+def costs_argument(text: str) -> CostModel | Measurement:
+    """The value of --costs."""
+    if text.endswith(".json"):
+        try:
+            return Measurement.load(text)
+        except ConfigError as error:
+            raise argparse.ArgumentTypeError(str(error)) from None
+    try:
+        f, i, w, *pair = map(finite, text.split(","))
+        (fb,) = pair or (f + i + w,)
+        return CostModel(f, i, w, fb)
+    except ValueError:
+        message = f"{text!r} is not F,I,W or F,I,W,FB: 3 or 4 numbers, such as 1,1,1,2.25, none negative"
+        raise argparse.ArgumentTypeError(message) from None
+
+
+def layer_costs(text: str) -> list[float]:
+    """The value of --layer-costs."""
+    try:
+        return parse_layer_costs(text)
+    except ConfigError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
+
+
+def work(args: argparse.Namespace) -> tuple[CostModel, Measurement | None]:
+    """The costs that the arguments name, with the measurement that they come from; fills in its number of ranks."""
+    job = args.costs if isinstance(args.costs, Measurement) else None
+    costs = job.costs if job else args.costs
+    if job and args.ranks is None:
+        args.ranks = job.ranks
+    return (costs if args.comm is None else replace(costs, comm=args.comm)), job
+
+
+def make(args: argparse.Namespace) -> tuple[Plan, CostModel]:
+    """The verified plan that the arguments ask for, and the costs of its stages."""
+    costs, _ = work(args)
+    if args.schedule is None:
+        raise ConfigError(f"say which schedule: --schedule with {', '.join(SCHEDULES)} or a plan file")
+    if args.schedule.endswith(_FILES):
+        plan = Plan.load(args.schedule)
+        for option, asked, found in (
+            ("--ranks", args.ranks, plan.placement.num_ranks),
+            ("--micro-batches", args.micro_batches, plan.num_micro),
+        ):
+            if asked not in (None, found):
+                raise ConfigError(f"{args.schedule} is a plan with {option} {found}, not {asked}: leave {option} out")
+        if args.optimize:
+            raise ConfigError(f"{args.schedule} is a finished plan: leave --optimize out")
+        costs = costs.for_placement(plan.placement)
+    else:
+        if args.ranks is None or args.micro_batches is None:
+            raise ConfigError(f"schedule {args.schedule!r} needs --ranks N and --micro-batches M")
+        costs = costs.for_placement(placement_of(args.schedule, args.ranks))
+        plan = make_plan(args.schedule, args.ranks, args.micro_batches, costs, args.optimize, args.activation_cap)
+    verify(plan, activation_cap=args.activation_cap)
+    return plan, costs
+
+
+def title_of(plan: Plan) -> str:
+    """What stands above a table or a drawing."""
+    return f"{plan.schedule}, {plan.placement.num_ranks} ranks, {plan.num_micro} micro-batches"
+
+
+def print_json(data: dict[str, Any]) -> None:
+    """One line on stdout."""
+    sys.stdout.write(json.dumps(data) + "\n")

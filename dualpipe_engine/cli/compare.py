@@ -1,0 +1,98 @@
+"""`dualpipe compare`: every schedule side by side."""
+
+from __future__ import annotations
+
+import argparse
+from typing import Any
+
+from ..errors import ConfigError
+from ..schedule.cuts.fastest import compare_cuts
+from ..schedule.passes.verify import verify
+from ..schedule.search.compare import compare, fastest
+from ..schedule.timing.bound import plan_bound
+from ..schedule.timing.costs import CostModel
+from .arguments import add_work, finite, layer_costs, print_json, work
+from .job import add_job, estimate_job
+
+_LAYERS_HELP = (
+    "time of each layer's forward and backward, as numbers (0.5,1x24,3: 1x24 is 24 layers of 1) or a .json file with a "
+    "list: shows what balanced stages win over equal counts of layers; --costs then says how a layer's time divides"
+)
+
+
+def add_compare(commands: Any, shape: dict[str, Any]) -> None:
+    """Add the subcommand to `commands`, with the parser settings `shape`."""
+    parser = commands.add_parser("compare", help="every schedule side by side on the same model and batch", **shape)
+    add_work(parser, plan_file=False)
+    cap = "activations that a rank may hold, in those of 1/N of the model (default: what each schedule is known for)"
+    parser.add_argument("--activation-cap", type=finite, metavar="K", help=cap)
+    parser.add_argument("--layer-costs", type=layer_costs, metavar="T,T,..", help=_LAYERS_HELP)
+    parser.add_argument("--format", choices=("table", "json"), default="table", help="default: table")
+    add_job(parser)
+    parser.set_defaults(run=_run)
+
+
+def _run(args: argparse.Namespace) -> None:
+    from ..viz.summary import comparison_table
+    from ..viz.terminal import wide_console
+
+    if args.model is not None:
+        estimate_job(args)
+        return
+    costs, job = work(args)
+    if args.ranks is None:
+        raise ConfigError("say how many ranks: --ranks N, or --costs with a measured file")
+    if args.micro_batches is None:
+        raise ConfigError("say how many micro-batches: --micro-batches M")
+    if args.layer_costs is not None:
+        _compare_cuts(args, costs)
+        return
+    rows = compare(args.ranks, args.micro_batches, costs, args.activation_cap, args.optimize, job=job)
+    for row in rows:
+        if row.plan:
+            verify(row.plan)
+    bounds = {row.schedule: plan_bound(row.plan, costs.for_placement(row.plan.placement)) for row in rows if row.plan}
+    if args.format == "table":
+        title = f"{args.ranks} ranks, {args.micro_batches} micro-batches"
+        wide_console().print(comparison_table(rows, bounds, title))
+        return
+    first = fastest(rows)
+    print_json(
+        {
+            "ranks": args.ranks,
+            "micro_batches": args.micro_batches,
+            "schedules": [
+                {
+                    "schedule": row.schedule,
+                    "feasible": row.feasible,
+                    "reason": row.reason,
+                    "parameter_copies": row.parameter_copies,
+                    "makespan": row.makespan if row.feasible else None,
+                    "bubble": row.bubble if row.feasible else None,
+                    "peak_activations": row.peak_activations if row.feasible else None,
+                    "lower_bound": bounds.get(row.schedule),
+                    "reduction": row.reduction if row.feasible else None,
+                    "step": row.total if row.feasible else None,
+                    "memory": row.memory,
+                    "fastest": row is first,
+                }
+                for row in rows
+            ],
+        }
+    )
+
+
+def _compare_cuts(args: argparse.Namespace, costs: CostModel) -> None:
+    from ..viz.cuts import cut_data, cut_table
+    from ..viz.terminal import wide_console
+
+    layers = args.layer_costs
+    rows = compare_cuts(layers, args.ranks, args.micro_batches, costs, args.activation_cap, args.optimize)
+    for cut in (cut for row in rows for cut in (row.equal, row.best) if cut):
+        verify(cut.plan)
+    if args.format == "table":
+        title = f"{len(layers)} layers, {args.ranks} ranks, {args.micro_batches} micro-batches"
+        wide_console().print(cut_table(rows, title))
+        return
+    shape = {"ranks": args.ranks, "micro_batches": args.micro_batches, "layers": len(layers)}
+    print_json({**shape, "schedules": cut_data(rows)})

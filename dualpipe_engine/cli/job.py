@@ -1,0 +1,44 @@
+"""`dualpipe compare --model`: memory and speed of a whole job on a cluster."""
+
+from __future__ import annotations
+
+import argparse
+
+from ..errors import ConfigError
+from .arguments import print_json
+
+
+def add_job(parser: argparse.ArgumentParser) -> None:
+    """The arguments of a whole job."""
+    job = parser.add_argument_group(
+        "whole jobs", "estimate memory and speed of a model on a cluster from FLOPs, bandwidths and the simulator"
+    )
+    job.add_argument("--model", metavar="NAME", help="deepseek-v3, ..., or a Hugging Face config.json")
+    job.add_argument("--gpus", type=int, metavar="N", help="GPUs of the whole job")
+    job.add_argument("--hardware", default="h800", help="h800 (default), h100, h200, a100, or a .json file")
+    job.add_argument("--expert-parallel", type=int, metavar="N", help="ranks that share the experts of a layer")
+    job.add_argument("--micro-batch-size", type=int, default=1, metavar="N", help="sequences (default: 1)")
+    job.add_argument("--sequence-length", type=int, metavar="N", help="tokens (default: 4096, or as published)")
+    job.add_argument("--no-fp8", action="store_true", help="matrix products in bf16 where the hardware has FP8")
+
+
+def estimate_job(args: argparse.Namespace) -> None:
+    """Print what the arguments ask for."""
+    from ..schedule.jobs.estimate import estimate, make_job
+    from ..schedule.jobs.hardware import load_hardware
+    from ..schedule.jobs.model_shape import load_shape
+    from ..viz.estimates import assumption_table, estimate_data, estimate_table
+    from ..viz.terminal import wide_console
+
+    if args.gpus is None:
+        raise ConfigError(f"say how many GPUs train {args.model}: --gpus N")
+    model, hardware = load_shape(args.model), load_hardware(args.hardware)
+    counts = (args.gpus, args.ranks, args.expert_parallel, args.micro_batches, args.micro_batch_size)
+    job = make_job(model, *counts, args.sequence_length, not args.no_fp8)
+    rows = estimate(model, job, hardware)
+    if args.format == "json":
+        print_json(estimate_data(rows, model, job, hardware))
+        return
+    console = wide_console()
+    console.print(estimate_table(rows, model, job, hardware))
+    console.print(assumption_table(job, hardware))

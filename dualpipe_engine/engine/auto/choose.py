@@ -1,0 +1,257 @@
+""" "schedule": "auto": measure the job once, simulate every schedule with what was found, take the fastest."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import socket
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from deepspeed.accelerator import get_accelerator
+from deepspeed.pipe import PipelineModule
+from deepspeed.runtime.config import DeepSpeedConfig, DtypeEnum
+from deepspeed.runtime.engine import DeepSpeedEngine
+from deepspeed.runtime.keep_in_fp32 import keep_in_fp32_pattern
+from deepspeed.utils import logger
+from torch.utils.data import DataLoader, IterableDataset
+
+from ...errors import ConfigError
+from ...schedule.placement import BIDIRECTIONAL, LINEAR, VEE, Placement
+from ...schedule.search.compare import Row, best_of, compare
+from ...schedule.search.job_costs import Measurement
+from ...schedule.timing.bound import plan_bound
+from ..config import DualPipeConfig
+from ..placing.grid import Place
+from ..placing.partition import layer_name
+from ..placing.stages import set_activation_checkpointing
+from .link_probe import reduction_seconds
+from .stage_probe import stage_costs
+
+DEFAULT_FILE = "dualpipe_costs.json"  #: in the working directory
+
+
+def job_costs(
+    module: PipelineModule,
+    settings: dict[str, Any],
+    config: DualPipeConfig,
+    num_micro: int,
+    training_data: Any = None,
+    collate_fn: Callable[[Any], Any] | None = None,
+) -> Measurement | None:
+    """What is known of the job's costs: from the file of an earlier start, else measured now where the schedule is
+    "auto". Collective over all ranks; every rank returns the same.
+
+    Args:
+        module: a PipelineModule as its constructor left it.
+        settings: the DeepSpeed JSON.
+        config: our part of it.
+        num_micro: micro-batches of one pipeline per batch.
+        training_data: dataset whose first samples are used.
+        collate_fn: makes a micro-batch of samples.
+
+    Returns:
+        The measurement; None for a fixed schedule without "costs".
+
+    Raises:
+        ConfigError: there is no fitting file and no way to measure, or the file cannot be read or written.
+    """
+    auto = config.schedule == "auto"
+    if not auto and config.costs is None:
+        return None
+    path = Path(config.costs or DEFAULT_FILE)
+    micro_size = _micro_size(settings, num_micro, module._grid.data_parallel_size)
+    job = _describe(module, settings, config, micro_size)
+    stored = _stored(path)
+    if stored is not None:
+        changed = stored.differences(job)
+        if not changed:
+            return stored
+        if not auto:
+            raise ConfigError(f'{path} was measured on another job ({"; ".join(changed)}): run "schedule": "auto" once')
+        if dist.get_rank() == 0:
+            logger.info(f"{path} was measured on another job ({'; '.join(changed)}): measuring again")
+    elif not auto:
+        raise ConfigError(f'"costs": there is no file {path}; "schedule": "auto" measures and writes it')
+    if training_data is None:
+        raise ConfigError(
+            f'"schedule": "auto" measures the model on its data: give initialize(training_data=...) for one start, '
+            f"which keeps the result in {path}, or name a schedule"
+        )
+    found = _measure(module, settings, config, job, num_micro, _micro_batches(training_data, micro_size, collate_fn))
+    if dist.get_rank() == 0:
+        found.save(path)
+        logger.info(f"measured costs are kept in {path}")
+    return found
+
+
+def choose(config: DualPipeConfig, measured: Measurement, num_micro: int) -> tuple[DualPipeConfig, list[Row]]:
+    """The configuration with "auto" replaced by the schedule with the shortest simulated step, and all schedules.
+
+    Raises:
+        PlanError: no schedule fits.
+    """
+    rows = compare(
+        measured.ranks,
+        num_micro,
+        measured.costs,
+        config.activation_cap,
+        config.optimize,
+        config.split_backward is not False,
+        job=measured,
+    )
+    best = best_of(rows)
+    return config.model_copy(update={"schedule": best.schedule, "activation_cap": best.cap}), rows
+
+
+def print_choice(rows: list[Row], measured: Measurement, num_micro: int) -> None:
+    """Say in one table what was taken, and why."""
+    from ...viz.summary import comparison_table
+    from ...viz.terminal import wide_console
+
+    bounds = {
+        row.schedule: plan_bound(row.plan, measured.costs.for_placement(row.plan.placement)) for row in rows if row.plan
+    }
+    title = f"auto: {measured.ranks} ranks, {num_micro} micro-batches, seconds simulated with measured costs"
+    console = wide_console()
+    console.print(comparison_table(rows, bounds, title))
+    console.print(best_of(rows).reason, highlight=False)
+
+
+def _measure(
+    module: PipelineModule,
+    settings: dict[str, Any],
+    config: DualPipeConfig,
+    job: dict[str, str],
+    num_micro: int,
+    next_batch: Callable[[], Any],
+) -> Measurement:
+    grid = module._grid
+    ranks = grid.pipe_parallel_size
+    place = Place(grid.topology(), Placement(LINEAR, ranks), module.global_rank)
+    device = torch.device(get_accelerator().device_name(module.local_rank))
+    if dist.get_rank() == 0:
+        logger.info(f'"schedule": "auto" measures {ranks} stages on {device}')
+    _cast(module, settings, {"bf16": torch.bfloat16, "fp16": torch.half}.get(job["precision"]))
+    set_activation_checkpointing(module, settings.get("pipeline", {}))
+    costs = stage_costs(
+        module,
+        place,
+        next_batch,
+        num_micro,
+        device=device,
+        split_backward=config.split_backward is not False,
+        overlap=config.overlap is not False,
+        timeout_s=config.p2p_timeout_s,
+    )
+    trained = [param for param in module.parameters() if param.requires_grad]
+    numel = sum(param.numel() for param in trained)
+    dtype = trained[0].dtype if trained else torch.float32
+    reduction = reduction_seconds(grid, place, numel, dtype)
+    state, memory = _memory(module, settings, place, numel, dtype)
+    return Measurement(costs, ranks, len(module._layer_specs), reduction, state, memory, job)
+
+
+def _cast(module: PipelineModule, settings: dict[str, Any], dtype: torch.dtype | None) -> None:
+    """Cast the module with DeepSpeed's own hands, as its engine does in any case, for a second time then: parameters,
+    and buffers only where "data_types" asks for it."""
+    if dtype is None:
+        return
+    types = DeepSpeedConfig(settings, module._grid)
+    buffers = None if types.buffer_dtype is None else DtypeEnum(types.buffer_dtype).value
+    kept = keep_in_fp32_pattern(module, types.keep_in_fp32_modules, dtype)
+    DeepSpeedEngine._cast_module_mixed_precision(SimpleNamespace(module=module), dtype, buffers, False, kept)
+
+
+def _memory(
+    module: PipelineModule, settings: dict[str, Any], place: Place, numel: int, dtype: torch.dtype
+) -> tuple[dict[str, int], int]:
+    """For each placement the bytes that the fullest rank has yet to allocate for weights, gradients and Adam's state,
+    and nine tenths of the bytes that are free on the fullest device."""
+    accelerator, world = get_accelerator(), dist.get_world_size()
+    free = accelerator.available_memory()
+    found: list[Any] = [None] * world
+    dist.all_gather_object(found, (socket.gethostname(), place.pipeline, place.rank, numel, free))
+    if accelerator.device_name() == "cpu":  # the ranks of a host share it
+        free //= sum(host == socket.gethostname() for host, *_ in found)
+    sizes = {rank: size for _, pipeline, rank, size, _ in found if pipeline == place.pipeline}
+    partitioned = settings.get("zero_optimization", {}).get("stage", 0) > 0
+    low = dtype.itemsize < 4
+
+    def bytes_of(held: int, copies: int, built: int) -> int:
+        gradients = held * (4 + (dtype.itemsize if low else 0))
+        optimizer = held * (8 + (4 if low else 0)) // (copies if partitioned else 1)
+        return built * dtype.itemsize + gradients + optimizer
+
+    mirror = sizes[len(place.pipeline) - 1 - place.rank]
+    mine = {
+        LINEAR: bytes_of(numel, place.replicas, 0),
+        VEE: bytes_of((numel + mirror) // 2, place.replicas, 0),
+        BIDIRECTIONAL: bytes_of(numel + mirror, 2 * place.replicas, mirror),
+    }
+    all_ranks: list[Any] = [None] * world
+    dist.all_gather_object(all_ranks, (mine, free))
+    return {name: max(state[name] for state, _ in all_ranks) for name in mine}, min(f for _, f in all_ranks) * 9 // 10
+
+
+def _micro_size(settings: dict[str, Any], num_micro: int, replicas: int) -> int:
+    """Samples of a micro-batch."""
+    size = settings.get("train_micro_batch_size_per_gpu")
+    return size if isinstance(size, int) else settings["train_batch_size"] // (num_micro * replicas)
+
+
+def _describe(
+    module: PipelineModule, settings: dict[str, Any], config: DualPipeConfig, micro_size: int
+) -> dict[str, str]:
+    """What the costs depend on, in words."""
+    shapes: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(shapes, [(name, tuple(p.shape), p.requires_grad) for name, p in module.named_parameters()])
+    layers = [layer_name(layer) for layer in module._layer_specs]
+    digest = hashlib.sha256(repr((layers, [int(part) for part in module.parts], shapes)).encode()).hexdigest()
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else get_accelerator().device_name()
+    section = settings.get("pipeline", {})
+    interval = section.get("activation_checkpoint_interval", 0) or module.activation_checkpoint_interval
+    on = [name for name in ("bf16", "fp16") if settings.get(name, {}).get("enabled")]
+    return {
+        "model": digest[:16],
+        "ranks": str(module._grid.pipe_parallel_size),
+        "replicas": str(module._grid.data_parallel_size),
+        "micro-batch size": str(micro_size),
+        "precision": on[0] if on else "fp32",
+        "zero stage": str(settings.get("zero_optimization", {}).get("stage", 0)),
+        "activation checkpoint interval": str(interval),
+        "split_backward": str(config.split_backward),
+        "overlap": str(config.overlap),
+        "device": device,
+        "torch": torch.__version__,
+    }
+
+
+def _stored(path: Path) -> Measurement | None:
+    """The file as rank 0 sees it, on every rank; None if there is none."""
+    box: list[Any] = [None]
+    if dist.get_rank() == 0 and path.exists():
+        try:
+            box[0] = Measurement.load(path).to_json()
+        except ConfigError as error:
+            box[0] = error
+    dist.broadcast_object_list(box, src=0)
+    if isinstance(box[0], ConfigError):
+        raise box[0]
+    return None if box[0] is None else Measurement.from_dict(json.loads(box[0]), str(path))
+
+
+def _micro_batches(dataset: Any, size: int, collate_fn: Callable[[Any], Any] | None) -> Callable[[], Any]:
+    """Reads the first micro-batches of a dataset, again and again."""
+    if not isinstance(dataset, IterableDataset) and len(dataset) < size:
+        raise ConfigError(f"the training data holds {len(dataset)} samples, less than a micro-batch of {size}")
+
+    def endless() -> Iterator[Any]:
+        while True:
+            yield from DataLoader(dataset, batch_size=size, collate_fn=collate_fn, drop_last=True)
+
+    return endless().__next__

@@ -1,0 +1,106 @@
+"""How long the transfers and the gradient reductions of a job take, timed on its own ranks and groups."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from statistics import median
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from deepspeed.accelerator import get_accelerator
+from deepspeed.runtime.pipe.topology import PipelineParallelGrid
+
+from ...comm.transport import GroupTransport
+from ...schedule.placement import BIDIRECTIONAL, LINEAR, VEE
+from ..placing.grid import MirrorTopology, Place
+
+REPEATS = 5  #: timed, after one that warms up
+LARGEST = 1 << 24  #: elements of a reduction that is timed; the time of a larger one is scaled up
+
+
+def transfer_seconds(
+    place: Place, transport: GroupTransport, sizes: Sequence[int], device: torch.device, timeout_s: float
+) -> float:
+    """Seconds of the slowest hop between neighbours of the pipeline: half a median round trip.
+
+    Collective over the pipeline.
+
+    Args:
+        place: this rank's place.
+        transport: of the pipeline.
+        sizes: bytes that each rank passes on to the next.
+        device: where the tensors are.
+        timeout_s: seconds after which a transfer is given up.
+    """
+    slowest = 0.0
+    for edge in range(len(sizes) - 1):  # one after the other, so that each has the link to itself
+        if place.rank not in (edge, edge + 1):
+            continue
+        leads = place.rank == edge
+        peer = edge + 1 if leads else edge
+        out = torch.zeros(max(1, sizes[edge]), dtype=torch.uint8, device=device)
+        back = torch.empty_like(out)
+
+        def round_trip(leads: bool = leads, peer: int = peer, out: Any = out, back: Any = back) -> None:
+            for mine in (leads, not leads):
+                tensor = out if leads == mine else back
+                ticket = transport.send(tensor, peer, 0) if mine else transport.recv(tensor, peer, 0)
+                ticket.wait(timeout_s)
+
+        slowest = max(slowest, _timed(round_trip) / 2)
+    return slowest
+
+
+def reduction_seconds(grid: PipelineParallelGrid, place: Place, numel: int, dtype: torch.dtype) -> dict[str, float]:
+    """For each placement the seconds that reducing the gradients of a rank's stages takes, on the slowest rank.
+
+    Collective over all ranks.
+
+    Args:
+        grid: the user's grid.
+        place: this rank's place on the linear placement.
+        numel: elements of the gradients of this rank's stage.
+        dtype: in which they are reduced.
+    """
+    device = torch.device(get_accelerator().current_device_name())
+    world = dist.get_world_size()
+    found: list[Any] = [None] * world
+    dist.all_gather_object(found, (place.pipeline, place.rank, numel))
+    sizes = {rank: size for pipeline, rank, size in found if pipeline == place.pipeline}
+    seconds = {LINEAR: _reduction(grid.dp_proc_group, place.replicas, numel, dtype, device)}
+    seconds[VEE] = seconds[LINEAR]  # halves of two stages
+    ranks = len(place.pipeline)
+    if ranks % 2 == 0:
+        both = numel + sizes[ranks - 1 - place.rank]
+        groups = [(dist.new_group(members), members) for members in _twins(grid)]
+        mine = next(group for group, members in groups if dist.get_rank() in members)
+        seconds[BIDIRECTIONAL] = _reduction(mine, 2 * place.replicas, both, dtype, device)
+        dist.destroy_process_group(mine)
+    slowest: list[Any] = [None] * world
+    dist.all_gather_object(slowest, seconds)
+    return {name: max(each[name] for each in slowest) for name in seconds}
+
+
+def _twins(grid: PipelineParallelGrid) -> list[list[int]]:
+    """Global ranks that hold the same stages in the bidirectional placement."""
+    return MirrorTopology(grid.topology()).get_axis_comm_lists("data")
+
+
+def _reduction(group: Any, copies: int, numel: int, dtype: torch.dtype, device: torch.device) -> float:
+    if copies < 2 or not numel:
+        return 0.0
+    tensor = torch.zeros(min(numel, LARGEST), dtype=dtype, device=device)
+    return _timed(lambda: dist.all_reduce(tensor, group=group)) * numel / tensor.numel()
+
+
+def _timed(action: Callable[[], Any]) -> float:
+    """Median seconds of `action`."""
+    times = []
+    for _ in range(REPEATS + 1):
+        start = time.perf_counter()
+        action()
+        get_accelerator().synchronize()
+        times.append(time.perf_counter() - start)
+    return median(times[1:])

@@ -1,0 +1,188 @@
+"""Probe: how long a job's real stages take, before the model is placed.
+
+The stages of the linear cut, on which DeepSpeed has built the PipelineModule, run a few batches of a zero-bubble order
+through the same chunks, edges and weight-gradient split as in training, all ranks at once. Weights, buffers, random
+states and the model's seeds are left as they were.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from deepspeed.pipe import PipelineModule
+
+from ...comm.device import side_stream
+from ...comm.p2p import Edges
+from ...comm.transport import GroupTransport
+from ...runtime.chunk import StageChunk
+from ...runtime.executor import Executor
+from ...runtime.observer import Observer
+from ...runtime.weight_grad import WeightGradStore, install, uninstall
+from ...schedule.orders.paired import paired_plan
+from ...schedule.passes.lower import lower
+from ...schedule.plan import Plan
+from ...schedule.search.make_plan import make_plan
+from ...schedule.timeline import Span, Timeline
+from ...schedule.timing.costs import CostModel
+from ...schedule.timing.from_timelines import measured_costs
+from ..batches.feed import BatchFeed
+from ..placing.experts import connected_experts
+from ..placing.grid import Place
+from ..placing.partition import same_random_state
+from ..placing.stages import has_phases, make_chunk, needs_input_gradient
+from .link_probe import transfer_seconds
+
+BATCHES = 3  #: measured, after one that warms up
+
+
+def stage_costs(
+    module: PipelineModule,
+    place: Place,
+    next_batch: Callable[[], Any],
+    num_micro: int,
+    *,
+    device: torch.device,
+    split_backward: bool,
+    overlap: bool,
+    timeout_s: float,
+) -> CostModel:
+    """Seconds and activation bytes of each stage of the linear cut, and seconds of a transfer.
+
+    Collective over all ranks; every rank returns the same.
+
+    Args:
+        module: a PipelineModule as its constructor left it.
+        place: this rank's place on the linear placement.
+        next_batch: reads the next micro-batch `(inputs, labels)`; it must not run dry.
+        num_micro: micro-batches of a training batch; the probe takes at most two for each rank.
+        device: where the stages run.
+        split_backward: measure I and W apart; otherwise I stands for the whole backward.
+        overlap: measure F&B where the stages bring an overlapped pair.
+        timeout_s: seconds after which a transfer is given up.
+    """
+    stage, ranks = place.rank, len(place.pipeline)
+    num_micro = max(1, min(num_micro, 2 * ranks))
+    with connected_experts(module), _untouched(module):
+        view = copy.copy(module)
+        store = WeightGradStore() if split_backward else None
+        if store is not None:
+            install(view, store)
+        chunk = make_chunk(
+            view,
+            stage,
+            by_phases=overlap and has_phases(module),
+            timeout_s=timeout_s,
+            is_last=stage == ranks - 1,
+            loss_fn=module.loss_fn if stage == ranks - 1 else None,
+            store=store,
+            overlap=overlap,
+        )
+        saved = _SavedBytes(chunk, module)
+        transport = GroupTransport(
+            place.pipeline,
+            stage,
+            module._grid.pp_proc_group,
+            device,
+            edges=place.placement.edges(),
+            timeout_s=timeout_s,
+        )
+        edges = Edges(transport, device, timeout_s, dynamic_shape=module.dynamic_shape)
+        observer = Observer(stage, device)
+        executor = Executor(stage, {stage: chunk}, edges, observer)
+        side = side_stream(device)
+        spans: list[Span] = []
+
+        def run(plan: Plan) -> None:
+            lowered = lower(plan)
+            for number in range(BATCHES + 1):
+                dist.barrier()
+                feed = BatchFeed(
+                    place, num_micro, next_batch, device, side=side, input_gradient=needs_input_gradient(module)
+                )
+                executor.run(lowered, feed)
+                if number:
+                    spans.extend(observer.spans())
+
+        try:
+            run(make_plan("zb1p" if split_backward else "1f1b", ranks, num_micro))
+            if any(_from_all(chunk.brings_overlap)):
+                run(paired_plan(ranks, num_micro))
+        finally:
+            uninstall(view)
+        sizes: list[Any] = [None] * ranks
+        dist.all_gather_object(sizes, edges.message_bytes(stage), group=module._grid.pp_proc_group)
+        hop = transfer_seconds(place, transport, sizes, device, timeout_s)
+        dist.barrier()  # nobody takes from a rank that has gone on
+        transport.close()
+    mine = measured_costs([Timeline(ranks, spans)], ranks).at(stage)
+    return _same_on_all(place, mine, saved.total, hop)
+
+
+def _from_all(value: Any) -> list[Any]:
+    found: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(found, value)
+    return found
+
+
+def _same_on_all(place: Place, mine: tuple[float, ...], size: int, hop: float) -> CostModel:
+    """Mean times over the replicas, the largest activations, the slowest hop."""
+    ranks = len(place.pipeline)
+    times, sizes, hops = [[0.0] * 4 for _ in range(ranks)], [0] * ranks, []
+    found = _from_all((place.rank, mine, size, hop))
+    share = ranks / len(found)
+    for stage, seconds, size, hop in found:
+        times[stage] = [total + each * share for total, each in zip(times[stage], seconds, strict=True)]
+        sizes[stage] = max(sizes[stage], size)
+        hops.append(hop)
+    f, i, w, fb = (tuple(column) for column in zip(*times, strict=True))
+    return CostModel(f, i, w, fb, comm=max(hops), activation_bytes=tuple(sizes))
+
+
+class _SavedBytes:
+    """Counts the bytes that the first forward of a chunk leaves behind for its backward, parameters aside.
+
+    Attributes:
+        total: the bytes.
+    """
+
+    def __init__(self, chunk: StageChunk, module: PipelineModule) -> None:
+        self.total = 0
+        self._seen = {param.untyped_storage().data_ptr() for param in module.parameters()}
+        forward = chunk.forward
+
+        def counted(*args: Any) -> Any:
+            vars(chunk).pop("forward")
+            with torch.autograd.graph.saved_tensors_hooks(self._count, lambda tensor: tensor):
+                return forward(*args)
+
+        vars(chunk)["forward"] = counted
+
+    def _count(self, tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in self._seen:
+            self._seen.add(storage.data_ptr())
+            self.total += storage.nbytes()
+        return tensor.detach()
+
+
+@contextmanager
+def _untouched(module: PipelineModule) -> Iterator[None]:
+    """Train in the body, then put back buffers, mode, seeds and random states, and drop the gradients."""
+    buffers = [(buffer, buffer.clone()) for buffer in module.buffers()]
+    training, offset = module.training, module.micro_offset
+    module.train()
+    try:
+        with same_random_state():
+            yield
+    finally:
+        for buffer, before in buffers:
+            buffer.data.copy_(before)
+        module.train(training)
+        module.micro_offset = offset
+        for param in module.parameters():
+            param.grad = None

@@ -1,0 +1,1 @@
+"""What goes into a batch and what comes out: loaders, the feed of micro-batches, evaluation, losses."""

@@ -1,0 +1,188 @@
+"""Feed: micro-batches for the ranks at the ends of a pipeline.
+
+Both ends of a bidirectional pipeline read the same stream of M batches `(inputs, labels)`. Each takes the inputs of the
+micro-batches that enter there and the labels of those that leave there. On an accelerator they are copied from pinned
+memory beside the computation, one micro-batch ahead of their use.
+"""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+import numpy as np
+import torch
+from torch.utils import _pytree as pytree
+
+from ...comm.device import on_stream
+from ...errors import ConfigError
+from ..placing.grid import Place
+
+
+class BatchFeed:
+    """The micro-batches of one batch on one rank, read as they are asked for.
+
+    Args:
+        place: the rank's place.
+        num_micro: micro-batches of the batch.
+        next_batch: reads the next `(inputs, labels)`.
+        device: where the tensors go.
+        side: a stream of the device for copies to it; None on the CPU.
+        input_gradient: let floating-point inputs require a gradient.
+        fingerprint: keep a checksum of everything that is read.
+    """
+
+    def __init__(
+        self,
+        place: Place,
+        num_micro: int,
+        next_batch: Callable[[], Any],
+        device: torch.device,
+        *,
+        side: torch.Stream | None = None,
+        input_gradient: bool = False,
+        fingerprint: bool = False,
+    ) -> None:
+        self._place = place
+        self._num_micro = num_micro
+        self._next_batch = next_batch
+        self._device = device
+        self._side = side
+        self._input_gradient = input_gradient
+        self._fingerprint = fingerprint
+        self._read = 0
+        self._inputs: dict[int, _Copy] = {}
+        self._labels: dict[int, _Copy] = {}
+        self.checksum = 0
+
+    def inputs(self, micro: int) -> Any:
+        return self._take(self._inputs, micro)
+
+    def labels(self, micro: int) -> Any:
+        return self._take(self._labels, micro)
+
+    def _take(self, held: dict[int, _Copy], micro: int) -> Any:
+        self._read_until(micro)
+        value = held.pop(micro).take()
+        if self._side is not None:  # what this rank takes next travels while this is computed
+            self._read_until(min(micro + self._place.placement.num_directions, self._num_micro - 1))
+        return value
+
+    def drain(self) -> None:
+        """Read what is left of the batch, so that both ends leave the stream at the same place."""
+        if self._place.feeds:
+            self._read_until(self._num_micro - 1)
+
+    def _read_until(self, micro: int) -> None:
+        place, last = self._place, self._place.placement.num_stages - 1
+        while self._read <= micro:
+            batch = self._next_batch()
+            if self._fingerprint:
+                self.checksum = _checksum(batch, self.checksum)
+            number = self._read
+            self._read += 1
+            _check_batch(batch, number)
+            if place.placement.rank_of(0, number) == place.rank:
+                self._inputs[number] = self._start(batch[0], copy=True)
+            if place.placement.rank_of(last, number) == place.rank:
+                self._labels[number] = self._start(batch[1], copy=False)
+
+    def _start(self, value: Any, copy: bool) -> _Copy:
+        """Begin to move a value onto the device."""
+        side = self._side
+        if side is None or any(_is_on_device(leaf) for leaf in pytree.tree_leaves(value)):
+            return _Copy(self._move(value, copy), None)
+        with on_stream(side):
+            return _Copy(self._move(value, copy), side.record_event())
+
+    def _move(self, value: Any, copy: bool) -> Any:
+        """Onto the device; inputs as a copy, because layers may work in place. Lists become tuples, as in DeepSpeed."""
+
+        def move(leaf: Any) -> Any:
+            if not isinstance(leaf, torch.Tensor):
+                return leaf
+            leaf = leaf.detach()
+            if self._side is not None and not _is_on_device(leaf):
+                leaf = (leaf if leaf.is_pinned() else leaf.pin_memory()).to(self._device, non_blocking=True)
+            else:
+                leaf = leaf.to(self._device, copy=copy)
+            if copy and self._input_gradient and leaf.is_floating_point():
+                leaf.requires_grad_()
+            return leaf
+
+        if isinstance(value, torch.Tensor):
+            return move(value)
+        return pytree.tree_map(move, tuple(value) if isinstance(value, list) else value)
+
+
+def _is_on_device(leaf: Any) -> bool:
+    return isinstance(leaf, torch.Tensor) and leaf.device.type != "cpu"
+
+
+class _Copy:
+    """A value on its way to the device.
+
+    Args:
+        value: it holds no data before `arrived`.
+        arrived: event behind the copy; None: it is there.
+    """
+
+    def __init__(self, value: Any, arrived: torch.Event | None) -> None:
+        self._value, self._arrived = value, arrived
+
+    def take(self) -> Any:
+        """The value, for the current stream, which waits for the copy; the host does not."""
+        if self._arrived is not None:
+            tensors = [leaf for leaf in pytree.tree_leaves(self._value) if isinstance(leaf, torch.Tensor)]
+            for tensor in tensors:  # the memory belongs to the stream of the copy
+                current = torch.accelerator.current_stream(tensor.device)
+                current.wait_event(self._arrived)
+                tensor.record_stream(current)
+        return self._value
+
+
+def _check_batch(batch: Any, micro: int) -> None:
+    """Refuse what is no pair of inputs and labels.
+
+    Raises:
+        ConfigError: it is not.
+    """
+    if isinstance(batch, Mapping) or not hasattr(batch, "__getitem__") or len(batch) < 2:
+        size = f" of {len(batch)}" if hasattr(batch, "__len__") else ""
+        raise ConfigError(
+            f"micro-batch {micro} is a {type(batch).__name__}{size}, but must be a pair (inputs, labels): let the "
+            "loader make pairs, or say where they are: "
+            'engine.set_batch_fn(lambda batch: (batch["inputs"], batch["labels"]))'
+        )
+    if isinstance(batch[0], np.ndarray):
+        raise ConfigError(
+            f"the inputs of micro-batch {micro} are an array of numpy, but must be tensors: let the loader call "
+            "torch.from_numpy"
+        )
+
+
+def _checksum(batch: Iterable[Any], start: int) -> int:
+    for leaf in pytree.tree_leaves(batch):
+        if isinstance(leaf, torch.Tensor):
+            raw = leaf.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes()
+            start = zlib.crc32(raw, start)
+    return start
+
+
+def check_same_stream(checksums: dict[int, int]) -> None:
+    """Compare what the ends of one pipeline have read.
+
+    Args:
+        checksums: pipeline rank -> checksum.
+
+    Raises:
+        ConfigError: they differ.
+    """
+    if len(set(checksums.values())) > 1:
+        ranks = " and ".join(map(str, sorted(checksums)))
+        raise ConfigError(
+            f"pipeline ranks {ranks} read different data, but the ends of one pipeline must read the same stream: "
+            "shard by engine.data_rank of engine.data_replicas, not by data-parallel ranks, or pass "
+            "training_data to initialize"
+        )

@@ -1,0 +1,165 @@
+"""Agreement: what must be the same on all ranks is compared at the start, and what differs is named."""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
+
+import torch.distributed as dist
+from deepspeed.pipe import LayerSpec, PipelineModule, TiedLayerSpec
+from deepspeed.runtime.pipe.topology import PipelineParallelGrid
+
+from ...errors import ConfigError
+from .fingerprint import ATTRIBUTE, fingerprint
+
+if TYPE_CHECKING:
+    from ..placing.module import PlacedModule
+
+#: Keys of the DeepSpeed configuration that say what is written down, not what is computed, and the one that scripts put
+#: there to tell ranks apart.
+_MAY_DIFFER = {
+    "comet",
+    "comms_logger",
+    "csv_monitor",
+    "dump_state",
+    "flops_profiler",
+    "local_rank",
+    "memory_breakdown",
+    "steps_per_print",
+    "tensorboard",
+    "wall_clock_breakdown",
+    "wandb",
+}
+_PLAIN = (int, float, str, bool, type(None))
+
+
+def agree_on_job(settings: dict[str, Any], module: PipelineModule) -> None:
+    """Compare the configuration and the layers of all ranks. Collective over all ranks.
+
+    Arguments of layers are compared within each pipeline: replicas that share experts and slices of one model differ
+    in them.
+
+    Raises:
+        ConfigError: ranks differ; the keys and layers, their values and the ranks are named, the same on every rank.
+    """
+    grid = module._grid
+    pipeline = (f" of replica {grid.data_parallel_id}" if grid.data_parallel_size > 1 else "") + _slice(grid)
+    _compare({f"layer {number}{pipeline}": _layer(spec) for number, spec in enumerate(module._layer_specs)})
+    kept = {key: value for key, value in settings.items() if key not in _MAY_DIFFER}
+    facts = {f"configuration key {name}": repr(value) for name, value in _flat(kept)}
+    facts |= {f"layer {number}": _kind(spec) for number, spec in enumerate(module._layer_specs)}
+    _compare(facts, missing="absent")
+
+
+def agree_on_copies(module: PlacedModule) -> None:
+    """Compare every layer with its copies, by `fingerprint`. Collective over all ranks.
+
+    Attributes of modules are compared within each pipeline: replicas that share experts and slices of one model differ
+    in them.
+
+    Raises:
+        ConfigError: copies differ.
+    """
+    grid = module._grid
+    layers: dict[str, dict[str, str]] = {}
+    for number, function in zip(module.dualpipe_layers, module.forward_funcs, strict=True):
+        for name, value in fingerprint(function, str(number)).items():
+            copies = f" of replica {module.dualpipe_place.replica}" if ATTRIBUTE in name else ""
+            layers.setdefault(f"{number}{copies}{_slice(grid)}", {})[name] = value
+    mine = {key: zlib.crc32(repr(sorted(facts.items())).encode()) for key, facts in layers.items()}
+    found: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(found, mine)
+    held: dict[str, set[int]] = {}
+    for each in found:
+        for key, digest in each.items():
+            held.setdefault(key, set()).add(digest)
+    differing = [key for key, digests in held.items() if len(digests) > 1]
+    if not differing:
+        return
+    dist.all_gather_object(found, {key: layers[key] for key in differing if key in layers})
+    names = {key: dict.fromkeys(name for each in found for name in each.get(key, ())) for key in differing}
+    place = _slice(grid)
+    _compare(
+        {
+            f"{_what(layers[key].get(name, ''))} {name}{place}": layers[key].get(name, "absent")
+            for key in differing
+            if key in layers
+            for name in names[key]
+        }
+    )
+
+
+def _what(value: str) -> str:
+    return "parameter" if value.startswith("[") else "layer"
+
+
+def raise_everywhere(wrong: list[str], remedy: str = "") -> None:
+    """Tell all ranks what any of them has found. Collective over all ranks.
+
+    Args:
+        wrong: sentences of this rank.
+        remedy: what follows them.
+
+    Raises:
+        ConfigError: a rank has found something; the same on every rank.
+    """
+    found: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(found, wrong)
+    texts = list(dict.fromkeys(text for each in found for text in each))
+    if texts:
+        more = f"; and {len(texts) - 3} more" if len(texts) > 3 else ""
+        raise ConfigError(f"{'; '.join(texts[:3])}{more}{remedy}", everywhere=True)
+
+
+def _slice(grid: PipelineParallelGrid) -> str:
+    return f" of slice {grid.get_slice_parallel_rank()}" if grid.get_slice_parallel_world_size() > 1 else ""
+
+
+def _flat(section: dict[str, Any], path: str = "") -> Iterator[tuple[str, Any]]:
+    for key, value in section.items():
+        if isinstance(value, dict) and value:
+            yield from _flat(value, f"{path}{key}.")
+        else:
+            yield path + str(key), value
+
+
+def _kind(spec: Any) -> str:
+    if isinstance(spec, LayerSpec):
+        return getattr(spec.typename, "__qualname__", str(spec.typename))
+    return getattr(spec, "__qualname__", type(spec).__qualname__)
+
+
+def _layer(spec: Any) -> str:
+    """A layer as text that does not depend on the process: its kind and the plain ones of its arguments."""
+    if not isinstance(spec, LayerSpec):
+        return _kind(spec)
+    shown = [repr(each) for each in spec.module_args if isinstance(each, _PLAIN)]
+    shown += [f"{key}={each!r}" for key, each in spec.module_kwargs.items() if isinstance(each, _PLAIN)]
+    tied = f", tied as {spec.key!r}" if isinstance(spec, TiedLayerSpec) else ""
+    return f"{_kind(spec)}({', '.join(shown)}){tied}"
+
+
+def _compare(facts: dict[str, str], missing: str | None = None) -> None:
+    """Compare facts by name; a rank without one counts as having `missing`, or does not count."""
+    found: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(found, facts)
+    wrong = []
+    for name in dict.fromkeys(name for each in found for name in each):
+        ranks: dict[str, list[int]] = {}
+        for rank, each in enumerate(found):
+            value = each.get(name, missing)
+            if value is not None:
+                ranks.setdefault(value, []).append(rank)
+        if len(ranks) > 1:
+            sides = [f"{value} on {_ranks(held)}" for value, held in ranks.items()]
+            wrong.append(f"{name} is {', '.join(sides)}")
+    if wrong:
+        more = f"; and {len(wrong) - 3} more" if len(wrong) > 3 else ""
+        text = f"the ranks differ: {'; '.join(wrong[:3])}{more}: start all of them with the same job"
+        raise ConfigError(text, everywhere=True)
+
+
+def _ranks(ranks: list[int]) -> str:
+    shown = ", ".join(map(str, ranks[:4])) + (" ..." if len(ranks) > 4 else "")
+    return f"rank{'s' if len(ranks) > 1 else ''} {shown}"

@@ -1,0 +1,120 @@
+"""Buffers that forwards write: of the two copies of a mirrored stage each would see half of the micro-batches."""
+
+from __future__ import annotations
+
+import zlib
+from typing import Any, NoReturn
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.nn.modules.batchnorm import _NormBase
+
+from ...errors import PipelineRuntimeError
+from ...models.routing import Router
+from ...schedule.placement import BIDIRECTIONAL
+from .agreement import raise_everywhere
+
+_REMEDY = (
+    'take "schedule": "dualpipev", "zb1p" or "1f1b", where each stage runs on one rank, or a normalization without '
+    "statistics"
+)
+
+
+def check_statistics(module: nn.Module, placement: Any) -> None:
+    """Refuse layers whose forwards keep statistics of what they see, where two copies see half of it each. Collective
+    over all ranks.
+
+    Raises:
+        ConfigError: there is one.
+    """
+    if placement.name != BIDIRECTIONAL:
+        return
+    wrong = [
+        f"{name} ({type(part).__name__}) keeps statistics of the batches that it sees, but each of its two copies "
+        f"would see half of them: {_REMEDY}"
+        for name, part in module.named_modules()
+        if isinstance(part, _NormBase) and part.running_mean is not None
+    ]
+    raise_everywhere(wrong[:1])
+
+
+class WrittenBuffers:
+    """Finds buffers that forwards write, in the first batch, and compares the two copies of a mirrored stage.
+
+    A buffer that both copies write with the same values (a table that is made when it is needed) is no trouble, unless
+    it goes on changing, as the second batch shows: a counter, or the vectors of a spectral norm, which then are those
+    of half as many forwards.
+
+    Args:
+        engine: the DualPipeEngine.
+    """
+
+    def __init__(self, engine: Any) -> None:
+        self._engine = engine
+        self._before: dict[str, tuple[int, int]] | None = None
+        self._written: dict[str, tuple[torch.Size, int]] | None = None
+        self._done = engine.plan.placement.name != BIDIRECTIONAL
+
+    def begin(self) -> None:
+        if self._done:
+            return
+        if self._written is None:
+            self._before = {name: (id(buffer), buffer._version) for name, buffer in self._buffers()}
+        else:
+            self._written = {n: _value(b) for n, b in self._buffers() if n in self._written}
+
+    def check(self) -> None:
+        """Before the optimizer's first and second step. Collective over the ranks of a pipeline.
+
+        Raises:
+            PipelineRuntimeError: the copies of a buffer differ, or a buffer goes on changing; on all ranks.
+        """
+        if self._done or self._before is None:
+            return
+        if self._written is None:
+            self._written = self._compare_copies(self._before)
+        else:
+            self._done = True
+            self._look_again(self._written)
+
+    def _compare_copies(self, before: dict[str, tuple[int, int]]) -> dict[str, tuple[torch.Size, int]]:
+        written = {n: _value(b) for n, b in self._buffers() if before.get(n) != (id(b), b._version)}
+        found = self._gather(written)
+        self._done = not any(found)
+        for rank, theirs in enumerate(found):
+            for name, value in theirs.items():
+                if found[len(found) - 1 - rank].get(name) != value:
+                    self._refuse(
+                        f"forwards write the buffer {name}, and its two copies, each of which sees half of the "
+                        f"micro-batches, hold other values: {_REMEDY}"
+                    )
+        return written
+
+    def _look_again(self, before: dict[str, tuple[torch.Size, int]]) -> None:
+        now = {name: _value(buffer) for name, buffer in self._buffers() if name in before}
+        changing = [
+            name for name, (shape, value) in now.items() if before[name][0] == shape and before[name][1] != value
+        ]
+        if names := [name for each in self._gather(changing) for name in each]:
+            self._refuse(
+                f"forwards change the buffer {names[0]} again and again, and its two copies, each of which runs half "
+                f"of the micro-batches, change it half as often: {_REMEDY}"
+            )
+
+    def _gather(self, mine: Any) -> list[Any]:
+        found: list[Any] = [None] * len(self._engine.place.pipeline)
+        dist.all_gather_object(found, mine, group=self._engine._pipeline_group)
+        return found
+
+    def _refuse(self, text: str) -> NoReturn:
+        raise PipelineRuntimeError(text, everywhere=self._engine.place.replicas == 1)
+
+    def _buffers(self) -> list[tuple[str, torch.Tensor]]:
+        counted = {id(part.counts) for part in self._engine.module.modules() if isinstance(part, Router)}
+        return [(name, each) for name, each in self._engine.module.named_buffers() if id(each) not in counted]
+
+
+def _value(buffer: torch.Tensor) -> tuple[torch.Size, int]:
+    raw = buffer.detach().cpu().contiguous().view(-1).view(torch.uint8)
+    return buffer.shape, zlib.crc32(raw.numpy().tobytes())

@@ -1,0 +1,103 @@
+""" "partition_method": "pairs": cut a PipelineModule so that the plan runs fast on it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from deepspeed.pipe import PipelineModule, TiedLayerSpec
+
+from ...errors import ConfigError
+from ...schedule.cuts.fastest import best_cut
+from ...schedule.cuts.layer_times import read_layer_costs
+from ...schedule.plan import Plan
+from ...schedule.timing.costs import UNIT
+from ..config import PAIRS, DualPipeConfig
+from .partition import check_layers, cut_layers
+
+
+def stage_bounds(module: PipelineModule, plan: Plan, config: DualPipeConfig) -> list[int]:
+    """Bounds of the plan's stages: stage s has layers bounds[s] to bounds[s+1] - 1. Collective over all ranks.
+
+    With "pairs" the cut is the one on which the plan has the shortest simulated makespan, of those that
+    `schedule.cuts.fastest.best_cut` tries; times of layers come from the "layer_costs" file, else they are estimated.
+    Any other method: see `cut_layers`.
+
+    Raises:
+        ConfigError: the layers cannot be cut, or the file is not for them.
+    """
+    num_stages = plan.placement.num_stages
+    if config.partition_method != PAIRS:
+        return cut_layers(module, num_stages, config.partition_method)
+    check_layers(module, num_stages)
+    weights = estimated_costs(module) if config.layer_costs is None else _stored(config.layer_costs)
+    if len(weights) != len(module._layer_specs):
+        raise ConfigError(
+            f'"layer_costs": {config.layer_costs} has {len(weights)} times, but the model has '
+            f"{len(module._layer_specs)} layers: measure this model again"
+        )
+    compute = plan.compute_only()
+    return list(best_cut(weights, plan.placement, UNIT, lambda _: compute).bounds)
+
+
+def _stored(path: str) -> list[float]:
+    """The file as rank 0 sees it, on every rank."""
+    box: list[Any] = [None]
+    if dist.get_rank() == 0:
+        try:
+            box[0] = read_layer_costs(path)
+        except ConfigError as error:
+            box[0] = error
+    dist.broadcast_object_list(box, src=0)
+    if isinstance(box[0], ConfigError):
+        raise box[0]
+    return list(box[0])
+
+
+def estimated_costs(module: PipelineModule) -> list[float]:
+    """Estimate of each layer's time, in parameters. Collective over the ranks of a pipeline.
+
+    A layer's time is taken as proportional to the parameters in its matrices: a product with a matrix takes two
+    operations a parameter and token forward and four backward, whatever the layer. A table that is looked up counts
+    nothing, though it may have most parameters of the model: parameters of `nn.Embedding` and of other classes with
+    "embedding" in their name. A `TiedLayerSpec` with a `forward_fn` is a head that multiplies by the tied table, so
+    there the table counts. Vectors (norms, biases) and layers without parameters count nothing.
+
+    The estimate is wrong where a parameter works for more or less than each token: experts of which a token sees a
+    few, convolutions, attention over long sequences. `measure_layers` is right there.
+
+    Args:
+        module: a PipelineModule as its constructor left it.
+    """
+    start = int(module.parts[module.stage_id])
+    mine = {start + index: _matrix_parameters(module, start + index) for index in range(len(module.forward_funcs))}
+    estimate = [float(size) for size in of_all_layers(module, mine)]
+    return estimate if any(estimate) else [1.0] * len(estimate)
+
+
+def _matrix_parameters(module: PipelineModule, layer: int) -> int:
+    spec = module._layer_specs[layer]
+    head = isinstance(spec, TiedLayerSpec) and spec.forward_fn is not None
+    tied = isinstance(spec, TiedLayerSpec)
+    held = module.tied_modules[spec.key] if tied else module._modules.get(str(layer))
+    if held is None:  # a plain function
+        return 0
+    counted: dict[int, torch.nn.Parameter] = {}
+    for part in held.modules():
+        if "embedding" not in type(part).__name__.lower():
+            counted |= {id(param): param for param in part.parameters(recurse=False)}
+    if head:
+        names = spec.tied_weight_attr
+        for name in [names] if isinstance(names, str) else names:
+            weight = module._recursive_getattr(held, name)
+            counted[id(weight)] = weight
+    return sum(param.numel() for param in counted.values() if param.dim() > 1)
+
+
+def of_all_layers(module: PipelineModule, mine: dict[int, Any]) -> list[Any]:
+    """What the ranks of this pipeline know of their layers, in the order of the layers."""
+    found: list[Any] = [None] * module._grid.pipe_parallel_size
+    dist.all_gather_object(found, mine, group=module._grid.pp_proc_group)
+    known = {layer: value for theirs in found for layer, value in theirs.items()}
+    return [known[layer] for layer in range(len(module._layer_specs))]

@@ -1,0 +1,121 @@
+"""Expert parallelism in DeepSpeed's terms: its process groups, and what an engine does for layers with experts.
+
+Experts are shared by ranks of one pipeline position and one direction; copies of one rank's share are the like-numbered
+ranks of the other groups, the mirror's included.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+
+import torch.distributed as dist
+from deepspeed.moe.utils import is_moe_param
+from deepspeed.pipe import PipelineModule
+from deepspeed.runtime.pipe.topology import PipelineParallelGrid
+from deepspeed.utils import groups
+from torch import nn
+
+from ...comm.communicators import close
+from ...errors import ConfigError
+from ...models.experts import Experts
+
+_ABSENT = object()
+
+
+def make_expert_groups(module: PipelineModule, base_grid: PipelineParallelGrid) -> list[dist.ProcessGroup]:
+    """Make the expert groups that the layers of a module ask for. Collective over all ranks.
+
+    Args:
+        module: placed, or as its constructor left it.
+        base_grid: the grid that it was built on.
+
+    Returns:
+        The groups that this rank is in.
+
+    Raises:
+        ConfigError: the replicas of the pipeline cannot share experts as the layers want it.
+    """
+    # A MoE layer of DeepSpeed's, or one of `models`.
+    mine = {part.ep_size for part in module.modules() if hasattr(part, "set_deepspeed_parallelism")}
+    found: list[set[int]] = [set() for _ in range(dist.get_world_size())]
+    dist.all_gather_object(found, mine)
+    base, replicas = base_grid.topology(), base_grid.data_parallel_size
+    own: list[dist.ProcessGroup] = []
+    for size in sorted(set[int]().union(*found)):
+        if replicas % size:
+            raise ConfigError(
+                f"experts are shared by {size} ranks, but the pipeline has {replicas} replicas: their number must be a "
+                f"multiple of {size}"
+            )
+        name = f"ep_size_{size}"
+        for copies in module._grid.topology().get_axis_comm_lists("data"):
+            by_position: dict[int, list[int]] = {}
+            for rank in copies:
+                by_position.setdefault(base.get_coord(rank).pipe, []).append(rank)
+            sharing = [ranks[i : i + size] for ranks in by_position.values() for i in range(0, len(ranks), size)]
+            for table, ranks_table, members in (
+                (groups._EXPERT_PARALLEL_GROUP, groups._EXPERT_PARALLEL_GROUP_RANKS, sharing),
+                (
+                    groups._EXPERT_DATA_PARALLEL_GROUP,
+                    groups._EXPERT_DATA_PARALLEL_GROUP_RANKS,
+                    [list(each) for each in zip(*sharing, strict=True)],
+                ),
+            ):
+                for ranks in members:
+                    group = dist.new_group(ranks)
+                    if dist.get_rank() in ranks:
+                        table[name], ranks_table[name] = group, ranks
+                        own.append(group)
+    return own
+
+
+@contextmanager
+def connected_experts(module: PipelineModule) -> Iterator[None]:
+    """Let the layers of a module that is not placed yet run in the body; they and their groups are gone from it after.
+
+    Collective over all ranks, its end too.
+
+    Args:
+        module: a PipelineModule as its constructor left it.
+
+    Raises:
+        ConfigError: as `make_expert_groups`.
+    """
+    made = make_expert_groups(module, module._grid)
+    before = [(vars(part), dict(vars(part))) for part in module.modules()]
+    for part in module.modules():
+        if hasattr(part, "set_deepspeed_parallelism"):
+            part.set_deepspeed_parallelism()
+    changed = [
+        (own, key, held.get(key, _ABSENT))
+        for own, held in before
+        for key in own
+        if own[key] is not held.get(key, _ABSENT)
+    ]
+    yield
+    for own, key, value in changed:
+        if value is _ABSENT:
+            del own[key]
+        else:
+            own[key] = value
+    close(made)
+
+
+def has_experts(module: nn.Module) -> bool:
+    """Whether any parameter is held by some of the ranks of its stage only."""
+    return any(is_moe_param(param) for param in module.parameters())
+
+
+def whole_experts(module: nn.Module, keep: bool) -> ExitStack:
+    """A context in which state dicts hold the experts of all ranks. Collective over the ranks that share them.
+
+    Args:
+        module: holds layers of `models`.
+        keep: whether this rank needs the state dicts.
+    """
+    stack = ExitStack()
+    for part in module.modules():
+        if isinstance(part, Experts):
+            stack.enter_context(part.whole(keep))
+    return stack

@@ -1,0 +1,179 @@
+"""In-place conversion of a `deepspeed.pipe.PipelineModule`: its layers are placed on ranks as a `Placement` says.
+
+The module keeps its identity and its parameter names. Layers that a rank did not hold before come from the rank that
+built them (`carry`), with all that the user has done to them. Layers are registered by their number in the model, so
+every copy of a stage lists its parameters in one order.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import partial
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from deepspeed.accelerator import get_accelerator
+from deepspeed.pipe import PipelineModule, TiedLayerSpec
+from torch import nn
+
+from ...errors import ConfigError
+from ...schedule.placement import Placement
+from ..checks.agreement import raise_everywhere
+from ..checks.fingerprint import difference, fingerprint
+from .carry import Layer, carry
+from .experts import whole_experts
+from .grid import Place, deepspeed_grid, position_of
+from .param_groups import add_placeholder
+from .partition import stage_of_layer
+
+
+class PlacedModule(PipelineModule):
+    """What a PipelineModule becomes: the stages of one rank. Made by `place`, never constructed."""
+
+    dualpipe_placement: Placement
+    dualpipe_place: Place
+    dualpipe_layers: list[int]
+    """Layer number of each entry of `forward_funcs`."""
+
+    def stage_owner(self, layer_idx: int) -> int:
+        """The pipe position, in DeepSpeed's grid, of the layer."""
+        return position_of(self.dualpipe_placement, stage_of_layer(self.parts, layer_idx))
+
+    def ckpt_layer_path(self, ckpt_dir: str, local_layer_idx: int) -> str:
+        return super().ckpt_layer_path(ckpt_dir, self.dualpipe_layers[local_layer_idx] - self._local_start)
+
+    def save_state_dict(self, save_dir: str, checkpoint_engine: Any, exclude_frozen_params: bool = False) -> None:
+        """As DeepSpeed's; the layer files hold the experts of all ranks, and layer 1 has a file even if it has no
+        weights, because DeepSpeed's universal converter knows pipelines by it."""
+        first = self._grid.data_parallel_id == 0
+        with whole_experts(self, first or self.checkpoint_parallel_write_pipeline):
+            super().save_state_dict(save_dir, checkpoint_engine, exclude_frozen_params)
+        if first and 1 in self.dualpipe_layers:
+            index = self.dualpipe_layers.index(1)
+            if not hasattr(self.forward_funcs[index], "state_dict"):
+                checkpoint_engine.save(state_dict={}, path=self.ckpt_layer_path(save_dir, index))
+
+    def _synchronize_tied_weights(self) -> None:
+        """The weights of the first layer of each tie, in the order of the model, are those of all."""
+        for key, comm in self.tied_comms.items():
+            owners = [self.stage_owner(number) for number in _tied_layers(self, key)]
+            source = comm["ranks"][sorted(set(owners)).index(owners[0])]
+            for name in comm["weight_attr"]:
+                dist.broadcast(self._recursive_getattr(comm["module"], name).data, source, group=comm["group"])
+
+    def ckpt_layer_path_list(self, ckpt_dir: str, local_layer_idx: int) -> list[str]:
+        return super().ckpt_layer_path_list(ckpt_dir, self.dualpipe_layers[local_layer_idx] - self._local_start)
+
+
+def place(module: PipelineModule, placement: Placement, bounds: Sequence[int]) -> Place:
+    """Convert `module` in place. Collective over all ranks.
+
+    Args:
+        module: a PipelineModule as its constructor left it (weights may have been changed since).
+        placement: stages on the ranks of one pipeline.
+        bounds: stage s has layers bounds[s] to bounds[s+1] - 1.
+
+    Returns:
+        This rank's place.
+    """
+    base_grid = module._grid
+    placed = Place(base_grid.topology(), placement, module.global_rank)
+    before = [int(part) for part in module.parts]
+    layers = [layer for stage in placed.stages for layer in range(bounds[stage], bounds[stage + 1])]
+
+    held = carry(module, placed, before, bounds)
+    module.parts = list(bounds)
+    wrong, functions = [], []
+    try:
+        functions = _register(module, {layer: held[layer] for layer in layers})
+    except ConfigError as error:
+        wrong.append(str(error))
+    raise_everywhere(wrong)
+    del held
+    module.to(get_accelerator().device_name(module.local_rank))
+
+    kind = type(module)
+    module.__class__ = type(kind.__name__, (PlacedModule, kind), {"__module__": kind.__module__})
+    module.dualpipe_placement, module.dualpipe_place, module.dualpipe_layers = placement, placed, layers
+    module.forward_funcs = functions
+    module.fwd_map = {str(layer): index for index, layer in enumerate(layers) if str(layer) in module._modules}
+    module._local_start, module._local_stop = 0, len(layers)
+    module._grid = deepspeed_grid(base_grid, placement)
+    module._topo = module._grid.topology()
+    module.stage_id = module._grid.get_stage_id()
+    module.num_stages = module._grid.pipe_parallel_size
+    if not any(param.requires_grad for param in module.parameters()):
+        add_placeholder(module)
+    for param in module.parameters():
+        param.ds_pipe_replicated = False
+    module.tied_comms = module._index_tied_modules()
+    module._synchronize_tied_weights()
+    return placed
+
+
+def _register(module: PipelineModule, layers: dict[int, Layer]) -> list[Any]:
+    """Let `module` hold `layers` and no others; returns what a stage calls."""
+    numbered = {str(layer) for layer in range(len(module._layer_specs))}
+    for name in [name for name in module._modules if name in numbered]:
+        delattr(module, name)
+    module.tied_modules = nn.ModuleDict()
+    module.tied_weight_attrs = {}
+    functions: list[Any] = []
+    for number, layer in layers.items():
+        spec = module._layer_specs[number]
+        if isinstance(spec, TiedLayerSpec):
+            functions.append(_register_tied(module, number, spec, layer))
+            continue
+        if layer.module is not None:
+            module.add_module(str(number), layer.module)
+        if isinstance(spec, nn.Module) and isinstance(layer.function, nn.Module):
+            module._layer_specs[number] = layer.function
+        functions.append(layer.function)
+    return functions
+
+
+def _register_tied(module: PipelineModule, number: int, spec: TiedLayerSpec, layer: Layer) -> Any:
+    """A tied layer shares the weights that are tied with the first one of its key, and keeps what else it has: as a
+    module of its own, under its number, unless that is nothing."""
+    assert layer.module is not None
+    if spec.key not in module.tied_modules:
+        module.tied_modules[spec.key] = layer.module
+        module.tied_weight_attrs[spec.key] = spec.tied_weight_attr
+        return layer.function
+    first = module.tied_modules[spec.key]
+    if layer.module is first:
+        return layer.function
+    shared = {}
+    for name, own in zip(module.tied_weight_attrs[spec.key], spec.tied_weight_attr, strict=True):
+        weight, of_first = module._recursive_getattr(layer.module, own), module._recursive_getattr(first, name)
+        if weight.shape != of_first.shape:
+            raise ConfigError(
+                f"layer {number} is tied as {spec.key!r}, but its {own} is {list(weight.shape)} and that of the first "
+                f"layer of the tie {list(of_first.shape)}: tie weights of one shape"
+            )
+        shared[weight] = of_first
+    if _nothing_else(layer.module, first, set(shared)) and _usual(spec, layer):
+        return first if spec.forward_fn is None else partial(spec.forward_fn, first)
+    for part in layer.module.modules():
+        for name, param in part._parameters.items():
+            if param in shared:
+                part._parameters[name] = shared[param]
+    module.add_module(str(number), layer.module)
+    return layer.function
+
+
+def _tied_layers(module: PipelineModule, key: str) -> list[int]:
+    return [n for n, spec in enumerate(module._layer_specs) if isinstance(spec, TiedLayerSpec) and spec.key == key]
+
+
+def _usual(spec: TiedLayerSpec, layer: Layer) -> bool:
+    function = layer.function
+    return function is layer.module or (isinstance(function, partial) and function.func is spec.forward_fn)
+
+
+def _nothing_else(module: nn.Module, first: nn.Module, shared: set[nn.Parameter]) -> bool:
+    """Whether a module has nothing but what it shares with `first`."""
+    if difference(fingerprint(module, ""), fingerprint(first, "")) or set(module.parameters()) != shared:
+        return False
+    return all(torch.equal(own, other) for own, other in zip(module.buffers(), first.buffers(), strict=True))

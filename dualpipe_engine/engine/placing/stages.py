@@ -1,0 +1,128 @@
+"""Stages of a placed module: their layers, parameters, and the chunks that run them."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterable, Mapping
+from functools import partial
+from typing import Any
+
+from deepspeed.pipe import PipelineModule
+from deepspeed.runtime.activation_checkpointing import checkpointing
+from torch import nn
+
+from ...comm.tickets import Transfer
+from ...runtime.chunk import StageChunk
+from ...runtime.overlap import PhasedChunk, phases_of
+from ...runtime.phases import Phased
+from .module import PlacedModule
+
+
+def stage_views(module: PlacedModule) -> dict[int, PipelineModule]:
+    """One callable module for each stage of this rank; they share parameters and settings with `module`.
+
+    A view is a shallow copy with its own list of layers, so the PipelineModule's own forward (activation checkpointing,
+    seeds, a user's override) runs unchanged for each stage.
+    """
+    views = {}
+    for stage in module.dualpipe_place.stages:
+        start, stop = module.parts[stage], module.parts[stage + 1]
+        indices = [index for index, layer in enumerate(module.dualpipe_layers) if start <= layer < stop]
+        view = copy.copy(module)
+        view.forward_funcs = [module.forward_funcs[index] for index in indices]
+        view._local_start, view._local_stop = start, stop
+        view.is_checkpointable_results, view.is_checkpointable_results_interval = [], None
+        view._precompute_checkpointable_values()
+        views[stage] = view
+    return views
+
+
+def needs_input_gradient(module: PipelineModule) -> bool:
+    """Whether the first stage's inputs must require a gradient, as reentrant activation checkpointing demands."""
+    return (
+        module.activation_checkpoint_interval > 0
+        and module.activation_checkpoint_func is not checkpointing.non_reentrant_checkpoint
+    )
+
+
+def set_activation_checkpointing(module: PipelineModule, section: Mapping[str, Any]) -> None:
+    """Apply what the "pipeline" section says of activation checkpointing."""
+    if section.get("use_reentrant") is False:
+        module.activation_checkpoint_func = checkpointing.non_reentrant_checkpoint
+    if section.get("activation_checkpoint_interval", 0) > 0:
+        module.activation_checkpoint_interval = section["activation_checkpoint_interval"]
+
+
+def make_chunk(
+    view: PipelineModule,
+    stage: int,
+    by_phases: bool,
+    timeout_s: float,
+    log: list[Transfer] | None = None,
+    **options: Any,
+) -> StageChunk:
+    """The chunk that runs a stage.
+
+    Args:
+        view: the stage.
+        stage: its number.
+        by_phases: run it by phases, as `has_phases` allows; all stages of a rank alike, so that they can pair.
+        timeout_s: seconds after which a transfer within a phase is given up.
+        log: takes what became of the transfers within phases.
+        options: of `StageChunk`.
+    """
+    if not by_phases:
+        return StageChunk(_runnable(view), stage, **options)
+    recomputed = view.activation_checkpoint_interval > 0
+
+    def recompute(layer: Any) -> bool:
+        return recomputed and view._is_checkpointable([layer])
+
+    return PhasedChunk(view, stage, phases_of(view.forward_funcs, recompute), timeout_s, log, **options)
+
+
+def has_phases(module: PipelineModule) -> bool:
+    """Whether any layer of this rank offers phases and nothing stands against running the layers one by one: a
+    PipelineModule with a forward of its own, or with `seed_layers`, whose seeds belong to whole layers."""
+    own = getattr(type(module), "forward", None) is not PipelineModule.forward
+    return not own and not module.seed_layers and any(isinstance(layer, Phased) for layer in module.forward_funcs)
+
+
+def _runnable(view: PipelineModule) -> Any:
+    """The stage as its chunk runs it: the view, its layers alone where its forward does no more than call them, or its
+    only layer where that brings `overlapped_forward_backward`."""
+    functions = view.forward_funcs
+    if len(functions) == 1 and hasattr(type(functions[0]), "overlapped_forward_backward"):
+        return functions[0]
+    own = type(view).forward is not PipelineModule.forward
+    return view if own or view.seed_layers or view.activation_checkpoint_interval > 0 else _Layers(view)
+
+
+class _Layers:
+    """Calls the layers of a stage one after another; PipelineModule's forward takes longer than a small layer."""
+
+    def __init__(self, view: PipelineModule) -> None:
+        self._view = view
+        self._layers = tuple(view.forward_funcs)
+        # Shared with the module that the user holds, who may hang something in later.
+        self._hooks = (view._forward_pre_hooks, view._forward_hooks, view._backward_pre_hooks, view._backward_hooks)
+
+    def __call__(self, inputs: Any) -> Any:
+        if any(self._hooks):
+            return self._view(inputs)
+        for layer in self._layers:
+            inputs = layer(inputs)
+        return inputs
+
+
+def params_of(functions: Iterable[Any]) -> set[nn.Parameter]:
+    """Parameters of layers: modules, functions bound to one (a TiedLayerSpec's `forward_fn`), methods of one."""
+    found: set[nn.Parameter] = set()
+    for function in functions:
+        parts = [function, getattr(function, "__self__", None)]
+        if isinstance(function, partial):
+            parts += [*function.args, *function.keywords.values(), function.func]
+        for part in parts:
+            if isinstance(part, nn.Module):
+                found.update(part.parameters())
+    return found

@@ -1,0 +1,78 @@
+"""From the configuration to the lowered, verified plan that all ranks run."""
+
+from __future__ import annotations
+
+import torch
+import torch.distributed as dist
+from deepspeed.pipe import LayerSpec, PipelineModule
+
+from ..errors import ConfigError, PlanError
+from ..schedule.orders.registry import placement_of
+from ..schedule.passes.lower import lower
+from ..schedule.passes.verify import verify
+from ..schedule.plan import Plan
+from ..schedule.search.make_plan import make_plan
+from ..schedule.timing.costs import UNIT, CostModel
+from .config import DualPipeConfig
+
+OVERLAPPED = CostModel(fb=2.25)
+"""Where pairs overlap and nothing was measured: a pair takes three quarters of its halves one after the other."""
+
+
+def unmeasured_costs(module: PipelineModule, config: DualPipeConfig) -> CostModel:
+    """What plans are optimized for when no costs are known: every stage alike, pairs faster than their halves if any
+    layer brings an overlap."""
+    kinds = [spec.typename if isinstance(spec, LayerSpec) else type(spec) for spec in module._layer_specs]
+    ways = ("phases", "overlapped_forward_backward")
+    overlaps = any(hasattr(kind, way) for kind in kinds for way in ways)
+    return OVERLAPPED if overlaps and config.overlap is not False else UNIT
+
+
+def make_lowered_plan(config: DualPipeConfig, num_ranks: int, num_micro: int, costs: CostModel = UNIT) -> Plan:
+    """Make, verify and lower the training plan.
+
+    Args:
+        config: names the schedule, or the file of a plan.
+        num_ranks: pipeline ranks.
+        num_micro: micro-batches of one pipeline per batch.
+        costs: costs of the model cut into `num_ranks` stages.
+
+    Raises:
+        PlanError: the schedule cannot run on these ranks, or a plan file is not valid.
+        ConfigError: a plan file is for other ranks or micro-batches.
+    """
+    if config.plan_file is not None:
+        plan = Plan.load(config.plan_file).compute_only()
+        if (plan.placement.num_ranks, plan.num_micro) != (num_ranks, num_micro):
+            raise ConfigError(
+                f"{config.plan_file} is a plan for {plan.placement.num_ranks} ranks and {plan.num_micro} "
+                f"micro-batches, but the job has {num_ranks} pipeline ranks and {num_micro} micro-batches"
+            )
+    else:
+        plan = make_plan(
+            config.schedule,
+            num_ranks,
+            num_micro,
+            costs.for_placement(placement_of(config.schedule, num_ranks)),
+            optimize=config.optimize,
+            activation_cap=config.activation_cap,
+            split_backward=config.split_backward is not False,
+        )
+    lowered = lower(plan)
+    verify(lowered, activation_cap=config.activation_cap)
+    return lowered
+
+
+def agree(plan: Plan, device: torch.device) -> None:
+    """Check that every rank has made the same plan. Collective over all ranks.
+
+    Raises:
+        PlanError: the digests differ.
+    """
+    mine = torch.tensor([int(plan.digest()[:15], 16)], dtype=torch.int64, device=device)
+    low, high = mine.clone(), mine.clone()
+    dist.all_reduce(low, op=dist.ReduceOp.MIN)
+    dist.all_reduce(high, op=dist.ReduceOp.MAX)
+    if not torch.equal(low, high):
+        text = "the ranks have made different plans: give all of them the same configuration and plan file"
+        raise PlanError(text, everywhere=True)

@@ -1,0 +1,162 @@
+"""AllReduce: every copy of a stage gets the whole mean, as without ZeRO."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from deepspeed.moe.utils import is_moe_param
+from deepspeed.utils import groups
+from torch import Tensor, nn
+
+from .interface import StageParams
+from .side_stream import Lane
+
+BUCKET = 1 << 25  #: elements of one collective: enough for full bandwidth, little beside a stage
+
+
+class AllReduce:
+    """Every copy gets the whole mean: ZeRO-0, and DeepSpeed's BF16_Optimizer, which keeps fp32 sums of its own.
+
+    Args:
+        engine: the DualPipeEngine.
+    """
+
+    def __init__(self, engine: Any) -> None:
+        self._engine = engine
+        self._params = StageParams(engine)
+        self._lane = Lane(engine.device, engine._observer)
+        self._sums: dict[nn.Parameter, Tensor] = {}
+        if engine.using_bf16_optimizer:
+            optimizer = engine.optimizer
+            for held, sums in zip(optimizer.bf16_groups, optimizer.fp32_groups_gradients, strict=True):
+                self._sums.update(zip(held, sums, strict=True))
+
+    def begin(self) -> None:
+        self._lane.clear()
+
+    def accumulate(self, stage: int) -> None:
+        if self._sums:
+            self._engine.optimizer.update_hp_grads(clear_lp_grads=False)
+            self._engine.optimizer.clear_lp_grads(set_to_none=True)
+        self._lane.poll()
+
+    def reduce(self, stage: int) -> None:
+        self._start(self._params.closed_by[stage])
+
+    def finish(self) -> None:
+        for param, group in self._params.tied:
+            dist.all_reduce(self._take(param, keep=True), group=group)
+        self._start(self._params.late)
+        self._lane.drain()
+        if self._sums:
+            # The norm counts what has had a gradient; here a twin's will do.
+            optimizer = self._engine.optimizer
+            optimizer.fp32_groups_has_gradients = [[True] * len(held) for held in optimizer.bf16_groups]
+
+    def catch_up(self) -> None:
+        """After `finish`: reduce what has been unfrozen since this was made, and drop what has been frozen."""
+        known, now = set(self._params.all), StageParams(self._engine)
+        for param in known.difference(now.all):
+            param.grad = None
+        for param, group in now.tied:
+            if param not in known:
+                dist.all_reduce(self._take(param, keep=True), group=group)
+        self._start([param for param in now.all if param not in known])
+        self._lane.drain()
+
+    def buffers(self) -> list[Tensor]:
+        return self._lane.buffers
+
+    def held(self) -> list[Tensor]:
+        return [] if self._sums else self._lane.buffers  # what they hold goes back to the parameters
+
+    def _take(self, param: nn.Parameter, keep: bool = False) -> Tensor:
+        """The local gradient, zeros where this rank ran no backward; unless `keep`, `param.grad` is given up."""
+        if param in self._sums:
+            return self._sums[param]
+        if param.grad is None:
+            param.grad = torch.zeros_like(param)
+        grad = param.grad
+        if not keep:
+            param.grad = None
+        return grad
+
+    def _put(self, param: nn.Parameter, mean: Tensor) -> None:
+        if param in self._sums:
+            self._sums[param].copy_(mean.view_as(self._sums[param]))
+        else:
+            param.grad = mean.to(param.dtype)
+
+    def _start(self, params: list[nn.Parameter]) -> None:
+        kinds: dict[tuple[Any, torch.dtype], list[nn.Parameter]] = {}
+        for param in params:
+            kinds.setdefault((_group_of(self._engine, param), param.dtype), []).append(param)
+        for (group, _), members in kinds.items():
+            for bucket in buckets(members):
+                self._start_bucket(group, bucket)
+        self._lane.poll()
+
+    def _start_bucket(self, group: Any, params: list[nn.Parameter]) -> None:
+        engine = self._engine
+        before, after = _factors(engine)
+        grads = [self._take(param) for param in params]
+        with self._lane.behind(grads):
+            dtype = engine.communication_data_type if grads[0].dtype.itemsize <= 4 else grads[0].dtype
+            buffer = _flat(grads, dtype)
+            if before != 1.0:
+                buffer.mul_(before)
+            work = dist.all_reduce(buffer, group=group, async_op=True)
+
+        def done() -> None:
+            if after != 1.0:
+                buffer.mul_(after)
+            for param, part in zip(params, buffer.split([param.numel() for param in params]), strict=True):
+                self._put(param, part.view_as(param))
+
+        self._lane.post(work, buffer, done)
+
+
+def buckets(params: Iterable[nn.Parameter]) -> Iterator[list[nn.Parameter]]:
+    """Parameters, in order, in runs of at most `BUCKET` elements; a larger one alone."""
+    held: list[nn.Parameter] = []
+    numel = 0
+    for param in params:
+        if held and numel + param.numel() > BUCKET:
+            yield held
+            held, numel = [], 0
+        held.append(param)
+        numel += param.numel()
+    if held:
+        yield held
+
+
+def _flat(grads: list[Tensor], dtype: torch.dtype) -> Tensor:
+    """All gradients in one tensor, each given up as soon as it is copied; a single one is not copied."""
+    if len(grads) == 1 and grads[0].dtype == dtype and grads[0].is_contiguous():
+        return grads.pop().view(-1)
+    buffer = torch.empty(sum(grad.numel() for grad in grads), dtype=dtype, device=grads[0].device)
+    for hole in buffer.split([grad.numel() for grad in grads]):
+        grad = grads.pop(0)
+        hole.view_as(grad).copy_(grad)
+    return buffer
+
+
+def _group_of(engine: Any, param: Any) -> Any:
+    """The ranks that hold copies of a parameter."""
+    if is_moe_param(param):
+        return groups._get_expert_data_parallel_group(param.group_name)
+    return engine.mpu.get_data_parallel_group()
+
+
+def _factors(engine: Any) -> tuple[float, float]:
+    """Factors before and after the sum, as the DeepSpeed configuration asks for. Experts divide by all copies too."""
+    copies = engine.mpu.get_data_parallel_world_size()
+    if not engine.gradient_average:
+        return 1.0, 1.0
+    if not engine.postscale_gradients():
+        return 1.0 / copies, 1.0
+    ahead = engine.gradient_predivide_factor()
+    return 1.0 / ahead, ahead / copies

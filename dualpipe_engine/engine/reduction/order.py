@@ -1,0 +1,34 @@
+"""The order in which the copies of a stage reduce what each of their weight-gradient ops adds, found from the plan."""
+
+from __future__ import annotations
+
+from ...schedule.op import B, W, atoms
+from ...schedule.plan import Plan
+
+
+def contributions(plan: Plan, rank: int) -> list[int]:
+    """The stages to whose weight gradients `rank` adds, one entry for each B and W, in program order."""
+    return [part.stage for op in plan.programs[rank] for part in atoms(op) if part.kind in (B, W)]
+
+
+def reduction_order(plan: Plan, rank: int) -> list[tuple[int, int]]:
+    """The reductions (stage, k), k = 0, 1, ..., in the order that `rank` and its twin both follow.
+
+    Reduction (s, k) adds up what the k-th B or W of stage s has left on each copy. Collectives of one group must be
+    issued in one order, but twins need not run their weight gradients in one order: a plan's fill with W may differ
+    between them, and with an odd number of micro-batches one twin has fewer. So both follow the order of the later
+    twin's op, counted in weight-gradient ops, and for equal counts the order of stages. A rank that is ahead keeps the
+    gradient until its turn; one that has no k-th op takes part with zeros.
+    """
+    twins = plan.placement.replicas(plan.placement.stages_of(rank)[0])
+    due: dict[tuple[int, int], int] = {}
+    for twin in twins:
+        counts: dict[int, int] = {}
+        for position, stage in enumerate(contributions(plan, twin)):
+            event = (stage, counts.get(stage, 0))
+            counts[stage] = event[1] + 1
+            due[event] = max(due.get(event, 0), position)
+    latest: dict[int, int] = {}
+    for stage, k in sorted(due):
+        due[stage, k] = latest[stage] = max(due[stage, k], latest.get(stage, 0))
+    return sorted(due, key=lambda event: (due[event], *event))

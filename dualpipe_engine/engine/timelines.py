@@ -1,0 +1,91 @@
+"""Measuring: what the last training batch took, on all ranks of the pipeline."""
+
+from __future__ import annotations
+
+import socket
+import time
+from typing import Any
+
+import torch.distributed as dist
+from deepspeed.runtime.pipe.engine import PipelineEngine
+
+from ..comm.stream import transfer_of
+from ..profiling.profiler import Job, current_profiler
+from ..schedule.op import COMPUTE
+from ..schedule.timeline import Hop, Span, Timeline
+from ..schedule.timing.from_timelines import measured_costs
+from ..schedule.timing.simulate import simulate
+
+
+class Measuring(PipelineEngine):
+    """The part of `DualPipeEngine` that measures."""
+
+    def timeline(self) -> Timeline:
+        """When each op of the last training batch ran on each rank of this pipeline.
+
+        Collective over the ranks of the pipeline. Ranks on one machine share a clock; across machines clocks are
+        aligned at a barrier, to about a tenth of a millisecond.
+        """
+        spans = [
+            Span(s.rank, s.op, s.start - shift, s.end - shift)
+            for shift, theirs in self._of_all_ranks(self._observer.spans())
+            for s in theirs
+        ]
+        return Timeline(self.plan.placement.num_ranks, spans)
+
+    def transfers(self) -> list[Hop]:
+        """The transfers of the last training batch on all ranks of this pipeline: within phases under the names of
+        those, between stages as "send" and "recv". Clocks and collectivity as for `timeline`."""
+        rank = self.place.rank
+        finished = [*self._transfers, *(t for t in map(transfer_of, self._transported) if t.finished)]
+        on_clock = self._observer.on_clock(finished)
+        mine = [Hop(rank, t.name, t.posted, t.finished, t.waited, t.size) for t in on_clock]
+        return [
+            hop._replace(start=hop.start - shift, end=hop.end - shift)
+            for shift, theirs in self._of_all_ranks(mine)
+            for hop in theirs
+        ]
+
+    def _wall_clock(self) -> str:
+        """The milliseconds of each kind of op on this rank in the last training batch."""
+        spent: dict[str, float] = {}
+        for span in self._observer.spans():
+            spent[span.op.kind] = spent.get(span.op.kind, 0.0) + 1000 * (span.end - span.start)
+        return "time (ms) | " + " | ".join(f"{kind}: {spent[kind]:.2f}" for kind in spent)
+
+    def _of_all_ranks(self, mine: Any) -> list[tuple[float, Any]]:
+        """What each rank of the pipeline has measured, with the seconds by which its clock is ahead of the first's."""
+        dist.barrier(group=self._pipeline_group)
+        found: list[Any] = [None] * len(self.place.pipeline)
+        dist.all_gather_object(found, (socket.gethostname(), time.monotonic(), mine), group=self._pipeline_group)
+        host, zero, _ = found[0]
+        return [(0.0 if other == host else now - zero, theirs) for other, now, theirs in found]
+
+    def simulated(self, measured: Timeline) -> Timeline:
+        """The plan simulated with the costs that `measured` shows: what is left between the two is communication and
+        overhead."""
+        compute = Timeline(measured.num_ranks, [span for span in measured.spans if span.op.kind in COMPUTE])
+        return simulate(self.plan.compute_only(), measured_costs([compute], self.plan.placement.num_stages))
+
+    def _keep_record(self) -> None:
+        """The step ends: the profiler keeps it while profiling is on."""
+        batch = self._observer.end_batch(self._transfers)
+        profiler = current_profiler()
+        self._observer.nvtx = profiler is not None and self.device.type == "cuda"
+        if profiler is not None:
+            profiler.add(batch, Job(self.plan, self.place.rank, self.place.replica, self.device, self._profile_facts))
+
+    def _profile_facts(self) -> dict[str, Any]:
+        """What `Profile.facts` names."""
+        config = self.dualpipe_config
+        return {
+            "schedule": config.schedule,
+            "optimize": config.optimize,
+            "partition_method": config.partition_method,
+            "overlap": any(chunk.brings_overlap for chunk in self._chunks.values()),
+            "micro_batch_size": self.train_micro_batch_size_per_gpu(),
+            "replicas": self.place.replicas,
+            "zero_stage": self.zero_optimization_stage(),
+            "weight_split": None if self._store is None else self.weight_split.share,
+            "device": self.device.type,
+        }

@@ -1,0 +1,1 @@
+"""Layers cut into stages: balanced by their times, or the fastest cut by simulation."""

@@ -1,0 +1,1 @@
+"""Whole jobs estimated from a published model and hardware: time, memory, without running anything."""

@@ -1,0 +1,202 @@
+"""Bytes of weights, gradients, optimizer state and activations on each rank, for every schedule beside stock 1F1B.
+
+What a DeepSpeed configuration keeps for a parameter, in bytes (`low`: 2 in bf16 and fp16, else 4):
+
+| | weights | gradients, held over a batch | optimizer |
+|---|---|---|---|
+| ZeRO-0, fp32 | 4 | 4 | state |
+| ZeRO-0, fp16 | 2 | 2 | state + 4 |
+| ZeRO-0, bf16 | 2 | 2 | (state + 4) / copies |
+| ZeRO-1 | low | 4 with `grad_accum_dtype` fp32, else low | (state + 4) / copies |
+| ZeRO-2 | low | 4 / copies | (state + 4) / copies |
+
+`copies` are the ranks that hold the same stages: the replicas, and twice as many in the bidirectional placement; the 4
+of the optimizer is the fp32 master weight. Left out is what lives for one op only: the gradient that a backward has
+just made (vectors and embedding tables: from I to W), and buffers of transfers and reductions. Under ZeRO-1 it can be
+less, or up to 4 / copies more: a stage leaves for the fp32 partition while the rank's other stage runs. DeepSpeed's own
+engine keeps the bf16 gradient of the last micro-batch beside the sum, so there it is 2 more.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from ...errors import ConfigError, PlanError
+from ..orders.registry import SCHEDULES, placement_of
+from ..placement import VEE, Placement
+from ..search.make_plan import make_plan
+from ..timing.costs import CostModel
+from ..timing.simulate import peak_bytes
+
+STOCK = "1f1b-deepspeed"
+_STATE = {"adam": 8, "adamw": 8, "fusedadam": 8, "lamb": 8, "adagrad": 4, "lion": 4}
+_WIDTHS = {"fp32": 4, "fp16": 2, "bf16": 2}
+
+
+@dataclass(frozen=True)
+class Training:
+    """What is kept for each parameter, in bytes.
+
+    Args:
+        weights: of the weights that a forward reads.
+        gradients: of what a batch adds up.
+        optimizer: of the optimizer's state with its fp32 master weights.
+        partitioned: the optimizer state is divided among the copies of a stage.
+        gradients_partitioned: the gradients are too.
+        stock_gradients: as `gradients`, of DeepSpeed's own pipeline engine.
+    """
+
+    weights: int
+    gradients: int
+    optimizer: int
+    partitioned: bool
+    gradients_partitioned: bool
+    stock_gradients: int
+
+    @property
+    def stock(self) -> Training:
+        """The nearest that DeepSpeed's own pipeline engine can do: it has no ZeRO-2."""
+        return replace(self, gradients_partitioned=False, gradients=self.stock_gradients)
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes of one rank."""
+
+    weights: int
+    gradients: int
+    optimizer: int
+    activations: int
+
+    @property
+    def total(self) -> int:
+        return self.weights + self.gradients + self.optimizer + self.activations
+
+
+@dataclass(frozen=True)
+class MemoryRow:
+    """One schedule; `ranks` is empty and `reason` says why where it cannot run."""
+
+    schedule: str
+    ranks: tuple[Memory, ...] = ()
+    reason: str = ""
+
+    @property
+    def fullest(self) -> Memory:
+        return max(self.ranks, key=lambda memory: memory.total)
+
+
+def training_of(config: Mapping[str, Any]) -> Training:
+    """Read a DeepSpeed configuration.
+
+    Raises:
+        ConfigError: its optimizer, ZeRO stage or number format is not known here.
+    """
+
+    def section(name: str) -> Mapping[str, Any]:
+        found = config.get(name)
+        return found if isinstance(found, Mapping) else {}
+
+    on = [name for name in ("bf16", "fp16", "bfloat16") if section(name).get("enabled")]
+    kind = "fp32" if not on else "fp16" if on[0] == "fp16" else "bf16"
+    zero = section("zero_optimization").get("stage", 0)
+    if zero not in (0, 1, 2):
+        raise ConfigError(f"a pipeline runs under ZeRO 0, 1 or 2, not {zero!r}")
+    accumulation = section("data_types").get("grad_accum_dtype") or kind
+    if accumulation not in _WIDTHS:
+        raise ConfigError(f'"grad_accum_dtype" must be one of {", ".join(_WIDTHS)}, got {accumulation!r}')
+    low, state = _WIDTHS[kind], _state_bytes(section("optimizer"))
+    if zero == 0:
+        master, beside = 0 if kind == "fp32" else 4, low if kind == "bf16" else 0
+        return Training(low, low, state + master, kind == "bf16", False, low + beside)
+    gradients = _WIDTHS[accumulation]
+    beside = low if kind == "bf16" and gradients == 4 else 0
+    return Training(low, 4 if zero == 2 else gradients, state + 4, True, zero == 2, gradients + beside)
+
+
+def _state_bytes(optimizer: Mapping[str, Any]) -> int:
+    name = str(optimizer.get("type", "Adam")).lower()
+    if name == "sgd":
+        return 4 if optimizer.get("params", {}).get("momentum") else 0
+    if name not in _STATE:
+        known = ", ".join(["SGD", *_STATE])
+        raise ConfigError(f"the state of optimizer {optimizer['type']!r} is not known here, only that of {known}")
+    return _STATE[name]
+
+
+def rank_memory(
+    placement: Placement,
+    training: Training,
+    params: Sequence[int],
+    replicas: int = 1,
+    activations: Sequence[int] | None = None,
+) -> tuple[Memory, ...]:
+    """The bytes of each rank.
+
+    Args:
+        placement: where stages are.
+        training: what is kept for a parameter.
+        params: parameters of each of the placement's stages.
+        replicas: data-parallel replicas of the pipeline.
+        activations: bytes of activations on each rank.
+    """
+    copies = placement.num_directions * replicas
+    found = []
+    for rank in range(placement.num_ranks):
+        held = sum(params[stage] for stage in placement.stages_of(rank))
+        found.append(
+            Memory(
+                weights=held * training.weights,
+                gradients=-(-held * training.gradients // (copies if training.gradients_partitioned else 1)),
+                optimizer=-(-held * training.optimizer // (copies if training.partitioned else 1)),
+                activations=activations[rank] if activations is not None else 0,
+            )
+        )
+    return tuple(found)
+
+
+def compare_memory(
+    training: Training,
+    num_ranks: int,
+    num_micro: int,
+    params: Sequence[int],
+    activation_bytes: int = 0,
+    replicas: int = 1,
+) -> list[MemoryRow]:
+    """Stock 1F1B, then every schedule in its reference order.
+
+    Args:
+        training: what is kept for a parameter.
+        num_ranks: pipeline ranks PP.
+        num_micro: micro-batches of one pipeline per batch.
+        params: parameters of each 1/PP of the model; `vee` placements cut each in two.
+        activation_bytes: what one micro-batch keeps alive on 1/PP of the model.
+        replicas: data-parallel replicas of the pipeline.
+
+    Raises:
+        ConfigError: `params` are for another number of ranks.
+    """
+    if len(params) != num_ranks:
+        raise ConfigError(f"parameters of {len(params)} stages were given for {num_ranks} pipeline ranks")
+    costs = CostModel(activation_bytes=activation_bytes)
+    rows = []
+    for name in (STOCK, *SCHEDULES):
+        schedule = "1f1b" if name == STOCK else name
+        try:
+            placement = placement_of(schedule, num_ranks)
+            placed = costs.for_placement(placement)
+            peaks = peak_bytes(make_plan(schedule, num_ranks, num_micro, placed), placed)
+        except PlanError as error:
+            rows.append(MemoryRow(name, reason=str(error)))
+            continue
+        kept = training.stock if name == STOCK else training
+        rows.append(MemoryRow(name, rank_memory(placement, kept, _of_stages(params, placement), replicas, peaks)))
+    return rows
+
+
+def _of_stages(params: Sequence[int], placement: Placement) -> list[int]:
+    if placement.name != VEE:
+        return list(params)
+    return [half for number in params for half in (number // 2, number - number // 2)]

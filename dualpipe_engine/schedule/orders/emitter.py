@@ -1,0 +1,60 @@
+"""Emitter: writes the program of one rank that works on two phases, leaving out micro-batches that do not exist."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Iterator, Sequence
+from itertools import chain, repeat
+
+from ..op import FB, B, F, I, Op, W
+
+
+class Emitter:
+    """Collects the program of one rank from steps like "forward of phase 0".
+
+    It numbers the micro-batches of each phase, and queues the W of every I, first in, first out. Steps beyond the last
+    micro-batch of a phase stand for nothing: a pair that lost one half becomes the other half alone, and the W of a
+    missing I is skipped when its turn comes.
+
+    Args:
+        stages: the stage that the rank runs in each phase.
+        micros: the micro-batches of each phase, in order.
+
+    Attributes:
+        ops: the program so far.
+    """
+
+    def __init__(self, stages: Sequence[int], micros: Sequence[Sequence[int]]) -> None:
+        self.ops: list[Op] = []
+        self._forward = [_numbered(F, stage, ids) for stage, ids in zip(stages, micros, strict=True)]
+        self._backward = [_numbered(B, stage, ids) for stage, ids in zip(stages, micros, strict=True)]
+        self._pending: deque[Op | None] = deque()
+
+    def repeat(self, times: int, *steps: tuple[str, int]) -> None:
+        """Append the steps `times` times. A step is a kind and a phase: `(FB, p)` pairs F of p with B of the other
+        phase, `(W, _)` runs the oldest queued W."""
+        for _ in range(times):
+            for kind, phase in steps:
+                op = self._next(kind, phase)
+                if op is not None:
+                    self.ops.append(op)
+
+    def _next(self, kind: str, phase: int) -> Op | None:
+        if kind == W:
+            return self._pending.popleft()
+        if kind == F:
+            return next(self._forward[phase])
+        if kind == B:
+            return next(self._backward[phase])
+        if kind == I:
+            whole = next(self._backward[phase])
+            self._pending.append(whole and Op(W, whole.stage, whole.micro))
+            return whole and Op(I, whole.stage, whole.micro)
+        forward, backward = next(self._forward[phase]), next(self._backward[1 - phase])
+        if forward and backward:
+            return Op(FB, forward.stage, forward.micro, (forward, backward))
+        return forward or backward
+
+
+def _numbered(kind: str, stage: int, micros: Sequence[int]) -> Iterator[Op | None]:
+    return chain(map(Op, repeat(kind), repeat(stage), micros), repeat(None))

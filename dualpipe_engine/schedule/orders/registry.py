@@ -1,0 +1,59 @@
+"""The schedules by name: the one list that every other part asks."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from difflib import get_close_matches
+from typing import NamedTuple
+
+from ...errors import PlanError
+from ..placement import BIDIRECTIONAL, LINEAR, VEE, Placement
+from ..plan import Plan
+from . import dualpipe, dualpipev, one_f_one_b, zb1p, zbv
+
+
+class Schedule(NamedTuple):
+    """What is known of a schedule.
+
+    Args:
+        placement: the name of its placement.
+        generate: from ranks and micro-batches to the reference order.
+        splits: whether backwards are split into I and W.
+        default_cap: activations that the reference order holds on PP ranks, with any number of micro-batches.
+    """
+
+    placement: str
+    generate: Callable[[int, int], Plan]
+    splits: bool
+    default_cap: Callable[[int], int]
+
+
+KNOWN = {
+    "1f1b": Schedule(LINEAR, one_f_one_b.generate, False, lambda pp: pp),
+    "zb1p": Schedule(LINEAR, zb1p.generate, True, lambda pp: pp),
+    "dualpipe": Schedule(BIDIRECTIONAL, dualpipe.generate, True, lambda pp: pp + 1),
+    "dualpipev": Schedule(VEE, dualpipev.generate, True, lambda pp: 2 * pp + 1),
+    "zbv": Schedule(VEE, zbv.generate, True, lambda pp: 2 * pp),
+}
+SCHEDULES = tuple(KNOWN)
+
+
+def placement_of(schedule: str, num_ranks: int) -> Placement:
+    """The placement that a schedule runs on.
+
+    Raises:
+        PlanError: the name is unknown, or the rank count does not fit.
+    """
+    return Placement(known_schedule(schedule).placement, num_ranks)
+
+
+def known_schedule(schedule: str) -> Schedule:
+    """The schedule of a name.
+
+    Raises:
+        PlanError: the name is unknown.
+    """
+    if schedule not in KNOWN:
+        near = get_close_matches(schedule, SCHEDULES, n=1, cutoff=0.0)[0]
+        raise PlanError(f"unknown schedule {schedule!r}: did you mean {near!r}? There are {', '.join(SCHEDULES)}")
+    return KNOWN[schedule]

@@ -1,0 +1,157 @@
+"""Compare all schedules on equal work, and take the fastest."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from math import inf
+
+from ...errors import PlanError
+from ..orders.registry import KNOWN
+from ..placement import BIDIRECTIONAL, VEE, Placement
+from ..plan import Plan
+from ..timing.costs import UNIT, CostModel
+from ..timing.simulate import peak_activations, peak_bytes, simulate
+from .job_costs import Measurement
+from .make_plan import make_plan
+
+
+@dataclass(frozen=True)
+class Row:
+    """One schedule of a comparison.
+
+    Args:
+        schedule: its name.
+        feasible: whether there is a plan.
+        reason: why not, or "".
+        parameter_copies: copies of each stage's parameters, 1 or 2.
+        makespan: simulated seconds; infinite without a plan, as are the next two.
+        bubble: seconds that the idlest rank is idle.
+        peak_activations: most activations that a rank holds, in activations of a full stage (1/PP of the model).
+        reduction: seconds that reducing gradients over the copies of a rank's stages adds; 0 where it is unknown.
+        memory: bytes that the fullest rank needs beside what it has; None where they are unknown.
+        cap: the limit of activations that the plan was made for, in those of the placement's own stages; None: the
+            schedule's own.
+        plan: the plan, or None.
+    """
+
+    schedule: str
+    feasible: bool
+    reason: str
+    parameter_copies: int
+    makespan: float = inf
+    bubble: float = inf
+    peak_activations: float = inf
+    reduction: float = 0.0
+    memory: int | None = None
+    cap: int | None = None
+    plan: Plan | None = None
+
+    @property
+    def total(self) -> float:
+        """Seconds of a step, the optimizer aside."""
+        return self.makespan + self.reduction
+
+
+def compare(
+    num_ranks: int,
+    num_micro: int,
+    costs: CostModel = UNIT,
+    activation_cap: float | None = None,
+    optimize: bool = True,
+    split_backward: bool = True,
+    job: Measurement | None = None,
+) -> list[Row]:
+    """Every schedule on the same model, batch and ranks.
+
+    Args:
+        num_ranks: pipeline ranks PP.
+        num_micro: micro-batches of the batch.
+        costs: costs of the model cut into PP stages; `vee` placements run each of them as two halves.
+        activation_cap: limit of every rank in activations of a full stage; an activation of a `vee` stage is half of
+            one. None: the default of each schedule.
+        optimize: see `make_plan`.
+        split_backward: see `make_plan`.
+        job: adds the reduction of gradients and the limits of memory and layers; its costs are not read.
+
+    Raises:
+        PlanError: the costs are for another number of stages.
+    """
+    costs.check(num_ranks)
+    rows = []
+    for schedule, known in KNOWN.items():
+        parts = 2 if known.placement == VEE else 1
+        copies = 2 if known.placement == BIDIRECTIONAL else 1
+        cap = None if activation_cap is None else int(activation_cap * parts)
+        try:
+            placement = Placement(known.placement, num_ranks)
+            placed = costs.for_placement(placement)
+            cap = _within(job, placement, cap, known.default_cap(num_ranks))
+            plan = make_plan(schedule, num_ranks, num_micro, placed, optimize, cap, split_backward)
+        except PlanError as error:
+            rows.append(Row(schedule, False, str(error), copies))
+            continue
+        timeline = simulate(plan, placed)
+        peak = max(peak_activations(plan)) / parts
+        row = Row(schedule, True, "", copies, timeline.makespan, max(timeline.bubble()), peak, cap=cap, plan=plan)
+        if job is not None:
+            state = job.state_bytes.get(placement.name, 0)
+            memory = state + max(peak_bytes(plan, placed))
+            row = replace(row, reduction=job.reduction.get(placement.name, 0.0), memory=memory)
+        rows.append(row)
+    return rows
+
+
+def _within(job: Measurement | None, placement: Placement, cap: int | None, default: int) -> int | None:
+    """The activation cap, lowered to what the job's memory allows.
+
+    Raises:
+        PlanError: the job has fewer layers than the placement has stages, or too little memory.
+    """
+    if job is None:
+        return cap
+    if job.layers < placement.num_stages:
+        raise PlanError(
+            f"{job.layers} layers cannot fill the {placement.num_stages} stages of placement {placement.name}"
+        )
+    left = job.memory_cap(placement)
+    return cap if left is None or left >= (default if cap is None else cap) else left
+
+
+def fastest(rows: Sequence[Row]) -> Row | None:
+    """The feasible row with the shortest step; ties go to fewer parameters, then to fewer activations."""
+    feasible = [row for row in rows if row.feasible]
+    return min(feasible, key=lambda row: (row.total, row.parameter_copies, row.peak_activations), default=None)
+
+
+def best(
+    num_ranks: int,
+    num_micro: int,
+    costs: CostModel = UNIT,
+    activation_cap: float | None = None,
+    optimize: bool = True,
+    split_backward: bool = True,
+    job: Measurement | None = None,
+) -> Row:
+    """The fastest feasible row of `compare`, with the reason in a sentence; ties go to less memory.
+
+    Raises:
+        PlanError: no schedule is feasible.
+    """
+    rows = compare(num_ranks, num_micro, costs, activation_cap, optimize, split_backward, job)
+    return best_of(rows)
+
+
+def best_of(rows: Sequence[Row]) -> Row:
+    """`fastest`, with the reason in a sentence.
+
+    Raises:
+        PlanError: no schedule is feasible.
+    """
+    first = fastest(rows)
+    if first is None:
+        raise PlanError("no schedule is feasible: " + "; ".join(row.reason for row in rows))
+    rest = sorted((row for row in rows if row.feasible and row is not first), key=lambda row: row.total)
+    others = ", ".join(f"{row.schedule} {row.total:.6g}" for row in rest)
+    reason = f"{first.schedule} has the shortest simulated step, {first.total:.6g} s"
+    return replace(first, reason=f"{reason} (others: {others})" if others else reason)

@@ -1,0 +1,119 @@
+"""CostModel: how long each op takes on each stage."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+from ...errors import PlanError
+from ..op import FB, B, F, I, Op, W
+from ..placement import VEE, Placement
+
+PerStage = float | tuple[float, ...]
+
+
+@dataclass(frozen=True)
+class CostModel:
+    """Costs of a model cut into stages; each but `comm` is one number for all stages or a tuple, one number a stage.
+
+    A pair of a forward on stage s and a full backward on stage t takes `fb` where s and t cost the same. In general it
+    takes the time of its halves one after the other times the mean of the overlap factors `fb / (f + i + w)` of s and
+    t, but at least the time of the longer half. This also covers a pair with I, which has no w.
+
+    Args:
+        f: seconds of a forward.
+        i: seconds of the input-gradient part of a backward.
+        w: seconds of the weight-gradient part of a backward; a full backward takes `i + w`.
+        fb: seconds of an overlapped forward and full backward; None: no overlap, `f + i + w`.
+        comm: seconds of one transfer between two ranks.
+        activation_bytes: bytes that one micro-batch keeps alive on a stage from the start of F to the end of W.
+
+    Raises:
+        PlanError: a negative number, or tuples of different lengths.
+    """
+
+    f: PerStage = 1.0
+    i: PerStage = 1.0
+    w: PerStage = 1.0
+    fb: PerStage | None = None
+    comm: float = 0.0
+    activation_bytes: int | tuple[int, ...] = 1
+
+    def __post_init__(self) -> None:
+        lengths = {}
+        for name in ("f", "i", "w", "fb", "comm", "activation_bytes"):
+            value = getattr(self, name)
+            if isinstance(value, tuple):
+                lengths[name] = len(value)
+            numbers = value if isinstance(value, tuple) else () if value is None else (value,)
+            if not all(number >= 0 for number in numbers):
+                raise PlanError(f"cost {name} must not be negative, got {value}")
+        if len(set(lengths.values())) > 1:
+            raise PlanError(f"costs for different numbers of stages: {lengths}")
+
+    def at(self, stage: int) -> tuple[float, float, float, float]:
+        """(f, i, w, fb) of one stage."""
+        f, i, w = _at(self.f, stage), _at(self.i, stage), _at(self.w, stage)
+        return f, i, w, f + i + w if self.fb is None else _at(self.fb, stage)
+
+    def check(self, num_stages: int) -> None:
+        """Check that the costs are for `num_stages` stages.
+
+        Raises:
+            PlanError: a tuple has another length.
+        """
+        for name in ("f", "i", "w", "fb", "activation_bytes"):
+            value = getattr(self, name)
+            if isinstance(value, tuple) and len(value) != num_stages:
+                raise PlanError(f"cost {name} has {len(value)} numbers, but there are {num_stages} stages")
+
+    def duration(self, op: Op) -> float:
+        """Seconds of a compute op."""
+        if op.kind == FB:
+            return self._pair(*op.parts)
+        f, i, w, _ = self.at(op.stage)
+        return {F: f, I: i, W: w, B: i + w}[op.kind]
+
+    def _pair(self, forward: Op, backward: Op) -> float:
+        there, back = self.at(forward.stage), self.at(backward.stage)
+        if there == back and backward.kind == B:
+            return there[3]
+        f, b = self.duration(forward), self.duration(backward)
+        return max((f + b) * (_overlap(*there) + _overlap(*back)) / 2, f, b)
+
+    def for_placement(self, placement: Placement) -> CostModel:
+        """The same model cut for `placement`, where `self` describes it cut into `placement.num_ranks` stages.
+
+        `vee` cuts each of these stages into two equal halves; the other placements change nothing.
+
+        Raises:
+            PlanError: the costs are for another number of stages.
+        """
+        self.check(placement.num_ranks)
+        if placement.name != VEE:
+            return self
+        size = self.activation_bytes
+        return replace(
+            self,
+            f=_halves(self.f),
+            i=_halves(self.i),
+            w=_halves(self.w),
+            fb=None if self.fb is None else _halves(self.fb),
+            activation_bytes=tuple((n + 1) // 2 for n in size for _ in range(2))
+            if isinstance(size, tuple)
+            else (size + 1) // 2,
+        )
+
+
+UNIT = CostModel()  #: f = i = w = 1, no overlap, transfers for nothing
+
+
+def _at(value: PerStage, stage: int) -> float:
+    return value[stage] if isinstance(value, tuple) else value
+
+
+def _overlap(f: float, i: float, w: float, fb: float) -> float:
+    return fb / (f + i + w) if f + i + w else 1.0
+
+
+def _halves(value: PerStage) -> PerStage:
+    return tuple(part / 2 for part in value for _ in range(2)) if isinstance(value, tuple) else value / 2

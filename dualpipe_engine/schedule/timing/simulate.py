@@ -1,0 +1,199 @@
+"""Run a plan against a clock: when each op starts and ends under a cost model, and how much memory it holds."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from itertools import pairwise
+
+from ...errors import PlanError
+from ..gc_paused import collector_paused
+from ..op import COMPUTE, B, F, I, Op, W, atoms
+from ..placement import Placement
+from ..plan import Plan
+from ..timeline import Span, Timeline
+from .costs import CostModel
+
+__all__ = ["Clocks", "CostModel", "peak_activations", "peak_bytes", "simulate"]
+
+_NEVER = -1.0
+
+
+class Clocks:
+    """The ranks of one pipeline, each with a clock; an op starts when its rank is free and its inputs have arrived.
+
+    Sends do not occupy a rank: a result arrives `comm` seconds after its op has ended, at once on the same rank.
+
+    Args:
+        placement: where stages live.
+        num_micro: micro-batches of the batch.
+        costs: costs of the stages of `placement`.
+
+    Attributes:
+        now: when each rank is free.
+        spans: what each rank has run, in order.
+
+    Raises:
+        PlanError: the costs are for another number of stages.
+    """
+
+    def __init__(self, placement: Placement, num_micro: int, costs: CostModel) -> None:
+        costs.check(placement.num_stages)
+        num_stages = placement.num_stages
+        self.placement, self.num_micro, self.costs = placement, num_micro, costs
+        self.now = [0.0] * placement.num_ranks
+        self.spans: list[list[Span]] = [[] for _ in range(placement.num_ranks)]
+        # When each result was there, by its key: the batch and the outputs of stages 0.., num_micro each, then the
+        # input gradients of stages 0.. and the gradient of the loss.
+        self._grad = (num_stages + 1) * num_micro
+        given, computed = [0.0] * num_micro, [_NEVER] * (num_stages * num_micro)
+        self._ready = given + computed + computed + given
+        ranks = [placement.rank(stage) for stage in range(num_stages)]
+        hops = [costs.comm if a != b else 0.0 for a, b in pairwise(ranks)]
+        self._hop = [0.0, *hops, 0.0]  # seconds from stage - 1 to stage, or back
+        self._durations: dict[tuple[str, int, int, str], float] = {}
+
+    def run(self, programs: Sequence[Sequence[Op]], before: Callable[[int, Op, float], None] | None = None) -> None:
+        """Run compute programs, one a rank.
+
+        Args:
+            programs: the ops of each rank, in order.
+            before: called with rank, op and the arrival of the op's inputs before each op; it may `issue` W ops.
+
+        Raises:
+            PlanError: an op has a stage or micro-batch that the plan does not have, or the programs cannot complete;
+                the text names rank, op and missing input.
+        """
+        self._check_range(programs)
+        at = [0] * len(programs)
+        waiting: dict[int, list[int]] = {}  # key of a result -> the ranks that wait for it
+        runnable = list(range(len(programs)))
+        while runnable:
+            rank = runnable.pop()
+            program = programs[rank]
+            for position in range(at[rank], len(program)):
+                op = program[position]
+                arrival = self._arrival(op)
+                if arrival < 0:
+                    waiting.setdefault(~int(arrival), []).append(rank)
+                    at[rank] = position
+                    break
+                if before is not None:
+                    before(rank, op, arrival)
+                for key in self.issue(rank, op, arrival):
+                    runnable += waiting.pop(key, ())
+            else:
+                at[rank] = len(program)
+        if waiting:
+            rank, key = min((min(ranks), key) for key, ranks in waiting.items())
+            raise PlanError(self._deadlock(programs, at, rank, key))
+
+    def issue(self, rank: int, op: Op, arrival: float = 0.0) -> list[int]:
+        """Run `op` once `rank` is free and time `arrival` has come; returns the keys of its results."""
+        kind, stage, micro, parts = op
+        shape = (kind, stage, parts[1].stage, parts[1].kind) if parts else (kind, stage, 0, "")
+        duration = self._durations.get(shape)
+        if duration is None:
+            duration = self._durations[shape] = self.costs.duration(op)
+        start = self.now[rank]
+        if arrival > start:
+            start = arrival
+        end = self.now[rank] = start + duration
+        self.spans[rank].append(Span(rank, op, start, end))
+        results = []
+        for kind, stage, micro, _ in parts or (op,):
+            if kind != W:
+                key = stage * self.num_micro + micro + (self.num_micro if kind == F else self._grad)
+                self._ready[key] = end
+                results.append(key)
+        return results
+
+    def _arrival(self, op: Op) -> float:
+        """When the last input of `op` arrives; `~key` (negative) of one that has not been computed yet."""
+        num_micro, ready, latest = self.num_micro, self._ready, 0.0
+        for kind, stage, micro, _ in op.parts or (op,):
+            key, hop = stage * num_micro + micro, self._hop[stage]
+            if kind == W:
+                key, hop = key + self._grad, 0.0
+            elif kind != F:
+                if ready[key + num_micro] < 0:  # the rank's own forward
+                    return ~(key + num_micro)
+                key, hop = key + num_micro + self._grad, self._hop[stage + 1]
+            time = ready[key]
+            if time < 0:
+                return ~key
+            if time + hop > latest:
+                latest = time + hop
+        return latest
+
+    def _check_range(self, programs: Sequence[Sequence[Op]]) -> None:
+        num_stages, num_micro = self.placement.num_stages, self.num_micro
+        for rank, program in enumerate(programs):
+            for op in program:
+                for _, stage, micro, _ in op.parts or (op,):
+                    if stage >= num_stages or micro >= num_micro:
+                        raise PlanError(
+                            f"rank {rank} cannot run {op}: there are {num_stages} stages and {num_micro} micro-batches"
+                        )
+
+    def _deadlock(self, programs: Sequence[Sequence[Op]], at: Sequence[int], rank: int, key: int) -> str:
+        """Say what `rank` waits for, and why it does not come."""
+        gradient, index = key >= self._grad, key % self._grad
+        stage, micro = divmod(index - (0 if gradient else self.num_micro), self.num_micro)
+        kinds = (B, I) if gradient else (F,)
+        result = f"the {'input gradient' if gradient else 'output'} of stage {stage} for micro-batch {micro}"
+        text = f"rank {rank} cannot run {programs[rank][at[rank]]} (op {at[rank]}): {result} is missing; "
+        for other, program in enumerate(programs):
+            for op in program[at[other] :]:
+                for part in atoms(op):
+                    if part.kind in kinds and part.stage == stage and part.micro == micro:
+                        return text + f"rank {other} has {op} only after {program[at[other]]}, which waits as well"
+        return text + f"no rank runs {' or '.join(f'{stage}{kind}{micro}' for kind in kinds)}"
+
+
+@collector_paused()
+def simulate(plan: Plan, costs: CostModel) -> Timeline:
+    """Time every compute op of `plan`; transfers and tail ops are ignored.
+
+    Raises:
+        PlanError: the plan cannot complete, or the costs are for another number of stages.
+    """
+    clocks = Clocks(plan.placement, plan.num_micro, costs)
+    clocks.run(_compute(plan))
+    return Timeline(plan.placement.num_ranks, [span for spans in clocks.spans for span in spans])
+
+
+def peak_activations(plan: Plan) -> list[int]:
+    """For each rank the largest number of (stage, micro-batch) whose activations it holds at once.
+
+    Held from the start of F to the end of W (or of a full B). On a `vee` placement each is half the size of one of a
+    `linear` or `bidirectional` placement of the same model.
+    """
+    return _peaks(plan, lambda stage: 1)
+
+
+def peak_bytes(plan: Plan, costs: CostModel) -> list[int]:
+    """For each rank the most bytes of activations that it holds at once.
+
+    Raises:
+        PlanError: the costs are for another number of stages.
+    """
+    costs.check(plan.placement.num_stages)
+    size = costs.activation_bytes
+    return _peaks(plan, lambda stage: size[stage] if isinstance(size, tuple) else size)
+
+
+def _peaks(plan: Plan, size: Callable[[int], int]) -> list[int]:
+    peaks = []
+    for program in _compute(plan):
+        alive = peak = 0
+        for op in program:
+            parts = atoms(op)
+            alive += sum(size(part.stage) for part in parts if part.kind == F)
+            peak = max(peak, alive)
+            alive -= sum(size(part.stage) for part in parts if part.kind in (B, W))
+        peaks.append(peak)
+    return peaks
+
+
+def _compute(plan: Plan) -> Sequence[Sequence[Op]]:
+    return [[op for op in program if op.kind in COMPUTE] for program in plan.programs]

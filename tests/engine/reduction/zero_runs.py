@@ -1,0 +1,103 @@
+"""Training runs of the ZeRO tests, started on pooled ranks."""
+
+from __future__ import annotations
+
+import copy
+from unittest.mock import patch
+
+import torch
+import training
+from deepspeed.accelerator import get_accelerator
+
+
+def watched(config, ranks, replicas=1, steps=3):
+    """Train, and look at the gradients whenever the tail has been called."""
+    import dualpipe_engine
+    from dualpipe_engine.schedule.op import REDUCE, STEP
+
+    module = training.make_module(ranks, 2 * ranks, tied=False, replicas=replicas)
+    replica = module._grid.data_parallel_id
+    engine, *_ = dualpipe_engine.initialize(model=module, config=copy.deepcopy(config))
+    tail, params = engine._tail, list(engine.module.parameters())
+    held = {"accumulate": 0, "reduce": 0}
+    log = []
+
+    def watch(name, call):
+        def watched_call(stage):
+            call(stage)
+            log.append((name, stage))
+            own = tail.reduction._params.of_stage[stage]
+            grads = (getattr(param, kind, None) for param in own for kind in ("grad", "grad_accum"))
+            held[name] = max(held[name], sum(grad.numel() for grad in grads if grad is not None))
+
+        return watched_call
+
+    tail.accumulate = watch("accumulate", tail.accumulate)
+    tail.reduce = watch("reduce", tail.reduce)
+    losses = [float(engine.train_batch(training.stream(replica))) for _ in range(steps)]
+    spans = engine._observer.spans()
+    return {
+        "losses": losses,
+        "held": held,
+        "log": log[: len(log) // steps],
+        "numel": sum(param.numel() for param in params),
+        "tail": [str(span.op) for span in spans if span.op.kind in (REDUCE, STEP)],
+        "reduction": type(tail.reduction).__name__,
+        "left": sum(buffer.numel() for buffer in tail.reduction.buffers()),
+    }
+
+
+def both_ways(config, ranks, replicas=1, steps=3, tied=True):
+    """The same training with reductions under the tail, and with DeepSpeed's own after the schedule."""
+    import dualpipe_engine
+    from dualpipe_engine.engine.reduction import tail
+    from dualpipe_engine.engine.reduction.after_schedule import AfterSchedule
+
+    found = {}
+    for name, choose in (("tail", tail.choose_reduction), ("after", AfterSchedule)):
+        module = training.make_module(ranks, 2 * ranks, tied=tied, replicas=replicas)
+        data = training.stream(module._grid.data_parallel_id)
+        with patch.object(tail, "choose_reduction", choose):
+            engine, *_ = dualpipe_engine.initialize(model=module, config=copy.deepcopy(config))
+        losses = [float(engine.train_batch(data)) for _ in range(steps)]
+        kind = type(engine._tail.reduction).__name__
+        found[name] = {"losses": losses, "weights": training.weights(engine), "kind": kind}
+        engine.destroy()
+    return found
+
+
+def half(config, ranks, steps, poisoned=None):
+    """fp16 training on a device that DeepSpeed believes able to; `poisoned`: (step, rank) whose gradient overflows."""
+    import dualpipe_engine
+
+    module = training.make_module(ranks, 2 * ranks, tied=False)
+    with patch.object(type(get_accelerator()), "is_fp16_supported", lambda self: True):
+        engine, *_ = dualpipe_engine.initialize(model=module, config=copy.deepcopy(config))
+    accumulate, data = engine._tail.accumulate if poisoned else None, training.stream(0)
+    found = {"losses": [], "scales": [], "skipped": [], "digests": []}
+    for step in range(steps):
+
+        def poison(stage, step=step):
+            if poisoned == (step, engine.place.rank):
+                next(p for p in engine.module.parameters() if p.grad is not None).grad.fill_(float("inf"))
+            accumulate(stage)
+
+        if poisoned:
+            engine._tail.accumulate = poison
+        found["losses"].append(float(engine.train_batch(data)))
+        found["scales"].append(float(engine._get_optimizer_loss_scale()))
+        found["skipped"].append(engine.skipped_steps)
+        digests = {name: training.digest(value) for name, value in training.weights(engine).items()}
+        found["digests"].append(digests)
+    found["weights"] = training.weights(engine)
+    found["dtypes"] = {str(param.dtype) for param in engine.module.parameters()}
+    return found
+
+
+def stock_half(config, ranks, steps):
+    with patch.object(type(get_accelerator()), "is_fp16_supported", lambda self: True):
+        return training.train(config, ranks, steps=steps, tied=False)
+
+
+def finite(found):
+    return all(torch.isfinite(value).all() for rank in found for value in rank["weights"].values())
