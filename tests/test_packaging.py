@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import re
 import shutil
 import subprocess
 import sys
@@ -43,6 +44,46 @@ ABOVE = {
     "testing": {"schedule"},
     "cli": {"cli", "schedule", "viz", "profiling", "engine", "__version__"},
 }
+#: Each room imports itself and rooms before it. Of the folders that have folders, the files on top are rooms where the
+#: order among them matters.
+ROOMS = [
+    "errors",
+    "schedule",
+    "schedule.timing",
+    "schedule.passes",
+    "schedule.orders",
+    "schedule.search",
+    "schedule.cuts",
+    "schedule.jobs",
+    "viz",
+    "comm",
+    "faults",
+    "runtime",
+    "profiling",
+    "models",
+    "engine.keys",
+    "engine.methods",
+    "engine.config",
+    "engine.checks",
+    "engine.placing",
+    "engine.batches",
+    "engine.context",
+    "engine.reduction",
+    "engine.checkpoint",
+    "engine.auto",
+    "engine.plan",
+    "engine.timelines",
+    "engine.reporting",
+    "engine.surface",
+    "engine.engine",
+    "engine.initialize",
+    "adapters",
+    "compat",
+    "testing",
+    "cli",
+    "run",
+    "utils",
+]
 OPTIONAL = {
     ("apex_support.py", "apex"),
     ("deep_ep.py", "deep_ep"),
@@ -52,8 +93,8 @@ OPTIONAL = {
 }
 
 
-def imports(path):
-    """(absolute module, is inside the package) of every import, relative ones resolved."""
+def imports(path, names=False):
+    """The absolute module of every import, relative ones resolved; `names`: with the name that is taken from it."""
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Import):
             for alias in node.names:
@@ -64,8 +105,8 @@ def imports(path):
                 base = base.parent
             prefix = ".".join(base.relative_to(PACKAGE.parent).parts) if node.level else ""
             module = ".".join(filter(None, [prefix, node.module]))
-            if module == "dualpipe_engine":
-                yield from (f"dualpipe_engine.{alias.name}" for alias in node.names)
+            if names or module == "dualpipe_engine":
+                yield from (f"{module}.{alias.name}" for alias in node.names)
             else:
                 yield module
 
@@ -82,6 +123,61 @@ def test_layers_import_downward(layer):
                 assert rest[0] in allowed, f"{path.name} imports {module}"
             elif top not in sys.stdlib_module_names:
                 assert top in FOREIGN[layer] or (path.name, top) in OPTIONAL, f"{path.name} imports {module}"
+
+
+def modules():
+    """Module below the package -> the modules below it that it imports, wherever in its text."""
+    paths = {".".join(path.relative_to(PACKAGE).with_suffix("").parts): path for path in PACKAGE.rglob("*.py")}
+    known = {name.removesuffix(".__init__"): path for name, path in paths.items() if name != "__init__"}
+    found = {}
+    for name, path in known.items():
+        wanted = set()
+        for module in imports(path, names=True):
+            below = module.removeprefix("dualpipe_engine.")
+            wanted.add(below if below in known else below.rpartition(".")[0])
+        found[name] = wanted & known.keys() - {name}
+    return found
+
+
+def room_of(module):
+    top, *rest = module.split(".")
+    inner = f"{top}.{rest[0]}" if rest else top
+    return inner if inner in ROOMS else top
+
+
+def test_modules_import_each_other_in_no_circle():
+    left = modules()
+    while free := [name for name, wanted in left.items() if not wanted & left.keys()]:
+        for name in free:
+            del left[name]
+    assert not left, "these, and what stands on them, import one another"
+
+
+def test_rooms_import_downward():
+    for name, wanted in modules().items():
+        for other in wanted:
+            assert ROOMS.index(room_of(other)) <= ROOMS.index(room_of(name)), f"{name} imports {other}"
+
+
+def test_the_drawing_has_the_rooms_in_their_order():
+    text = (PACKAGE.parent / "docs" / "architecture.md").read_text()
+    whole, inner = text.split("The rooms of")[:2]
+    drawn = [name for row in re.findall(r"^\| (`\w+/`.*?) \|", whole, re.M) for name in re.findall(r"`(\w+)/`", row)]
+    assert [name for name in drawn if name in LAYERS] == LAYERS
+    columns = zip(*re.findall(r"^\| `(\w+)/` \|[^|]*\| `(\w+)/` \|", inner, re.M), strict=True)
+    for top, *names in columns:
+        assert [f"{top}.{name}" for name in names] == [
+            room for room in ROOMS if room.startswith(f"{top}.") and (PACKAGE / room.replace(".", "/")).is_dir()
+        ]
+
+
+def test_parts_of_the_engine_do_not_know_it():
+    """What they need is a context, or single arguments."""
+    for path in (path for layer in LAYERS for path in (PACKAGE / layer).rglob("*.py") if layer != "adapters"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)):
+                names = [each.arg for each in [*node.args.args, *node.args.kwonlyargs]]
+                assert "engine" not in names, f"{node.name} in {path.name}"
 
 
 def test_lightning_stands_on_compat():

@@ -7,7 +7,6 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from deepspeed.runtime.bf16_optimizer import BF16_Optimizer
 from deepspeed.runtime.engine import DeepSpeedEngine
 from deepspeed.runtime.pipe.engine import TRAIN_BATCH_TIMER
@@ -33,14 +32,14 @@ from ..schedule.records import LOSS
 from ..schedule.timing.costs import CostModel
 from .batches.additional_losses import AdditionalLosses
 from .batches.evaluation import Evaluation
-from .batches.feed import BatchFeed, check_same_stream
-from .batches.loader import ResumableLoader, ResumableSampler
+from .batches.loader import Loading
 from .batches.loss_sums import Totals
 from .checkpoint.save_load import Checkpoints
 from .checks.copies import check_twins
 from .checks.finite import FiniteCheck
 from .checks.written_buffers import WrittenBuffers
 from .config import DualPipeConfig
+from .context import Context, Groups, Scaling, Steps
 from .placing.experts import has_experts
 from .placing.grid import Place
 from .placing.module import PlacedModule
@@ -48,7 +47,6 @@ from .placing.param_groups import GroupMap
 from .placing.stages import (
     has_phases,
     make_chunk,
-    needs_input_gradient,
     params_of,
     set_activation_checkpointing,
     stage_views,
@@ -56,11 +54,12 @@ from .placing.stages import (
 from .plan import make_lowered_plan
 from .reduction.freezing import TrainedParams
 from .reduction.tail import GradientTail
+from .reporting import Reporting
 from .surface import Surface
 from .timelines import Measuring
 
 
-class DualPipeEngine(Evaluation, Measuring, Checkpoints, Surface):
+class DualPipeEngine(Evaluation, Measuring, Reporting, Checkpoints, Loading, Surface):
     """What `dualpipe_engine.initialize` returns.
 
     `train_batch`, `eval_batch`, `save_checkpoint`, `load_checkpoint` and the rest of DeepSpeed's PipelineEngine keep
@@ -76,7 +75,6 @@ class DualPipeEngine(Evaluation, Measuring, Checkpoints, Surface):
         deepspeed: arguments of DeepSpeedEngine.
 
     Attributes:
-        plan: the lowered training plan.
         place: stages, pipeline rank and replica of this process.
         finite: reports NaN and inf.
     """
@@ -94,7 +92,7 @@ class DualPipeEngine(Evaluation, Measuring, Checkpoints, Surface):
         watch: Watch,
         **deepspeed: Any,
     ) -> None:
-        self.dualpipe_config, self.place, self.plan = dualpipe, place, plan
+        self.dualpipe_config, self.place = dualpipe, place
         # DeepSpeed's own pipeline set-up (buffers, blocking p2p, ZeRO assertion) does not apply, hence not super().
         DeepSpeedEngine.__init__(self, **deepspeed)
         self._costs = costs
@@ -107,6 +105,7 @@ class DualPipeEngine(Evaluation, Measuring, Checkpoints, Surface):
         )
         self._init_pipeline_state(base_grid)
         set_activation_checkpointing(self.module, self._config.pipeline)
+        self._context = self._make_context(plan)
         self._init_executor()
         if self.training_data:
             self._build_data_iter(self.training_data)
@@ -123,7 +122,7 @@ class DualPipeEngine(Evaluation, Measuring, Checkpoints, Surface):
         self.prev_stage, self.next_stage = self.stage_id - 1, self.stage_id + 1
         self.dynamic_shape, self.has_bool_tensors = self.module.dynamic_shape, False
         self.has_attention_mask = False
-        self.is_pipe_parallel = self.plan.placement.num_ranks > 1
+        self.is_pipe_parallel = self.place.placement.num_ranks > 1
         self.is_data_parallel = self.place.replicas > 1
         self.is_model_parallel = self.grid.model_parallel_size > 1
         self.micro_batch_size = self.train_micro_batch_size_per_gpu()
@@ -162,24 +161,48 @@ class DualPipeEngine(Evaluation, Measuring, Checkpoints, Surface):
         self.has_moe_layers = before
         if again:
             self.using_bf16_optimizer = type(self.optimizer) is BF16_Optimizer
-            self._trained = TrainedParams(self)
+            self._context.optimizer = self.optimizer
+            self._trained.restart()
             self._tail.renew()
 
-    def _check_expert_states(self) -> None:
-        """Refuse to save what could not be loaded.
+    def _make_context(self, plan: Plan) -> Context:
+        return Context(
+            module=self.module,
+            views=stage_views(self.module),
+            place=self.place,
+            plan=plan,
+            device=self.device,
+            groups=Groups(self.mpu.get_data_parallel_group(), self.mpu.get_model_parallel_group()),
+            first_slice=self.mpu.get_tensor_model_parallel_rank() == 0,
+            observer=Observer(self.place.rank, self.device),
+            totals=self.totals,
+            scaling=self._scaling(),
+            partitions_gradients=self.zero_optimization_partition_gradients(),
+            steps=Steps(self._reduce_all, lambda: self._exec_optimizer_step(), lambda: self.global_steps),
+            optimizer=self.optimizer,
+        )
 
-        Raises:
-            ConfigError: experts are shared by several ranks and their optimizer states are not partitioned.
-        """
-        if not self.zero_optimization() and not self.using_bf16_optimizer and has_experts(self.module):
-            raise ConfigError(
-                "without ZeRO, DeepSpeed's files hold the optimizer states of one of the ranks that share the experts: "
-                'set "zero_optimization": {"stage": 1} to save checkpoints'
-            )
+    def _scaling(self) -> Scaling:
+        dtype, copies = self.communication_data_type, self.mpu.get_data_parallel_world_size()
+        if not self.gradient_average:
+            return Scaling(dtype)
+        if not self.postscale_gradients():
+            return Scaling(dtype, before=1.0 / copies)
+        ahead = self.gradient_predivide_factor()
+        return Scaling(dtype, 1.0 / ahead, ahead / copies)
+
+    def _reduce_all(self) -> None:
+        self._exec_reduce_tied_grads()
+        self._exec_reduce_grads()
+
+    @property
+    def plan(self) -> Plan:
+        """The lowered training plan."""
+        return self._context.plan
 
     def _init_executor(self) -> None:
         module: PlacedModule = self.module
-        self._views = stage_views(module)
+        context, views = self._context, self._context.views
         self._store = None
         if any(part.kind == I for op in self.plan.programs[self.place.rank] for part in atoms(op)):
             apex = apex_status()
@@ -204,7 +227,7 @@ class DualPipeEngine(Evaluation, Measuring, Checkpoints, Surface):
                 store=self._store,
                 params=params_of(view.forward_funcs),
             )
-            for stage, view in self._views.items()
+            for stage, view in views.items()
         }
         self._transported: list[StreamTicket] = []  # of the last batch, between stages
         self._transport = transport = GroupTransport(
@@ -217,9 +240,12 @@ class DualPipeEngine(Evaluation, Measuring, Checkpoints, Surface):
             timeout_s=timeout,
         )
         self._edges = Edges(transport, self.device, timeout, module.dynamic_shape, self.watch.position)
-        self._observer = Observer(self.place.rank, self.device)
-        self._trained, self._written = TrainedParams(self), WrittenBuffers(self)
-        self._tail, self.finite = GradientTail(self), FiniteCheck(self)
+        self._observer = context.observer
+        self._trained = TrainedParams(context)
+        placement, replicas = self.place.placement, self.place.replicas
+        self._written = WrittenBuffers(module, placement, self._pipeline_group, replicas)
+        self.finite = self._make_finite_check()
+        self._tail = GradientTail(context, self._trained, self.finite, self.watch)
         self._executor = Executor(
             self.place.rank,
             self._chunks,
@@ -239,10 +265,22 @@ class DualPipeEngine(Evaluation, Measuring, Checkpoints, Surface):
             on_micro=self._before_forward,
         )
 
+    def _make_finite_check(self) -> FiniteCheck:
+        watched = None
+        if self.dualpipe_config.check_finite:
+            held = self._context.params_of_stages()
+            params = list(self.module.parameters())
+            watched = {stage: [param for param in params if param in of_stage] for stage, of_stage in held.items()}
+        scaled = self.fp16_enabled() or self.torch_autocast_z0_gradscaler is not None
+        place, totals = self.place, self.totals
+        return FiniteCheck(
+            watched, scaled, self.global_rank, place.replica, place.replicas, lambda: totals.finish().bad
+        )
+
     def _before_forward(self, stage: int, micro: int) -> None:
         """Seeds of `seed_layers` count micro-batches as a pipeline of one direction would."""
         # Around nn.Module.__setattr__, which takes microseconds of every forward.
-        vars(self._views[stage])["micro_offset"] = self.module.micro_offset + micro
+        vars(self._context.views[stage])["micro_offset"] = self.module.micro_offset + micro
 
     # -- training ------------------------------------------------------------------------------------------------
 
@@ -294,7 +332,8 @@ class DualPipeEngine(Evaluation, Measuring, Checkpoints, Surface):
         self._keep_record()
         self.timers(TRAIN_BATCH_TIMER).stop()
         self._trained.check()
-        self.finite.after_step()
+        overflow = getattr(self.optimizer, "overflow", False)
+        self.finite.after_step(self.global_steps, overflow, self.get_global_grad_norm)
         every = self.dualpipe_config.check_twins
         if every is not None and self.global_steps % every == 0:
             check_twins(self.module, self.mpu.get_data_parallel_group())
@@ -310,7 +349,7 @@ class DualPipeEngine(Evaluation, Measuring, Checkpoints, Surface):
 
     def _set_training(self, mode: bool) -> None:
         self.module.train(mode)
-        for view in self._views.values():
+        for view in self._context.views.values():
             view.training = mode
 
     def _follow_changes(self) -> None:
@@ -327,56 +366,7 @@ class DualPipeEngine(Evaluation, Measuring, Checkpoints, Surface):
         """Make a new plan when the number of micro-batches has changed (`set_train_batch_size`)."""
         if self.plan.num_micro != self.micro_batches:
             num_ranks = self.plan.placement.num_ranks
-            self.plan = make_lowered_plan(self.dualpipe_config, num_ranks, self.micro_batches, self._costs)
-
-    def _feed(self, num_micro: int, fingerprint: bool = False) -> BatchFeed:
-        if self.place.feeds and self.data_iterator is None and self.batch_fn is None:
-            raise ConfigError("there is no data: pass data_iter, or training_data to initialize")
-        return BatchFeed(
-            self.place,
-            num_micro,
-            self._next_batch,
-            self.device,
-            side=self._inbound,
-            input_gradient=needs_input_gradient(self.module),
-            fingerprint=fingerprint,
-        )
-
-    def _check_stream(self, feed: BatchFeed) -> None:
-        """After the first batch: both ends of the pipeline must have read the same data."""
-        self._checked_stream = True
-        if len(self.place.ends) < 2:
-            return
-        sums: list[Any] = [None] * len(self.place.pipeline)
-        dist.all_gather_object(sums, feed.checksum, group=self._pipeline_group)
-        check_same_stream({rank: sums[rank] for rank in self.place.ends})
-
-    def _report_split(self) -> None:
-        """After the first batch, whose forwards show it: which share of the weights runs in W, and what does not."""
-        mine = None if self._store is None else str(self.weight_split)
-        found: list[Any] = [None] * len(self.place.pipeline)
-        dist.all_gather_object(found, mine, group=self._pipeline_group)
-        if self.global_rank == 0:
-            for rank, report in enumerate(found):
-                if report is not None:
-                    logger.info(f"pipeline rank {rank}: {report}")
-
-    def _report_batch(self) -> None:
-        every, steps = self.steps_per_print(), self.global_steps
-        if every is not None and steps % every == 0:
-            elapsed = self.timers(TRAIN_BATCH_TIMER).elapsed(reset=True) / 1000.0 / every
-            if self.global_rank == 0:
-                extra = "".join(f"{name}: {loss:0.4f} " for name, loss in (self.agg_additional_losses or {}).items())
-                print(
-                    f"steps: {steps} loss: {self.agg_train_loss:0.4f} {extra}iter time (s): {elapsed:0.3f} "
-                    f"samples/sec: {self.train_batch_size() / elapsed:0.3f}"
-                )
-                if self.wall_clock_breakdown():
-                    print(self._wall_clock())
-        if self.global_rank == 0 and self.monitor.enabled:
-            loss = self.agg_train_loss
-            assert loss is not None
-            self.monitor.write_events([("Train/Samples/train_loss", loss.item(), self.global_samples)])
+            self._context.plan = make_lowered_plan(self.dualpipe_config, num_ranks, self.micro_batches, self._costs)
 
     def reset_activation_shape(self) -> None:
         """Let the next batch bring new shapes; call it on every rank."""
@@ -386,11 +376,7 @@ class DualPipeEngine(Evaluation, Measuring, Checkpoints, Surface):
         """Clip by the norm over all stages, every parameter counted once."""
         self._global_grad_norm = self._tail.clip(self.gradient_clipping())
 
-    @watched
-    def save_checkpoint(self, *args: Any, **kwargs: Any) -> bool:
-        self._check_expert_states()
-        return super().save_checkpoint(*args, **kwargs)
-
+    save_checkpoint = watched(Checkpoints.save_checkpoint)
     load_checkpoint = watched(Checkpoints.load_checkpoint)
 
     def destroy(self) -> None:
@@ -408,8 +394,3 @@ class DualPipeEngine(Evaluation, Measuring, Checkpoints, Surface):
     def weight_grad_store(self) -> WeightGradStore | None:
         """Takes weight gradients that user layers defer (`put` while `deferring`); None if the plan has no W."""
         return self._store
-
-    def _build_data_iter(self, dataset: Any) -> None:
-        sampler = ResumableSampler(dataset, self.data_replicas, self.data_rank)
-        loader = self.deepspeed_io(dataset, data_sampler=sampler)
-        self.set_dataloader(ResumableLoader(loader, sampler, self.micro_batch_size))

@@ -128,7 +128,7 @@ def initialize(
         name_parameters(model)
         placed = place(model, plan.placement, bounds)
         make_expert_groups(model, base_grid)
-        agree_on_copies(model)
+        agree_on_copies(model, model.dualpipe_layers, placed.replica)
         check_statistics(model, plan.placement)
         groups = GroupMap(model, given, optimizer, base_grid.pp_proc_group, lr_scheduler)
         optimizer, given = groups.apply()

@@ -6,7 +6,6 @@ pipeline, also where two of them hold the same stages. What cannot work is refus
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any, NoReturn
 
 from deepspeed.runtime.pipe.engine import PipelineEngine
@@ -28,18 +27,6 @@ class Surface(PipelineEngine):
                 "train_batch() and eval_batch() return losses and outputs"
             )
         return super().__getattr__(name)
-
-    def set_dataloader(self, loader: Any) -> None:
-        """Read batches of training from `loader`, on the ranks that read data."""
-        if self.place.feeds:
-            self.training_dataloader = loader
-            self.data_iterator = iter(loader)
-
-    def set_dataiterator(self, iterator: Iterator[Any]) -> None:
-        """Read batches from `iterator`, on the ranks that read data."""
-        if self.place.feeds:
-            self.training_dataloader = None
-            self.data_iterator = iterator
 
     @property
     def reads_inputs(self) -> bool:

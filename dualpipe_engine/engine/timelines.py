@@ -46,13 +46,6 @@ class Measuring(PipelineEngine):
             for hop in theirs
         ]
 
-    def _wall_clock(self) -> str:
-        """The milliseconds of each kind of op on this rank in the last training batch."""
-        spent: dict[str, float] = {}
-        for span in self._observer.spans():
-            spent[span.op.kind] = spent.get(span.op.kind, 0.0) + 1000 * (span.end - span.start)
-        return "time (ms) | " + " | ".join(f"{kind}: {spent[kind]:.2f}" for kind in spent)
-
     def _of_all_ranks(self, mine: Any) -> list[tuple[float, Any]]:
         """What each rank of the pipeline has measured, with the seconds by which its clock is ahead of the first's."""
         dist.barrier(group=self._pipeline_group)

@@ -88,7 +88,7 @@ def _twins(grid: PipelineParallelGrid) -> list[list[int]]:
     return MirrorTopology(grid.topology()).get_axis_comm_lists("data")
 
 
-def _reduction(group: Any, copies: int, numel: int, dtype: torch.dtype, device: torch.device) -> float:
+def _reduction(group: dist.ProcessGroup, copies: int, numel: int, dtype: torch.dtype, device: torch.device) -> float:
     if copies < 2 or not numel:
         return 0.0
     tensor = torch.zeros(min(numel, LARGEST), dtype=dtype, device=device)

@@ -20,7 +20,7 @@ class AdditionalLosses:
         replicas: process group of this rank's peers in the other replicas.
     """
 
-    def __init__(self, module: PipelineModule, pipeline: Any, replicas: Any) -> None:
+    def __init__(self, module: PipelineModule, pipeline: dist.ProcessGroup, replicas: dist.ProcessGroup) -> None:
         self._module = module
         self._groups = (pipeline, replicas)
         method = getattr(module.get_additional_losses, "__func__", None)

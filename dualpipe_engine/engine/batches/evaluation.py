@@ -8,10 +8,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from deepspeed.runtime.activation_checkpointing import checkpointing as ds_checkpointing
-from deepspeed.runtime.constants import ROUTE_TRAIN
 from deepspeed.runtime.pipe.engine import PipelineEngine
 from deepspeed.runtime.torch_autocast import autocast_if_enabled
-from torch.utils.data import DistributedSampler, IterableDataset
 
 from ...errors import ConfigError
 from ...faults.watch import watched
@@ -25,26 +23,6 @@ class Evaluation(PipelineEngine):
 
     data_iterator: Iterator[Any] | None
     place: Place
-
-    def deepspeed_io(
-        self,
-        dataset: Any,
-        batch_size: int | None = None,
-        route: str = ROUTE_TRAIN,
-        pin_memory: bool = True,
-        data_sampler: Any = None,
-        **options: Any,
-    ) -> Any:
-        """DeepSpeed's loader, of the share of a dataset that this replica has: both ends of a pipeline read the same.
-
-        Args:
-            options: `collate_fn` and `num_local_io_workers`, as DeepSpeed's.
-        """
-        if data_sampler is None and not isinstance(dataset, IterableDataset):
-            data_sampler = DistributedSampler(
-                dataset, self.place.replicas, self.place.replica, shuffle=route == ROUTE_TRAIN
-            )
-        return super().deepspeed_io(dataset, batch_size, route, pin_memory, data_sampler, **options)
 
     @watched
     def eval_batch(

@@ -1,4 +1,4 @@
-"""The loader of `initialize(training_data=...)`: endless, and able to go on where a checkpoint left off."""
+"""Where an engine reads its batches from; the loader of `initialize(training_data=...)` goes on from a checkpoint."""
 
 from __future__ import annotations
 
@@ -6,8 +6,16 @@ from collections.abc import Iterator
 from itertools import islice
 from typing import Any
 
+import torch.distributed as dist
+from deepspeed.runtime.constants import ROUTE_TRAIN
 from deepspeed.runtime.dataloader import RepeatingLoader
-from torch.utils.data.distributed import DistributedSampler
+from deepspeed.runtime.pipe.engine import PipelineEngine
+from torch.utils.data import DistributedSampler, IterableDataset
+
+from ...errors import ConfigError
+from ..placing.grid import Place
+from ..placing.stages import needs_input_gradient
+from .feed import BatchFeed, check_same_stream
 
 
 class ResumableSampler(DistributedSampler):
@@ -61,3 +69,69 @@ class ResumableLoader(RepeatingLoader):
         """Go on at a position, which another number of replicas may have reached."""
         self._seen = self._sampler.start = state["samples"] // self._sampler.num_replicas
         self.data_iter = iter(self.loader)
+
+
+class Loading(PipelineEngine):
+    """The part of `DualPipeEngine` that reads data, on the ranks at the ends of the pipeline."""
+
+    data_iterator: Iterator[Any] | None
+    place: Place
+
+    def set_dataloader(self, loader: Any) -> None:
+        """Read batches of training from `loader`, on the ranks that read data."""
+        if self.place.feeds:
+            self.training_dataloader = loader
+            self.data_iterator = iter(loader)
+
+    def set_dataiterator(self, iterator: Iterator[Any]) -> None:
+        """Read batches from `iterator`, on the ranks that read data."""
+        if self.place.feeds:
+            self.training_dataloader = None
+            self.data_iterator = iterator
+
+    def deepspeed_io(
+        self,
+        dataset: Any,
+        batch_size: int | None = None,
+        route: str = ROUTE_TRAIN,
+        pin_memory: bool = True,
+        data_sampler: Any = None,
+        **options: Any,
+    ) -> Any:
+        """DeepSpeed's loader, of the share of a dataset that this replica has: both ends of a pipeline read the same.
+
+        Args:
+            options: `collate_fn` and `num_local_io_workers`, as DeepSpeed's.
+        """
+        if data_sampler is None and not isinstance(dataset, IterableDataset):
+            data_sampler = DistributedSampler(
+                dataset, self.place.replicas, self.place.replica, shuffle=route == ROUTE_TRAIN
+            )
+        return super().deepspeed_io(dataset, batch_size, route, pin_memory, data_sampler, **options)
+
+    def _build_data_iter(self, dataset: Any) -> None:
+        sampler = ResumableSampler(dataset, self.data_replicas, self.data_rank)
+        loader = self.deepspeed_io(dataset, data_sampler=sampler)
+        self.set_dataloader(ResumableLoader(loader, sampler, self.micro_batch_size))
+
+    def _feed(self, num_micro: int, fingerprint: bool = False) -> BatchFeed:
+        if self.place.feeds and self.data_iterator is None and self.batch_fn is None:
+            raise ConfigError("there is no data: pass data_iter, or training_data to initialize")
+        return BatchFeed(
+            self.place,
+            num_micro,
+            self._next_batch,
+            self.device,
+            side=self._inbound,
+            input_gradient=needs_input_gradient(self.module),
+            fingerprint=fingerprint,
+        )
+
+    def _check_stream(self, feed: BatchFeed) -> None:
+        """After the first batch: both ends of the pipeline must have read the same data."""
+        self._checked_stream = True
+        if len(self.place.ends) < 2:
+            return
+        sums: list[Any] = [None] * len(self.place.pipeline)
+        dist.all_gather_object(sums, feed.checksum, group=self._pipeline_group)
+        check_same_stream({rank: sums[rank] for rank in self.place.ends})

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -35,7 +35,9 @@ class Totals:
         device: of the sums.
     """
 
-    def __init__(self, groups: tuple[Any, Any, Any], device: torch.device) -> None:
+    def __init__(
+        self, groups: tuple[dist.ProcessGroup, dist.ProcessGroup, dist.ProcessGroup], device: torch.device
+    ) -> None:
         self._pipeline, *others = groups
         self._replicas, self._tensor_parallel = (None if dist.get_world_size(each) == 1 else each for each in others)
         self._device = device

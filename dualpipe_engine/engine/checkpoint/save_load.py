@@ -11,7 +11,8 @@ import torch.distributed as dist
 from deepspeed.runtime.pipe.engine import PipelineEngine
 from deepspeed.utils import logger
 
-from ...errors import CheckpointError
+from ...errors import CheckpointError, ConfigError
+from ..placing.experts import has_experts
 from ..placing.partition import same_random_state
 from .files import (
     DESCRIPTION,
@@ -63,6 +64,7 @@ class Checkpoints(PipelineEngine):
             CheckpointError: no file would hold certain tied weights, the tag names no folder below `save_dir`, or ranks
                 were given different ones; the same on every rank, before anything is written.
         """
+        self._check_expert_states()
         check_ties(self.module)
         tag = f"global_step{self.global_steps}" if tag is None else str(tag)
         self._agree(save_dir, tag)
@@ -138,6 +140,18 @@ class Checkpoints(PipelineEngine):
             if not load_module_only:
                 self._load_own_state(Path(path).parent)
         return path, client_state
+
+    def _check_expert_states(self) -> None:
+        """Refuse to save what could not be loaded.
+
+        Raises:
+            ConfigError: experts are shared by several ranks and their optimizer states are not partitioned.
+        """
+        if not self.zero_optimization() and not self.using_bf16_optimizer and has_experts(self.module):
+            raise ConfigError(
+                "without ZeRO, DeepSpeed's files hold the optimizer states of one of the ranks that share the experts: "
+                'set "zero_optimization": {"stage": 1} to save checkpoints'
+            )
 
     def set_dataiterator(self, iterator: Iterator[Any]) -> None:
         super().set_dataiterator(iterator)

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import zlib
-from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any
+from collections.abc import Iterator, Sequence
+from typing import Any
 
 import torch.distributed as dist
 from deepspeed.pipe import LayerSpec, PipelineModule, TiedLayerSpec
@@ -12,9 +12,6 @@ from deepspeed.runtime.pipe.topology import PipelineParallelGrid
 
 from ...errors import ConfigError
 from .fingerprint import ATTRIBUTE, fingerprint
-
-if TYPE_CHECKING:
-    from ..placing.module import PlacedModule
 
 #: Keys of the DeepSpeed configuration that say what is written down, not what is computed, and the one that scripts put
 #: there to tell ranks apart.
@@ -52,22 +49,27 @@ def agree_on_job(settings: dict[str, Any], module: PipelineModule) -> None:
     _compare(facts, missing="absent")
 
 
-def agree_on_copies(module: PlacedModule) -> None:
+def agree_on_copies(module: PipelineModule, layers: Sequence[int], replica: int) -> None:
     """Compare every layer with its copies, by `fingerprint`. Collective over all ranks.
 
     Attributes of modules are compared within each pipeline: replicas that share experts and slices of one model differ
     in them.
 
+    Args:
+        module: the stages of this rank.
+        layers: the layer number of each entry of its `forward_funcs`.
+        replica: of the pipeline.
+
     Raises:
         ConfigError: copies differ.
     """
     grid = module._grid
-    layers: dict[str, dict[str, str]] = {}
-    for number, function in zip(module.dualpipe_layers, module.forward_funcs, strict=True):
+    known: dict[str, dict[str, str]] = {}
+    for number, function in zip(layers, module.forward_funcs, strict=True):
         for name, value in fingerprint(function, str(number)).items():
-            copies = f" of replica {module.dualpipe_place.replica}" if ATTRIBUTE in name else ""
-            layers.setdefault(f"{number}{copies}{_slice(grid)}", {})[name] = value
-    mine = {key: zlib.crc32(repr(sorted(facts.items())).encode()) for key, facts in layers.items()}
+            copies = f" of replica {replica}" if ATTRIBUTE in name else ""
+            known.setdefault(f"{number}{copies}{_slice(grid)}", {})[name] = value
+    mine = {key: zlib.crc32(repr(sorted(facts.items())).encode()) for key, facts in known.items()}
     found: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(found, mine)
     held: dict[str, set[int]] = {}
@@ -77,14 +79,14 @@ def agree_on_copies(module: PlacedModule) -> None:
     differing = [key for key, digests in held.items() if len(digests) > 1]
     if not differing:
         return
-    dist.all_gather_object(found, {key: layers[key] for key in differing if key in layers})
+    dist.all_gather_object(found, {key: known[key] for key in differing if key in known})
     names = {key: dict.fromkeys(name for each in found for name in each.get(key, ())) for key in differing}
     place = _slice(grid)
     _compare(
         {
-            f"{_what(layers[key].get(name, ''))} {name}{place}": layers[key].get(name, "absent")
+            f"{_what(known[key].get(name, ''))} {name}{place}": known[key].get(name, "absent")
             for key in differing
-            if key in layers
+            if key in known
             for name in names[key]
         }
     )

@@ -12,7 +12,7 @@ from deepspeed.moe.utils import is_moe_param
 from ...errors import PipelineRuntimeError
 
 
-def check_twins(module: torch.nn.Module, group: Any) -> None:
+def check_twins(module: torch.nn.Module, group: dist.ProcessGroup) -> None:
     """Compare the copies of every parameter by hash, experts aside, which other ranks share. Collective over `group`.
 
     Args:

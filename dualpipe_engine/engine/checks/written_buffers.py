@@ -12,7 +12,7 @@ from torch.nn.modules.batchnorm import _NormBase
 
 from ...errors import PipelineRuntimeError
 from ...models.routing import Router
-from ...schedule.placement import BIDIRECTIONAL
+from ...schedule.placement import BIDIRECTIONAL, Placement
 from .agreement import raise_everywhere
 
 _REMEDY = (
@@ -21,7 +21,7 @@ _REMEDY = (
 )
 
 
-def check_statistics(module: nn.Module, placement: Any) -> None:
+def check_statistics(module: nn.Module, placement: Placement) -> None:
     """Refuse layers whose forwards keep statistics of what they see, where two copies see half of it each. Collective
     over all ranks.
 
@@ -47,14 +47,17 @@ class WrittenBuffers:
     of half as many forwards.
 
     Args:
-        engine: the DualPipeEngine.
+        module: the stages of this rank.
+        placement: which ranks hold copies.
+        pipeline: the ranks of this pipeline.
+        replicas: of the pipeline.
     """
 
-    def __init__(self, engine: Any) -> None:
-        self._engine = engine
+    def __init__(self, module: nn.Module, placement: Placement, pipeline: dist.ProcessGroup, replicas: int) -> None:
+        self._module, self._pipeline, self._replicas = module, pipeline, replicas
         self._before: dict[str, tuple[int, int]] | None = None
         self._written: dict[str, tuple[torch.Size, int]] | None = None
-        self._done = engine.plan.placement.name != BIDIRECTIONAL
+        self._done = placement.name != BIDIRECTIONAL
 
     def begin(self) -> None:
         if self._done:
@@ -103,16 +106,16 @@ class WrittenBuffers:
             )
 
     def _gather(self, mine: Any) -> list[Any]:
-        found: list[Any] = [None] * len(self._engine.place.pipeline)
-        dist.all_gather_object(found, mine, group=self._engine._pipeline_group)
+        found: list[Any] = [None] * dist.get_world_size(self._pipeline)
+        dist.all_gather_object(found, mine, group=self._pipeline)
         return found
 
     def _refuse(self, text: str) -> NoReturn:
-        raise PipelineRuntimeError(text, everywhere=self._engine.place.replicas == 1)
+        raise PipelineRuntimeError(text, everywhere=self._replicas == 1)
 
     def _buffers(self) -> list[tuple[str, torch.Tensor]]:
-        counted = {id(part.counts) for part in self._engine.module.modules() if isinstance(part, Router)}
-        return [(name, each) for name, each in self._engine.module.named_buffers() if id(each) not in counted]
+        counted = {id(part.counts) for part in self._module.modules() if isinstance(part, Router)}
+        return [(name, each) for name, each in self._module.named_buffers() if id(each) not in counted]
 
 
 def _value(buffer: torch.Tensor) -> tuple[torch.Size, int]:

@@ -2,26 +2,27 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
+
+from ..context import Context
+from .freezing import TrainedParams
 
 
 class AfterSchedule:
     """DeepSpeed's own reduction, of all stages together after the schedule: for sparse gradients, and for optimizers
     that work on whole gradients within it (Muon)."""
 
-    def __init__(self, engine: Any) -> None:
-        self._engine = engine
+    def __init__(self, context: Context, trained: TrainedParams) -> None:
+        self._context = context
 
     def begin(self) -> None:
-        clear = getattr(self._engine.optimizer, "clear_backward_seen_flag", None)
+        clear = getattr(self._context.optimizer, "clear_backward_seen_flag", None)
         if clear is not None:
             clear()
 
     def accumulate(self, stage: int) -> None:
-        optimizer = self._engine.optimizer
-        if self._engine.using_bf16_optimizer:
+        optimizer = self._context.optimizer
+        if self._context.sums_in_fp32:
             optimizer.update_hp_grads(clear_lp_grads=False)
             optimizer.clear_lp_grads(set_to_none=True)
         elif getattr(optimizer, "use_grad_accum_attribute", False):
@@ -32,8 +33,7 @@ class AfterSchedule:
 
     def finish(self) -> None:
         self._fill_missing()
-        self._engine._exec_reduce_tied_grads()
-        self._engine._exec_reduce_grads()
+        self._context.steps.reduce()
 
     def buffers(self) -> list[torch.Tensor]:
         return []
@@ -43,14 +43,14 @@ class AfterSchedule:
 
     def _fill_missing(self) -> None:
         """Zero gradients where this rank ran no backward, so that all copies of a stage reduce the same tensors."""
-        if self._engine.using_bf16_optimizer:
+        if self._context.sums_in_fp32:
             return
-        accumulated = getattr(self._engine.optimizer, "use_grad_accum_attribute", False)
-        for param in self._engine.module.parameters():
+        accumulated = getattr(self._context.optimizer, "use_grad_accum_attribute", False)
+        for param in self._context.module.parameters():
             if not param.requires_grad:
                 continue
             if accumulated and param.grad_accum is None:
-                dtype = self._engine.optimizer.gradient_accumulation_dtype
+                dtype = self._context.optimizer.gradient_accumulation_dtype
                 param.grad_accum = torch.zeros_like(param, dtype=dtype)
             elif not accumulated and param.grad is None:
                 param.grad = torch.zeros_like(param)

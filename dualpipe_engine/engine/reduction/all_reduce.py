@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from typing import Any
 
 import torch
 import torch.distributed as dist
 from deepspeed.moe.utils import is_moe_param
 from deepspeed.utils import groups
 from torch import Tensor, nn
+from torch.distributed import ProcessGroup
 
+from ..context import Context
+from .freezing import TrainedParams
 from .interface import StageParams
 from .side_stream import Lane
 
@@ -21,16 +23,17 @@ class AllReduce:
     """Every copy gets the whole mean: ZeRO-0, and DeepSpeed's BF16_Optimizer, which keeps fp32 sums of its own.
 
     Args:
-        engine: the DualPipeEngine.
+        context: of the engine.
+        trained: which parameters are.
     """
 
-    def __init__(self, engine: Any) -> None:
-        self._engine = engine
-        self._params = StageParams(engine)
-        self._lane = Lane(engine.device, engine._observer)
+    def __init__(self, context: Context, trained: TrainedParams) -> None:
+        self._context, self._trained = context, trained
+        self._params = StageParams(context, trained)
+        self._lane = Lane(context.device, context.observer)
         self._sums: dict[nn.Parameter, Tensor] = {}
-        if engine.using_bf16_optimizer:
-            optimizer = engine.optimizer
+        if context.sums_in_fp32:
+            optimizer = context.optimizer
             for held, sums in zip(optimizer.bf16_groups, optimizer.fp32_groups_gradients, strict=True):
                 self._sums.update(zip(held, sums, strict=True))
 
@@ -39,8 +42,8 @@ class AllReduce:
 
     def accumulate(self, stage: int) -> None:
         if self._sums:
-            self._engine.optimizer.update_hp_grads(clear_lp_grads=False)
-            self._engine.optimizer.clear_lp_grads(set_to_none=True)
+            self._context.optimizer.update_hp_grads(clear_lp_grads=False)
+            self._context.optimizer.clear_lp_grads(set_to_none=True)
         self._lane.poll()
 
     def reduce(self, stage: int) -> None:
@@ -53,12 +56,12 @@ class AllReduce:
         self._lane.drain()
         if self._sums:
             # The norm counts what has had a gradient; here a twin's will do.
-            optimizer = self._engine.optimizer
+            optimizer = self._context.optimizer
             optimizer.fp32_groups_has_gradients = [[True] * len(held) for held in optimizer.bf16_groups]
 
     def catch_up(self) -> None:
         """After `finish`: reduce what has been unfrozen since this was made, and drop what has been frozen."""
-        known, now = set(self._params.all), StageParams(self._engine)
+        known, now = set(self._params.all), StageParams(self._context, self._trained)
         for param in known.difference(now.all):
             param.grad = None
         for param, group in now.tied:
@@ -91,28 +94,33 @@ class AllReduce:
             param.grad = mean.to(param.dtype)
 
     def _start(self, params: list[nn.Parameter]) -> None:
-        kinds: dict[tuple[Any, torch.dtype], list[nn.Parameter]] = {}
+        kinds: dict[tuple[ProcessGroup, torch.dtype], list[nn.Parameter]] = {}
         for param in params:
-            kinds.setdefault((_group_of(self._engine, param), param.dtype), []).append(param)
+            kinds.setdefault((self._group_of(param), param.dtype), []).append(param)
         for (group, _), members in kinds.items():
             for bucket in buckets(members):
                 self._start_bucket(group, bucket)
         self._lane.poll()
 
-    def _start_bucket(self, group: Any, params: list[nn.Parameter]) -> None:
-        engine = self._engine
-        before, after = _factors(engine)
+    def _group_of(self, param: nn.Parameter) -> ProcessGroup:
+        """The ranks that hold copies of a parameter."""
+        if is_moe_param(param):
+            return groups._get_expert_data_parallel_group(param.group_name)
+        return self._context.groups.copies
+
+    def _start_bucket(self, group: ProcessGroup, params: list[nn.Parameter]) -> None:
+        scaling = self._context.scaling
         grads = [self._take(param) for param in params]
         with self._lane.behind(grads):
-            dtype = engine.communication_data_type if grads[0].dtype.itemsize <= 4 else grads[0].dtype
+            dtype = scaling.dtype if grads[0].dtype.itemsize <= 4 else grads[0].dtype
             buffer = _flat(grads, dtype)
-            if before != 1.0:
-                buffer.mul_(before)
+            if scaling.before != 1.0:
+                buffer.mul_(scaling.before)
             work = dist.all_reduce(buffer, group=group, async_op=True)
 
         def done() -> None:
-            if after != 1.0:
-                buffer.mul_(after)
+            if scaling.after != 1.0:
+                buffer.mul_(scaling.after)
             for param, part in zip(params, buffer.split([param.numel() for param in params]), strict=True):
                 self._put(param, part.view_as(param))
 
@@ -142,21 +150,3 @@ def _flat(grads: list[Tensor], dtype: torch.dtype) -> Tensor:
         grad = grads.pop(0)
         hole.view_as(grad).copy_(grad)
     return buffer
-
-
-def _group_of(engine: Any, param: Any) -> Any:
-    """The ranks that hold copies of a parameter."""
-    if is_moe_param(param):
-        return groups._get_expert_data_parallel_group(param.group_name)
-    return engine.mpu.get_data_parallel_group()
-
-
-def _factors(engine: Any) -> tuple[float, float]:
-    """Factors before and after the sum, as the DeepSpeed configuration asks for. Experts divide by all copies too."""
-    copies = engine.mpu.get_data_parallel_world_size()
-    if not engine.gradient_average:
-        return 1.0, 1.0
-    if not engine.postscale_gradients():
-        return 1.0 / copies, 1.0
-    ahead = engine.gradient_predivide_factor()
-    return 1.0 / ahead, ahead / copies

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import zlib
-from typing import Any
 
 import torch
 import torch.distributed as dist
 
 from ...errors import ConfigError
+from ..context import Context, Optimizer
 from ..placing.param_groups import PLACEHOLDER
 
 
@@ -16,7 +16,7 @@ class TrainedParams:
     """Which parameters are trained, as of the last step.
 
     Args:
-        engine: the DualPipeEngine.
+        context: of the engine.
 
     Attributes:
         reduced: the parameters whose gradients reductions expect: those trained at the last step, and all that a flat
@@ -26,13 +26,18 @@ class TrainedParams:
             same. It travels with the loss, so that comparing costs no collective.
     """
 
-    def __init__(self, engine: Any) -> None:
-        self._engine = engine
-        pairs = [pair for pair in engine.module.named_parameters() if not pair[0].startswith(PLACEHOLDER)]
+    def __init__(self, context: Context) -> None:
+        self._context = context
+        self.restart()
+
+    def restart(self) -> None:
+        """The optimizer is another one: take what is trained now as what was trained at first."""
+        module = self._context.module
+        pairs = [pair for pair in module.named_parameters() if not pair[0].startswith(PLACEHOLDER)]
         self._names = [name for name, _ in pairs]
         self._params = [param for _, param in pairs]
         self._flags = self._at_first = self._now()
-        self.reduced = [param for param in engine.module.parameters() if param.requires_grad]
+        self.reduced = [param for param in module.parameters() if param.requires_grad]
         self.news: str | None = None
         self.balance = self._balance()
 
@@ -41,7 +46,7 @@ class TrainedParams:
 
     def _balance(self) -> int:
         trained = [name for name, flag in zip(self._names, self._flags, strict=True) if flag]
-        group = self._engine.mpu.get_data_parallel_group()
+        group = self._context.groups.copies
         weight = dist.get_world_size(group) - 1 if dist.get_rank(group) == 0 else -1
         return weight * zlib.crc32("\n".join(trained).encode())
 
@@ -60,9 +65,9 @@ class TrainedParams:
         self.news = next(n for n, old, new in zip(self._names, before, now, strict=True) if old != new)
         self.balance = self._balance()
         unknown = any(new and not first for new, first in zip(now, self._at_first, strict=True))
-        if self._flat and (unknown or not _rests_without_gradient(self._engine.optimizer.optimizer)):
+        if self._flat and (unknown or not _rests_without_gradient(self._context.optimizer.optimizer)):
             raise ConfigError(
-                f"requires_grad of {self.news} has changed, but {type(self._engine.optimizer).__name__} has made its "
+                f"requires_grad of {self.news} has changed, but {type(self._context.optimizer).__name__} has made its "
                 "flat groups of what was trained at initialize, and only plain SGD leaves at rest what has no "
                 'gradient: use "zero_optimization": {"stage": 0} in fp32 to freeze and unfreeze between steps'
             )
@@ -70,17 +75,17 @@ class TrainedParams:
 
     @property
     def _flat(self) -> bool:
-        return hasattr(self._engine.optimizer, "optimizer")
+        return hasattr(self._context.optimizer, "optimizer")
 
     def settle(self) -> bool:
         """All copies have followed; whether reductions expect others now."""
         if not self._flat:
-            self.reduced = [param for param in self._engine.module.parameters() if param.requires_grad]
+            self.reduced = [param for param in self._context.module.parameters() if param.requires_grad]
         return not self._flat
 
     def agreed(self) -> bool:
         """Whether all copies of each stage train the same. Collective over all ranks at the first call of a batch."""
-        return not float(self._engine.totals.finish().balance)
+        return not float(self._context.totals.finish().balance)
 
     def check(self) -> None:
         """At the end of a batch.
@@ -97,7 +102,7 @@ class TrainedParams:
             )
 
 
-def _rests_without_gradient(optimizer: Any) -> bool:
+def _rests_without_gradient(optimizer: Optimizer) -> bool:
     """Whether a parameter whose gradient is 0 stays as it is: nothing but plain SGD, without momentum and decay."""
     plain = type(optimizer) is torch.optim.SGD
     return plain and not any(group["momentum"] or group["weight_decay"] for group in optimizer.param_groups)

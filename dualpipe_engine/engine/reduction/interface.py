@@ -6,13 +6,15 @@ schedule (`Lane`). Weights that are tied across ranks wait for the step, because
 
 from __future__ import annotations
 
-from typing import Any, Protocol
+from typing import Protocol
 
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed import ProcessGroup
 
 from ...schedule.op import REDUCE
-from ..placing.stages import params_of
+from ..context import Context
+from .freezing import TrainedParams
 
 
 class Reduction(Protocol):
@@ -48,14 +50,14 @@ class StageParams:
         tied: (parameter, process group) of the former.
     """
 
-    def __init__(self, engine: Any) -> None:
-        self.all = params = engine._trained.reduced
-        trained = set(params)
-        pairs: list[tuple[nn.Parameter, Any]] = engine.module.get_tied_weights_and_groups()
-        self.tied = [(param, group) for param, group in pairs if dist.get_world_size(group) > 1 and param in trained]
+    def __init__(self, context: Context, trained: TrainedParams) -> None:
+        self.all = params = trained.reduced
+        expected = set(params)
+        pairs: list[tuple[nn.Parameter, ProcessGroup]] = context.module.get_tied_weights_and_groups()
+        self.tied = [(param, group) for param, group in pairs if dist.get_world_size(group) > 1 and param in expected]
         tied = {param for param, _ in self.tied}
-        held = {stage: params_of(view.forward_funcs) for stage, view in engine._views.items()}
-        order = [op.stage for op in engine.plan.programs[engine.place.rank] if op.kind == REDUCE]
+        held = context.params_of_stages()
+        order = [op.stage for op in context.plan.programs[context.place.rank] if op.kind == REDUCE]
         closing = {param: stage for stage in order for param in held[stage] if param not in tied}
         self.of_stage = {stage: [p for p in params if p in held[stage]] for stage in held}
         self.closed_by = {stage: [p for p in params if closing.get(p) == stage] for stage in held}

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Sequence
 
 import torch
 import torch.distributed as dist
 from deepspeed.moe.utils import is_moe_param
 from deepspeed.utils import groups
-from torch import Tensor
+from torch import Tensor, nn
 
 PIECE = 1 << 22  #: elements that are looked at in float64 at a time (32 MiB)
 
@@ -31,7 +31,7 @@ def sum_of_squares(grad: Tensor) -> Tensor:
     return total
 
 
-def sum_over_experts(square: Any, params: list[Any]) -> None:
+def sum_over_experts(square: Tensor, params: Sequence[nn.Parameter]) -> None:
     """Add to `square` (scalar) the squared gradients of experts, those of the ranks that share them included."""
     names = sorted({param.group_name for param in params if is_moe_param(param)})
     for name in names:

@@ -8,13 +8,14 @@ from __future__ import annotations
 
 from collections import deque
 from dataclasses import dataclass, field
-from typing import Any
 
 import torch
 import torch.distributed as dist
 from deepspeed.runtime.zero.stage_1_and_2 import GradPartitionBufferGroup
 from torch import Tensor, nn
 
+from ..context import Context, Optimizer
+from .freezing import TrainedParams
 from .interface import StageParams
 from .norm import norm_of
 from .order import contributions, reduction_order
@@ -51,15 +52,16 @@ class PartitionedReduction:
     Weights tied across ranks are added up over the batch in both, and reduced at the step.
 
     Args:
-        engine: the DualPipeEngine; its optimizer is a DeepSpeedZeroOptimizer.
+        context: of the engine; its optimizer is a DeepSpeedZeroOptimizer.
+        trained: which parameters are.
     """
 
-    def __init__(self, engine: Any) -> None:
-        self._engine = engine
-        self._optimizer = engine.optimizer
-        self._each = engine.zero_optimization_partition_gradients()
-        self._params = StageParams(engine)
-        self._lane = Lane(engine.device, engine._observer)
+    def __init__(self, context: Context, trained: TrainedParams) -> None:
+        self._context = context
+        self._optimizer = context.optimizer
+        self._each = context.partitions_gradients
+        self._params = StageParams(context, trained)
+        self._lane = Lane(context.device, context.observer)
         self._partitions: dict[int, Tensor] = {}
         for hook in self._optimizer._grad_acc_hooks:
             hook.remove()
@@ -80,7 +82,7 @@ class PartitionedReduction:
         self._lane.clear()
         self._partitions.clear()
         if self._each:
-            plan, rank = self._engine.plan, self._engine.place.rank
+            plan, rank = self._context.plan, self._context.place.rank
             self._queue = deque(reduction_order(plan, rank))
             own = contributions(plan, rank)
             self._expected = {stage: own.count(stage) for stage in self._params.of_stage}
@@ -142,8 +144,8 @@ class PartitionedReduction:
         found: Tensor = getattr(param, name)
         return found
 
-    def _take(self, param: Any) -> Tensor | None:
-        grad: Tensor | None = param.grad if param.grad_accum is None else param.grad_accum
+    def _take(self, param: nn.Parameter) -> Tensor | None:
+        grad = param.grad if param.grad_accum is None else param.grad_accum
         param.grad = param.grad_accum = None
         return grad
 
@@ -164,7 +166,7 @@ class PartitionedReduction:
         group, rank, copies = self._groups[piece.group]
         divisor = dist.get_world_size(optimizer.dp_process_group) if optimizer.gradient_average else 1
         with self._lane.behind([part for part in parts if isinstance(part, Tensor)]):
-            buffer = torch.zeros(piece.numel, dtype=self._dtype(piece), device=self._engine.device)
+            buffer = torch.zeros(piece.numel, dtype=self._dtype(piece), device=self._context.device)
             for part, hole in zip(parts, buffer.split([each[2] for each in piece.parts]), strict=True):
                 if isinstance(part, Tensor):
                     hole.copy_(part)
@@ -194,7 +196,7 @@ class PartitionedReduction:
     def _partition(self, index: int) -> Tensor:
         if index not in self._partitions:
             master = self._optimizer.single_partition_of_fp32_groups[index]
-            self._partitions[index] = torch.zeros_like(master, device=self._engine.device, requires_grad=False)
+            self._partitions[index] = torch.zeros_like(master, device=self._context.device, requires_grad=False)
         return self._partitions[index]
 
     def hand_over(self, index: int) -> None:
@@ -256,7 +258,7 @@ class PartitionedReduction:
         return pieces
 
 
-def _places(optimizer: Any) -> dict[nn.Parameter, tuple[int, int, int]]:
+def _places(optimizer: Optimizer) -> dict[nn.Parameter, tuple[int, int, int]]:
     """Parameter -> (group, offset in the group's flat weights, partition size)."""
     found = {}
     for index, members in enumerate(optimizer.round_robin_bit16_groups):

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
 
 import torch
+import torch.distributed as dist
 
 from ...runtime.observer import Observer, Stretch
 
@@ -26,7 +26,7 @@ class Lane:
     def __init__(self, device: torch.device, observer: Observer) -> None:
         self._observer = observer
         self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
-        self._open: deque[tuple[Any, torch.Tensor, Callable[[], None], Stretch]] = deque()
+        self._open: deque[tuple[dist.Work | None, torch.Tensor, Callable[[], None], Stretch]] = deque()
 
     @property
     def buffers(self) -> list[torch.Tensor]:
@@ -46,7 +46,7 @@ class Lane:
         with torch.cuda.stream(self._stream):
             yield
 
-    def post(self, work: Any, buffer: torch.Tensor, done: Callable[[], None]) -> None:
+    def post(self, work: dist.Work | None, buffer: torch.Tensor, done: Callable[[], None]) -> None:
         """Remember a collective.
 
         Args:

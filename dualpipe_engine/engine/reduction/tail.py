@@ -3,39 +3,49 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
 
 import torch
 import torch.distributed as dist
 from deepspeed.moe.utils import is_moe_param
 from deepspeed.runtime.utils import is_model_parallel_parameter
 
+from ...faults.watch import Watch
 from ...models.routing import rebalance
 from ...schedule.progress import waiting
 from ...schedule.records import DRAIN
+from ..checks.finite import FiniteCheck
+from ..context import Context
 from .all_reduce import AllReduce
 from .choose import choose_reduction
+from .freezing import TrainedParams
 from .norm import sum_of_squares, sum_over_experts
 
 
 class GradientTail:
-    """Accumulates, reduces and steps for an engine; the executor's `Tail`."""
+    """Accumulates, reduces and steps for an engine; the executor's `Tail`.
 
-    def __init__(self, engine: Any) -> None:
-        self._engine = engine
-        self._plan = engine.plan
-        self.reduction = choose_reduction(engine)
+    Args:
+        context: of the engine.
+        trained: which parameters are.
+        finite: looks for NaN and inf.
+        watch: knows of lost ranks.
+    """
+
+    def __init__(self, context: Context, trained: TrainedParams, finite: FiniteCheck, watch: Watch) -> None:
+        self._context, self._trained, self._finite, self._watch = context, trained, finite, watch
+        self._plan = context.plan
+        self.reduction = choose_reduction(context, trained)
 
     def begin(self) -> None:
         """Start of a batch."""
-        if self._plan is not self._engine.plan:  # which stage closes a weight that two share depends on the plan
-            self._plan = self._engine.plan
+        if self._plan is not self._context.plan:  # which stage closes a weight that two share depends on the plan
+            self._plan = self._context.plan
             self.renew()
         self.reduction.begin()
 
     def renew(self) -> None:
         """The plan, the optimizer or what is trained has changed."""
-        self.reduction = choose_reduction(self._engine)
+        self.reduction = choose_reduction(self._context, self._trained)
 
     def accumulate(self, stage: int) -> None:
         """Move fresh gradients to where they are added up, when that is not `param.grad`."""
@@ -51,29 +61,28 @@ class GradientTail:
         Raises:
             PipelineRuntimeError: a rank is lost, so that gradients may not be what they should.
         """
-        engine = self._engine
-        trained = engine._trained
-        bad = engine.finite.borders.bad(engine.device)
-        engine.totals.start(losses, engine.micro_batches, bad, trained.balance)
+        context, trained = self._context, self._trained
+        bad = self._finite.borders.bad(context.device)
+        context.totals.start(losses, context.plan.num_micro, bad, trained.balance)
         with waiting():
-            with engine._observer.waiting(DRAIN):
+            with context.observer.waiting(DRAIN):
                 self.reduction.finish()
-                if engine.place.replicas > 1:
-                    engine.totals.finish()  # of which `_follow` may want to know on some of the replicas
+                if context.place.replicas > 1:
+                    context.totals.finish()  # of which `_follow` may want to know on some of the replicas
                 if trained.news:
                     self._follow()
-            if engine.device.type == "cuda":  # once a step: what has not arrived is not to be stepped on
-                torch.cuda.current_stream(engine.device).synchronize()
-        engine.watch.check()
-        engine.finite.before_step()
+            if context.device.type == "cuda":  # once a step: what has not arrived is not to be stepped on
+                torch.cuda.current_stream(context.device).synchronize()
+        self._watch.check()
+        self._finite.before_step(context.steps.done() + 1)
         with waiting():
-            engine._exec_optimizer_step()
-            rebalance(engine.module, engine.mpu.get_data_parallel_group())
+            context.steps.step()
+            rebalance(context.module, context.groups.copies)
 
     def _follow(self) -> None:
         """This batch began with other parameters to train than the one before: its reductions were those of the ones
         before, so that a copy that has not heard of it does not wait in vain; now, if all have, reduce the new ones."""
-        trained, before = self._engine._trained, self.reduction
+        trained, before = self._trained, self.reduction
         if trained.agreed() and trained.settle():
             self.renew()
             if isinstance(before, AllReduce):
@@ -85,16 +94,15 @@ class GradientTail:
         Gradients are reduced already, so the copies of a stage hold the same values: the squares are added up over one
         copy of each stage, and tied and replicated parameters count on one rank only.
         """
-        mpu = self._engine.mpu
-        first = mpu.get_tensor_model_parallel_rank() == 0
-        params = [param for param in self._engine.module.parameters() if param.grad is not None]
-        square = torch.zeros((), dtype=torch.float64, device=self._engine.device)
+        first = self._context.first_slice
+        params = [param for param in self._context.module.parameters() if param.grad is not None]
+        square = torch.zeros((), dtype=torch.float64, device=self._context.device)
         for param in params:
             if is_moe_param(param) or param.ds_pipe_replicated or not (first or is_model_parallel_parameter(param)):
                 continue
             square += sum_of_squares(param.grad)
         sum_over_experts(square, params)
-        dist.all_reduce(square, group=mpu.get_model_parallel_group())
+        dist.all_reduce(square, group=self._context.groups.model)
         norm = square.sqrt().float()
         factor = torch.clamp(max_norm / (norm + 1e-6), max=1.0)
         by_dtype: dict[torch.dtype, list[torch.Tensor]] = {}

@@ -1,0 +1,51 @@
+"""Reporting: what a training engine prints and logs after a step."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch.distributed as dist
+from deepspeed.runtime.pipe.engine import TRAIN_BATCH_TIMER, PipelineEngine
+from deepspeed.utils import logger
+
+from .placing.grid import Place
+
+
+class Reporting(PipelineEngine):
+    """The part of `DualPipeEngine` that reports."""
+
+    place: Place
+
+    def _report_split(self) -> None:
+        """After the first batch, whose forwards show it: which share of the weights runs in W, and what does not."""
+        mine = None if self._store is None else str(self.weight_split)
+        found: list[Any] = [None] * len(self.place.pipeline)
+        dist.all_gather_object(found, mine, group=self._pipeline_group)
+        if self.global_rank == 0:
+            for rank, report in enumerate(found):
+                if report is not None:
+                    logger.info(f"pipeline rank {rank}: {report}")
+
+    def _report_batch(self) -> None:
+        every, steps = self.steps_per_print(), self.global_steps
+        if every is not None and steps % every == 0:
+            elapsed = self.timers(TRAIN_BATCH_TIMER).elapsed(reset=True) / 1000.0 / every
+            if self.global_rank == 0:
+                extra = "".join(f"{name}: {loss:0.4f} " for name, loss in (self.agg_additional_losses or {}).items())
+                print(
+                    f"steps: {steps} loss: {self.agg_train_loss:0.4f} {extra}iter time (s): {elapsed:0.3f} "
+                    f"samples/sec: {self.train_batch_size() / elapsed:0.3f}"
+                )
+                if self.wall_clock_breakdown():
+                    print(self._wall_clock())
+        if self.global_rank == 0 and self.monitor.enabled:
+            loss = self.agg_train_loss
+            assert loss is not None
+            self.monitor.write_events([("Train/Samples/train_loss", loss.item(), self.global_samples)])
+
+    def _wall_clock(self) -> str:
+        """The milliseconds of each kind of op on this rank in the last training batch."""
+        spent: dict[str, float] = {}
+        for span in self._observer.spans():
+            spent[span.op.kind] = spent.get(span.op.kind, 0.0) + 1000 * (span.end - span.start)
+        return "time (ms) | " + " | ".join(f"{kind}: {spent[kind]:.2f}" for kind in spent)
