@@ -10,9 +10,17 @@ from typing import Any
 
 from deepspeed.runtime.pipe import schedule as ds
 
-from ..schedule.op import FB, B, F, I, Op, W, atoms
+from ..schedule.op import FB, GRADIENTS, RECV_B, RECV_F, SEND_B, SEND_F, B, F, I, Op, W, atoms
 from ..schedule.plan import Plan
 from ..schedule.search.make_plan import make_plan
+from ..schedule.walk import walk
+
+_TRANSFERS = {
+    SEND_F: ds.SendActivation,
+    RECV_F: ds.RecvActivation,
+    SEND_B: ds.SendGrad,
+    RECV_B: ds.RecvGrad,
+}
 
 
 class InputGradPass(ds.BufferOpInstruction):
@@ -75,7 +83,7 @@ class DualPipeSchedule(ds.PipeSchedule):
             transfers = self._transfers(computed, buffers)
             for rank, op in computed:
                 for part in atoms(op):
-                    if rank == self.stage_id and part.kind in (B, W):
+                    if rank == self.stage_id and part.kind in GRADIENTS:
                         buffers.release(part.stage, part.micro)
             yield [*transfers, *self._compute(mine, buffers)]
             computed = level
@@ -85,19 +93,20 @@ class DualPipeSchedule(ds.PipeSchedule):
         found = []
         placement, last = self.plan.placement, self.plan.placement.num_stages - 1
         for rank, op in computed:
-            for kind, stage, micro, _ in atoms(op):
-                if kind == W or stage == (last if kind == F else 0):
+            for part in atoms(op):
+                if part.kind == W:
                     continue
-                receiver = stage + (1 if kind == F else -1)
-                target = placement.rank_of(receiver, micro)
+                send = part.send()
+                receive = send.other_end()
+                if not 0 <= receive.stage <= last:
+                    continue
+                target = placement.rank_of(receive.stage, receive.micro)
                 if target == rank:
                     continue
-                if rank == self.stage_id:
-                    send = ds.SendActivation if kind == F else ds.SendGrad
-                    found.append((rank, target, kind != F, self._command(send, stage, micro, buffers)))
-                elif target == self.stage_id:
-                    receive = ds.RecvActivation if kind == F else ds.RecvGrad
-                    found.append((rank, target, kind != F, self._command(receive, receiver, micro, buffers)))
+                for there, transfer in ((rank, send), (target, receive)):
+                    if there == self.stage_id:
+                        command = self._command(_TRANSFERS[transfer.kind], transfer.stage, transfer.micro, buffers)
+                        found.append((rank, target, not send.is_forward, command))
         return [entry[3] for entry in sorted(found, key=lambda entry: entry[:3])]
 
     def _compute(self, op: Op | None, buffers: _Buffers) -> list[Any]:
@@ -145,38 +154,38 @@ def _parts(command: Any) -> list[Any]:
 
 def _levels(plan: Plan) -> list[list[tuple[int, Op]]]:
     """The plan in steps: an op stands one step after its predecessor on the rank and after what it needs."""
-    needs: dict[tuple[str, int, int], int] = {}
-    at = [0] * plan.placement.num_ranks
+    num_stages, num_micro = plan.placement.num_stages, plan.num_micro
+    grads = num_stages * num_micro
+    made: dict[int, int] = {}  # result -> the level after that of its op
     free = [0] * plan.placement.num_ranks
     levels: dict[int, list[tuple[int, Op]]] = {}
-    last = plan.placement.num_stages - 1
 
-    def ready(part: Op) -> int | None:
-        kind, stage, micro, _ = part
-        if kind == F:
-            return 0 if stage == 0 else needs.get((F, stage - 1, micro))
-        if kind == W:
-            return 0
-        own = needs.get((F, stage, micro))
-        if own is None or stage == last:
-            return own
-        return needs.get((B, stage + 1, micro))
+    def needs(part: Op) -> Iterator[int]:
+        """The results that an op takes."""
+        if part.kind != W:
+            source = part.receive().other_end().stage
+            if part.kind != F:
+                yield part.stage * num_micro + part.micro  # of its own forward
+            if 0 <= source < num_stages:
+                yield source * num_micro + part.micro + (0 if part.kind == F else grads)
 
-    moved = True
-    while moved:
-        moved = False
-        for rank, program in enumerate(plan.programs):
-            while at[rank] < len(program):
-                op = program[at[rank]]
-                times = [ready(part) for part in atoms(op)]
-                if None in times:
-                    break
-                level = max([free[rank], *(time for time in times if time is not None)])
-                levels.setdefault(level, []).append((rank, op))
-                for part in atoms(op):
-                    if part.kind != W:
-                        needs[F if part.kind == F else B, part.stage, part.micro] = level + 1
-                free[rank] = level + 1
-                at[rank] += 1
-                moved = True
+    def attempt(rank: int, position: int) -> int | list[int]:
+        op = plan.programs[rank][position]
+        level = free[rank]
+        for part in atoms(op):
+            for key in needs(part):
+                if key not in made:
+                    return key
+                level = max(level, made[key])
+        levels.setdefault(level, []).append((rank, op))
+        free[rank] = level + 1
+        results = [
+            part.stage * num_micro + part.micro + (0 if part.kind == F else grads)
+            for part in atoms(op)
+            if part.kind != W
+        ]
+        made.update(dict.fromkeys(results, level + 1))
+        return results
+
+    walk(plan.programs, attempt)
     return [levels.get(level, []) for level in range(max(levels) + 1)]

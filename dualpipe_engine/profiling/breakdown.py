@@ -12,7 +12,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from ..schedule.op import COMPUTE, FB, REDUCE, SEND_F, STEP, B, F, I, W
+from ..schedule.op import COMPUTE, FB, REDUCE, STEP, B, F, I, W
 from ..schedule.records import DATA, DRAIN, FLUSH, LOSS, OP, PHASE, RECEIVE, REDUCTION, SEND, BatchRecord, Mark
 
 WAITING, COMMUNICATION, REDUCING, OPTIMIZER = "waiting", "communication", "reduction", "optimizer"
@@ -75,10 +75,9 @@ def messages(steps: Sequence[BatchRecord]) -> list[Message]:
 
 def _key(mark: Mark) -> tuple[bool, int, int]:
     """Whether a message goes forward, the stage that made it and its micro-batch."""
-    op, forward = mark.op, mark.op.kind in (F, SEND_F)
-    if mark.kind == SEND:
-        return forward, op.stage, op.micro
-    return forward, op.stage - 1 if forward else op.stage + 1, op.micro
+    op = mark.op
+    stage = op.stage if mark.kind == SEND else op.receive().other_end().stage
+    return op.is_forward, stage, op.micro
 
 
 def break_down(steps: Sequence[BatchRecord]) -> list[Breakdown]:

@@ -11,7 +11,7 @@ from statistics import fmean, median
 from typing import Any
 
 from ..errors import ProfileError
-from ..schedule.op import COMM, COMPUTE, NONE, RECV_B, RECV_F, REDUCE, SEND_F, Op
+from ..schedule.op import COMM, COMPUTE, NONE, REDUCE
 from ..schedule.plan import Plan
 from ..schedule.records import DATA, DRAIN, FLUSH, LOSS, OP, PHASE, RECEIVE, SEND, BatchRecord, RankRecord
 from ..schedule.timeline import Span, Timeline
@@ -178,9 +178,7 @@ _TEXTS = {
 
 def _arrival(first: int, message: Message) -> Note:
     """The transfer as its target sees it."""
-    op = message.mark.op
-    forward = op.kind == SEND_F
-    received = Op(RECV_F, op.stage + 1, op.micro) if forward else Op(RECV_B, op.stage - 1, op.micro)
+    received = message.mark.op.other_end()
     return Note(first + message.target, COMM_TRACK, str(received), received.kind, message.sent, message.arrived)
 
 

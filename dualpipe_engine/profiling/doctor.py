@@ -84,7 +84,7 @@ class _Case:
     @cached_property
     def cut(self) -> CostModel:
         """Costs of the model cut into as many stages as there are ranks."""
-        if self.plan.placement.name != VEE:
+        if self.plan.placement.parts == 1:
             return self.costs
 
         def joined(value: float | tuple[float, ...]) -> float | tuple[float, ...]:

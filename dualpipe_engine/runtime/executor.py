@@ -11,15 +11,13 @@ from torch.utils import _pytree as pytree
 
 from ..comm.p2p import Edges
 from ..errors import DualPipeError
-from ..schedule.op import FB, RECV_B, RECV_F, REDUCE, SEND_B, SEND_F, STEP, B, F, I, Op, W
+from ..schedule.op import FB, RECV_B, RECV_F, REDUCE, SEND_B, SEND_F, SENDS, STEP, B, F, I, Op, W
 from ..schedule.plan import Plan
 from ..schedule.progress import waiting
 from ..schedule.records import DATA, FLUSH, RECEIVE, SEND
 from .borders import Borders
 from .chunk import StageChunk, as_leaves
 from .observer import Observer
-
-_SENDS = SEND_F, SEND_B
 
 
 class Feed(Protocol):
@@ -126,7 +124,7 @@ class Executor:
         try:
             for op in program:
                 position.op = op
-                if self._unnoted and op.kind not in _SENDS:
+                if self._unnoted and op.kind not in SENDS:
                     self._note()
                 self._handlers[op.kind](op)
             with self._observer.waiting(FLUSH), waiting():

@@ -25,8 +25,15 @@ REDUCE = "REDUCE"  #: reduce the gradients of `stage` over its replicas
 STEP = "STEP"  #: optimizer step of the rank
 
 COMPUTE = frozenset((F, B, I, W, FB))
-COMM = frozenset((SEND_F, RECV_F, SEND_B, RECV_B))
+SENDS = frozenset((SEND_F, SEND_B))
+RECEIVES = frozenset((RECV_F, RECV_B))
+COMM = SENDS | RECEIVES
+GRADIENTS = frozenset((B, W))  #: what completes the weight gradient of a micro-batch
 NONE = -1  #: "no stage" or "no micro-batch" of REDUCE and STEP
+
+#: Of each transfer the kind at its other end, and how many stages further that is.
+_OTHER_END = {SEND_F: (RECV_F, 1), RECV_F: (SEND_F, -1), SEND_B: (RECV_B, -1), RECV_B: (SEND_B, 1)}
+_FORWARD = frozenset((F, SEND_F, RECV_F))
 
 _TEXT = re.compile(r"(\d+)(SEND_F|RECV_F|SEND_B|RECV_B|F|B|I|W)(\d+)")
 _REDUCE = re.compile(r"(\d+)REDUCE")
@@ -56,6 +63,25 @@ class Op(NamedTuple):
         if self.kind == REDUCE:
             return f"{self.stage}REDUCE"
         return f"{self.stage}{self.kind}{self.micro}"
+
+    @property
+    def is_forward(self) -> bool:
+        """Whether it is part of the way from the first stage to the last: an F, or the transfer of an output."""
+        return self.kind in _FORWARD
+
+    def send(self) -> Op:
+        """The send of what an F, B or I makes: the output of its stage, or the gradient of the stage's input."""
+        return Op(SEND_F if self.kind == F else SEND_B, self.stage, self.micro)
+
+    def receive(self) -> Op:
+        """The receive of what an F, B or I takes: the input of its stage, or the gradient of the stage's output."""
+        return Op(RECV_F if self.kind == F else RECV_B, self.stage, self.micro)
+
+    def other_end(self) -> Op:
+        """The receive of a send, or the send of a receive. Its stage may be none of the pipeline's: nothing is passed
+        on behind the last stage, nor back from the first."""
+        kind, step = _OTHER_END[self.kind]
+        return Op(kind, self.stage + step, self.micro)
 
     @classmethod
     def parse(cls, text: str) -> Op:

@@ -11,6 +11,16 @@ BIDIRECTIONAL = "bidirectional"
 VEE = "vee"
 
 
+def parts_of(name: str) -> int:
+    """Stages of a placement that each stage of the linear one is cut into."""
+    return 2 if name == VEE else 1
+
+
+def directions_of(name: str) -> int:
+    """Directions in which micro-batches travel through a placement; each has a copy of every stage."""
+    return 2 if name == BIDIRECTIONAL else 1
+
+
 @dataclass(frozen=True)
 class Placement:
     """Stages and micro-batches on ranks (DeepSeek-V3 report, section 3.2.1, figure 5; `vee`: the cut-in-half note).
@@ -41,11 +51,16 @@ class Placement:
 
     @property
     def num_stages(self) -> int:
-        return 2 * self.num_ranks if self.name == VEE else self.num_ranks
+        return self.parts * self.num_ranks
 
     @property
     def num_directions(self) -> int:
-        return 2 if self.name == BIDIRECTIONAL else 1
+        return directions_of(self.name)
+
+    @property
+    def parts(self) -> int:
+        """Stages that one of a linear cut into as many stages as there are ranks is cut into."""
+        return parts_of(self.name)
 
     def direction(self, micro: int) -> int:
         """Direction of a micro-batch: 0 enters at stage 0 on rank 0, 1 at stage 0 on the last rank."""

@@ -12,7 +12,7 @@ from torch.nn.modules.batchnorm import _NormBase
 
 from ...errors import PipelineRuntimeError
 from ...models.routing import Router
-from ...schedule.placement import BIDIRECTIONAL, Placement
+from ...schedule.placement import Placement
 from .agreement import raise_everywhere
 
 _REMEDY = (
@@ -28,7 +28,7 @@ def check_statistics(module: nn.Module, placement: Placement) -> None:
     Raises:
         ConfigError: there is one.
     """
-    if placement.name != BIDIRECTIONAL:
+    if placement.num_directions == 1:
         return
     wrong = [
         f"{name} ({type(part).__name__}) keeps statistics of the batches that it sees, but each of its two copies "
@@ -57,7 +57,7 @@ class WrittenBuffers:
         self._module, self._pipeline, self._replicas = module, pipeline, replicas
         self._before: dict[str, tuple[int, int]] | None = None
         self._written: dict[str, tuple[torch.Size, int]] | None = None
-        self._done = placement.name != BIDIRECTIONAL
+        self._done = placement.num_directions == 1
 
     def begin(self) -> None:
         if self._done:

@@ -11,7 +11,7 @@ from deepspeed.accelerator import get_accelerator
 from deepspeed.pipe import PipelineModule
 from deepspeed.runtime.pipe.topology import PipelineParallelGrid, ProcessTopology
 
-from ...schedule.placement import BIDIRECTIONAL, Placement
+from ...schedule.placement import Placement
 
 
 class MirrorTopology(ProcessTopology):
@@ -95,7 +95,7 @@ def deepspeed_grid(base: PipelineParallelGrid, placement: Placement) -> Pipeline
 
     Collective over all ranks.
     """
-    if placement.name != BIDIRECTIONAL:
+    if placement.num_directions == 1:
         return base
     grid = PipelineParallelGrid(topology=MirrorTopology(base.topology()), process_group=None)
     # It numbers by global rank, which descends along one direction; checkpoint files are named by this number, so that

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from ...schedule.op import B, W, atoms
+from ...schedule.op import GRADIENTS, atoms
 from ...schedule.plan import Plan
 
 
 def contributions(plan: Plan, rank: int) -> list[int]:
     """The stages to whose weight gradients `rank` adds, one entry for each B and W, in program order."""
-    return [part.stage for op in plan.programs[rank] for part in atoms(op) if part.kind in (B, W)]
+    return [part.stage for op in plan.programs[rank] for part in atoms(op) if part.kind in GRADIENTS]
 
 
 def reduction_order(plan: Plan, rank: int) -> list[tuple[int, int]]:

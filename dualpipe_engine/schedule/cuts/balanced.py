@@ -13,7 +13,7 @@ from itertools import accumulate, pairwise
 from math import inf, isfinite
 
 from ...errors import PlanError
-from ..placement import LINEAR, Placement
+from ..placement import Placement
 
 _UNITS = 1 << 20  # weights are rounded to this part of their sum: sums of integers compare exactly
 
@@ -60,7 +60,7 @@ def balanced_cuts(weights: Sequence[float], placement: Placement, slacks: Sequen
         raise PlanError(f"times of layers must be finite and not negative, got {list(weights)}")
     total = sum(weights)
     units = [round(weight / total * _UNITS) for weight in weights] if total else [1] * len(weights)
-    if placement.name == LINEAR:
+    if len(placement.stages_of(0)) == 1:
         return [tuple(cut) for cut in _cut_stages(units, placement.num_stages, slacks)]
     return [tuple(_even(cut, units)) for cut in _cut_pairs(units, placement.num_stages // 2, slacks)]
 

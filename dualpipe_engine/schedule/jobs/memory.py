@@ -25,7 +25,7 @@ from typing import Any
 
 from ...errors import ConfigError, PlanError
 from ..orders.registry import SCHEDULES, placement_of
-from ..placement import VEE, Placement
+from ..placement import Placement
 from ..search.make_plan import make_plan
 from ..timing.costs import CostModel
 from ..timing.simulate import peak_bytes
@@ -197,6 +197,6 @@ def compare_memory(
 
 
 def _of_stages(params: Sequence[int], placement: Placement) -> list[int]:
-    if placement.name != VEE:
+    if placement.parts == 1:
         return list(params)
     return [half for number in params for half in (number // 2, number - number // 2)]

@@ -7,7 +7,7 @@ from difflib import get_close_matches
 from typing import NamedTuple
 
 from ...errors import PlanError
-from ..placement import BIDIRECTIONAL, LINEAR, VEE, Placement
+from ..placement import BIDIRECTIONAL, LINEAR, VEE, Placement, directions_of, parts_of
 from ..plan import Plan
 from . import dualpipe, dualpipev, one_f_one_b, zb1p, zbv
 
@@ -26,6 +26,16 @@ class Schedule(NamedTuple):
     generate: Callable[[int, int], Plan]
     splits: bool
     default_cap: Callable[[int], int]
+
+    @property
+    def parts(self) -> int:
+        """Stages that one of a linear cut is divided into."""
+        return parts_of(self.placement)
+
+    @property
+    def copies(self) -> int:
+        """Copies of each stage's parameters."""
+        return directions_of(self.placement)
 
 
 KNOWN = {

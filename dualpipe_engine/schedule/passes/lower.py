@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import defaultdict
 
 from ...errors import PlanError
-from ..op import COMPUTE, NONE, RECV_B, RECV_F, REDUCE, SEND_B, SEND_F, STEP, B, F, Op, W, atoms
+from ..op import COMPUTE, GRADIENTS, NONE, REDUCE, STEP, F, Op, W, atoms
 from ..placement import Placement
 from ..plan import Plan
 
@@ -65,17 +65,18 @@ def _transfers(plan: Plan) -> tuple[_Slots, _Slots]:
     consumer: dict[Op, int] = {}  # receive -> index of the op that uses it
     for rank, program in enumerate(plan.programs):
         for index, op in enumerate(program):
-            for kind, stage, micro, _ in atoms(op):
-                if kind == W:
+            for part in atoms(op):
+                if part.kind == W:
                     continue
-                send, arrival, step = (SEND_F, RECV_F, 1) if kind == F else (SEND_B, RECV_B, -1)
-                consumer[Op(arrival, stage, micro)] = index
-                if stage == (last if kind == F else 0):
+                consumer[part.receive()] = index
+                send = part.send()
+                arrival = send.other_end()
+                if not 0 <= arrival.stage <= last:
                     continue
-                neighbour = placement.rank_of(stage + step, micro)
+                neighbour = placement.rank_of(arrival.stage, arrival.micro)
                 if neighbour != rank:
-                    sends[rank][index].append(Op(send, stage, micro))
-                    arriving[rank, neighbour].append(Op(arrival, stage + step, micro))
+                    sends[rank][index].append(send)
+                    arriving[rank, neighbour].append(arrival)
     posts: _Slots = [defaultdict(list) for _ in plan.programs]
     for (_, rank), receives in sorted(arriving.items()):
         latest = len(plan.programs[rank])
@@ -94,7 +95,7 @@ def _reduces(plan: Plan) -> _Slots:
     done = []  # per rank: stage -> index of the last op that adds to its weight gradient, else the end
     for rank, program in enumerate(plan.programs):
         final = dict.fromkeys(placement.stages_of(rank), len(program) - 1)
-        final |= {part.stage: i for i, op in enumerate(program) for part in atoms(op) if part.kind in (B, W)}
+        final |= {part.stage: i for i, op in enumerate(program) for part in atoms(op) if part.kind in GRADIENTS}
         done.append(final)
     reduces: _Slots = [defaultdict(list) for _ in plan.programs]
     for rank, final in enumerate(done):

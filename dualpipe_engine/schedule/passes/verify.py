@@ -27,8 +27,9 @@ from dataclasses import dataclass
 
 from ...errors import PlanError
 from ..gc_paused import collector_paused
-from ..op import COMM, COMPUTE, FB, RECV_B, RECV_F, REDUCE, SEND_B, SEND_F, STEP, B, F, I, Op, W, atoms
+from ..op import COMM, COMPUTE, FB, GRADIENTS, RECEIVES, REDUCE, SENDS, STEP, B, F, I, Op, W, atoms
 from ..plan import Plan
+from ..walk import walk
 
 
 class VerifyError(PlanError):
@@ -154,8 +155,7 @@ def _check_pair(plan: Plan, rank: int, index: int, op: Op) -> None:
 
 def _remote(plan: Plan, rank: int, op: Op) -> int | None:
     """The rank at the other end of a transfer; None when rule 6 is broken."""
-    step = {SEND_F: 1, RECV_F: -1, SEND_B: -1, RECV_B: 1}[op.kind]
-    placement, other = plan.placement, op.stage + step
+    placement, other = plan.placement, op.other_end().stage
     stages = range(placement.num_stages)
     if not 0 <= op.micro < plan.num_micro or op.stage not in stages or other not in stages:
         return None
@@ -168,7 +168,7 @@ def _remote(plan: Plan, rank: int, op: Op) -> int | None:
 def _check_transfers(plan: Plan, rank: int, recv_buffers: int | None) -> int:
     """Rules 6, 7 (buffers) and 8 on one rank; returns the most posted receives of one edge and kind."""
     placement, last = plan.placement, plan.placement.num_stages - 1
-    made: set[tuple[str, int, int]] = set()
+    made: set[tuple[bool, int, int]] = set()
     moved: set[Op] = set()
     posted: Counter[tuple[str, int]] = Counter()
     peak = 0
@@ -180,27 +180,27 @@ def _check_transfers(plan: Plan, rank: int, recv_buffers: int | None) -> int:
             if op in moved:
                 raise VerifyError(plan, 5, rank, index, "this transfer stands here twice")
             moved.add(op)
-            kind = F if op.kind in (SEND_F, RECV_F) else B
-            if op.kind in (SEND_F, SEND_B) and (kind, op.stage, op.micro) not in made:
+            result = op.is_forward, op.stage, op.micro
+            if op.kind in SENDS and result not in made:
                 raise VerifyError(plan, 8, rank, index, "the tensor is sent before it is made")
-            if op.kind in (RECV_F, RECV_B):
-                if (kind, op.stage, op.micro) in made:
+            if op.kind in RECEIVES:
+                if result in made:
                     raise VerifyError(plan, 8, rank, index, "the receive is posted after the op that uses it")
                 posted[op.kind, peer] += 1
                 peak = max(peak, posted[op.kind, peer])
                 if recv_buffers is not None and posted[op.kind, peer] > recv_buffers:
                     raise VerifyError(plan, 7, rank, index, f"more than {recv_buffers} receives on this edge")
         elif op.kind in COMPUTE:
-            for kind, stage, micro, _ in atoms(op):
-                if kind == W:
+            for part in atoms(op):
+                if part.kind == W:
                     continue
-                made.add((F if kind == F else B, stage, micro))
-                need = Op(RECV_F if kind == F else RECV_B, stage, micro)
-                source = stage + (-1 if kind == F else 1)
-                if 0 <= source <= last and placement.rank_of(source, micro) != rank:
+                made.add((part.is_forward, part.stage, part.micro))
+                need = part.receive()
+                source = need.other_end().stage
+                if 0 <= source <= last and placement.rank_of(source, part.micro) != rank:
                     if need not in moved:
                         raise VerifyError(plan, 8, rank, index, f"{need} has not been posted before")
-                    posted[need.kind, placement.rank_of(source, micro)] -= 1
+                    posted[need.kind, placement.rank_of(source, part.micro)] -= 1
     _check_all_sent(plan, rank, moved)
     return peak
 
@@ -208,32 +208,31 @@ def _check_transfers(plan: Plan, rank: int, recv_buffers: int | None) -> int:
 def _check_all_sent(plan: Plan, rank: int, moved: set[Op]) -> None:
     for index, op in enumerate(plan.programs[rank]):
         if op.kind in COMPUTE:
-            for kind, stage, micro, _ in atoms(op):
-                send = Op(SEND_F if kind == F else SEND_B, stage, micro)
-                if kind != W and send not in moved and _remote(plan, rank, send) is not None:
+            for part in atoms(op):
+                send = part.send()
+                if part.kind != W and send not in moved and _remote(plan, rank, send) is not None:
                     raise VerifyError(plan, 5, rank, index, f"{send} does not follow, but the other rank needs it")
 
 
 def _check_edges(plan: Plan) -> None:
     """Rule 5: both ends of a directed edge list its messages in one order."""
-    sent: dict[tuple[int, int], list[tuple[str, int, int]]] = {}
-    received: dict[tuple[int, int], list[tuple[str, int, int, int]]] = {}
+    sent: dict[tuple[int, int], list[Op]] = {}
+    received: dict[tuple[int, int], list[tuple[Op, int]]] = {}
     for rank, program in enumerate(plan.programs):
         for index, op in enumerate(program):
             if op.kind in COMM:
                 peer = _remote(plan, rank, op)
                 assert peer is not None
-                if op.kind in (SEND_F, SEND_B):
-                    sent.setdefault((rank, peer), []).append((op.kind, op.stage, op.micro))
+                if op.kind in SENDS:
+                    sent.setdefault((rank, peer), []).append(op)
                 else:
-                    kind, stage = (SEND_F, op.stage - 1) if op.kind == RECV_F else (SEND_B, op.stage + 1)
-                    received.setdefault((peer, rank), []).append((kind, stage, op.micro, index))
+                    received.setdefault((peer, rank), []).append((op.other_end(), index))
     for (source, target), posts in received.items():
         messages = sent.get((source, target), [])
-        for place, (*post, index) in enumerate(posts):
+        for place, (awaited, index) in enumerate(posts):
             message = messages[place] if place < len(messages) else None
-            if message != tuple(post):
-                what = "nothing" if message is None else f"{message[1]}{message[0]}{message[2]}"
+            if message != awaited:
+                what = "nothing" if message is None else str(message)
                 raise VerifyError(
                     plan, 5, target, index, f"as message {place} of this edge rank {source} sends {what}: orders differ"
                 )
@@ -243,7 +242,7 @@ def _check_tail(plan: Plan, train: bool) -> None:
     """Rule 10."""
     orders: dict[int, list[int]] = {}
     for rank, program in enumerate(plan.programs):
-        last = {part.stage: i for i, op in enumerate(program) for part in atoms(op) if part.kind in (B, W)}
+        last = {part.stage: i for i, op in enumerate(program) for part in atoms(op) if part.kind in GRADIENTS}
         order: list[int] = []
         stages = set(plan.placement.stages_of(rank))
         for index, op in enumerate(program):
@@ -273,41 +272,30 @@ def _check_completion(plan: Plan, lowered: bool) -> None:
     there = bytearray(grads + (last + 2) * num_micro)
     there[:num_micro] = b"\1" * num_micro  # the batch
     there[grads + (last + 1) * num_micro :] = b"\1" * num_micro  # the losses' own gradients
-    at = [0] * len(plan.programs)
-    waiting: dict[int, list[int]] = {}
-    runnable = list(range(len(plan.programs)))
-    while runnable:
-        rank = runnable.pop()
-        program = plan.programs[rank]
-        position = at[rank]
-        while position < len(program):
-            kind, stage, micro, parts = op = program[position]
-            made = []
-            if kind in COMPUTE:
-                missing = None
-                for part, at_stage, number, _ in parts or (op,):
-                    if part == F:
-                        key = at_stage * num_micro + number
-                    elif part == W:
-                        continue
-                    else:
-                        key = grads + (at_stage + 1) * num_micro + number
-                    if not there[key]:
-                        missing = key
-                        break
-                    made.append(at_stage * num_micro + number + (outputs if part == F else grads))
-                if missing is not None:
-                    waiting.setdefault(missing, []).append(rank)
-                    break
-                if lowered:  # what goes to another rank is there when it is sent
-                    made = [key for key in made if _stays(plan, rank, key, grads)]
-            elif kind in (SEND_F, SEND_B):
-                made = [stage * num_micro + micro + (outputs if kind == SEND_F else grads)]
-            position += 1
-            for key in made:
-                there[key] = 1
-                runnable += waiting.pop(key, ())
-        at[rank] = position
+
+    def attempt(rank: int, position: int) -> int | list[int]:
+        kind, stage, micro, parts = op = plan.programs[rank][position]
+        made = []
+        if kind in COMPUTE:
+            for part, at_stage, number, _ in parts or (op,):
+                if part == F:
+                    key = at_stage * num_micro + number
+                elif part == W:
+                    continue
+                else:
+                    key = grads + (at_stage + 1) * num_micro + number
+                if not there[key]:
+                    return key
+                made.append(at_stage * num_micro + number + (outputs if part == F else grads))
+            if lowered:  # what goes to another rank is there when it is sent
+                made = [key for key in made if _stays(plan, rank, key, grads)]
+        elif kind in SENDS:
+            made = [stage * num_micro + micro + (outputs if op.is_forward else grads)]
+        for key in made:
+            there[key] = 1
+        return made
+
+    at, waiting = walk(plan.programs, attempt)
     for rank, program in enumerate(plan.programs):
         if at[rank] < len(program):
             _stuck(plan, rank, at[rank], waiting, grads)

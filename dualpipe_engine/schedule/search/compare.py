@@ -8,7 +8,7 @@ from math import inf
 
 from ...errors import PlanError
 from ..orders.registry import KNOWN
-from ..placement import BIDIRECTIONAL, VEE, Placement
+from ..placement import Placement
 from ..plan import Plan
 from ..timing.costs import UNIT, CostModel
 from ..timing.simulate import peak_activations, peak_bytes, simulate
@@ -80,20 +80,18 @@ def compare(
     costs.check(num_ranks)
     rows = []
     for schedule, known in KNOWN.items():
-        parts = 2 if known.placement == VEE else 1
-        copies = 2 if known.placement == BIDIRECTIONAL else 1
-        cap = None if activation_cap is None else int(activation_cap * parts)
+        cap = None if activation_cap is None else int(activation_cap * known.parts)
         try:
             placement = Placement(known.placement, num_ranks)
             placed = costs.for_placement(placement)
             cap = _within(job, placement, cap, known.default_cap(num_ranks))
             plan = make_plan(schedule, num_ranks, num_micro, placed, optimize, cap, split_backward)
         except PlanError as error:
-            rows.append(Row(schedule, False, str(error), copies))
+            rows.append(Row(schedule, False, str(error), known.copies))
             continue
         timeline = simulate(plan, placed)
-        peak = max(peak_activations(plan)) / parts
-        row = Row(schedule, True, "", copies, timeline.makespan, max(timeline.bubble()), peak, cap=cap, plan=plan)
+        peak = max(peak_activations(plan)) / known.parts
+        row = Row(schedule, True, "", known.copies, timeline.makespan, max(timeline.bubble()), peak, cap=cap, plan=plan)
         if job is not None:
             state = job.state_bytes.get(placement.name, 0)
             memory = state + max(peak_bytes(plan, placed))

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from math import floor
 
-from ..placement import VEE
 from ..plan import Plan
 from .costs import CostModel
 
@@ -44,8 +43,7 @@ def plan_bound(plan: Plan, costs: CostModel, cap: int | None = None) -> float:
 
     A `vee` of PP ranks is one half of a bidirectional pipeline of 2 PP ranks with twice the micro-batches.
     """
-    vee = plan.placement.name == VEE
-    return lower_bound(plan.placement.num_stages, plan.num_micro * (2 if vee else 1), costs, cap)
+    return lower_bound(plan.placement.num_stages, plan.num_micro * plan.placement.parts, costs, cap)
 
 
 def _work(ahead: int, num_micro: int, costs: tuple[float, float, float], times: tuple[float, float, float]) -> float:

@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 
 from ...errors import PlanError
 from ..op import FB, B, F, I, Op, W
-from ..placement import VEE, Placement
+from ..placement import Placement
 
 PerStage = float | tuple[float, ...]
 
@@ -89,7 +89,7 @@ class CostModel:
             PlanError: the costs are for another number of stages.
         """
         self.check(placement.num_ranks)
-        if placement.name != VEE:
+        if placement.parts == 1:
             return self
         size = self.activation_bytes
         return replace(

@@ -7,10 +7,11 @@ from itertools import pairwise
 
 from ...errors import PlanError
 from ..gc_paused import collector_paused
-from ..op import COMPUTE, B, F, I, Op, W, atoms
+from ..op import COMPUTE, GRADIENTS, B, F, I, Op, W, atoms
 from ..placement import Placement
 from ..plan import Plan
 from ..timeline import Span, Timeline
+from ..walk import walk
 from .costs import CostModel
 
 __all__ = ["Clocks", "CostModel", "peak_activations", "peak_bytes", "simulate"]
@@ -64,25 +65,17 @@ class Clocks:
                 the text names rank, op and missing input.
         """
         self._check_range(programs)
-        at = [0] * len(programs)
-        waiting: dict[int, list[int]] = {}  # key of a result -> the ranks that wait for it
-        runnable = list(range(len(programs)))
-        while runnable:
-            rank = runnable.pop()
-            program = programs[rank]
-            for position in range(at[rank], len(program)):
-                op = program[position]
-                arrival = self._arrival(op)
-                if arrival < 0:
-                    waiting.setdefault(~int(arrival), []).append(rank)
-                    at[rank] = position
-                    break
-                if before is not None:
-                    before(rank, op, arrival)
-                for key in self.issue(rank, op, arrival):
-                    runnable += waiting.pop(key, ())
-            else:
-                at[rank] = len(program)
+
+        def attempt(rank: int, position: int) -> int | list[int]:
+            op = programs[rank][position]
+            arrival = self._arrival(op)
+            if arrival < 0:
+                return ~int(arrival)
+            if before is not None:
+                before(rank, op, arrival)
+            return self.issue(rank, op, arrival)
+
+        at, waiting = walk(programs, attempt)
         if waiting:
             rank, key = min((min(ranks), key) for key, ranks in waiting.items())
             raise PlanError(self._deadlock(programs, at, rank, key))
@@ -190,7 +183,7 @@ def _peaks(plan: Plan, size: Callable[[int], int]) -> list[int]:
             parts = atoms(op)
             alive += sum(size(part.stage) for part in parts if part.kind == F)
             peak = max(peak, alive)
-            alive -= sum(size(part.stage) for part in parts if part.kind in (B, W))
+            alive -= sum(size(part.stage) for part in parts if part.kind in GRADIENTS)
         peaks.append(peak)
     return peaks
 
