@@ -184,13 +184,15 @@ class Edges:
         """Post what may be posted of one source; of a message whose shapes are not known its header."""
         ahead = self._transport.ahead
         while waiting and (ahead is None or self._posted[waiting[0].src] < ahead):
-            if not self._shapes_known(waiting[0]):
+            if not self._give_shapes(waiting[0]):
                 if waiting[0].kind == FORWARD:
                     self._post_header(waiting[0])
                 return
             self._post(waiting.popleft())
 
-    def _shapes_known(self, inbound: Inbound) -> bool:
+    def _give_shapes(self, inbound: Inbound) -> bool:
+        """Give a message its shapes; whether they are known. A gradient has those of the output that it is owed for,
+        which are used up."""
         if inbound.kind == BACKWARD:
             owed = self._owed.pop((inbound.stage, inbound.micro), None)
             inbound.metas = owed or ()
@@ -232,7 +234,7 @@ class Edges:
         # Receives of one edge are posted in the sender's order, so headers of earlier messages are read first.
         while inbound.tickets is None:
             first = waiting.popleft()
-            if not self._shapes_known(first):
+            if not self._give_shapes(first):
                 self._read_header(first)
             self._post(first)
         for ticket in inbound.tickets:

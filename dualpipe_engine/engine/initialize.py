@@ -18,6 +18,7 @@ from deepspeed.runtime.pipe.engine import PipelineEngine
 from ..errors import ConfigError
 from ..faults.watch import Watch
 from ..schedule.progress import Position
+from ..schedule.search.compare import best_of
 from .auto.choose import choose, job_costs, print_choice
 from .checks.agreement import agree_on_copies, agree_on_job
 from .checks.written_buffers import check_statistics
@@ -28,7 +29,7 @@ from .placing.experts import make_expert_groups
 from .placing.grid import set_device
 from .placing.module import place
 from .placing.param_groups import GroupMap, check_dtypes, name_parameters
-from .plan import agree, make_lowered_plan, unmeasured_costs
+from .plan import agree, lowered_plan, make_lowered_plan, unmeasured_costs
 
 _stock_initialize = deepspeed.initialize  # before `dualpipe_engine.run` puts ours in its place
 
@@ -114,13 +115,17 @@ def initialize(
         num_ranks = base_grid.pipe_parallel_size
         num_micro = micro_batches(settings, base_grid.data_parallel_size)
         measured = job_costs(model, settings, dualpipe, num_micro, training_data, collate_fn)
+        costs = unmeasured_costs(model, dualpipe) if measured is None else measured.costs
         if dualpipe.schedule == AUTO:
             assert measured is not None
             dualpipe, rows = choose(dualpipe, measured, num_micro)
             if ds_comm.get_rank() == 0:
                 print_choice(rows, measured, num_micro)
-        costs = unmeasured_costs(model, dualpipe) if measured is None else measured.costs
-        plan = make_lowered_plan(dualpipe, num_ranks, num_micro, costs)
+            chosen = best_of(rows).plan
+            assert chosen is not None
+            plan = lowered_plan(chosen, dualpipe)
+        else:
+            plan = make_lowered_plan(dualpipe, num_ranks, num_micro, costs)
         agree(plan, torch.device(get_accelerator().current_device_name()))
         bounds = stage_bounds(model, plan, dualpipe)
 

@@ -58,6 +58,15 @@ def make_lowered_plan(config: DualPipeConfig, num_ranks: int, num_micro: int, co
             activation_cap=config.activation_cap,
             split_backward=config.split_backward is not False,
         )
+    return lowered_plan(plan, config)
+
+
+def lowered_plan(plan: Plan, config: DualPipeConfig) -> Plan:
+    """Lower and verify a plan of compute ops.
+
+    Raises:
+        PlanError: it is not sound, or does not keep within the configuration's cap.
+    """
     lowered = lower(plan)
     verify(lowered, activation_cap=config.activation_cap)
     return lowered

@@ -4,6 +4,14 @@ Rank 0 keeps one TCP connection to every other rank, served by a thread of each.
 connection, whatever ended it; one that is stopped sends no beats. After the first such cause rank 0 asks all ranks
 where they are and tells them all the same verdict. When rank 0 itself is lost, each rank comes to a verdict of its own.
 
+    rank 1            rank 0                          rank 2 is lost
+      |  at ----------> |  _beat: where ranks are        x  its connection closes (GONE), or it falls silent
+      |                 |  _raise: a cause, the first counts (SILENT, LATE, FAILED, LEFT likewise)
+      | <--------- ask  |  _judge: each ASK_S, until all wait or SETTLE_S have passed
+      |  report ------> |
+      | <----- verdict  |  _judge: one text for all
+     told              told   _decide: waits are aborted, errors raised with the text
+
 Who may connect is the business of `Door`, which closes when all ranks are in. An error of the thread's own ends neither
 the thread nor the job: it is printed.
 """

@@ -13,8 +13,6 @@ from ..schedule.op import NONE, REDUCE, STEP, Op
 from ..schedule.records import OP, PHASE, REDUCTION, BatchRecord, Mark
 from ..schedule.timeline import Span
 
-BETWEEN_STAGES = ("send", "receive")  #: names of transfers that carry stage outputs and their gradients
-
 _NO_OP = Op(STEP, NONE, NONE)
 
 
@@ -59,11 +57,11 @@ class Observer:
         """The step ends; returns what was recorded.
 
         Args:
-            transfers: what became of transfers; those between stages (`BETWEEN_STAGES`) are left out, because the
-                waits for them and their hand-overs are marks.
+            transfers: what became of the transfers within phases. Of those between stages the waits and hand-overs are
+                marks already.
         """
         self._batch.end = self.now()
-        self._batch.transfers = [each for each in transfers if each.name not in BETWEEN_STAGES]
+        self._batch.transfers = list(transfers)
         return self._batch
 
     def on_clock(self, transfers: Sequence[Transfer]) -> list[Transfer]:

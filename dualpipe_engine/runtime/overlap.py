@@ -250,6 +250,15 @@ def interleave(first: Steps[Any], second: Steps[Any], wait: Callable[[Tickets], 
     in its turn the first one is let go on. So the host, which has to wait for such numbers, has given the device
     something to do before, and the rows they are for travel under it.
 
+    One forward and one backward of a block with the phases attention, dispatch, experts and combine; `>` posts a
+    communication phase, which travels while the other side has its turn:
+
+        turn      1           2           3            4           5            finish
+        second    >combine'               experts'                 attention'
+                                          >dispatch'
+        first                 attention                experts                  (waits)
+                              >dispatch                >combine
+
     Returns:
         What each returns.
     """

@@ -27,11 +27,11 @@ def test_marks_of_a_batch(observer):
     with observer.span(reduce):
         reduction = observer.reducing()
     reduction.stop()
-    record = observer.end_batch([Transfer("dispatch", 1.0, 0.5, 3.0), Transfer("receive", 1.0, 0.5, 3.0)]).resolve()
+    record = observer.end_batch([Transfer("send", 1.0, 0.5, 3.0)]).resolve()  # of a user's phase of that name
     marks = [(mark.kind, str(mark.op)) for mark in record.marks[:4]]
     assert marks == [(RECEIVE, "3F7"), (OP, "3F7"), (OP, "3REDUCE"), (REDUCTION, "3REDUCE")]
     assert [mark.kind for mark in record.marks[4:]] == [PHASE]
-    assert record.marks[4][2:] == (1.0, 3.0, "dispatch", 0.5)
+    assert record.marks[4][2:] == (1.0, 3.0, "send", 0.5)
     times = [time for mark in record.marks[:3] for time in (mark.start, mark.end)]
     assert [record.start, *times, record.end] == sorted([record.start, *times, record.end])
     assert [str(span.op) for span in observer.spans()] == ["3F7", "3REDUCE"]

@@ -90,7 +90,8 @@ def job_costs(
 
 
 def choose(config: DualPipeConfig, measured: Measurement, num_micro: int) -> tuple[DualPipeConfig, list[Row]]:
-    """The configuration with "auto" replaced by the schedule with the shortest simulated step, and all schedules.
+    """The configuration with "auto" replaced by the schedule with the shortest simulated step, and all schedules;
+    `best_of` gives the row that was taken, with its plan.
 
     Raises:
         PlanError: no schedule fits.

@@ -3,6 +3,12 @@
 In the bidirectional placement the two ranks that hold the same stages are data parallelism of degree 2: DeepSpeed is
 given a topology with half as many pipe positions and twice as many data ranks, so that its reductions, its ZeRO
 partitions and its norms cover both copies without further help.
+
+    the user's pipeline, PP = 4                      what DeepSpeed sees: 2 pipe positions, data parallelism of 2
+
+    rank          0     1     2     3                position      0           1
+    direction 0   s0 -> s1 -> s2 -> s3               ranks         0 and 3     1 and 2
+    direction 1   s3 <- s2 <- s1 <- s0               hold          s0, s3      s1, s2
 """
 
 from __future__ import annotations

@@ -19,6 +19,14 @@ def reduction_order(plan: Plan, rank: int) -> list[tuple[int, int]]:
     between them, and with an odd number of micro-batches one twin has fewer. So both follow the order of the later
     twin's op, counted in weight-gradient ops, and for equal counts the order of stages. A rank that is ahead keeps the
     gradient until its turn; one that has no k-th op takes part with zeros.
+
+    Twins with stages 0 and 3; `0.1` is the second reduction of stage 0:
+
+        weight gradients   1st   2nd   3rd   4th
+        rank 0             0.0   3.0   3.1   0.1
+        rank 3             3.0   0.0   0.1   3.1
+        due (the later)    0.0 and 3.0 at the 2nd, 0.1 and 3.1 at the 4th
+        both issue               0.0, 3.0    0.1, 3.1
     """
     twins = plan.placement.replicas(plan.placement.stages_of(rank)[0])
     due: dict[tuple[int, int], int] = {}

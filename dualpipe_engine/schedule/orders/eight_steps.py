@@ -4,6 +4,15 @@ DualPipe and DualPipeV run the same steps. A rank at distance `h` from the outer
 the one that enters at the end nearest to the rank, phase 1 the one that comes back from the far end. DualPipe on PP
 ranks has `half = PP/2` such distances and its phases are the two directions; DualPipeV on PP ranks has `half = PP` and
 its phases are the two stages of the rank.
+
+The outermost rank (`h` = 0) of DualPipe on 4 ranks (`half` = 2, so `outer` = 1) with 10 micro-batches, 5 of each
+phase. Each op with its phase, the steps as they are numbered in the code, time to the right:
+
+    1       2       3          4                           5             6       7       8
+    F0 F0 | F0 F1 | I1 W F1 | (F0;B1) (F1;B0), 2 rounds | B1 (F1;B0) | B1 I0 | W I0 | W
+    ------ warm-up ---------  ------ steady state ------  ------------ cool-down ----------
+
+A W takes the oldest gradient that waits. For the next `h` step 1 is two forwards shorter, and step 2 as many longer.
 """
 
 from __future__ import annotations
