@@ -126,7 +126,8 @@ class Side:
 
 def run_alone(script, *args):
     """Run a script of the tests; returns what it gives to `answer`."""
-    env = os.environ | {"PYTHONPATH": str(Path(__file__).parent), "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"}
+    path = os.pathsep.join(filter(None, [str(Path(__file__).parent), os.environ.get("PYTHONPATH")]))
+    env = os.environ | {"PYTHONPATH": path, "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"}
     found = subprocess.run([sys.executable, str(script), *args], env=env, capture_output=True, text=True, timeout=120)
     assert found.returncode == 0, found.stderr
     return json.loads(found.stdout.splitlines()[-1])

@@ -9,8 +9,8 @@ of a circle of ranks that wait for each other.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from datetime import timedelta
 from typing import Any
 
@@ -111,6 +111,14 @@ def close(groups: Iterable[dist.ProcessGroup | None]) -> None:
     for group in groups:
         if group is not None and group in dist.distributed_c10d._world.pg_map:
             dist.destroy_process_group(group)
+
+
+@contextmanager
+def noting_groups() -> Iterator[list[dist.ProcessGroup]]:
+    """Gives a list that holds, after the body, the groups of this rank that the body has made and not given back."""
+    before, made = set(dist.distributed_c10d._world.pg_map), list[dist.ProcessGroup]()
+    yield made
+    made += [group for group in dist.distributed_c10d._world.pg_map if group not in before]
 
 
 def _can_split() -> bool:

@@ -11,18 +11,13 @@ Unset, they are tried in this order, and the twin comes with one warning.
 
 from __future__ import annotations
 
-import fcntl
 import functools
-import hashlib
 import importlib
-import importlib.util
 import os
-import sys
 import time
 import warnings
 import weakref
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from types import ModuleType
 from typing import Protocol
 
@@ -30,11 +25,11 @@ import torch
 import torch.distributed as dist
 
 from ..errors import ConfigError
+from .build import build_helper
 from .device import side_stream
 from .tickets import TimedTicket, Transfer
 
 VARIABLE = "DUALPIPE_COMM"
-_NAME = "dualpipe_comm"
 
 
 class StreamTicket(TimedTicket, Protocol):
@@ -139,7 +134,7 @@ def shared_stream(device: torch.device) -> SharedStream:
 @functools.cache
 def implementation(how: str) -> Callable[[str], CommStream]:
     """The class that `open_stream` makes; "" takes the first that works."""
-    ways: dict[str, Callable[[], ModuleType]] = {"prebuilt": _prebuilt, "build": _build, "python": _twin}
+    ways: dict[str, Callable[[], ModuleType]] = {"prebuilt": _prebuilt, "build": build_helper, "python": _twin}
     if how and how not in ways:
         raise ConfigError(f"{VARIABLE}={how!r}: it is one of {', '.join(ways)}, or unset")
     reasons: list[str] = []
@@ -163,34 +158,6 @@ def _prebuilt() -> ModuleType:
 
 def _twin() -> ModuleType:
     return importlib.import_module("dualpipe_engine.comm.python_stream")
-
-
-def _build() -> ModuleType:
-    """Build the helper, or load what an earlier process has built; one process of a node builds, the others wait."""
-    package = Path(__file__).parent.parent
-    folder = next((path for path in (package / "csrc", package.parent / "csrc") if path.is_dir()), None)
-    if folder is None:
-        raise FileNotFoundError("the C++ sources are not installed")
-    files = sorted(folder.glob("*.h")) + sorted(folder.glob("*.cpp"))
-    key = hashlib.sha256(b"".join(path.read_bytes() for path in files) + torch.__version__.encode()).hexdigest()[:12]
-    from torch.utils import cpp_extension
-
-    build = Path(cpp_extension._get_build_directory(f"{_NAME}_{key}", verbose=False))
-    library = build / f"{_NAME}.so"
-    with (build / "dualpipe.lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        if not library.exists():
-            print("dualpipe_engine: building the communication helper, once", file=sys.stderr, flush=True)
-            (build / "lock").unlink(missing_ok=True)  # torch's own, of a process that died while it built
-            sources = [str(path) for path in files if path.suffix == ".cpp"]
-            return cpp_extension.load(
-                _NAME, sources, extra_cflags=["-O2", "-g0", "-Wall", "-Wextra"], build_directory=build
-            )
-    spec = importlib.util.spec_from_file_location(_NAME, library)
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
 
 
 def transfer_of(ticket: StreamTicket) -> Transfer:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, Literal
@@ -29,6 +30,8 @@ DEEPSPEED_KEYS = frozenset(
         "use_reentrant",
     )
 )
+#: Keys of ours that somebody relies on: they are not to be passed over.
+_PROMISES = ("activation_cap", "check_twins", "check_finite", "save_on_signal", "save_folder")
 
 
 class DualPipeConfig(BaseModel):
@@ -61,6 +64,11 @@ class DualPipeConfig(BaseModel):
     layer_costs: str | None = None
     """File with the seconds of each layer, for "pairs"; null estimates them from parameters."""
 
+    save_on_signal: str | None = None
+    """A signal, such as "SIGTERM", at which all ranks save after the batch and end with 128 + its number."""
+    save_folder: str | None = None
+    """Where "save_on_signal" saves; null is the folder of the last save or load."""
+
     @property
     def is_stock(self) -> bool:
         return self.schedule == STOCK
@@ -84,6 +92,7 @@ def read_config(config: Any) -> tuple[dict[str, Any], DualPipeConfig]:
     section = data.get("pipeline", {})
     if not isinstance(section, dict):
         raise ConfigError(f'"pipeline" must be a section {{...}} of keys, got {section!r}')
+    _check_async(data, section.get("schedule", STOCK))
     ours = {key: value for key, value in section.items() if key not in DEEPSPEED_KEYS}
     known = sorted(set(DualPipeConfig.model_fields) | DEEPSPEED_KEYS)
     for key in ours:
@@ -92,6 +101,11 @@ def read_config(config: Any) -> tuple[dict[str, Any], DualPipeConfig]:
             if near or "schedule" in section:
                 hint = f'did you mean "{near[0]}"?' if near else f"known keys: {', '.join(known)}"
                 raise ConfigError(f'unknown key "{key}" in the "pipeline" section: {hint}')
+    if section.get("schedule", STOCK) == STOCK and (key := next((key for key in _PROMISES if section.get(key)), None)):
+        raise ConfigError(
+            f'"{key}" in the "pipeline" section does nothing under DeepSpeed\'s own schedule: leave it out, or set '
+            f'"schedule" to one of {", ".join(SCHEDULES)}'
+        )
     if "schedule" not in section:
         return data, DualPipeConfig()
     try:
@@ -102,6 +116,7 @@ def read_config(config: Any) -> tuple[dict[str, Any], DualPipeConfig]:
     _check_schedule(parsed)
     if not parsed.is_stock:
         refuse_keys(data, STOCK)
+    _check_signal(parsed)
     if parsed.layer_costs is not None and parsed.partition_method != PAIRS:
         raise ConfigError('"layer_costs" is for "partition_method": "pairs": add it, or leave "layer_costs" out')
     return data, parsed
@@ -128,6 +143,28 @@ def _load(config: Any) -> dict[str, Any]:
     if not isinstance(data, dict):
         raise ConfigError(f"the DeepSpeed configuration {config} holds no keys")
     return data
+
+
+def _check_async(config: dict[str, Any], schedule: Any) -> None:
+    checkpoint = config.get("checkpoint")
+    value = checkpoint.get("async", False) if isinstance(checkpoint, dict) else False
+    if not isinstance(value, bool):
+        raise ConfigError(f'"checkpoint": {{"async": ...}} must be true or false, got {value!r}')
+    if value and schedule == STOCK:
+        raise ConfigError(
+            '"checkpoint": {"async": true} is for our schedules, stock DeepSpeed would not know it: leave it out, or '
+            'set "schedule" in the "pipeline" section'
+        )
+
+
+def _check_signal(config: DualPipeConfig) -> None:
+    name = config.save_on_signal
+    if name is not None and (name not in signal.Signals.__members__ or name in ("SIGKILL", "SIGSTOP")):
+        raise ConfigError(
+            f'"save_on_signal": "{name}" is no signal that a program can take: "SIGTERM" and "SIGUSR1" are'
+        )
+    if name is None and config.save_folder is not None:
+        raise ConfigError('"save_folder" is for "save_on_signal": add it, or leave "save_folder" out')
 
 
 def _check_schedule(config: DualPipeConfig) -> None:

@@ -40,6 +40,7 @@ from .checks.finite import FiniteCheck
 from .checks.written_buffers import WrittenBuffers
 from .config import DualPipeConfig
 from .context import Context, Groups, Scaling, Steps
+from .life_cycle import LifeCycle
 from .placing.experts import has_experts
 from .placing.grid import Place
 from .placing.module import PlacedModule
@@ -59,7 +60,7 @@ from .surface import Surface
 from .timelines import Measuring
 
 
-class DualPipeEngine(Evaluation, Measuring, Reporting, Checkpoints, Loading, Surface):
+class DualPipeEngine(LifeCycle, Evaluation, Measuring, Reporting, Checkpoints, Loading, Surface):
     """What `dualpipe_engine.initialize` returns.
 
     `train_batch`, `eval_batch`, `save_checkpoint`, `load_checkpoint` and the rest of DeepSpeed's PipelineEngine keep
@@ -93,6 +94,7 @@ class DualPipeEngine(Evaluation, Measuring, Reporting, Checkpoints, Loading, Sur
         **deepspeed: Any,
     ) -> None:
         self.dualpipe_config, self.place = dualpipe, place
+        self._init_saving()
         # DeepSpeed's own pipeline set-up (buffers, blocking p2p, ZeRO assertion) does not apply, hence not super().
         DeepSpeedEngine.__init__(self, **deepspeed)
         self._costs = costs
@@ -100,9 +102,8 @@ class DualPipeEngine(Evaluation, Measuring, Reporting, Checkpoints, Loading, Sur
         watch.position.pipeline = place.pipeline
         self._pipeline_group = base_grid.pp_proc_group
         self._replica_group = base_grid.dp_proc_group
-        self.totals = Totals(
-            (self._pipeline_group, self._replica_group, self.module._grid.slice_proc_group), self.device
-        )
+        groups = self._pipeline_group, self._replica_group, self.module._grid.slice_proc_group
+        self.totals = Totals(groups, self.device, self.signals_here)
         self._init_pipeline_state(base_grid)
         set_activation_checkpointing(self.module, self._config.pipeline)
         self._context = self._make_context(plan)
@@ -302,6 +303,8 @@ class DualPipeEngine(Evaluation, Measuring, Reporting, Checkpoints, Loading, Sur
             StopIteration: the data ended within the batch.
             PipelineRuntimeError: a rank was lost, a transfer failed, copies of a parameter differ, or `check_finite`
                 has found a NaN or an inf.
+            CheckpointError: a checkpoint could not be written in the background; the next call trains.
+            SystemExit: the signal of "save_on_signal" has come, and the checkpoint is saved.
         """
         if not torch.is_grad_enabled():
             raise RuntimeError("train_batch() needs gradients; use eval_batch() without")
@@ -309,6 +312,8 @@ class DualPipeEngine(Evaluation, Measuring, Reporting, Checkpoints, Loading, Sur
             raise ConfigError('train_batch() needs an optimizer: add "optimizer" to the DeepSpeed configuration')
         if data_iter is not None:
             self.set_dataiterator(data_iter)
+        self._check_save_folder()
+        self._follow_save()
         self._set_training(True)
         self._agree_on_plan()
         self.timers(TRAIN_BATCH_TIMER).start()
@@ -338,6 +343,7 @@ class DualPipeEngine(Evaluation, Measuring, Reporting, Checkpoints, Loading, Sur
         if every is not None and self.global_steps % every == 0:
             check_twins(self.module, self.mpu.get_data_parallel_group())
         self._report_batch()
+        self._end_on_signal()
         return self.agg_train_loss
 
     def _loss_factor(self) -> float:
@@ -378,17 +384,6 @@ class DualPipeEngine(Evaluation, Measuring, Reporting, Checkpoints, Loading, Sur
 
     save_checkpoint = watched(Checkpoints.save_checkpoint)
     load_checkpoint = watched(Checkpoints.load_checkpoint)
-
-    def destroy(self) -> None:
-        """Give back what the engine holds besides memory. Every rank calls it, at the same place of its program."""
-        if "_transport" in vars(self):
-            self._transport.close()
-        super().destroy()
-
-    def __del__(self) -> None:
-        # The collector comes when it likes, but all ends of a communicator have to give it back together.
-        self.__dict__.pop("_transport", None)
-        super().__del__()
 
     @property
     def weight_grad_store(self) -> WeightGradStore | None:

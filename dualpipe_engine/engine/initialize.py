@@ -15,6 +15,7 @@ from deepspeed.pipe import DualPipeVModule, PipelineModule
 from deepspeed.runtime.config import DeepSpeedConfig
 from deepspeed.runtime.pipe.engine import PipelineEngine
 
+from ..comm.communicators import noting_groups
 from ..errors import ConfigError
 from ..faults.watch import Watch
 from ..schedule.progress import Position
@@ -26,7 +27,7 @@ from .config import AUTO, STOCK, check_zero, find_config, micro_batches, read_co
 from .engine import DualPipeEngine
 from .placing.balance import stage_bounds
 from .placing.experts import make_expert_groups
-from .placing.grid import set_device
+from .placing.grid import groups_of, set_device
 from .placing.module import place
 from .placing.param_groups import GroupMap, check_dtypes, name_parameters
 from .plan import agree, lowered_plan, make_lowered_plan, unmeasured_costs
@@ -109,7 +110,8 @@ def initialize(
     )
     set_device(model)
     watch = Watch(dualpipe.p2p_timeout_s, Position())
-    with watch.section("initialize"):
+    given_groups = groups_of(model)
+    with watch.section("initialize"), noting_groups() as made_groups:
         agree_on_job(settings, model)
         base_grid = model._grid
         num_ranks = base_grid.pipe_parallel_size
@@ -161,6 +163,7 @@ def initialize(
         )
         zero.partition_parameters.restore_init_context()
         engine._configure_python_gc()
+    engine.own_groups = [*given_groups, *made_groups]
     return engine, engine.optimizer, engine.training_dataloader, engine.lr_scheduler
 
 

@@ -178,6 +178,11 @@ CHECKPOINTS = (
         "checkpoint.load_universal",
         "engine/checkpoint/test_checkpoint.py::test_the_optimizer_moves_through_universal_checkpoints",
     ),
+    _works(
+        "checkpoint.async",
+        "engine/checkpoint/test_save.py::test_a_save_in_the_background_is_that_of_a_plain_one",
+        "ours: files are written by a thread while training goes on",
+    ),
     _refused("checkpoint.use_node_local_storage", "rank 0 gives a checkpoint its name when the files of all are there"),
     _refused(
         "checkpoint.writer datastates_ckpt",

@@ -10,6 +10,7 @@ import time
 import traceback
 import weakref
 from collections.abc import Callable
+from contextlib import suppress
 from functools import wraps
 from multiprocessing.util import Finalize
 from types import TracebackType
@@ -57,6 +58,7 @@ class Watch:
         self._aborted = False  # transfers may have ended without their data, and without an error
         self._depth = self._batches = 0
         self._seen: tuple[Any, float] = (None, 0.0)
+        self._before = -1  # the program's own wake-up file
         self._main = threading.get_ident()
         self._world = dist.group.WORLD
         self._lifeline = line = Lifeline(
@@ -70,14 +72,8 @@ class Watch:
             self._signalled,
         )
         line.start()
-        Finalize(None, self._leave, exitpriority=10)
-        reference = weakref.ref(line)
-
-        def forget() -> None:
-            if (found := reference()) is not None:
-                found.close_in_child()
-
-        os.register_at_fork(after_in_child=forget)
+        self._at_exit = Finalize(None, self._leave, exitpriority=10)
+        _LIFELINES.add(line)
 
     def section(self, name: str) -> _Section:
         """Context of a part of the program that waits for other ranks.
@@ -99,8 +95,9 @@ class Watch:
             raise PipelineRuntimeError(self._lifeline.text or "the batch was interrupted")
 
     def close(self) -> None:
-        """End the watch, as when the process group is gone."""
+        """End the watch, as when the process group is gone or the engine is given back."""
         self._lifeline.close()
+        self._at_exit.cancel()
 
     def _leave(self) -> None:
         """At the end of the process."""
@@ -191,6 +188,9 @@ class Watch:
             return False
 
     def _signalled(self, numbers: bytes) -> None:
+        if self._before >= 0 and (others := numbers.replace(b"\0", b"")):
+            with suppress(OSError):  # asyncio, or whoever else waits for signals, hears of them as before
+                os.write(self._before, others)
         if signal.SIGINT in numbers and signal.getsignal(signal.SIGINT) is signal.default_int_handler and self._section:
             self._lifeline.fail("KeyboardInterrupt", wait=False)
             self._abort()
@@ -218,6 +218,23 @@ class Watch:
         stack = "".join(traceback.format_stack(frame)) if frame else ""
         _say(f"{text}\nThis rank could not leave:\n{stack}")
         os._exit(1)
+
+
+_LIFELINES: weakref.WeakSet[Lifeline] = weakref.WeakSet()
+
+
+def _forget() -> None:
+    """In a forked process: numbers of files that were ours may soon be those of others."""
+    lines = list(_LIFELINES)
+    for line in lines:
+        line.close_in_child()
+    with suppress(ValueError):  # not the main thread, which has no wake-up file
+        before = signal.set_wakeup_fd(-1)
+        if before not in [-1, *(line.wakeup_fd for line in lines)]:
+            signal.set_wakeup_fd(before, warn_on_full_buffer=False)
+
+
+os.register_at_fork(after_in_child=_forget)
 
 
 class _Section:

@@ -332,7 +332,7 @@ def test_which_one(monkeypatch):
         raise OSError("no compiler")
 
     monkeypatch.setattr(stream_module, "_prebuilt", fails)
-    monkeypatch.setattr(stream_module, "_build", fails)
+    monkeypatch.setattr(stream_module, "build_helper", fails)
     implementation.cache_clear()
     try:
         with pytest.warns(UserWarning, match="prebuilt: no compiler; build: no compiler") as caught:

@@ -142,8 +142,8 @@ def convert(source, target):
     )
 
 
-class Torn(Exception):
-    pass
+class Torn(BaseException):
+    """No error of a write, which the ranks would agree on: the run ends."""
 
 
 def torn_save(config, ranks, folder, broken_tag):
@@ -212,7 +212,7 @@ def sentences(config, ranks, folder, tags, latest):
         if dist.get_rank() == 0:
             Path(folder, "latest").write_text(text)
         tried(engine.load_checkpoint, folder)
-    there = os.listdir(folder)
+    there = sorted(name for name in os.listdir(folder) if not name.startswith("."))
     dist.barrier()
     engine.save_checkpoint(folder, "good")
     return found, there, float(engine.train_batch(training.stream(0)))

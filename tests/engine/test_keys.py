@@ -19,7 +19,7 @@ from dualpipe_engine.errors import ConfigError
 ROOT = Path(__file__).parents[2]
 ROWS = [row for rows in TABLES.values() for row in rows]
 #: Keys of rows that others than `DeepSpeedConfig` read.
-ELSEWHERE = {"optimizer.params", "pipeline.use_reentrant", "sequence_parallel_size"}
+ELSEWHERE = {"checkpoint.async", "optimizer.params", "pipeline.use_reentrant", "sequence_parallel_size"}
 
 
 def load_tables():

@@ -37,7 +37,7 @@ def export(checkpoint: Path, out: Path) -> list[Path]:
     about = json.loads((folder / DESCRIPTION).read_text())
     weights: dict[str, Any] = {}
     for path, prefix in _layers(folder, about):
-        for name, tensor in peek(path).items():
+        for name, tensor in peek(path, weights_only=True).items():
             weights.setdefault(prefix + name, tensor)
     out.mkdir(parents=True, exist_ok=True)
     written = [out / WEIGHTS]

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import os
+import re
+import secrets
 import shutil
 import zipfile
 from collections.abc import Iterable, Iterator
@@ -11,12 +14,19 @@ from pathlib import Path, PurePath
 from typing import Any
 
 import torch
+from deepspeed.utils import logger
 
 from ...errors import CheckpointError
 
 PARTIAL = ".partial"  #: ending of a folder that is being written
 DESCRIPTION = "dualpipe.json"  #: in the folder of a checkpoint: the layers, for `dualpipe export`
 REPLACED = ".replaced"  #: ending of a folder whose successor is being put in its place
+_JOB = re.compile(r"[0-9a-f]{8}")
+
+
+def new_job() -> str:
+    """A name that tells a job from others that save into the same folder."""
+    return secrets.token_hex(4)
 
 
 def checked_tag(tag: str, source: str = "tag") -> str:
@@ -39,39 +49,84 @@ def checked_tag(tag: str, source: str = "tag") -> str:
     return tag
 
 
-def settle(folder: Path) -> None:
-    """Undo what a run that was killed while it saved `folder` has left behind."""
-    shutil.rmtree(f"{folder}{PARTIAL}", ignore_errors=True)
-    replaced = Path(f"{folder}{REPLACED}")
-    if folder.exists():
-        shutil.rmtree(replaced, ignore_errors=True)
-    elif replaced.exists():
-        replaced.rename(folder)
+def unfinished(folder: Path, job: str) -> Path:
+    """Where a job writes the checkpoint `folder` before it takes its name; no other job writes there."""
+    return Path(f"{folder}.{job}{PARTIAL}")
 
 
-def publish(folder: Path) -> None:
-    """Give the complete folder `folder`.partial its name, in place of an older one, whose files that belong to no
+def settle(parent: Path, elsewhere: str | None) -> None:
+    """Undo what runs that were killed while they saved into `parent` have left behind.
+
+    Args:
+        parent: of the folders of checkpoints.
+        elsewhere: a job whose unfinished folders stay, as it may be running.
+    """
+    for path, name, job in _leftovers(parent):
+        if job == elsewhere:
+            logger.warning(f"{path} is left by a job on another machine: remove it if that has ended")
+        elif path.suffix == REPLACED and not (parent / name).exists():
+            path.rename(parent / name)
+        else:
+            shutil.rmtree(path, ignore_errors=True)
+
+
+def publish(folder: Path, job: str) -> None:
+    """Give the complete folder of `unfinished` its name, in place of an older one, whose files that belong to no
     checkpoint move along. A run that is killed in between leaves the older one to `settle`."""
-    replaced = Path(f"{folder}{REPLACED}")
+    done, replaced = unfinished(folder, job), Path(f"{folder}.{job}{REPLACED}")
+    sync(done)
     if folder.exists():
         folder.rename(replaced)
-    Path(f"{folder}{PARTIAL}").rename(folder)
+    done.rename(folder)
     for path in replaced.iterdir() if replaced.exists() else ():
         if not (path.name.endswith("_states.pt") or path.name.startswith("dualpipe") or (folder / path.name).exists()):
             path.rename(folder / path.name)
+    sync(folder.parent)
     shutil.rmtree(replaced, ignore_errors=True)
 
 
 def standing(folder: Path) -> Path:
     """Where the checkpoint `folder` is: a run that was killed in `publish` has left it under another name."""
-    replaced = Path(f"{folder}{REPLACED}")
-    return replaced if replaced.exists() and not folder.exists() else folder
+    if folder.exists():
+        return folder
+    return next((path for path, name, _ in _leftovers(folder.parent, REPLACED) if name == folder.name), folder)
+
+
+def saved_by(folder: Path) -> tuple[str | None, float]:
+    """The job that has saved a checkpoint, and when, in seconds as in `os.stat`; (None, 0.0) where nothing tells."""
+    try:
+        path = folder / DESCRIPTION
+        return json.loads(path.read_text()).get("job"), path.stat().st_mtime
+    except (OSError, ValueError, AttributeError):
+        return None, 0.0
+
+
+def _leftovers(parent: Path, *endings: str) -> Iterator[tuple[Path, str, str]]:
+    """Folders that jobs have left in `parent`: path, name of the checkpoint, job."""
+    for path in sorted(parent.glob("*")):
+        name, _, job = path.stem.rpartition(".")
+        if path.suffix in (endings or (PARTIAL, REPLACED)) and name and _JOB.fullmatch(job):
+            yield path, name, job
+
+
+def sync(path: Path) -> None:
+    """Bring a file or a folder to the disk.
+
+    Raises:
+        OSError: it cannot be written, as when the disk is full.
+    """
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def write_text(path: Path, text: str) -> None:
     """Write a small file so that a reader sees the old or the new text, never a part."""
     aside = Path(f"{path}{PARTIAL}")
     aside.write_text(text)
+    sync(aside)
     os.replace(aside, path)
 
 
@@ -79,6 +134,8 @@ def damage(path: Path) -> str | None:
     """What is wrong with a file of `torch.save`, as far as its size and its table of contents show; None if nothing."""
     if not path.is_file():
         return f"{path} is missing"
+    if path.suffix != ".pt":
+        return None
     with path.open("rb") as file:
         start = file.read(2)
     if not start or (start == b"PK" and not zipfile.is_zipfile(path)):
@@ -91,8 +148,12 @@ def damages(paths: Iterable[Path]) -> list[str]:
     return [found for found in map(damage, paths) if found]
 
 
-def peek(path: Path) -> Any:
+def peek(path: Path, weights_only: bool = False) -> Any:
     """Load a file without reading its tensors before they are used.
+
+    Args:
+        path: of a file of `torch.save`.
+        weights_only: as of `torch.load`: unpickle nothing but tensors and plain containers.
 
     Raises:
         CheckpointError: the file cannot be read.
@@ -100,7 +161,7 @@ def peek(path: Path) -> Any:
     if found := damage(path):
         raise CheckpointError(found)
     with naming(path):
-        return torch.load(path, map_location="cpu", mmap=zipfile.is_zipfile(path), weights_only=False)
+        return torch.load(path, map_location="cpu", mmap=zipfile.is_zipfile(path), weights_only=weights_only)
 
 
 @contextmanager
@@ -118,7 +179,8 @@ def naming(path: str | Path) -> Iterator[None]:
 
 @contextmanager
 def naming_reads(reader: Any) -> Iterator[None]:
-    """Let every `reader.load(path, ...)` within the body name the file that it fails on.
+    """Let every `reader.load(path, ...)` within the body name the file that it fails on; those of layers hold weights,
+    and nothing else of them is unpickled.
 
     Raises:
         CheckpointError: a file cannot be read.
@@ -127,6 +189,8 @@ def naming_reads(reader: Any) -> Iterator[None]:
 
     def named(path: str, *args: Any, **kwargs: Any) -> Any:
         with naming(path):
+            if PurePath(path).name.startswith("layer_"):
+                return torch.load(path, *args, **kwargs, weights_only=True)
             return load(path, *args, **kwargs)
 
     reader.load = named

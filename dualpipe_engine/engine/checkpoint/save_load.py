@@ -3,40 +3,78 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import torch.distributed as dist
-from deepspeed.runtime.pipe.engine import PipelineEngine
 from deepspeed.utils import logger
 
 from ...errors import CheckpointError, ConfigError
 from ..placing.experts import has_experts
 from ..placing.partition import same_random_state
+from .checks import LAYOUT, CheckpointChecks
 from .files import (
     DESCRIPTION,
-    PARTIAL,
     checked_tag,
     damage,
-    damages,
     naming_reads,
-    other_tags,
+    new_job,
     peek,
-    publish,
-    settle,
     standing,
-    write_text,
 )
+from .on_signal import SaveOnSignal
+from .save import Save
 from .state import check_ties, description, random_state, set_random_state, universal_info
 
-_LAYOUT = "dualpipe_layout"
+WAIT_S = 60.0  #: at most, for another job that saves into the same folder
 
 
-class Checkpoints(PipelineEngine):
+class Checkpoints(CheckpointChecks):
     """The part of `DualPipeEngine` that saves and loads."""
 
     _data_state: dict[str, Any] | None = None  # of the loader, until there is one
+    checkpoint_engine: Any
+    _pending: Save | None = None  # what is being written in the background
+    #: Gives the `client_state` of a checkpoint that a signal asks for.
+    client_state_on_signal: Callable[[], dict[str, Any]] | None = None
+
+    def _init_saving(self) -> None:
+        self._job, self._born = new_job(), time.monotonic()
+        name = self.dualpipe_config.save_on_signal
+        self._on_signal = None if name is None else SaveOnSignal(name)
+        self._save_folder = self.dualpipe_config.save_folder
+
+    def signals_here(self) -> int:
+        """Whether this rank was sent the signal of "save_on_signal"."""
+        return int(self._on_signal is not None and self._on_signal.came)
+
+    def _check_save_folder(self) -> None:
+        """Raises:
+        ConfigError: a signal would not find where to save.
+        """
+        if self._on_signal is not None and self._save_folder is None:
+            raise ConfigError(
+                '"save_on_signal" must know where: set "save_folder" in the "pipeline" section, or call '
+                "load_checkpoint or save_checkpoint before the first train_batch",
+                everywhere=True,
+            )
+
+    def _end_on_signal(self) -> None:
+        """After a batch: save and end if a rank was sent the signal. Collective over all ranks.
+
+        Raises:
+            SystemExit: the checkpoint is saved.
+        """
+        if self._on_signal is not None and float(self.totals.finish().signals):
+            assert self._save_folder is not None
+            state = None if self.client_state_on_signal is None else self.client_state_on_signal()
+            self.save_checkpoint(self._save_folder, client_state=state)
+            self._follow_save(wait=True)
+            if dist.get_rank() == 0:
+                logger.warning(f"saved in {self._save_folder} after {self._on_signal.number.name}; the job ends")
+            raise self._on_signal.leave()
 
     def save_checkpoint(
         self,
@@ -49,9 +87,12 @@ class Checkpoints(PipelineEngine):
         """Save a checkpoint, as DeepSpeed does. Collective over all ranks.
 
         Each weight is written once, although two ranks hold it. The files are written into a folder beside the
-        checkpoint's, which takes its name when all are complete: a run that is killed while it saves leaves the
-        checkpoint before as the latest one. Random states and the position of a stateful data loader (`state_dict`)
-        are kept as well.
+        checkpoint's, which takes its name when all are complete and on the disk: a run that is killed while it saves
+        leaves the checkpoint before as the latest one. Random states and the position of a stateful data loader
+        (`state_dict`) are kept as well.
+
+        With `"checkpoint": {"async": true}` this returns when a copy is in host memory, and a thread writes it. An
+        error of the thread is raised by the next `train_batch`, `save_checkpoint`, `load_checkpoint` or `destroy`.
 
         Args:
             save_dir: folder of checkpoints.
@@ -61,33 +102,68 @@ class Checkpoints(PipelineEngine):
             exclude_frozen_parameters: leave out what is not trained.
 
         Raises:
-            CheckpointError: no file would hold certain tied weights, the tag names no folder below `save_dir`, or ranks
-                were given different ones; the same on every rank, before anything is written.
+            CheckpointError: no file would hold certain tied weights, the tag names no folder below `save_dir`, ranks
+                were given different ones, another job saves into the folder, or it cannot be written; the same on every
+                rank, the checkpoints before stand, and training can go on.
         """
         self._check_expert_states()
         check_ties(self.module)
         tag = f"global_step{self.global_steps}" if tag is None else str(tag)
-        self._agree(save_dir, tag)
+        job = self._agree(self._job, save_dir, tag)
         checked_tag(tag)
-        folder = Path(save_dir, tag)
+        self._save_folder = str(save_dir)
+        self._follow_save(wait=True)
         if not hasattr(self.module, "universal_checkpoint_info"):
             self.module.universal_checkpoint_info = universal_info(self.module)
-        self._on_first(settle, folder)
-        super().save_checkpoint(
-            save_dir,
-            tag + PARTIAL,
-            {**(client_state or {}), _LAYOUT: self._layout()},
-            save_latest=False,
-            exclude_frozen_parameters=exclude_frozen_parameters,
+        background = self._saves_in_background()
+        save = Save(
+            self.checkpoint_engine,
+            Path(save_dir),
+            tag,
+            job,
+            age_s=time.monotonic() - self._born,
+            latest=save_latest,
+            background=background,
+            patience_s=min(WAIT_S, self.dualpipe_config.p2p_timeout_s / 2),
         )
-        if self.checkpoint_engine.is_decoupled():  # it writes in the background
-            self._commit_decoupled_checkpoint()
-        self._save_own_state(Path(f"{folder}{PARTIAL}"))
-        dist.barrier()
-        self._on_first(publish, folder)
-        if save_latest:
-            self._on_first(write_text, Path(save_dir, "latest"), tag)
+        kept, self.checkpoint_engine = self.checkpoint_engine, save.writer
+        try:
+            super().save_checkpoint(
+                save_dir,
+                str(save.folder.relative_to(save_dir)),
+                {**(client_state or {}), LAYOUT: self._layout()},
+                save_latest=False,
+                exclude_frozen_parameters=exclude_frozen_parameters,
+            )
+            self._save_own_state(save, job)
+        except BaseException:
+            save.abandon()
+            raise
+        finally:
+            self.checkpoint_engine = kept
+        if background:
+            save.start()
+            self._pending = save
+        else:
+            save.finish()
         return True
+
+    def _saves_in_background(self) -> bool:
+        return bool((self._config._param_dict.get("checkpoint") or {}).get("async"))
+
+    def _follow_save(self, wait: bool = False) -> None:
+        """Look after a checkpoint that is being written in the background. Collective over all ranks.
+
+        Raises:
+            CheckpointError: it could not be written; on all ranks.
+        """
+        if self._pending is not None:
+            pending, self._pending = self._pending, None
+            if not pending.follow(wait):
+                self._pending = pending
+
+    def _copy_recovery_script(self, save_path: str) -> None:
+        self.checkpoint_engine.attempt(super()._copy_recovery_script, save_path)
 
     def load_checkpoint(
         self,
@@ -113,7 +189,9 @@ class Checkpoints(PipelineEngine):
         """
         universal = self.load_universal_checkpoint()
         tag = None if tag is None else str(tag)
-        self._agree(load_dir, tag)
+        self._agree(self._job, load_dir, tag)
+        self._save_folder = str(load_dir)
+        self._follow_save(wait=True)
         if tag is None:
             tag = self._latest(Path(load_dir, "latest_universal" if universal else "latest"))
         else:
@@ -136,7 +214,7 @@ class Checkpoints(PipelineEngine):
                 custom_load_fn,
             )
         if path is not None and client_state is not None:
-            client_state.pop(_LAYOUT, None)
+            client_state.pop(LAYOUT, None)
             if not load_module_only:
                 self._load_own_state(Path(path).parent)
         return path, client_state
@@ -158,18 +236,23 @@ class Checkpoints(PipelineEngine):
         self._resume_data()
 
     @staticmethod
-    def _agree(folder: str, tag: str | None) -> None:
+    def _agree(job: str, folder: str, tag: str | None) -> str:
         """Compare what the ranks were given. Collective over all ranks.
+
+        Returns:
+            `job` of rank 0.
 
         Raises:
             CheckpointError: they differ; on all ranks.
         """
         found: list[Any] = [None] * dist.get_world_size()
-        dist.all_gather_object(found, (str(folder), tag))
-        for rank, each in enumerate(found):
-            if each != found[0]:
-                text = f"the ranks mean different checkpoints: {found[0]} on rank 0, {each} on rank {rank}"
+        dist.all_gather_object(found, (job, (str(folder), tag)))
+        job, first = found[0]
+        for rank, (_, each) in enumerate(found):
+            if each != first:
+                text = f"the ranks mean different checkpoints: {first} on rank 0, {each} on rank {rank}"
                 raise CheckpointError(text, everywhere=True)
+        return job
 
     @staticmethod
     def _latest(path: Path) -> str | None:
@@ -178,111 +261,19 @@ class Checkpoints(PipelineEngine):
         dist.broadcast_object_list(box, 0)
         return None if box[0] is None else checked_tag(box[0], str(path))
 
-    def _on_first(self, function: Any, *args: Any) -> None:
-        """Run on rank 0 while the others wait."""
-        if dist.get_rank() == 0:
-            function(*args)
-        dist.barrier()
-
-    # -- what is checked before loading --------------------------------------------------------------------------
-
-    def _check_files(self, folder: Path, states: bool) -> None:
-        """Every file that a rank is about to read must be there and whole.
-
-        Raises:
-            CheckpointError: one is not.
-        """
-        models = [Path(name) for name in self._get_all_ckpt_names(str(folder.parent), folder.name)]
-        wrong = damages(models) if models else [f"{folder}/mp_rank_00_model_states.pt is missing"]
-        if not self.load_universal_checkpoint():
-            wrong += self._damaged_layers(folder)
-            if states and self.zero_optimization():
-                wrong += self._damaged_optimizer(folder)
-        found: list[Any] = [None] * dist.get_world_size()
-        dist.all_gather_object(found, wrong)
-        all_wrong = sorted({each for rank in found for each in rank})
-        if all_wrong:
-            others = other_tags(folder)
-            instead = f'; load tag="{others[-1]}" instead' if others else ""
-            more = f" and {len(all_wrong) - 3} more" if len(all_wrong) > 3 else ""
-            text = f"the checkpoint is not whole: {', '.join(all_wrong[:3])}{more}{instead}"
-            raise CheckpointError(text, everywhere=True)
-
-    def _damaged_layers(self, folder: Path) -> list[str]:
-        wrong = []
-        for index, layer in enumerate(self.module.forward_funcs):
-            if hasattr(layer, "load_state_dict"):
-                paths = self.module.ckpt_layer_path_list(str(folder), index)
-                number = self.module.dualpipe_layers[index]
-                wrong += damages(map(Path, paths)) or (
-                    [] if paths else [f"{folder}/layer_{number:02d}-model_states.pt is missing"]
-                )
-        return wrong
-
-    def _damaged_optimizer(self, folder: Path) -> list[str]:
-        rank = dist.get_rank(group=self.optimizer.dp_process_group)
-        names = [
-            self._get_rank_zero_ckpt_name(str(folder.parent), folder.name, self.checkpoint_mp_rank, rank, bf16)
-            for bf16 in (self.bfloat16_enabled(), not self.bfloat16_enabled())
-        ]
-        there = [name for name in names if Path(name).exists()]
-        if not there:
-            model = Path(self._get_ckpt_name(str(folder.parent), folder.name))
-            if damage(model) or peek(model).get("dp_world_size", 0) <= rank:
-                return []  # said elsewhere, or saved by fewer copies, as `_check_layout` will say
-        return damages([Path(there[0] if there else names[0])])
-
-    def _layout(self) -> list[Any]:
-        """Which parameters the optimizer of this rank steps, in its order: what its state belongs to."""
-        if self.zero_optimization():
-            return [list(group.items()) for group in self._get_zero_param_shapes()]
-        names = {param: name for name, param in self.module.named_parameters()}
-        groups = () if self.optimizer is None else self.optimizer.param_groups
-        return [[(names.get(param), param.shape) for param in group["params"]] for group in groups]
-
-    def _check_layout(self, folder: Path) -> None:
-        """The optimizer's state must be that of the same parameters, cut among as many copies.
-
-        Raises:
-            CheckpointError: it is not.
-        """
-        path = Path(self._get_ckpt_name(str(folder.parent), folder.name))
-        why = "its optimizer state is cut for other pipeline ranks"
-        if path.exists():
-            saved = peek(path)
-            shapes = saved.get("param_shapes")
-            layout = saved.get(_LAYOUT) or (shapes and [list(group.items()) for group in shapes])
-            same = layout is None or [[tuple(each) for each in group] for group in layout] == self._layout()
-            copies = saved.get("dp_world_size")
-            if same and self.zero_optimization() and copies != self.seq_dp_world_size:
-                why = f"its optimizer state is cut among {copies} copies of each stage, not {self.seq_dp_world_size}"
-            elif same and layout is not None:
-                why = ""
-        found: list[Any] = [None] * dist.get_world_size()
-        dist.all_gather_object(found, why)
-        if reason := next(filter(None, found), None):
-            raise CheckpointError(
-                f"{folder} was saved by another schedule or other ranks: {reason}. Pass load_optimizer_states=False to "
-                "load the weights alone, or convert it (ZeRO-1 and ZeRO-2): `python -m "
-                f"deepspeed.checkpoint.ds_to_universal --inject_missing_state --input_folder {folder} "
-                f'--output_folder {folder}_universal`, then load tag="{folder.name}_universal" with '
-                '"checkpoint": {"load_universal": true} in the configuration',
-                everywhere=True,
-            )
-
     # -- what DeepSpeed does not keep ----------------------------------------------------------------------------
 
-    def _save_own_state(self, folder: Path) -> None:
+    def _save_own_state(self, save: Save, job: str) -> None:
         state = {
             "random": random_state(self.device),
             "micro_offset": self.module.micro_offset,
             "replicas": self.place.replicas,
             "data": self.data_iterator.state_dict() if hasattr(self.data_iterator, "state_dict") else None,
         }
-        self.checkpoint_engine.save(state, str(self._own_file(folder, dist.get_rank())))
+        save.writer.save(state, str(self._own_file(save.folder, dist.get_rank())))
         if dist.get_rank() == 0:
-            about = description(self.module, self.plan)
-            write_text(folder / DESCRIPTION, json.dumps(about, indent=1))
+            about = {**description(self.module, self.plan), "job": job}
+            save.writer.write(save.folder / DESCRIPTION, json.dumps(about, indent=1).encode())
 
     @staticmethod
     def _own_file(folder: Path, rank: int) -> Path:

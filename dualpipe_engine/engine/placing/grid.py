@@ -13,10 +13,15 @@ partitions and its norms cover both copies without further help.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
+import torch.distributed as dist
 from deepspeed.accelerator import get_accelerator
 from deepspeed.pipe import PipelineModule
 from deepspeed.runtime.pipe.topology import PipelineParallelGrid, ProcessTopology
+from deepspeed.utils import groups
 
+from ...comm.communicators import close
 from ...schedule.placement import Placement
 
 
@@ -113,3 +118,22 @@ def deepspeed_grid(base: PipelineParallelGrid, placement: Placement) -> Pipeline
 def position_of(placement: Placement, stage: int) -> int:
     """The pipe position, in the grid of `deepspeed_grid`, that owns `stage`."""
     return min(placement.replicas(stage))
+
+
+def groups_of(module: PipelineModule) -> list[dist.ProcessGroup]:
+    """The process groups of this rank that making a PipelineModule has made."""
+    held = [*vars(module).values(), *vars(module._grid).values(), *(tie["group"] for tie in module.tied_comms.values())]
+    return [each for each in held if isinstance(each, dist.ProcessGroup)]
+
+
+def give_back(own: Iterable[dist.ProcessGroup]) -> None:
+    """End process groups, and with them what DeepSpeed keeps of them; those that it shares between engines stay.
+
+    Collective over all ranks.
+    """
+    shared = [each for each in vars(groups).values() if isinstance(each, dist.ProcessGroup)]
+    ended = [group for group in own if group not in shared]
+    for table in (groups._EXPERT_PARALLEL_GROUP, groups._EXPERT_DATA_PARALLEL_GROUP):
+        for name in [name for name, group in table.items() if group in ended]:
+            del table[name]
+    close(ended)

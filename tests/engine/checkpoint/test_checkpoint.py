@@ -9,10 +9,11 @@ import training
 from ranks import RankError
 
 from dualpipe_engine.engine.batches.loader import ResumableLoader, ResumableSampler
-from dualpipe_engine.engine.checkpoint.files import PARTIAL, publish, settle
+from dualpipe_engine.engine.checkpoint.files import PARTIAL, REPLACED, publish, settle, unfinished
 from dualpipe_engine.errors import CheckpointError
 
 STEPS, STOP = 8, 4
+JOB = "01234567"
 
 
 def config(schedule, zero=1, precision="fp32", micros=4, replicas=1, **sections):
@@ -138,36 +139,48 @@ def test_a_run_that_ends_while_saving_leaves_the_checkpoint_before(ranks, tmp_pa
     job = {"config": config("dualpipe"), "ranks": 2, "folder": str(tmp_path)}
     with pytest.raises(RankError, match="Torn"):
         ranks.run(2, runs.torn_save, broken_tag=broken, **job)
-    assert any((tmp_path / f"{broken}{PARTIAL}").iterdir())  # the second save had begun
+    (partial,) = tmp_path.glob(f"{broken}.*{PARTIAL}")  # the second save had begun
+    assert any(partial.iterdir())
     for found in ranks.run(2, runs.restored, **job):
         assert found["same"] and found["path"].endswith("first/mp_rank_00_model_states.pt")
 
 
 def test_publishing_can_stop_anywhere(tmp_path):
-    folder, partial = tmp_path / "tag", tmp_path / f"tag{PARTIAL}"
+    folder, partial = tmp_path / "tag", unfinished(tmp_path / "tag", JOB)
     folder.mkdir()
     (folder / "old_states.pt").touch()
     partial.mkdir()
     (partial / "new_states.pt").touch()
-    folder.rename(tmp_path / "tag.replaced")  # killed between the two renames
-    settle(folder)
+    folder.rename(tmp_path / f"tag.{JOB}{REPLACED}")  # killed between the two renames
+    settle(tmp_path, None)
     assert (folder / "old_states.pt").exists() and not partial.exists()
     partial.mkdir()
     (partial / "new_states.pt").touch()
-    publish(folder)
-    settle(folder)
+    publish(folder, JOB)
+    settle(tmp_path, None)
     assert [path.name for path in folder.iterdir()] == ["new_states.pt"] and list(tmp_path.iterdir()) == [folder]
 
 
+def test_what_other_jobs_and_people_have_written_stays(tmp_path):
+    mine, theirs = unfinished(tmp_path / "tag", JOB), unfinished(tmp_path / "tag", "89abcdef")
+    others = [tmp_path / name for name in ("notes.partial", "run.old.partial", f"{JOB}{PARTIAL}", "x.replaced")]
+    for folder in (mine, theirs, *others):
+        folder.mkdir()
+    settle(tmp_path, elsewhere="89abcdef")
+    assert sorted(tmp_path.iterdir()) == sorted([theirs, *others])
+    settle(tmp_path, elsewhere=None)
+    assert sorted(tmp_path.iterdir()) == sorted(others)
+
+
 def test_files_of_others_stay(tmp_path):
-    folder, partial = tmp_path / "tag", tmp_path / f"tag{PARTIAL}"
+    folder, partial = tmp_path / "tag", unfinished(tmp_path / "tag", JOB)
     folder.mkdir()
     for name in ("notes.txt", "layer_07-model_states.pt", "dualpipe_rank_00003.pt"):
         (folder / name).write_text("old")
     (folder / "plots").mkdir()
     partial.mkdir()
     (partial / "layer_00-model_states.pt").write_text("new")
-    publish(folder)
+    publish(folder, JOB)
     assert sorted(path.name for path in folder.iterdir()) == ["layer_00-model_states.pt", "notes.txt", "plots"]
     assert list(tmp_path.iterdir()) == [folder]
 
@@ -176,8 +189,8 @@ def test_loading_writes_nothing(ranks, tmp_path):
     """Nor does it remove what another job is writing; a checkpoint whose successor was never published is found."""
     job = {"config": config("dualpipe"), "ranks": 2, "folder": str(tmp_path)}
     ranks.run(2, runs.hop, save="x", **job)
-    (tmp_path / f"x{PARTIAL}").mkdir()
-    (tmp_path / "x").rename(tmp_path / "x.replaced")
+    unfinished(tmp_path / "x", JOB).mkdir()
+    (tmp_path / "x").rename(tmp_path / f"x.{JOB}{REPLACED}")
     before = sorted(path.name for path in tmp_path.iterdir())
     ranks.run(2, runs.hop, load="x", **job)
     assert sorted(path.name for path in tmp_path.iterdir()) == before

@@ -1,0 +1,128 @@
+"""What is checked before a checkpoint is loaded: that its files are whole, and whose optimizer's state it holds."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch.distributed as dist
+from deepspeed.runtime.pipe.engine import PipelineEngine
+
+from ...errors import CheckpointError
+from .files import DESCRIPTION, damage, damages, other_tags, peek
+from .sums import changed, listed
+
+LAYOUT = "dualpipe_layout"  #: in the saved state: the parameters that an optimizer steps
+
+
+class CheckpointChecks(PipelineEngine):
+    """The part of `DualPipeEngine` that looks at a checkpoint."""
+
+    def _check_files(self, folder: Path, states: bool) -> None:
+        """Every file that a rank is about to read must be there and the one that was saved. Each is read through by one
+        of the ranks that need it.
+
+        Raises:
+            CheckpointError: one is not.
+        """
+        needed = self._needed_files(folder, states)
+        wrong = damages(needed)
+        readers: list[Any] = [None] * dist.get_world_size()
+        dist.all_gather_object(readers, [] if wrong else [str(path) for path in needed])
+        if not wrong:
+            wrong = self._changed_files(folder, readers)
+        found: list[Any] = [None] * dist.get_world_size()
+        dist.all_gather_object(found, wrong)
+        all_wrong = sorted({each for rank in found for each in rank})
+        if all_wrong:
+            others = other_tags(folder)
+            instead = f'; load tag="{others[-1]}" instead' if others else ""
+            more = f" and {len(all_wrong) - 3} more" if len(all_wrong) > 3 else ""
+            text = f"the checkpoint is not whole: {', '.join(all_wrong[:3])}{more}{instead}"
+            raise CheckpointError(text, everywhere=True)
+
+    @staticmethod
+    def _changed_files(folder: Path, readers: list[list[str]]) -> list[str]:
+        """What is wrong with this rank's share of the files that `readers` need, by rank."""
+        try:
+            sums = listed(folder)
+        except CheckpointError as error:
+            return [str(error)]
+        ranks: dict[str, list[int]] = {}
+        for rank, names in enumerate(readers):
+            for name in names:
+                ranks.setdefault(name, []).append(rank)
+        mine = [
+            Path(name)
+            for number, (name, held) in enumerate(sorted(ranks.items()))
+            if held[number % len(held)] == dist.get_rank()
+        ]
+        return [text for text in (changed(path, sums) for path in mine) if text]
+
+    def _needed_files(self, folder: Path, states: bool) -> list[Path]:
+        """What this rank reads of a checkpoint, there or not."""
+        if not folder.is_dir():
+            return [folder]
+        models = [Path(name) for name in self._get_all_ckpt_names(str(folder.parent), folder.name)]
+        files = models or [folder / "mp_rank_00_model_states.pt"]
+        if self.load_universal_checkpoint():
+            return files + sorted(folder.glob("zero/**/*.pt"))[dist.get_rank() :: dist.get_world_size()]
+        for index, layer in enumerate(self.module.forward_funcs):
+            if hasattr(layer, "load_state_dict"):
+                paths = self.module.ckpt_layer_path_list(str(folder), index)
+                number = self.module.dualpipe_layers[index]
+                files += map(Path, paths or [f"{folder}/layer_{number:02d}-model_states.pt"])
+        if states and self.zero_optimization():
+            files += self._needed_optimizer_files(folder)
+        return files + [path for path in (folder / DESCRIPTION, *folder.glob("dualpipe_rank_*.pt")) if path.is_file()]
+
+    def _needed_optimizer_files(self, folder: Path) -> list[Path]:
+        rank = dist.get_rank(group=self.optimizer.dp_process_group)
+        names = [
+            self._get_rank_zero_ckpt_name(str(folder.parent), folder.name, self.checkpoint_mp_rank, rank, bf16)
+            for bf16 in (self.bfloat16_enabled(), not self.bfloat16_enabled())
+        ]
+        there = [name for name in names if Path(name).exists()]
+        if not there:
+            model = Path(self._get_ckpt_name(str(folder.parent), folder.name))
+            if damage(model) or peek(model).get("dp_world_size", 0) <= rank:
+                return []  # said elsewhere, or saved by fewer copies, as `_check_layout` will say
+        return [Path(there[0] if there else names[0])]
+
+    def _layout(self) -> list[Any]:
+        """Which parameters the optimizer of this rank steps, in its order: what its state belongs to."""
+        if self.zero_optimization():
+            return [list(group.items()) for group in self._get_zero_param_shapes()]
+        names = {param: name for name, param in self.module.named_parameters()}
+        groups = () if self.optimizer is None else self.optimizer.param_groups
+        return [[(names.get(param), param.shape) for param in group["params"]] for group in groups]
+
+    def _check_layout(self, folder: Path) -> None:
+        """The optimizer's state must be that of the same parameters, cut among as many copies.
+
+        Raises:
+            CheckpointError: it is not.
+        """
+        path = Path(self._get_ckpt_name(str(folder.parent), folder.name))
+        why = "its optimizer state is cut for other pipeline ranks"
+        if path.exists():
+            saved = peek(path)
+            shapes = saved.get("param_shapes")
+            layout = saved.get(LAYOUT) or (shapes and [list(group.items()) for group in shapes])
+            same = layout is None or [[tuple(each) for each in group] for group in layout] == self._layout()
+            copies = saved.get("dp_world_size")
+            if same and self.zero_optimization() and copies != self.seq_dp_world_size:
+                why = f"its optimizer state is cut among {copies} copies of each stage, not {self.seq_dp_world_size}"
+            elif same and layout is not None:
+                why = ""
+        found: list[Any] = [None] * dist.get_world_size()
+        dist.all_gather_object(found, why)
+        if reason := next(filter(None, found), None):
+            raise CheckpointError(
+                f"{folder} was saved by another schedule or other ranks: {reason}. Pass load_optimizer_states=False to "
+                "load the weights alone, or convert it (ZeRO-1 and ZeRO-2): `python -m "
+                f"deepspeed.checkpoint.ds_to_universal --inject_missing_state --input_folder {folder} "
+                f'--output_folder {folder}_universal`, then load tag="{folder.name}_universal" with '
+                '"checkpoint": {"load_universal": true} in the configuration',
+                everywhere=True,
+            )

@@ -1,0 +1,107 @@
+"""What is saved is what is loaded: the files of a checkpoint are listed with their sizes and CRC-32.
+
+Each rank lists the files that it has written (`write_part`); rank 0 makes one list of them (`merge_parts`). Where
+there is no list, as in a checkpoint of stock DeepSpeed, the CRC-32 that zip files of `torch.save` hold are looked at.
+"""
+
+from __future__ import annotations
+
+import json
+import zipfile
+import zlib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from ...errors import CheckpointError
+from .files import write_text
+
+FILES = "dualpipe_files.json"  #: in the folder of a checkpoint
+BLOCK_BYTES = 1 << 22
+Sums = dict[str, tuple[int, int]]  #: name in the folder -> bytes, CRC-32
+
+
+def file_sum(path: Path) -> tuple[int, int]:
+    """Bytes and CRC-32 of a file."""
+    size = crc = 0
+    with path.open("rb") as file:
+        while block := file.read(BLOCK_BYTES):
+            size, crc = size + len(block), zlib.crc32(block, crc)
+    return size, crc
+
+
+def part_path(folder: Path, rank: int) -> Path:
+    """Of the list of files that a rank has written."""
+    return folder / f"dualpipe_files_{rank:05d}.json"
+
+
+def write_part(folder: Path, rank: int, sums: Sums) -> None:
+    """List what a rank has written: the last file that it writes."""
+    _write(part_path(folder, rank), sums)
+
+
+def merge_parts(folder: Path, world: int) -> None:
+    """Make one list of those of all ranks.
+
+    Raises:
+        CheckpointError: one is missing.
+    """
+    parts = [part_path(folder, rank) for rank in range(world)]
+    sums: Sums = {}
+    for path in parts:
+        sums |= _read(path)
+    _write(folder / FILES, sums)
+    for path in parts:
+        path.unlink()
+
+
+def listed(folder: Path) -> Sums | None:
+    """The list of a checkpoint's files; None if it has none.
+
+    Raises:
+        CheckpointError: the list cannot be read.
+    """
+    return _read(folder / FILES) if (folder / FILES).is_file() else None
+
+
+def changed(path: Path, sums: Mapping[str, tuple[int, int]] | None) -> str | None:
+    """What is wrong with a file that is there: it is not the one that was saved. None if nothing is.
+
+    Args:
+        path: the file.
+        sums: `listed` of its folder.
+    """
+    if sums is not None and path.name in sums:
+        size, crc = file_sum(path)
+        want, want_crc = sums[path.name]
+        if size != want:
+            return f"{path} has {size} bytes, not the {want} that were saved"
+        return None if crc == want_crc else f"{path} is damaged: its CRC-32 is not that of what was saved"
+    if zipfile.is_zipfile(path):
+        try:
+            with zipfile.ZipFile(path) as file:
+                bad = file.testzip()
+        except Exception as error:  # a damaged table of contents may raise anything
+            return f"{path} is damaged ({error})"
+        if bad is not None:
+            return f"{path} is damaged: the CRC-32 of {bad} in it is wrong"
+    return None
+
+
+def _write(path: Path, sums: Sums) -> None:
+    text = json.dumps(sums, indent=1)
+    write_text(path, json.dumps({"crc32": zlib.crc32(text.encode()), "files": sums}, indent=1))
+
+
+def _read(path: Path) -> Sums:
+    try:
+        data: Any = json.loads(path.read_text())
+        sums = {str(name): (int(size), int(crc)) for name, (size, crc) in data["files"].items()}
+        whole = data["crc32"] == zlib.crc32(json.dumps(sums, indent=1).encode())
+    except FileNotFoundError:
+        raise CheckpointError(f"{path} is missing") from None
+    except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
+        raise CheckpointError(f"{path} cannot be read ({type(error).__name__}: {error})") from None
+    if not whole:
+        raise CheckpointError(f"{path} is damaged: its CRC-32 is not that of what was saved")
+    return sums

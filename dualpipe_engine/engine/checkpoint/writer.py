@@ -1,0 +1,78 @@
+"""Writer: takes what DeepSpeed saves of one checkpoint, and writes it at once or in a thread."""
+
+from __future__ import annotations
+
+import io
+import zlib
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from .files import sync
+from .sums import Sums, file_sum, write_part
+
+
+class Writer:
+    """Stands in for DeepSpeed's checkpoint engine while a checkpoint is saved.
+
+    An error is kept, and nothing more is written: all ranks come to the end of the save, where they tell each other,
+    and the save is all that it costs.
+
+    Args:
+        engine: DeepSpeed's checkpoint engine, which serializes.
+        background: hold the files in memory until `finish` writes them.
+
+    Attributes:
+        error: the first one; None as long as all goes well.
+    """
+
+    def __init__(self, engine: Any, background: bool = False) -> None:
+        self._engine, self._background = engine, background
+        self._written: dict[Path, io.BytesIO | None] = {}
+        self.error: str | None = None
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._engine, name)
+
+    def attempt(self, function: Callable[..., Any], *args: Any, **kwargs: Any) -> None:
+        """Call a function that writes, unless writing has failed before."""
+        if self.error is None:
+            try:
+                function(*args, **kwargs)
+            except Exception as error:  # pickling may raise anything
+                self.error = f"{type(error).__name__}: {error}"
+
+    def makedirs(self, path: str, exist_ok: bool = False) -> None:
+        self.attempt(self._engine.makedirs, path, exist_ok=exist_ok)
+
+    def save(self, state_dict: Any, path: str) -> None:
+        """Write a file, or hold a copy of it, after which the state may change."""
+        memory = io.BytesIO() if self._background else None
+        self._written[Path(path)] = memory
+        self.attempt(self._engine.save, state_dict, path if memory is None else memory)
+
+    def write(self, path: Path, data: bytes) -> None:
+        """Write a small file of another kind."""
+        self._written[path] = io.BytesIO(data)
+
+    def finish(self, folder: Path, rank: int) -> None:
+        """Write what is held, bring all to the disk, and list it; errors are kept.
+
+        Args:
+            folder: in which the files are.
+            rank: own global rank.
+        """
+        sums: Sums = {}
+        while self._written:
+            self.attempt(self._settle, *self._written.popitem(), sums)
+        self.attempt(write_part, folder, rank, sums)
+
+    @staticmethod
+    def _settle(path: Path, memory: io.BytesIO | None, sums: Sums) -> None:
+        if memory is None:
+            sums[path.name] = file_sum(path)
+        else:
+            data = memory.getbuffer()
+            path.write_bytes(data)
+            sums[path.name] = len(data), zlib.crc32(data)
+        sync(path)

@@ -1,0 +1,58 @@
+"""LifeCycle: what an engine holds besides memory, and how it gives it back."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import suppress
+from typing import TYPE_CHECKING
+
+import torch.distributed as dist
+from deepspeed.runtime.pipe.engine import PipelineEngine
+
+from .placing.grid import give_back
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
+
+    from ..comm.transport import GroupTransport
+    from ..faults.watch import Watch
+
+
+class LifeCycle(PipelineEngine):
+    """The part of `DualPipeEngine` that ends it."""
+
+    watch: Watch
+    own_groups: Sequence[dist.ProcessGroup] = ()  #: process groups that it gives back
+    _transport: GroupTransport | None = None
+
+    def destroy(self) -> None:
+        """Give back what the engine holds: threads, sockets, and process groups, those of its PipelineModule included.
+
+        Neither engine nor module can be used after. Every rank calls it, at the same place of its program; leaving the
+        engine's context, `with engine:`, does.
+
+        Raises:
+            CheckpointError: a checkpoint could not be written in the background.
+        """
+        try:
+            self._follow_save(wait=True)
+        finally:
+            if self._transport is not None:
+                self._transport.close()
+            super().destroy()
+            self.watch.close()
+            if self._on_signal is not None:
+                self._on_signal.close()
+            give_back(self.own_groups)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        if kind is None:  # else other ranks may be elsewhere
+            self.destroy()
+
+    def __del__(self) -> None:
+        # The collector comes when it likes, but all ends of a communicator have to give it back together.
+        with suppress(Exception):
+            super().destroy()

@@ -1,0 +1,137 @@
+"""Runs that make and give back engines, on forked ranks."""
+
+import gc
+import os
+import signal
+import threading
+import time
+from pathlib import Path
+
+import torch.distributed as dist
+import training
+
+
+def start(ranks, **pipeline):
+    import dualpipe_engine
+
+    config = training.settings(4, 1, 1, "fp32", "dualpipe")
+    config["pipeline"] |= pipeline
+    return dualpipe_engine.initialize(model=training.make_module(ranks, 4), config=config)[0]
+
+
+def held(before=None):
+    """What this process holds: files, threads, process groups. Threads and peers end a moment after they are told:
+    it may take a while until that is what it was `before`."""
+    gc.collect()
+    for _ in range(200):
+        found = len(os.listdir("/proc/self/fd")), len(os.listdir("/proc/self/task"))
+        found = *found, len(dist.distributed_c10d._world.pg_map)
+        if found == before:
+            break
+        time.sleep(0.02)
+    return found
+
+
+def resident():
+    return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+
+def cycles(ranks, count):
+    """What is held, and resident memory in bytes, after each cycle of initialize, train, destroy."""
+    found = []
+    for _ in range(count):
+        with start(ranks) as engine:
+            engine.train_batch(training.stream(0))
+        del engine
+        dist.barrier()
+        found.append((held(found[-1][0] if found else None), resident()))
+    return found
+
+
+def beside_each_other(ranks):
+    """Losses of an engine alone, and of two that take turns, the first of which is given back in between."""
+
+    with start(ranks) as engine:
+        data = training.stream(0)
+        alone = [float(engine.train_batch(data)) for _ in range(3)]
+    first, second = start(ranks), start(ranks)
+    streams = training.stream(0), training.stream(0)
+    found = [[], []]
+    for step in range(3):
+        if step < 2:
+            found[0].append(float(first.train_batch(streams[0])))
+        else:
+            first.destroy()
+        found[1].append(float(second.train_batch(streams[1])))
+    second.destroy()
+    return alone, found
+
+
+def ended_by_signal(ranks, folder, sent_to):
+    """SIGTERM comes to some ranks within the second batch."""
+    heard = []
+    signal.signal(signal.SIGTERM, lambda number, frame: heard.append(number))
+    mine = signal.getsignal(signal.SIGTERM)
+    engine = start(ranks, save_on_signal="SIGTERM", save_folder=folder)
+    engine.client_state_on_signal = lambda: {"seen": engine.global_samples}
+    data = training.stream(0)
+    engine.train_batch(data)
+    if dist.get_rank() in sent_to:
+        os.kill(os.getpid(), signal.SIGTERM)
+    code = None
+    try:
+        engine.train_batch(data)
+    except SystemExit as ended:
+        code = ended.code
+    engine.destroy()
+    again = start(ranks)
+    path, client = again.load_checkpoint(folder)
+    return code, heard, signal.getsignal(signal.SIGTERM) is mine, path, client, again.global_steps
+
+
+def no_folder(ranks):
+    from dualpipe_engine.errors import ConfigError
+
+    engine = start(ranks, save_on_signal="SIGTERM")
+    try:
+        engine.train_batch(training.stream(0))
+    except ConfigError as error:
+        return str(error)
+
+
+def other_handlers(ranks, folder):
+    """An asyncio loop hears of a signal that comes within a batch; a process forked there writes into no file."""
+    import asyncio
+    import multiprocessing as mp
+
+    engine, heard = start(ranks), []
+    path = Path(folder, f"log-{dist.get_rank()}")
+
+    def child():
+        with path.open("wb") as file:
+            # The numbers of files that were the parent's are free here, and this is one of them.
+            copies = [os.dup(file.fileno()) for _ in range(64)]
+            signal.signal(signal.SIGUSR1, lambda *_: None)
+            os.kill(os.getpid(), signal.SIGUSR1)
+            time.sleep(0.1)
+            for copy in copies:
+                os.close(copy)
+
+    def feed():
+        for number, batch in enumerate(training.stream(0)):
+            if number == 1:
+                os.kill(os.getpid(), signal.SIGUSR1)
+                worker = mp.get_context("fork").Process(target=child)
+                worker.start()
+                worker.join()
+            yield batch
+
+    async def main():
+        came = asyncio.Event()
+        asyncio.get_running_loop().add_signal_handler(signal.SIGUSR1, lambda: (heard.append(1), came.set()))
+        loss = float(engine.train_batch(feed()))
+        await asyncio.wait_for(came.wait(), 20)
+        return loss
+
+    loss = asyncio.run(main())
+    return loss, heard, path.read_bytes(), threading.current_thread() is threading.main_thread()
