@@ -75,6 +75,7 @@ ROOMS = [
     "engine.timelines",
     "engine.reporting",
     "engine.surface",
+    "engine.life_cycle",
     "engine.engine",
     "engine.initialize",
     "adapters",
