@@ -48,6 +48,7 @@ ABOVE = {
 #: order among them matters.
 ROOMS = [
     "errors",
+    "plain_json",
     "schedule",
     "schedule.timing",
     "schedule.passes",

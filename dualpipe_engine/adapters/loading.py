@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -11,6 +10,7 @@ import torch
 from torch import nn
 
 from ..errors import ConfigError, MissingExtraError
+from ..plain_json import parse
 from .conversion import sources_of
 from .stage import Stage
 
@@ -133,7 +133,7 @@ def _number(name: str) -> int:
 def _files(folder: Path) -> dict[str, Path]:
     """Weight -> file."""
     if (folder / INDEX).exists():
-        weights = json.loads((folder / INDEX).read_text())["weight_map"]
+        weights = parse((folder / INDEX).read_text())["weight_map"]
         return {name: folder / file for name, file in weights.items()}
     if not (folder / SINGLE).exists():
         raise ConfigError(f"{folder} has neither {INDEX} nor {SINGLE}: save the model there with save_pretrained")

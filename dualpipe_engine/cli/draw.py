@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import argparse
-import json
 from pathlib import Path
 from typing import Any
 
 from ..errors import ConfigError
+from ..plain_json import parse
 from ..schedule.timing.simulate import simulate
 from .arguments import add_schedule, make, title_of
 
@@ -45,7 +45,7 @@ def _is_trace(path: str) -> bool:
     if not path.endswith(".json"):
         return False
     try:
-        data = json.loads(Path(path).read_text())
+        data = parse(Path(path).read_text())
     except (OSError, ValueError):
         return False
     return not (isinstance(data, dict) and "programs" in data)

@@ -9,7 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import ConfigError
+from ..plain_json import parse
 from ..schedule.jobs.memory import compare_memory, training_of
+from .arguments import finite
 
 _DESCRIPTION = """\
 Bytes of weights, gradients, optimizer state and activations on each rank for every schedule, beside stock 1F1B
@@ -44,16 +46,16 @@ def add_memory(commands: Any, shape: dict[str, Any]) -> None:
 
 
 def _count(text: str) -> int:
-    number = int(float(text))
+    number = finite(text)
     if number < 0:
         raise ValueError
-    return number
+    return int(number)
 
 
 def _counts(text: str) -> list[int]:
     try:
         return [_count(part) for part in text.split(",")]
-    except (ValueError, OverflowError):
+    except ValueError:
         raise argparse.ArgumentTypeError(f"{text!r} is no number of parameters, nor such numbers with commas") from None
 
 
@@ -62,7 +64,7 @@ def _run(args: argparse.Namespace) -> None:
     from ..viz.terminal import wide_console
 
     try:
-        config = json.loads(Path(args.config).read_text())
+        config = parse(Path(args.config).read_text())
     except (OSError, ValueError) as error:
         raise ConfigError(f"cannot read the DeepSpeed configuration {args.config}: {error}") from None
     if not isinstance(config, dict):

@@ -52,7 +52,7 @@ class DualPipeConfig(BaseModel):
     """Run F&B pairs through a stage's own `overlapped_forward_backward`; false runs F, then B."""
     activation_cap: int | None = Field(default=None, ge=1)
     """Most stage activations a rank may hold; null is the schedule's own bound."""
-    p2p_timeout_s: float = Field(default=600.0, gt=0)
+    p2p_timeout_s: float = Field(default=600.0, gt=0, le=1e7)
     """Seconds after which a transfer that does not come is an error."""
     check_twins: int | None = Field(default=None, ge=1)
     """Compare all copies of every parameter by hash after every so many steps; null: never."""

@@ -13,6 +13,7 @@ from statistics import fmean, median
 from typing import Any
 
 from ..errors import PlanError, ProfileError
+from ..plain_json import parse
 from ..schedule.plan import Plan
 from ..schedule.timeline import Timeline
 from ..schedule.timing.costs import CostModel
@@ -147,7 +148,7 @@ def read_profile(path: str | Path) -> Profile:
         ProfileError: it cannot be read or holds no profile.
     """
     try:
-        data: Any = json.loads(Path(path).read_text())
+        data: Any = parse(Path(path).read_text())
     except (OSError, ValueError) as error:
         raise ProfileError(f"{path}: {error}") from None
     if not isinstance(data, dict) or KEY not in data:

@@ -21,6 +21,9 @@ def directions_of(name: str) -> int:
     return 2 if name == BIDIRECTIONAL else 1
 
 
+MOST_RANKS = 100_000  #: of one pipeline
+
+
 @dataclass(frozen=True)
 class Placement:
     """Stages and micro-batches on ranks (DeepSeek-V3 report, section 3.2.1, figure 5; `vee`: the cut-in-half note).
@@ -43,6 +46,8 @@ class Placement:
             raise PlanError(f"unknown placement {self.name!r}: use {LINEAR}, {BIDIRECTIONAL} or {VEE}")
         if self.num_ranks < 1:
             raise PlanError(f"a pipeline needs at least one rank, got {self.num_ranks}")
+        if self.num_ranks > MOST_RANKS:
+            raise PlanError(f"a pipeline has at most {MOST_RANKS:,} ranks, got {self.num_ranks:.6g}")
         if self.name == BIDIRECTIONAL and self.num_ranks % 2:
             raise PlanError(
                 f"dualpipe needs an even number of pipeline ranks, got {self.num_ranks}: "

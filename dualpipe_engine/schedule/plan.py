@@ -12,8 +12,26 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import PlanError
+from ..plain_json import parse
 from .op import COMM, COMPUTE, Op, atoms
 from .placement import BIDIRECTIONAL, LINEAR, VEE, Placement
+
+MOST = 10_000_000  #: micro-batches times ranks of the largest plan
+
+
+def check_size(num_ranks: int, num_micro: int) -> None:
+    """Before a plan is made: whether it can be held and walked through.
+
+    Raises:
+        PlanError: it cannot.
+    """
+    if num_micro < 1:
+        raise PlanError(f"a plan needs at least one micro-batch, got {num_micro}")
+    if num_ranks * num_micro > MOST:
+        raise PlanError(
+            f"a plan of {num_micro:.6g} micro-batches on {num_ranks:.6g} ranks is too large: ranks x micro-batches may "
+            f"be {MOST:,}"
+        )
 
 
 @dataclass(frozen=True)
@@ -33,8 +51,7 @@ class Plan:
     schedule: str = field(default="custom", compare=False)
 
     def __post_init__(self) -> None:
-        if self.num_micro < 1:
-            raise PlanError(f"a plan needs at least one micro-batch, got {self.num_micro}")
+        check_size(self.placement.num_ranks, self.num_micro)
         if len(self.programs) != self.placement.num_ranks:
             raise PlanError(f"{len(self.programs)} programs for {self.placement.num_ranks} ranks")
 
@@ -98,7 +115,7 @@ class Plan:
             PlanError: the text is not JSON, `programs` is missing, or an op is malformed.
         """
         try:
-            data: Any = json.loads(text)
+            data: Any = parse(text)
             rows = data["programs"]
         except (ValueError, KeyError, TypeError) as error:
             raise PlanError(f'not a plan: expected JSON with a list "programs" of lists of op text ({error})') from None
@@ -125,9 +142,7 @@ class Plan:
             raise PlanError(f"{path}: a plan file ends in .csv or .json")
         try:
             return readers[path.suffix](path.read_text())
-        except (OSError, UnicodeDecodeError) as error:
-            raise PlanError(f"{path}: {error}") from None
-        except PlanError as error:
+        except (OSError, ValueError) as error:
             raise PlanError(f"{path}: {error}") from None
 
 

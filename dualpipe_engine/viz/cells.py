@@ -80,9 +80,9 @@ def headline(timeline: Timeline, unit: str = "") -> str:
 def quantum(timeline: Timeline) -> float | None:
     """The shortest compute duration, if all compute durations are multiples of it (simulated schedules), else None."""
     durations = {round(s.end - s.start, 9) for s in timeline.spans if s.op.kind in COMPUTE and s.end > s.start}
-    if not durations:
+    unit = min(durations, default=0.0)
+    if not unit:  # nothing was computed, or in no time
         return None
-    unit = min(durations)
     return unit if all(abs(d / unit - round(d / unit)) < 1e-6 for d in durations) else None
 
 

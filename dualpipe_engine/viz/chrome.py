@@ -14,6 +14,7 @@ from types import MappingProxyType
 from typing import Any, NamedTuple
 
 from ..errors import PlanError
+from ..plain_json import parse
 from ..schedule.op import COMM, REDUCE, Op
 from ..schedule.timeline import Span, Timeline
 
@@ -93,7 +94,7 @@ def read_chrome(path: str | Path) -> Timeline:
         PlanError: the file cannot be read, is no trace, or has no event with the text of an op.
     """
     try:
-        data: Any = json.loads(Path(path).read_text())
+        data: Any = parse(Path(path).read_text())
     except (OSError, ValueError) as error:
         raise PlanError(f"{path}: {error}") from None
     events = data.get("traceEvents") if isinstance(data, dict) else data

@@ -68,8 +68,8 @@ def save_figure(path: str | Path, timeline: Timeline, title: str = "", unit: str
         _add_legend(figure, entries, note, across, (left / width, 0.12 / height))
         try:
             figure.savefig(path, metadata={"Date": None} if path.suffix == ".svg" else None)
-        except OSError as error:
-            raise ConfigError(f"{path}: {error.strerror or error}") from None
+        except (OSError, ValueError) as error:  # of a name that no file can have
+            raise ConfigError(f"{path}: {getattr(error, 'strerror', None) or error}") from None
 
 
 def _short(timeline: Timeline) -> float:

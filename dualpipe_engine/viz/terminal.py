@@ -69,7 +69,7 @@ def _append_op(text: Text, timeline: Timeline, index: int, length: int, fill: st
 
 
 def _axis(count: int, width: float, gutter: int, unit: str) -> tuple[str, str]:
-    step = next(s * 10.0**e for e in range(-12, 13) for s in (1, 2, 5) if s * 10.0**e / width >= 8)
+    step = next(s * 10.0**e for e in range(-40, 41) for s in (1, 2, 5) if s * 10.0**e / width >= 8)
     ruler, numbers = ["-"] * (count + 1), [" "] * (gutter + count + 12)
     for tick in range(int(count * width / step + 1e-9) + 1):
         column = round(tick * step / width)

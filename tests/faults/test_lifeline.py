@@ -163,10 +163,11 @@ def test_an_answer_cannot_be_played_back():
     job.close()
 
 
-def test_thousands_of_lines(job, capfd):
+@pytest.mark.parametrize("count", [400, pytest.param(100_000, marks=pytest.mark.all)])
+def test_thousands_of_lines(count, capfd):
     """Each of a connection of its own, some reset, some left half open."""
-    chance = random.Random(5)
-    for number in range(400):
+    job, chance = Job(patience_s=600.0), random.Random(5)
+    for number in range(count):
         sock = job.call()
         sock.sendall(chance.randbytes(chance.randrange(1, 200)) + chance.choice([b"\n", b"", b"\0\n"]))
         if number % 3 == 0:
@@ -174,6 +175,7 @@ def test_thousands_of_lines(job, capfd):
         sock.close()
     job.start(2)
     assert job.passes() and "error in the lifeline" not in capfd.readouterr().err
+    job.close()
 
 
 def test_slow_and_silent_strangers_have_their_time_and_no_more(job):

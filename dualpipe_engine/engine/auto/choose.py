@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import socket
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -21,6 +20,7 @@ from deepspeed.utils import logger
 from torch.utils.data import DataLoader, IterableDataset
 
 from ...errors import ConfigError
+from ...plain_json import parse
 from ...schedule.placement import BIDIRECTIONAL, LINEAR, VEE, Placement
 from ...schedule.search.compare import Row, best_of, compare
 from ...schedule.search.job_costs import Measurement
@@ -243,7 +243,7 @@ def _stored(path: Path) -> Measurement | None:
     dist.broadcast_object_list(box, src=0)
     if isinstance(box[0], ConfigError):
         raise box[0]
-    return None if box[0] is None else Measurement.from_dict(json.loads(box[0]), str(path))
+    return None if box[0] is None else Measurement.from_dict(parse(box[0]), str(path))
 
 
 def _micro_batches(dataset: Any, size: int, collate_fn: Callable[[Any], Any] | None) -> Callable[[], Any]:

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from ...errors import CheckpointError, MissingExtraError
+from ...plain_json import parse
 from .files import DESCRIPTION, damages, peek
 
 WEIGHTS = "model.safetensors"
@@ -34,7 +35,7 @@ def export(checkpoint: Path, out: Path) -> list[Path]:
     except ImportError:
         raise MissingExtraError('export needs safetensors: pip install "dualpipe_engine[hf]"') from None
     folder = _one(checkpoint)
-    about = json.loads((folder / DESCRIPTION).read_text())
+    about = _about(folder)
     weights: dict[str, Any] = {}
     for path, prefix in _layers(folder, about):
         for name, tensor in peek(path, weights_only=True).items():
@@ -60,6 +61,20 @@ def _one(checkpoint: Path) -> Path:
             'of stock DeepSpeed: load it with "schedule": "1f1b" and load_optimizer_states=False, and save it)'
         )
     return folder
+
+
+def _about(folder: Path) -> dict[str, Any]:
+    """The description of a checkpoint, looked at."""
+    path = folder / DESCRIPTION
+    try:
+        found = parse(path.read_text())
+        layers = [{"file": bool(each["file"]), "tied": each["tied"]} for each in found["layers"]]
+        config = (found["model"] or {}).get("config")
+        if not (config is None or isinstance(config, dict)):
+            raise TypeError("its configuration is no object")
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise CheckpointError(f"{path} cannot be read ({type(error).__name__}: {error})") from None
+    return {"layers": layers, "model": None if found["model"] is None else {"config": config}}
 
 
 def _layers(folder: Path, about: dict[str, Any]) -> list[tuple[Path, str]]:

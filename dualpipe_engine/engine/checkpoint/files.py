@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import re
 import secrets
@@ -17,6 +16,7 @@ import torch
 from deepspeed.utils import logger
 
 from ...errors import CheckpointError
+from ...plain_json import parse
 
 PARTIAL = ".partial"  #: ending of a folder that is being written
 DESCRIPTION = "dualpipe.json"  #: in the folder of a checkpoint: the layers, for `dualpipe export`
@@ -96,7 +96,7 @@ def saved_by(folder: Path) -> tuple[str | None, float]:
     """The job that has saved a checkpoint, and when, in seconds as in `os.stat`; (None, 0.0) where nothing tells."""
     try:
         path = folder / DESCRIPTION
-        return json.loads(path.read_text()).get("job"), path.stat().st_mtime
+        return parse(path.read_text()).get("job"), path.stat().st_mtime
     except (OSError, ValueError, AttributeError):
         return None, 0.0
 

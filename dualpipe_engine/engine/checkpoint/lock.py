@@ -18,6 +18,7 @@ from typing import Any
 from deepspeed.utils import logger
 
 from ...errors import CheckpointError
+from ...plain_json import parse
 
 NAME = ".dualpipe.lock"
 RETRY_S = 0.1
@@ -94,7 +95,7 @@ def _holder(folder: Path) -> str:
 
 def _parsed(text: str) -> dict[str, Any]:
     try:
-        found = json.loads(text)
+        found = parse(text)
     except ValueError:
         return {}
     return found if isinstance(found, dict) else {}

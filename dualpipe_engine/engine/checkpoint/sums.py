@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from ...errors import CheckpointError
+from ...plain_json import parse
 from .files import write_text
 
 FILES = "dualpipe_files.json"  #: in the folder of a checkpoint
@@ -95,12 +96,12 @@ def _write(path: Path, sums: Sums) -> None:
 
 def _read(path: Path) -> Sums:
     try:
-        data: Any = json.loads(path.read_text())
+        data: Any = parse(path.read_text())
         sums = {str(name): (int(size), int(crc)) for name, (size, crc) in data["files"].items()}
         whole = data["crc32"] == zlib.crc32(json.dumps(sums, indent=1).encode())
     except FileNotFoundError:
         raise CheckpointError(f"{path} is missing") from None
-    except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
+    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
         raise CheckpointError(f"{path} cannot be read ({type(error).__name__}: {error})") from None
     if not whole:
         raise CheckpointError(f"{path} is damaged: its CRC-32 is not that of what was saved")

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from ...errors import ConfigError
+from ...plain_json import parse
 
 
 def write_layer_costs(path: str | Path, seconds: Sequence[float]) -> None:
@@ -20,7 +21,7 @@ def write_layer_costs(path: str | Path, seconds: Sequence[float]) -> None:
     """
     try:
         Path(path).write_text(json.dumps(list(seconds)) + "\n")
-    except OSError as error:
+    except (OSError, ValueError) as error:
         raise ConfigError(f"cannot write the times of layers to {path}: {error}") from None
 
 
@@ -31,7 +32,7 @@ def read_layer_costs(path: str | Path) -> list[float]:
         ConfigError: the file cannot be read, or holds something else.
     """
     try:
-        data = json.loads(Path(path).read_text())
+        data = parse(Path(path).read_text())
     except (OSError, ValueError) as error:
         raise ConfigError(f"cannot read the times of layers from {path}: {error}") from None
     return check_layer_costs(data, str(path))

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import asdict, dataclass, fields
 from difflib import get_close_matches
 from pathlib import Path
 
 from ...errors import ConfigError
+from ...plain_json import parse
 
 
 @dataclass(frozen=True)
@@ -75,7 +75,7 @@ def load_hardware(name: str) -> Hardware:
             f"unknown hardware {name!r}: did you mean {near!r}? There are {', '.join(KNOWN)}, or a .json file"
         )
     try:
-        data = json.loads(Path(name).read_text())
+        data = parse(Path(name).read_text())
         like = data.pop("like", None)
         unknown = data.keys() - {each.name for each in fields(Hardware)}
         if unknown:

@@ -5,7 +5,6 @@ Read from a Hugging Face `config.json`; the shapes of some public models are bui
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from difflib import get_close_matches
@@ -13,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from ...errors import ConfigError
+from ...plain_json import parse
 
 #: Fields of the models' published configurations.
 KNOWN: dict[str, dict[str, Any]] = {
@@ -103,7 +103,7 @@ def load_shape(model: str) -> ModelShape:
             "Hugging Face"
         )
     try:
-        config = json.loads(Path(model).read_text())
+        config = parse(Path(model).read_text())
         return shape_of(Path(model).parent.name or model, config)
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise ConfigError(f"{model} is no configuration of a transformer: {type(error).__name__} {error}") from None

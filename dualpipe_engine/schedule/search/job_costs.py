@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from ...errors import ConfigError, PlanError
+from ...plain_json import parse
 from ..placement import Placement
 from ..timing.costs import CostModel
 
@@ -80,7 +81,7 @@ class Measurement:
             target.parent.mkdir(parents=True, exist_ok=True)
             part.write_text(self.to_json())
             part.replace(target)
-        except OSError as error:
+        except (OSError, ValueError) as error:
             raise ConfigError(f"cannot write the measurement {target}: {error}") from None
 
     @classmethod
@@ -91,7 +92,7 @@ class Measurement:
             ConfigError: it cannot be read or is none.
         """
         try:
-            data = json.loads(Path(path).read_text())
+            data = parse(Path(path).read_text())
         except (OSError, ValueError) as error:
             raise ConfigError(f"cannot read the measurement {path}: {error}") from None
         return cls.from_dict(data, str(path))

@@ -9,7 +9,7 @@ from ..gc_paused import collector_paused
 from ..orders.registry import known_schedule
 from ..passes.rewrite import join, pair_up, safe_fuse, unpair, wfill
 from ..placement import Placement
-from ..plan import Plan
+from ..plan import Plan, check_size
 from ..timing.costs import UNIT, CostModel
 from ..timing.simulate import peak_activations, simulate
 
@@ -46,6 +46,7 @@ def make_plan(
             stages, or no plan keeps within the cap.
     """
     known = known_schedule(schedule)
+    check_size(num_ranks, num_micro)
     placement = Placement(known.placement, num_ranks)
     costs.check(placement.num_stages)
     reference = known.generate(num_ranks, num_micro)

@@ -11,6 +11,9 @@ from ..placement import Placement
 PerStage = float | tuple[float, ...]
 
 
+LEAST, MOST = 1e-30, 1e30  #: costs, in any unit, with whose sums and ratios floating point can reckon
+
+
 @dataclass(frozen=True)
 class CostModel:
     """Costs of a model cut into stages; each but `comm` is one number for all stages or a tuple, one number a stage.
@@ -28,7 +31,7 @@ class CostModel:
         activation_bytes: bytes that one micro-batch keeps alive on a stage from the start of F to the end of W.
 
     Raises:
-        PlanError: a negative number, or tuples of different lengths.
+        PlanError: a negative number, one that sums cannot hold, or tuples of different lengths.
     """
 
     f: PerStage = 1.0
@@ -47,6 +50,10 @@ class CostModel:
             numbers = value if isinstance(value, tuple) else () if value is None else (value,)
             if not all(number >= 0 for number in numbers):
                 raise PlanError(f"cost {name} must not be negative, got {value}")
+            if not all(number == 0 or LEAST <= number <= MOST for number in numbers):
+                raise PlanError(
+                    f"cost {name} must be 0 or between {LEAST:g} and {MOST:g}, got {value}: take another unit"
+                )
         if len(set(lengths.values())) > 1:
             raise PlanError(f"costs for different numbers of stages: {lengths}")
 
