@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any, Protocol
 
 from torch import nn
@@ -13,7 +12,7 @@ from .runner import Runner, Span
 class Source(Protocol):
     """What a stage asks of the adapter that it is cut from (`ModelAdapter`)."""
 
-    fill: Callable[[Stage], None] | None
+    def fill(self, stage: Stage) -> None: ...
 
     def modules_of(self, spans: tuple[Span, ...]) -> dict[str, nn.Module]: ...
 

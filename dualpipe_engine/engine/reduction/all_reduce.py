@@ -105,7 +105,7 @@ class AllReduce:
     def _group_of(self, param: nn.Parameter) -> ProcessGroup:
         """The ranks that hold copies of a parameter."""
         if is_moe_param(param):
-            return groups._get_expert_data_parallel_group(param.group_name)
+            return groups._get_expert_data_parallel_group(param.group_name)  # type: ignore[attr-defined]
         return self._context.groups.copies
 
     def _start_bucket(self, group: ProcessGroup, params: list[nn.Parameter]) -> None:

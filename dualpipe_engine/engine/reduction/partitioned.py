@@ -145,8 +145,8 @@ class PartitionedReduction:
         return found
 
     def _take(self, param: nn.Parameter) -> Tensor | None:
-        grad = param.grad if param.grad_accum is None else param.grad_accum
-        param.grad = param.grad_accum = None
+        grad: Tensor | None = param.grad if param.grad_accum is None else param.grad_accum  # type: ignore[attr-defined]
+        param.grad = param.grad_accum = None  # type: ignore[attr-defined]
         return grad
 
     def _start(self, pieces: list[Piece]) -> None:
