@@ -3,8 +3,9 @@
 #
 # WHEELS_FOLDER holds wheels of DeepSpeed (built with DS_BUILD_OPS=0) and of what it needs beside the machine's torch:
 # hjson, pydantic, pydantic-core, annotated-types, typing-inspection, py-cpuinfo, msgpack. They are installed, without an
-# index, into a virtual environment of their own that sees the packages of $PYTHON (default: python3). Without a folder
-# the packages of $PYTHON are used as they are; where DeepSpeed is not among them the checks that need it are skipped.
+# index, into a folder of their own that goes before the packages of $PYTHON (default: python3) and is removed at the end.
+# Without wheels these packages are used as they are; where DeepSpeed is not among them the checks that need it are
+# skipped.
 # DUALPIPE_GPU_CHECK=cpu runs the same code on the CPU, with small sizes.
 set -euo pipefail
 ROOT=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
@@ -12,11 +13,10 @@ PYTHON=${PYTHON:-python3}
 if [ $# -gt 0 ] && [ "${1#-}" = "$1" ]; then
     WHEELS=$1
     shift
-    ENVIRONMENT=$(mktemp -d)
-    trap 'rm -rf "$ENVIRONMENT"' EXIT
-    "$PYTHON" -m venv --system-site-packages "$ENVIRONMENT"
-    "$ENVIRONMENT/bin/python" -m pip install -q --no-index --no-deps "$WHEELS"/*.whl
-    PYTHON=$ENVIRONMENT/bin/python
+    INSTALLED=$(mktemp -d)
+    trap 'rm -rf "$INSTALLED"' EXIT
+    "$PYTHON" -m pip install -q --no-index --no-deps --target "$INSTALLED" "$WHEELS"/*.whl
+    PYTHONPATH="$INSTALLED${PYTHONPATH:+:$PYTHONPATH}"
 fi
 if [ "${DUALPIPE_GPU_CHECK:-}" = cpu ]; then
     export DS_ACCELERATOR=cpu

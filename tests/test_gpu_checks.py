@@ -7,6 +7,7 @@ import json
 import os
 import subprocess
 import sys
+import zipfile
 from pathlib import Path
 
 import gpu_runs
@@ -93,6 +94,27 @@ def test_the_script_writes_each_line_at_once_and_goes_on(checks, tmp_path):
     assert report["hardware"] == "CPU" and report["torch"]
     assert [(line["check"], line["result"]) for line in report["checks"]] == [(1, "passed"), (12, "passed")]
     assert "2 of 2 passed" in done.stdout
+
+
+def test_wheels_go_before_what_is_installed(tmp_path):
+    """They come from the folder alone, and are gone afterwards."""
+    with zipfile.ZipFile(tmp_path / "deepspeed-99.0-py3-none-any.whl", "w") as wheel:
+        wheel.writestr("deepspeed/__init__.py", "")
+        about = "deepspeed-99.0.dist-info"
+        wheel.writestr(f"{about}/METADATA", "Metadata-Version: 2.1\nName: deepspeed\nVersion: 99.0\n")
+        wheel.writestr(f"{about}/WHEEL", "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n")
+        wheel.writestr(f"{about}/RECORD", "")
+    out, folder = tmp_path / "found.json", tmp_path / "temporary"
+    folder.mkdir()
+    done = subprocess.run(
+        [str(ROOT / "tests" / "gpu.sh"), str(tmp_path), "--out", str(out), "--only", "0"],
+        env=os.environ | CPU | {"PYTHON": sys.executable, "TMPDIR": str(folder)},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert json.loads(out.read_text())["deepspeed"] == "99.0"
+    assert not [path for path in folder.iterdir() if (path / "deepspeed").exists()]
 
 
 def test_what_hangs_or_fails_becomes_a_line(checks, monkeypatch, tmp_path):

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
+from datetime import timedelta
 from itertools import product
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -75,6 +77,22 @@ def test_disagreement_about_pipelines(monkeypatch):
         World(monkeypatch, rank, everybody, True)
         with pytest.raises(ConfigError, match=r"\[\[0, 1\], \[1, 2\]\] overlap"):
             communicators.open_pairs(mine, 5.0, "edge", CPU)
+
+
+def test_options_of_nccl(monkeypatch):
+    """Few thread blocks, because a posted receive keeps them busy; of each group its own, with the group's timeout."""
+
+    class Options:
+        def __init__(self, is_high_priority_stream):
+            assert is_high_priority_stream
+            self.config = SimpleNamespace(min_ctas=-1, max_ctas=-1)
+
+    monkeypatch.setattr(dist, "get_backend", lambda group: "nccl")
+    monkeypatch.setattr(dist, "ProcessGroupNCCL", SimpleNamespace(Options=Options), raising=False)
+    first, second = (communicators._options(timedelta(seconds=seconds)) for seconds in (5, 6))
+    assert first is not second and first.config is not second.config
+    assert (first._timeout.total_seconds(), second._timeout.total_seconds()) == (5.0, 6.0)
+    assert first.config.min_ctas == 1 and first.config.max_ctas == communicators.MAX_CTAS <= 4
 
 
 def test_edges_of_placements():

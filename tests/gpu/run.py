@@ -16,6 +16,8 @@ import subprocess
 import sys
 import time
 import traceback
+from contextlib import suppress
+from importlib import metadata
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -63,6 +65,8 @@ def hardware() -> dict[str, str]:
         "python": sys.version.split()[0],
         "cores": str(os.cpu_count()),
     }
+    with suppress(metadata.PackageNotFoundError):
+        found["deepspeed"] = metadata.version("deepspeed")
     if gpu:
         found["nccl"] = ".".join(map(str, torch.cuda.nccl.version()))
     return found

@@ -23,7 +23,7 @@ from dataclasses import dataclass, field
 from multiprocessing.connection import Listener, wait
 from typing import Any
 
-QUIET_S = 20.0  #: without a message while a rank waits here and others wait elsewhere
+QUIET_S = 120.0  #: without a message while a rank waits here and others wait elsewhere, or are kept from computing
 DONE, MADE, FAULT, CONNECTED = "done", "made", "fault", "connected"
 
 

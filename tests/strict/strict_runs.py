@@ -145,7 +145,7 @@ def engine_groups(steps, blocks):
     return [count - before for count in counts], edges, len(world) - before
 
 
-def auto(folder, experts):
+def auto(folder, experts, ranks):
     """`auto` in a folder of its own; the groups that its measurement leaves behind."""
     import moe_runs
     import training
@@ -157,7 +157,10 @@ def auto(folder, experts):
 
     world = dist.distributed_c10d._world.pg_map
     settings = training.settings(4, 2 if experts else 1, schedule="auto", costs=f"{folder}/costs.json")
-    module = moe_runs.make_module(moe_runs.config(), 2, 2) if experts else training.make_module(2, 4)
+    if experts:
+        module = moe_runs.make_module(moe_runs.config(blocks=2 * ranks), ranks, 2)
+    else:
+        module = training.make_module(ranks, 2 * ranks)
     data = moe_runs.Tokens(16)
     set_device(module)
     plain, config = read_config(settings)
@@ -194,6 +197,18 @@ def several_tensors(config, ranks):
     draw = torch.Generator().manual_seed(3)
     data = iter([(torch.randn(2, 8, generator=draw), torch.randn(2, 8, generator=draw)) for _ in range(16)])
     return [float(engine.train_batch(data)) for _ in range(2)]
+
+
+def moe_gradients(**kwargs):
+    import moe_runs
+
+    return moe_runs.gradients(**kwargs)
+
+
+def train_from(**kwargs):
+    import checkpoint_runs
+
+    return checkpoint_runs.train_from(**kwargs)
 
 
 def moe(**kwargs):

@@ -1,4 +1,4 @@
-"""The engine on the strict twin of NCCL: the parity grid, lazy and eager."""
+"""The engine on the strict twin of NCCL: the parity grid, experts, `auto` and checkpoints, lazy and eager."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import pytest
 import strict_runs
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "engine"))
+import test_moe
 import test_parity
 import training
 from pairwise import pairwise
@@ -64,9 +65,10 @@ def test_grid(ranks, on_twin, case):
 
 
 @pytest.mark.all
-def test_eight_ranks(on_twin):
+@pytest.mark.parametrize("eager", [True, False], ids=["eager", "lazy"])
+def test_eight_ranks(on_twin, eager):
     config = training.settings(5, schedule="dualpipe")
-    found = on_twin(8, strict_runs.train, True, 3, config=config, ranks=8, steps=1, blocks=8)
+    found = on_twin(8, strict_runs.train, eager, 3, config=config, ranks=8, steps=1, blocks=8)
     assert {each["class"] for each in found} == {"DualPipeEngine"}
     assert len({each["losses"][0] for each in found}) == 1
 
@@ -89,22 +91,61 @@ def test_groups_do_not_grow(on_twin):
 
 
 @pytest.mark.all
-@pytest.mark.parametrize("experts", [False, True], ids=["dense", "shared experts"])
-def test_auto(on_twin, tmp_path, experts):
+@pytest.mark.parametrize(
+    ("pp", "experts", "eager"),
+    [(2, False, True), (3, False, False), (4, False, True), (8, False, False), (2, True, True), (3, True, False)],
+)
+def test_auto(on_twin, tmp_path, pp, experts, eager):
     """Its measurement leaves no group behind."""
-    world = 4 if experts else 2
-    for left, losses in on_twin(world, strict_runs.auto, folder=str(tmp_path), experts=experts):
+    world = 2 * pp if experts else pp
+    for left, losses in on_twin(world, strict_runs.auto, eager, folder=str(tmp_path), experts=experts, ranks=pp):
         assert left == 0
         assert len(losses) == 2
 
 
-def test_shared_experts_and_checkpoints(on_twin, tmp_path):
+EXPERTS = [  # schedule, pipeline ranks, micro-batches, ZeRO stage, eager groups, operations in flight
+    ("dualpipe", 2, 3, 1, True, 8),
+    pytest.param("dualpipe", 4, 5, 2, False, 3, marks=pytest.mark.all),
+    pytest.param("dualpipev", 2, 3, 1, False, 3, marks=pytest.mark.all),
+    pytest.param("zbv", 2, 4, 2, True, 3, marks=pytest.mark.all),
+    pytest.param("zb1p", 2, 3, 2, False, 8, marks=pytest.mark.all),
+    pytest.param("1f1b", 3, 1, 1, True, 3, marks=pytest.mark.all),
+]
+
+
+@pytest.mark.parametrize(("schedule", "pp", "micros", "zero", "eager", "in_flight"), EXPERTS)
+def test_shared_experts_and_checkpoints(on_twin, tmp_path, schedule, pp, micros, zero, eager, in_flight):
     """Two replicas share experts; the state saved and loaded trains on bit for bit."""
-    settings = training.settings(3, 2, zero=1, schedule="dualpipe")
-    given = {"model": {}, "settings": settings, "ranks": 2, "folder": str(tmp_path), "steps": 1}
-    for each in on_twin(4, strict_runs.moe, **given):
+    settings = training.settings(micros, 2, zero=zero, schedule=schedule)
+    given = {"model": {"blocks": 2 * pp}, "settings": settings, "ranks": pp, "folder": str(tmp_path), "steps": 1}
+    for each in on_twin(2 * pp, strict_runs.moe, eager, in_flight, **given):
         assert each["same"]
         assert each["resumed"] == each["losses"][1:]
+
+
+@pytest.mark.all
+@pytest.mark.parametrize("eager", [True, False], ids=["eager", "lazy"])
+def test_gradients_of_shared_experts(on_twin, eager):
+    """Of every case of the engine's own test they are those of one process."""
+    cases = list(test_moe.CASES.values())
+    found = on_twin(4, strict_runs.moe_gradients, eager, 3, cases=cases, ranks=2)
+    for index, case in enumerate(cases):
+        test_moe.check([rank[index] for rank in found], case)
+
+
+@pytest.mark.all
+@pytest.mark.parametrize(
+    ("schedule", "pp", "zero", "precision", "eager"),
+    [("dualpipe", 4, 1, "bf16", False), ("dualpipev", 3, 2, "fp32", True), ("dualpipe", 8, 2, "bf16", True)],
+)
+def test_a_resumed_run_is_the_uninterrupted_one(on_twin, tmp_path, schedule, pp, zero, precision, eager):
+    config = training.settings(3, zero=zero, precision=precision, schedule=schedule)
+    given = {"config": config, "ranks": pp, "folder": str(tmp_path), "steps": 3}
+    whole = on_twin(pp, strict_runs.train_from, eager, save_at=(2,), **given)
+    resumed = on_twin(pp, strict_runs.train_from, eager, load=True, **given)
+    for mine, theirs in zip(resumed, whole, strict=True):
+        assert mine["losses"] == theirs["losses"][2:]
+        assert mine["digests"] == theirs["digests"]
 
 
 def test_deepseek(on_twin):

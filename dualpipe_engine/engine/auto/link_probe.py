@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Sequence
 from statistics import median
 from typing import Any
@@ -13,10 +12,13 @@ from deepspeed.accelerator import get_accelerator
 from deepspeed.runtime.pipe.topology import PipelineParallelGrid
 
 from ...comm.transport import GroupTransport
+from ...runtime.observer import Observer
+from ...schedule.op import NONE, STEP, Op
 from ...schedule.placement import BIDIRECTIONAL, LINEAR, VEE
 from ..placing.grid import MirrorTopology, Place
 
 REPEATS = 5  #: timed, after one that warms up
+TIMED = Op(STEP, NONE, NONE)  #: the name of all that is timed
 LARGEST = 1 << 24  #: elements of a reduction that is timed; the time of a larger one is scaled up
 
 
@@ -49,7 +51,7 @@ def transfer_seconds(
                 ticket = transport.send(tensor, peer, 0) if mine else transport.recv(tensor, peer, 0)
                 ticket.wait(timeout_s)
 
-        slowest = max(slowest, _timed(round_trip) / 2)
+        slowest = max(slowest, _timed(round_trip, device) / 2)
     return slowest
 
 
@@ -92,15 +94,15 @@ def _reduction(group: dist.ProcessGroup, copies: int, numel: int, dtype: torch.d
     if copies < 2 or not numel:
         return 0.0
     tensor = torch.zeros(min(numel, LARGEST), dtype=dtype, device=device)
-    return _timed(lambda: dist.all_reduce(tensor, group=group)) * numel / tensor.numel()
+    return _timed(lambda: dist.all_reduce(tensor, group=group), device) * numel / tensor.numel()
 
 
-def _timed(action: Callable[[], Any]) -> float:
-    """Median seconds of `action`."""
-    times = []
+def _timed(action: Callable[[], Any], device: torch.device) -> float:
+    """Median seconds of `action`; on an accelerator between events of the stream that waits for it, where the host has
+    queued one after the other, as in training."""
+    clock = Observer(0, device)
+    clock.start_batch()
     for _ in range(REPEATS + 1):
-        start = time.perf_counter()
-        action()
-        get_accelerator().synchronize()
-        times.append(time.perf_counter() - start)
-    return median(times[1:])
+        with clock.span(TIMED):
+            action()
+    return median(span.end - span.start for span in clock.spans()[1:])

@@ -138,20 +138,26 @@ def _packed(
 
 def _send(message: _Message, blocks: list[Tensor], peer: int, device: torch.device) -> None:
     dist.send_object_list([message], peer)
+    through = _through(device)
     for block in blocks:
         if block.numel():
-            dist.send(block.to(device), peer)
+            dist.send(block.to(through), peer)
 
 
 def _received(peer: int, device: torch.device) -> tuple[_Message, list[Tensor]]:
     box: list[Any] = [None]
     dist.recv_object_list(box, peer)
     message: _Message = box[0]
-    blocks = [torch.empty(size, dtype=torch.uint8, device=device) for size in message.sizes]
+    blocks = [torch.empty(size, dtype=torch.uint8, device=_through(device)) for size in message.sizes]
     for block in blocks:
         if block.numel():
             dist.recv(block, peer)
-    return message, blocks
+    return message, [block.to(device) for block in blocks]
+
+
+def _through(device: torch.device) -> torch.device:
+    """Where tensors travel: gloo and MPI send from host memory only."""
+    return torch.device("cpu") if dist.get_backend() in ("gloo", "mpi") else device
 
 
 def _unpacked(
