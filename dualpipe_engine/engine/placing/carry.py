@@ -11,14 +11,16 @@ import torch
 import torch.distributed as dist
 from deepspeed.accelerator import get_accelerator
 from deepspeed.pipe import LayerSpec, PipelineModule, TiedLayerSpec
-from deepspeed.runtime.pipe.topology import ProcessTopology
 from torch import Tensor, nn
 
 from ..checks.agreement import raise_everywhere
 from ..checks.fingerprint import difference, fingerprint, text
+from .blocks import Shape
+from .counterparts import counterparts, own_objects
 from .grid import Place
-from .partition import same_random_state, stage_of_layer
-from .portable import Context, Shape, pack, unpack
+from .moves import Move, leaving, moves_between, ordered
+from .partition import same_random_state
+from .portable import Context, pack, unpack
 
 _REMEDY = (
     ": let it hold nothing that belongs to a process, change the layer after initialize on every rank that holds it, "
@@ -39,18 +41,18 @@ class Layer(NamedTuple):
 
 
 class _Message(NamedTuple):
-    """The layers that one rank sends to another.
+    """The layers that one rank sends to another, without their memory.
 
     Args:
         data: structure of those that can be pickled, and the tensors of the others by name.
         shapes: the tensors.
-        sizes: bytes of each block of memory.
+        blocks: (layer, bytes) of each block of memory; it is sent with that layer.
         facts: layer -> fingerprint, with which it must arrive.
     """
 
     data: bytes
     shapes: list[Shape]
-    sizes: list[int]
+    blocks: list[tuple[int, int]]
     facts: dict[int, dict[str, str]]
 
 
@@ -66,7 +68,10 @@ def layers_of(module: PipelineModule) -> dict[int, Layer]:
 
 
 def carry(module: PipelineModule, placed: Place, before: Sequence[int], after: Sequence[int]) -> dict[int, Layer]:
-    """Send and receive layers. Collective over all ranks.
+    """Send and receive layers, one after another. Collective over all ranks.
+
+    A rank gives a layer's memory back once it has sent it for the last time, and receives only when it has room
+    (`moves.ordered`): the parameters of a layer that has left are empty, in whatever lists a program keeps them.
 
     A layer that cannot be pickled is built anew from its LayerSpec, if nothing tells the copy from the original but
     values of tensors, which are sent.
@@ -78,41 +83,85 @@ def carry(module: PipelineModule, placed: Place, before: Sequence[int], after: S
         after: bounds of the stages of `placed`.
 
     Returns:
-        The layers that this rank had or has received.
+        The layers of this rank, those that it keeps and those that it has received.
 
     Raises:
         ConfigError: a layer cannot be carried; it is named, on every rank.
     """
-    device = torch.device(get_accelerator().device_name(module.local_rank))
     held = layers_of(module)
-    moves: dict[tuple[int, int], list[int]] = {}  # (source, target) -> layers
-    for number in range(len(module._layer_specs)):
-        source = stage_of_layer(before, number)
-        for target in placed.placement.replicas(stage_of_layer(after, number)):
-            if target != source:
-                moves.setdefault((source, target), []).append(number)
+    moves = moves_between(placed.placement, before, after)
     if not moves:
         return held
+    device = torch.device(get_accelerator().device_name(module.local_rank))
+    own = own_objects(module, placed)
     wrong: list[str] = []
-    packed = {}
-    own = _own(module, placed)
-    for (source, target), numbers in moves.items():
-        if source == placed.rank:
-            context = _context(module, own, placed, device, target)
-            packed[target] = _packed({n: held[n] for n in numbers}, module, context, target, wrong)
+    outgoing: dict[int, _Message] = {}
+    memory: dict[int, dict[int, list[Tensor]]] = {}  # target -> layer -> blocks
+    for target in sorted({move.target for move in moves if move.source == placed.rank}):
+        context = counterparts(module, own, placed, device, target)
+        layers = {move.layer: held[move.layer] for move in moves if (move.source, move.target) == (placed.rank, target)}
+        outgoing[target], memory[target] = _packed(layers, module, context, target, wrong)
     raise_everywhere(wrong, _REMEDY)
-    for (source, target), numbers in sorted(moves.items()):
-        if source == placed.rank:
-            _send(*packed.pop(target), placed.pipeline[target], device)
-        elif target == placed.rank:
-            message, blocks = _received(placed.pipeline[source], device)
-            context = _context(module, own, placed, device, source)
-            try:
-                held |= _unpacked(message, blocks, module, context, wrong)
-            except Exception as error:  # unpickling may raise anything
-                wrong.append(f"layers {numbers} cannot be carried to pipeline rank {target}: {_said(error)}")
+    incoming = _exchanged(outgoing, moves, placed)
+    order = ordered(moves, _sizes(outgoing, module), leaving(placed.placement, before, after))
+    arrived = _moved(order, held, memory, incoming, module, placed)
+    for source, message in incoming.items():
+        context = counterparts(module, own, placed, device, source)
+        try:
+            held |= _unpacked(message, arrived.pop(source), module, context, wrong)
+        except Exception as error:  # unpickling may raise anything
+            numbers = list(message.facts)
+            wrong.append(f"layers {numbers} cannot be carried to pipeline rank {placed.rank}: {_said(error)}")
     raise_everywhere(wrong, _REMEDY)
     return held
+
+
+def _moved(
+    order: Sequence[Move],
+    held: dict[int, Layer],
+    memory: dict[int, dict[int, list[Tensor]]],
+    incoming: Mapping[int, _Message],
+    module: PipelineModule,
+    placed: Place,
+) -> dict[int, list[Tensor]]:
+    """Send and receive the memory of layers; those that leave are taken out of `held`, those sent out of `memory`.
+
+    Returns:
+        Source -> the blocks of its message.
+    """
+    device = torch.device(get_accelerator().device_name(module.local_rank))
+    arrived = {
+        source: [torch.empty(0, dtype=torch.uint8, device=device) for _ in message.blocks]
+        for source, message in incoming.items()
+    }
+    for number, source, target, leaves in order:
+        if source == placed.rank:
+            _send(memory[target].pop(number), placed.pipeline[target], device)
+            if leaves:
+                _release(held.pop(number), module._layer_specs[number], held)
+        elif target == placed.rank:
+            _receive(arrived[source], incoming[source], number, placed.pipeline[source])
+    return arrived
+
+
+def _release(layer: Layer, spec: Any, held: Mapping[int, Layer]) -> None:
+    """Give back the memory of a layer that trains elsewhere, whoever still refers to its parameters.
+
+    Args:
+        layer: which this rank has sent for the last time.
+        spec: its specification; a module that the user has built on all ranks goes to host memory.
+        held: the layers that it has still; what they share with it stays.
+    """
+    if layer.module is None:
+        return
+    if not isinstance(spec, LayerSpec):
+        layer.module.cpu()
+        return
+    kept = {param for other in held.values() if other.module is not None for param in other.module.parameters()}
+    for param in set(layer.module.parameters()) - kept:
+        if type(param.data) is Tensor:
+            param.grad = None
+            param.data = param.data.new_empty(0)
 
 
 # -- one message ---------------------------------------------------------------------------------------------------
@@ -120,11 +169,11 @@ def carry(module: PipelineModule, placed: Place, before: Sequence[int], after: S
 
 def _packed(
     layers: dict[int, Layer], module: PipelineModule, context: Context, target: int, wrong: list[str]
-) -> tuple[_Message, list[Tensor]]:
+) -> tuple[_Message, dict[int, list[Tensor]]]:
     content: dict[int, Any] = {number: tuple(layer) for number, layer in layers.items()}
     facts = {number: _facts(number, layer) for number, layer in layers.items()}
     try:
-        data, shapes, blocks = pack(tuple(content.items()), context)
+        packed = pack(tuple(content.items()), context)
     except Exception:
         for number, layer in layers.items():
             if reason := _obstacle(tuple(layer), number, context):
@@ -132,27 +181,55 @@ def _packed(
                 if not isinstance(module._layer_specs[number], (LayerSpec, nn.Module)):
                     wrong.append(f"layer {number} cannot be carried to pipeline rank {target}: {reason}")
                 facts[number][""] = reason
-        data, shapes, blocks = pack(tuple(content.items()), context)
-    return _Message(data, shapes, [block.numel() for block in blocks], facts), blocks
+        packed = pack(tuple(content.items()), context)
+    numbers = list(layers)
+    memory: dict[int, list[Tensor]] = {number: [] for number in numbers}
+    blocks = []
+    for owner, block in zip(packed.owners, packed.blocks, strict=True):
+        memory[numbers[owner]].append(block)
+        blocks.append((numbers[owner], block.numel()))
+    return _Message(packed.data, packed.shapes, blocks, facts), memory
 
 
-def _send(message: _Message, blocks: list[Tensor], peer: int, device: torch.device) -> None:
-    dist.send_object_list([message], peer)
+def _exchanged(outgoing: Mapping[int, _Message], moves: Sequence[Move], placed: Place) -> dict[int, _Message]:
+    """Send messages to the ranks that they are for; returns those of other ranks."""
+    incoming: dict[int, _Message] = {}
+    for source, target in sorted({(move.source, move.target) for move in moves}):
+        if source == placed.rank:
+            dist.send_object_list([outgoing[target]], placed.pipeline[target])
+        elif target == placed.rank:
+            box: list[Any] = [None]
+            dist.recv_object_list(box, placed.pipeline[source])
+            incoming[source] = box[0]
+    return incoming
+
+
+def _sizes(outgoing: Mapping[int, _Message], module: PipelineModule) -> Counter[int]:
+    """Bytes of each layer that moves. Collective over the ranks of a pipeline."""
+    mine: Counter[int] = Counter()
+    for message in outgoing.values():
+        to_one: Counter[int] = Counter()
+        for number, size in message.blocks:
+            to_one[number] += size
+        mine |= to_one  # a layer has one source, and the same size for all its targets, shared tensors aside
+    found: list[Any] = [None] * dist.get_world_size(module._grid.pp_proc_group)
+    dist.all_gather_object(found, mine, group=module._grid.pp_proc_group)
+    return sum(found, Counter())
+
+
+def _send(blocks: list[Tensor], peer: int, device: torch.device) -> None:
     through = _through(device)
     for block in blocks:
         if block.numel():
             dist.send(block.to(through), peer)
 
 
-def _received(peer: int, device: torch.device) -> tuple[_Message, list[Tensor]]:
-    box: list[Any] = [None]
-    dist.recv_object_list(box, peer)
-    message: _Message = box[0]
-    blocks = [torch.empty(size, dtype=torch.uint8, device=_through(device)) for size in message.sizes]
-    for block in blocks:
-        if block.numel():
-            dist.recv(block, peer)
-    return message, [block.to(device) for block in blocks]
+def _receive(blocks: list[Tensor], message: _Message, layer: int, peer: int) -> None:
+    for block, (number, size) in zip(blocks, message.blocks, strict=True):
+        if number == layer and size:
+            data = torch.empty(size, dtype=torch.uint8, device=_through(block.device))
+            dist.recv(data, peer)
+            block.set_(data.to(block.device))
 
 
 def _through(device: torch.device) -> torch.device:
@@ -205,7 +282,7 @@ def _rebuilt(spec: Any, tensors: Mapping[str, Tensor]) -> Layer:
 def _obstacle(layer: tuple[Any, nn.Module | None], number: int, context: Context) -> str | None:
     """Why a layer cannot be packed, and what of it; None if it can."""
     try:
-        pack(layer, context)
+        pack((layer,), context)
     except Exception as error:  # pickling may raise anything
         for path, part in layer[1].named_modules(prefix=str(number)) if layer[1] is not None else ():
             for key, value in vars(part).items():
@@ -218,7 +295,7 @@ def _obstacle(layer: tuple[Any, nn.Module | None], number: int, context: Context
 
 def _part_of(value: Any, context: Context) -> tuple[str, Exception] | None:
     try:
-        pack(value, context)
+        pack((value,), context)
     except Exception as error:
         for key, each in value.items() if isinstance(value, dict) else ():
             if (found := _part_of(each, context)) is not None:
@@ -229,71 +306,3 @@ def _part_of(value: Any, context: Context) -> tuple[str, Exception] | None:
 
 def _said(error: Exception) -> str:
     return str(error) or type(error).__name__
-
-
-# -- what belongs to a process ----------------------------------------------------------------------------------------
-
-
-def _own(module: PipelineModule, placed: Place) -> dict[Any, Any]:
-    """Objects that every rank has its own of: the module and what its specifications name. Collective over the ranks of
-    a pipeline.
-
-    An argument of one LayerSpec alone counts if it looks the same on all ranks: it may have been changed with its
-    layer.
-    """
-    found: dict[Any, Any] = {}
-    uses: Counter[int] = Counter()
-    arguments: dict[Any, Any] = {}
-    for number, spec in enumerate(module._layer_specs):
-        if isinstance(spec, LayerSpec):
-            found["kind", number] = spec.typename
-            found["forward", number] = getattr(spec, "forward_fn", None)
-            given = {**dict(enumerate(spec.module_args)), **spec.module_kwargs}
-            for key, value in given.items():
-                if not isinstance(value, _CARRIED):
-                    uses[id(value)] += 1
-                    arguments["argument", number, key] = value
-        elif not isinstance(spec, nn.Module):
-            found["function", number] = spec
-    alone = {key: value for key, value in arguments.items() if uses[id(value)] == 1}
-    looks: list[Any] = [None] * len(placed.pipeline)
-    mine = {key: text(vars(value) if hasattr(value, "__dict__") else value, 4) for key, value in alone.items()}
-    dist.all_gather_object(looks, mine, group=module._grid.pp_proc_group)
-    differing = {key for each in looks for key, text in each.items() if text != mine.get(key)}
-    found |= {key: value for key, value in arguments.items() if key not in differing}
-    found["module"] = module
-    return {key: value for key, value in found.items() if value is not None}
-
-
-_CARRIED = (nn.Module, Tensor, int, float, complex, str, bytes, list, dict, set, frozenset, tuple, type(None))
-
-
-def _context(module: PipelineModule, own: dict[Any, Any], placed: Place, device: torch.device, other: int) -> Context:
-    topology = module._grid.topology()
-    mine, theirs = placed.rank, other
-
-    def key_of(group: Any) -> Any:
-        ranks = tuple(dist.get_process_group_ranks(group))
-        return _moved(ranks, topology, mine, theirs), _alike(ranks).index(group)
-
-    def group_of(key: Any) -> Any:
-        ranks, index = key
-        alike = _alike(ranks)
-        return alike[index] if index < len(alike) else None
-
-    return Context(own, device, key_of, group_of)
-
-
-def _alike(ranks: tuple[int, ...]) -> list[Any]:
-    """The process groups of some ranks, in the order in which they were made."""
-    known = dist.distributed_c10d._world.pg_group_ranks
-    return [group for group, members in known.items() if tuple(sorted(members)) == tuple(sorted(ranks))]
-
-
-def _moved(ranks: tuple[int, ...], topology: ProcessTopology, source: int, target: int) -> tuple[int, ...]:
-    """The ranks that stand at one pipeline position as `ranks` do at another; those of a group over several positions
-    stay."""
-    coords = [topology.get_coord(rank) for rank in ranks]
-    if any(coord.pipe != source for coord in coords):
-        return ranks
-    return tuple(topology.get_rank(**(coord._asdict() | {"pipe": target})) for coord in coords)

@@ -8,22 +8,21 @@ process (its PipelineModule, the arguments of its LayerSpecs, process groups, th
 
 from __future__ import annotations
 
-import importlib
 import io
-import marshal
 import pickle
 import sys
 import types
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from bisect import bisect_right
+from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.nn.utils import parametrize
 
-_ALIGNMENT = 16  # bytes; enough for every dtype
+from .blocks import Shape, in_block, to_blocks
+from .by_code import reduced
+
 _PLAIN = (int, float, complex, str, bytes, bool, type(None), torch.dtype, torch.Size)
 _BY_NAME = (
     *(nn.Module, Tensor, int, float, complex, str, bytes, tuple, frozenset, type(None), type, torch.dtype),
@@ -31,24 +30,6 @@ _BY_NAME = (
 )
 """Kinds of objects that are carried, or that pickle finds by name."""
 _OF_EVERY_MODULE = frozenset(vars(nn.Module()))
-
-
-@dataclass(frozen=True)
-class Shape:
-    """A tensor without its memory.
-
-    Args:
-        block: which block it lies in; None on the meta device.
-        offset: its first element in the block, in elements.
-        host: whether it is in host memory although layers run elsewhere.
-    """
-
-    dtype: torch.dtype
-    size: tuple[int, ...]
-    stride: tuple[int, ...]
-    block: int | None
-    offset: int
-    host: bool
 
 
 class Context:
@@ -112,28 +93,45 @@ class _Ref:
         self.number = number
 
 
-def pack(value: Any, context: Context) -> tuple[bytes, list[Shape], list[Tensor]]:
-    """Take apart.
+class Packed(NamedTuple):
+    """Values taken apart.
 
-    Returns:
-        The structure, the tensors in it, and the blocks of memory that they lie in (uint8, views of the tensors).
+    Args:
+        data: their structure.
+        shapes: the tensors in it.
+        blocks: the memory that these lie in (uint8, views of the tensors).
+        owners: block -> number of the value in which it is met first.
+    """
+
+    data: bytes
+    shapes: list[Shape]
+    blocks: list[Tensor]
+    owners: list[int]
+
+
+def pack(values: Sequence[Any], context: Context) -> Packed:
+    """Take values apart; what several of them hold stays one object.
 
     Raises:
         Exception: whatever pickling raises for what cannot be carried.
     """
-    buffer = io.BytesIO()
-    pickler = _Pickler(buffer, context)
-    pickler.dump(value)
-    shapes, blocks = _blocks(pickler.tensors, context.device)
-    return buffer.getvalue(), shapes, blocks
+    file = io.BytesIO()
+    pickler = _Pickler(file, context)
+    pickler.dump(len(values))
+    ends = []
+    for value in values:
+        pickler.dump(value)
+        ends.append(len(pickler.tensors))
+    shapes, blocks, first = to_blocks(pickler.tensors, context.device)
+    return Packed(file.getvalue(), shapes, blocks, [bisect_right(ends, number) for number in first])
 
 
-def unpack(data: bytes, shapes: list[Shape], blocks: list[Tensor], context: Context) -> Any:
+def unpack(data: bytes, shapes: list[Shape], blocks: list[Tensor], context: Context) -> list[Any]:
     """Put together what `pack` has taken apart; `blocks` become the memory of the tensors."""
     host = {shape.block for shape in shapes if shape.host}
     blocks = [block.cpu() if number in host else block for number, block in enumerate(blocks)]
-    tensors = [_in_block(shape, blocks) for shape in shapes]
-    return _Unpickler(io.BytesIO(data), context, tensors).load()
+    unpickler = _Unpickler(io.BytesIO(data), context, [in_block(shape, blocks) for shape in shapes])
+    return [unpickler.load() for _ in range(unpickler.load())]
 
 
 class _Pickler(pickle.Pickler):
@@ -165,26 +163,7 @@ class _Pickler(pickle.Pickler):
         return None
 
     def reducer_override(self, value: Any) -> Any:
-        if isinstance(value, Tensor):
-            return self._tensor(value)
-        if isinstance(value, types.FunctionType):
-            return NotImplemented if _importable(value) else _function(value)
-        if isinstance(value, types.CellType):
-            return _make_cell, (), _contents(value), None, None, _set_cell
-        if isinstance(value, types.MethodType):
-            return _bind, (value.__func__, value.__self__)
-        if isinstance(value, types.ModuleType):
-            return importlib.import_module, (value.__name__,)
-        if isinstance(value, type):
-            return NotImplemented if _importable(value) else _local_class(value)
-        if isinstance(value, torch.jit.ScriptModule):
-            file = io.BytesIO()
-            torch.jit.save(value, file)
-            return _load_script, (file.getvalue(),)
-        if isinstance(value, nn.Module) and parametrize.is_parametrized(value):
-            kind = parametrize.type_before_parametrizations(value)
-            return _empty, (kind,), dict(vars(value)), None, None, _set_parametrized
-        return NotImplemented
+        return self._tensor(value) if isinstance(value, Tensor) else reduced(value)
 
     def _tensor(self, value: Tensor) -> Any:
         kind = type(value)
@@ -245,169 +224,3 @@ def _set_tensor(tensor: Tensor, state: Any) -> None:
         tensor._post_accumulate_grad_hooks = after
     if grad is not None:
         tensor.grad = grad
-
-
-def _blocks(tensors: list[Tensor], device: torch.device) -> tuple[list[Shape], list[Tensor]]:
-    """Tensors that overlap in memory share a block, each other one has its own."""
-    shapes: list[Shape | None] = [None] * len(tensors)
-    blocks: list[Tensor] = []
-    for members in _overlapping(tensors):
-        host = tensors[members[0]].device.type == "cpu" != device.type
-        if len(members) == 1:
-            alone = tensors[members[0]]
-            start, stop = _extent(alone)
-            if stop - start > alone.numel() * alone.itemsize:  # gaps
-                alone = tensors[members[0]] = alone.contiguous()
-        start = min(_extent(tensors[index])[0] for index in members) // _ALIGNMENT * _ALIGNMENT
-        stop = max(_extent(tensors[index])[1] for index in members)
-        storage = tensors[members[0]].untyped_storage()
-        raw = torch.empty(0, dtype=torch.uint8, device=storage.device)
-        blocks.append(raw.set_(storage, start, (stop - start,), (1,)))
-        for index in members:
-            each = tensors[index]
-            offset = int(each.storage_offset()) - start // each.itemsize
-            shapes[index] = Shape(each.dtype, tuple(each.shape), each.stride(), len(blocks) - 1, offset, host)
-    for index, each in enumerate(tensors):
-        if each.device.type == "meta":
-            shapes[index] = Shape(each.dtype, tuple(each.shape), each.stride(), None, 0, False)
-    return [shape for shape in shapes if shape is not None], blocks
-
-
-def _overlapping(tensors: list[Tensor]) -> Iterator[list[int]]:
-    """Numbers of tensors, those together that share memory."""
-    held: dict[Any, list[int]] = {}
-    for index, tensor in enumerate(tensors):
-        if tensor.device.type != "meta":
-            held.setdefault((tensor.device, tensor.untyped_storage().data_ptr()), []).append(index)
-    for indices in held.values():
-        ordered = sorted(indices, key=lambda index: _extent(tensors[index]))
-        together, end = [ordered[0]], _extent(tensors[ordered[0]])[1]
-        for index in ordered[1:]:
-            start, stop = _extent(tensors[index])
-            if start < end:
-                together.append(index)
-                end = max(end, stop)
-            else:
-                yield together
-                together, end = [index], stop
-        yield together
-
-
-def _extent(tensor: Tensor) -> tuple[int, int]:
-    """First and last byte, in its storage, that a tensor reaches."""
-    start = int(tensor.storage_offset()) * tensor.itemsize
-    if not tensor.numel():
-        return start, start
-    reach = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
-    return start, start + (reach + 1) * tensor.itemsize
-
-
-def _in_block(shape: Shape, blocks: list[Tensor]) -> Tensor:
-    if shape.block is None:
-        return torch.empty_strided(shape.size, shape.stride, dtype=shape.dtype, device="meta")
-    block = blocks[shape.block]
-    tensor = torch.empty(0, dtype=shape.dtype, device=block.device)
-    return tensor.set_(block.untyped_storage(), shape.offset, shape.size, shape.stride)
-
-
-# -- functions, classes, modules -------------------------------------------------------------------------------------
-
-
-def _importable(value: Any) -> bool:
-    """Whether the name of a function or class leads to it."""
-    found: Any = sys.modules.get(getattr(value, "__module__", None) or "")
-    for name in value.__qualname__.split("."):
-        found = getattr(found, name, None)
-    return found is value
-
-
-def _function(value: types.FunctionType) -> Any:
-    module = sys.modules.get(value.__module__ or "")
-    if module is None or vars(module) is not value.__globals__:
-        raise pickle.PicklingError(f"the function {value.__qualname__} is of no module")
-    code = marshal.dumps(value.__code__)
-    # What it closes over may hold the function itself, so it comes after.
-    state = (
-        value.__closure__,
-        value.__defaults__,
-        value.__kwdefaults__,
-        dict(vars(value)),
-        value.__qualname__,
-    )
-    cells = len(value.__closure__ or ())
-    return _make_function, (code, value.__module__, value.__name__, cells), state, None, None, _set_function
-
-
-def _make_function(code: bytes, module: str, name: str, cells: int) -> types.FunctionType:
-    empty = tuple(_make_cell() for _ in range(cells))
-    made = types.FunctionType(marshal.loads(code), vars(sys.modules[module]), name, None, empty or None)
-    made.__module__ = module
-    return made
-
-
-def _set_function(function: types.FunctionType, state: Any) -> None:
-    closure, defaults, keyword_defaults, attributes, qualname = state
-    for own, given in zip(function.__closure__ or (), closure or (), strict=True):
-        _set_cell(own, _contents(given))
-    function.__defaults__, function.__kwdefaults__ = defaults, keyword_defaults
-    function.__qualname__ = qualname
-    vars(function).update(attributes)
-
-
-def _make_cell() -> types.CellType:
-    return types.CellType()
-
-
-def _bind(function: Any, owner: Any) -> types.MethodType:
-    return types.MethodType(function, owner)
-
-
-def _contents(cell: types.CellType) -> tuple[Any, ...]:
-    try:
-        return (cell.cell_contents,)
-    except ValueError:  # empty
-        return ()
-
-
-def _set_cell(cell: types.CellType, contents: tuple[Any, ...]) -> None:
-    if contents:
-        cell.cell_contents = contents[0]
-
-
-def _local_class(value: type) -> Any:
-    base = next(each for each in value.__mro__[1:] if _importable(each))
-    if _found_classes(base, value.__module__, value.__qualname__) != [value]:
-        raise pickle.PicklingError(f"the class {value.__qualname__} has no name that leads to it")
-    return _find_class, (base, value.__module__, value.__qualname__)
-
-
-def _find_class(base: type, module: str, qualname: str) -> type:
-    found = _found_classes(base, module, qualname)
-    if len(found) != 1:
-        raise pickle.UnpicklingError(f"the class {qualname} has no name that leads to it")
-    return found[0]
-
-
-def _found_classes(base: type, module: str, qualname: str) -> list[type]:
-    below: list[type] = list(type.__subclasses__(base))
-    found: list[type] = []
-    for each in below:
-        below.extend(set(type.__subclasses__(each)).difference(below))
-        if (each.__module__, each.__qualname__) == (module, qualname):
-            found.append(each)
-    return found
-
-
-def _empty(kind: type) -> Any:
-    return kind.__new__(kind)  # type: ignore[call-overload]
-
-
-def _set_parametrized(module: nn.Module, state: dict[str, Any]) -> None:
-    vars(module).update(state)
-    parametrize._inject_new_class(module)
-    for name in module.parametrizations:  # type: ignore[union-attr]
-        parametrize._inject_property(module, name)
-
-
-def _load_script(data: bytes) -> Any:
-    return torch.jit.load(io.BytesIO(data))
