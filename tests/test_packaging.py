@@ -48,7 +48,6 @@ ABOVE = {
 #: order among them matters.
 ROOMS = [
     "errors",
-    "plain_json",
     "schedule",
     "schedule.timing",
     "schedule.passes",

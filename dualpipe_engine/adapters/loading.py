@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from ..errors import ConfigError, MissingExtraError
-from ..plain_json import parse
+from ..schedule.plain_json import parse
 from .conversion import sources_of
 from .stage import Stage
 

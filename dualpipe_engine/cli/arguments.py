@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import math
 import sys
 from dataclasses import replace
 from typing import Any
@@ -16,7 +15,7 @@ from ..schedule.passes.verify import verify
 from ..schedule.plan import Plan
 from ..schedule.search.job_costs import Measurement
 from ..schedule.search.make_plan import make_plan
-from ..schedule.timing.costs import CostModel
+from ..schedule.timing.costs import MOST, CostModel
 
 _FILES = (".csv", ".json")
 
@@ -52,9 +51,9 @@ def add_work(parser: argparse.ArgumentParser, plan_file: bool) -> None:
 
 
 def finite(text: str) -> float:
-    """A number that is neither infinite nor NaN."""
+    """A number that can be reckoned with: not infinite, not NaN, not above `MOST`."""
     number = float(text)
-    if not math.isfinite(number):
+    if not abs(number) <= MOST:
         raise ValueError
     return number
 

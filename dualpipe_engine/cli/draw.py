@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import ConfigError
-from ..plain_json import parse
+from ..schedule.plain_json import parse
 from ..schedule.timing.simulate import simulate
 from .arguments import add_schedule, make, title_of
 

@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import ConfigError
-from ..plain_json import parse
 from ..schedule.jobs.memory import compare_memory, training_of
+from ..schedule.plain_json import parse
 from .arguments import finite
 
 _DESCRIPTION = """\

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import suppress
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 import torch.distributed as dist
 from deepspeed.runtime.pipe.engine import PipelineEngine
@@ -12,10 +12,10 @@ from deepspeed.runtime.pipe.engine import PipelineEngine
 from .placing.grid import give_back
 
 if TYPE_CHECKING:
-    from typing_extensions import Self
-
     from ..comm.transport import GroupTransport
     from ..faults.watch import Watch
+
+Engine = TypeVar("Engine", bound="LifeCycle")
 
 
 class LifeCycle(PipelineEngine):
@@ -45,7 +45,7 @@ class LifeCycle(PipelineEngine):
                 self._on_signal.close()
             give_back(self.own_groups)
 
-    def __enter__(self) -> Self:
+    def __enter__(self: Engine) -> Engine:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:

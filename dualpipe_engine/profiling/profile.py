@@ -13,7 +13,7 @@ from statistics import fmean, median
 from typing import Any
 
 from ..errors import PlanError, ProfileError
-from ..plain_json import parse
+from ..schedule.plain_json import parse
 from ..schedule.plan import Plan
 from ..schedule.timeline import Timeline
 from ..schedule.timing.costs import CostModel

@@ -35,8 +35,8 @@ NONE = -1  #: "no stage" or "no micro-batch" of REDUCE and STEP
 _OTHER_END = {SEND_F: (RECV_F, 1), RECV_F: (SEND_F, -1), SEND_B: (RECV_B, -1), RECV_B: (SEND_B, 1)}
 _FORWARD = frozenset((F, SEND_F, RECV_F))
 
-_TEXT = re.compile(r"(\d+)(SEND_F|RECV_F|SEND_B|RECV_B|F|B|I|W)(\d+)")
-_REDUCE = re.compile(r"(\d+)REDUCE")
+_TEXT = re.compile(r"([0-9]{1,9})(SEND_F|RECV_F|SEND_B|RECV_B|F|B|I|W)([0-9]{1,9})")
+_REDUCE = re.compile(r"([0-9]{1,9})REDUCE")
 _PAIR = re.compile(r"\(([^;()]+);([^;()]+)\)FB")
 
 
@@ -100,7 +100,7 @@ class Op(NamedTuple):
         if text == STEP:
             return cls(STEP, NONE, NONE)
         raise PlanError(
-            f"{text!r} is not an op: expected text like 3F7, 4B2, 4I2, 4W2, (3F7;4B2)FB, 3SEND_F7, 3REDUCE or STEP"
+            f"{text[:60]!r} is not an op: expected text like 3F7, 4B2, 4I2, 4W2, (3F7;4B2)FB, 3SEND_F7, 3REDUCE or STEP"
         )
 
 

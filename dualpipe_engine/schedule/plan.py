@@ -12,9 +12,9 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import PlanError
-from ..plain_json import parse
 from .op import COMM, COMPUTE, Op, atoms
 from .placement import BIDIRECTIONAL, LINEAR, VEE, Placement
+from .plain_json import parse
 
 MOST = 10_000_000  #: micro-batches times ranks of the largest plan
 

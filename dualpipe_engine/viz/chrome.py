@@ -14,8 +14,8 @@ from types import MappingProxyType
 from typing import Any, NamedTuple
 
 from ..errors import PlanError
-from ..plain_json import parse
 from ..schedule.op import COMM, REDUCE, Op
+from ..schedule.plain_json import parse
 from ..schedule.timeline import Span, Timeline
 
 MICROSECONDS = 1e6  #: of a second, or of the cost model's unit

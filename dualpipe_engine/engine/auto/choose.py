@@ -20,8 +20,8 @@ from deepspeed.utils import logger
 from torch.utils.data import DataLoader, IterableDataset
 
 from ...errors import ConfigError
-from ...plain_json import parse
 from ...schedule.placement import BIDIRECTIONAL, LINEAR, VEE, Placement
+from ...schedule.plain_json import parse
 from ...schedule.search.compare import Row, best_of, compare
 from ...schedule.search.job_costs import Measurement
 from ...schedule.timing.bound import plan_bound

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from ...errors import CheckpointError, MissingExtraError
-from ...plain_json import parse
+from ...schedule.plain_json import parse
 from .files import DESCRIPTION, damages, peek
 
 WEIGHTS = "model.safetensors"

@@ -16,7 +16,7 @@ import torch
 from deepspeed.utils import logger
 
 from ...errors import CheckpointError
-from ...plain_json import parse
+from ...schedule.plain_json import parse
 
 PARTIAL = ".partial"  #: ending of a folder that is being written
 DESCRIPTION = "dualpipe.json"  #: in the folder of a checkpoint: the layers, for `dualpipe export`

@@ -18,7 +18,7 @@ from typing import Any
 from deepspeed.utils import logger
 
 from ...errors import CheckpointError
-from ...plain_json import parse
+from ...schedule.plain_json import parse
 
 NAME = ".dualpipe.lock"
 RETRY_S = 0.1

@@ -31,7 +31,7 @@ class Save:
     """One save, collective over all ranks.
 
     Args:
-        engine: DeepSpeed's checkpoint engine.
+        serializer: DeepSpeed's checkpoint engine.
         top: folder of checkpoints.
         tag: of this one.
         job: name of the job, the same on all ranks.
@@ -50,7 +50,7 @@ class Save:
 
     def __init__(
         self,
-        engine: Any,
+        serializer: Any,
         top: Path,
         tag: str,
         job: str,
@@ -60,7 +60,7 @@ class Save:
         background: bool,
         patience_s: float,
     ) -> None:
-        self.writer = Writer(engine, background)
+        self.writer = Writer(serializer, background)
         self._top, self._tag, self._job, self._latest = top, tag, job, latest
         self._target, self._patience = top / tag, patience_s
         self.folder = unfinished(self._target, job)

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from ...errors import CheckpointError
-from ...plain_json import parse
+from ...schedule.plain_json import parse
 from .files import write_text
 
 FILES = "dualpipe_files.json"  #: in the folder of a checkpoint

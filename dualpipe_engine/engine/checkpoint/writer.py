@@ -19,20 +19,20 @@ class Writer:
     and the save is all that it costs.
 
     Args:
-        engine: DeepSpeed's checkpoint engine, which serializes.
+        serializer: DeepSpeed's checkpoint engine, which serializes.
         background: hold the files in memory until `finish` writes them.
 
     Attributes:
         error: the first one; None as long as all goes well.
     """
 
-    def __init__(self, engine: Any, background: bool = False) -> None:
-        self._engine, self._background = engine, background
+    def __init__(self, serializer: Any, background: bool = False) -> None:
+        self._serializer, self._background = serializer, background
         self._written: dict[Path, io.BytesIO | None] = {}
         self.error: str | None = None
 
     def __getattr__(self, name: str) -> Any:
-        return getattr(self._engine, name)
+        return getattr(self._serializer, name)
 
     def attempt(self, function: Callable[..., Any], *args: Any, **kwargs: Any) -> None:
         """Call a function that writes, unless writing has failed before."""
@@ -43,13 +43,13 @@ class Writer:
                 self.error = f"{type(error).__name__}: {error}"
 
     def makedirs(self, path: str, exist_ok: bool = False) -> None:
-        self.attempt(self._engine.makedirs, path, exist_ok=exist_ok)
+        self.attempt(self._serializer.makedirs, path, exist_ok=exist_ok)
 
     def save(self, state_dict: Any, path: str) -> None:
         """Write a file, or hold a copy of it, after which the state may change."""
         memory = io.BytesIO() if self._background else None
         self._written[Path(path)] = memory
-        self.attempt(self._engine.save, state_dict, path if memory is None else memory)
+        self.attempt(self._serializer.save, state_dict, path if memory is None else memory)
 
     def write(self, path: Path, data: bytes) -> None:
         """Write a small file of another kind."""

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from ...errors import ConfigError
-from ...plain_json import parse
+from ..plain_json import parse
 
 
 def write_layer_costs(path: str | Path, seconds: Sequence[float]) -> None:

@@ -7,7 +7,7 @@ from difflib import get_close_matches
 from pathlib import Path
 
 from ...errors import ConfigError
-from ...plain_json import parse
+from ..plain_json import parse
 
 
 @dataclass(frozen=True)

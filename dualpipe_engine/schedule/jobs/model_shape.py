@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from ...errors import ConfigError
-from ...plain_json import parse
+from ..plain_json import parse
 
 #: Fields of the models' published configurations.
 KNOWN: dict[str, dict[str, Any]] = {

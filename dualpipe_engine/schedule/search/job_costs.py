@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from ...errors import ConfigError, PlanError
-from ...plain_json import parse
 from ..placement import Placement
+from ..plain_json import parse
 from ..timing.costs import CostModel
 
 VERSION = 1
