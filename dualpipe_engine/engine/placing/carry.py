@@ -229,7 +229,7 @@ def _receive(blocks: list[Tensor], message: _Message, layer: int, peer: int) -> 
         if number == layer and size:
             data = torch.empty(size, dtype=torch.uint8, device=_through(block.device))
             dist.recv(data, peer)
-            block.set_(data.to(block.device))
+            block.data = data.to(block.device)
 
 
 def _through(device: torch.device) -> torch.device:
