@@ -31,16 +31,16 @@ def add_schedule(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--schedule", metavar="S", help=f"{', '.join(SCHEDULES)}, or a plan file (.csv, .json)")
     add_work(parser, plan_file=True)
     cap = "(stage, micro-batch) activations that a rank may hold (default: what the schedule is known for)"
-    parser.add_argument("--activation-cap", type=int, metavar="K", help=cap)
+    parser.add_argument("--activation-cap", type=whole, metavar="K", help=cap)
 
 
 def add_work(parser: argparse.ArgumentParser, plan_file: bool) -> None:
     """Ranks, micro-batches and costs; `plan_file`: a plan file may have the first two."""
     where = " (a plan file has its own)" if plan_file else ""
     measured = where or " (measured --costs have their own)"
-    parser.add_argument("--ranks", type=int, metavar="N", help=f"pipeline ranks{measured}")
+    parser.add_argument("--ranks", type=whole, metavar="N", help=f"pipeline ranks{measured}")
     parser.add_argument(
-        "--micro-batches", type=int, metavar="M", help=f"micro-batches of one pipeline in a batch{where}"
+        "--micro-batches", type=whole, metavar="M", help=f"micro-batches of one pipeline in a batch{where}"
     )
     unit = CostModel(fb=3.0)
     parser.add_argument("--costs", type=costs_argument, default=unit, metavar="F,I,W[,FB]", help=_COSTS_HELP)
@@ -54,6 +54,14 @@ def finite(text: str) -> float:
     """A number that can be reckoned with: not infinite, not NaN, not above `MOST`."""
     number = float(text)
     if not abs(number) <= MOST:
+        raise ValueError
+    return number
+
+
+def whole(text: str) -> int:
+    """A whole number of up to nine digits."""
+    number = int(text)
+    if abs(number) >= 10**9:
         raise ValueError
     return number
 

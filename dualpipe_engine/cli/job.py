@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 
 from ..errors import ConfigError
-from .arguments import print_json
+from .arguments import print_json, whole
 
 
 def add_job(parser: argparse.ArgumentParser) -> None:
@@ -14,11 +14,11 @@ def add_job(parser: argparse.ArgumentParser) -> None:
         "whole jobs", "estimate memory and speed of a model on a cluster from FLOPs, bandwidths and the simulator"
     )
     job.add_argument("--model", metavar="NAME", help="deepseek-v3, ..., or a Hugging Face config.json")
-    job.add_argument("--gpus", type=int, metavar="N", help="GPUs of the whole job")
+    job.add_argument("--gpus", type=whole, metavar="N", help="GPUs of the whole job")
     job.add_argument("--hardware", default="h800", help="h800 (default), h100, h200, a100, or a .json file")
-    job.add_argument("--expert-parallel", type=int, metavar="N", help="ranks that share the experts of a layer")
-    job.add_argument("--micro-batch-size", type=int, default=1, metavar="N", help="sequences (default: 1)")
-    job.add_argument("--sequence-length", type=int, metavar="N", help="tokens (default: 4096, or as published)")
+    job.add_argument("--expert-parallel", type=whole, metavar="N", help="ranks that share the experts of a layer")
+    job.add_argument("--micro-batch-size", type=whole, default=1, metavar="N", help="sequences (default: 1)")
+    job.add_argument("--sequence-length", type=whole, metavar="N", help="tokens (default: 4096, or as published)")
     job.add_argument("--no-fp8", action="store_true", help="matrix products in bf16 where the hardware has FP8")
 
 

@@ -10,8 +10,9 @@ from typing import Any
 
 from ..errors import ConfigError
 from ..schedule.jobs.memory import compare_memory, training_of
+from ..schedule.placement import MOST_RANKS
 from ..schedule.plain_json import parse
-from .arguments import finite
+from .arguments import finite, whole
 
 _DESCRIPTION = """\
 Bytes of weights, gradients, optimizer state and activations on each rank for every schedule, beside stock 1F1B
@@ -29,7 +30,7 @@ def add_memory(commands: Any, shape: dict[str, Any]) -> None:
     about = "bytes on each rank for a DeepSpeed configuration, every schedule beside stock 1F1B"
     parser = commands.add_parser("memory", help=about, description=_DESCRIPTION, **shape)
     parser.add_argument("--config", metavar="FILE", required=True, help="DeepSpeed configuration (JSON)")
-    parser.add_argument("--ranks", type=int, metavar="N", required=True, help="pipeline ranks")
+    parser.add_argument("--ranks", type=whole, metavar="N", required=True, help="pipeline ranks")
     params = (
         "trained parameters of 1/N of the model, such as 8.75e8, or one number for each of the N parts, with commas; "
         "with tensor parallelism those of one tensor rank"
@@ -38,9 +39,9 @@ def add_memory(commands: Any, shape: dict[str, Any]) -> None:
     alive = "bytes that one micro-batch keeps from its forward to its backward on 1/N of the model (default: 0)"
     parser.add_argument("--activation-bytes", type=_count, default=0, metavar="B", help=alive)
     parser.add_argument(
-        "--micro-batches", type=int, metavar="M", help="micro-batches (default: the gradient_accumulation_steps)"
+        "--micro-batches", type=whole, metavar="M", help="micro-batches (default: the gradient_accumulation_steps)"
     )
-    parser.add_argument("--replicas", type=int, default=1, metavar="D", help="data-parallel pipelines (default: 1)")
+    parser.add_argument("--replicas", type=whole, default=1, metavar="D", help="data-parallel pipelines (default: 1)")
     parser.add_argument("--format", choices=("table", "json"), default="table", help="json has every rank's bytes")
     parser.set_defaults(run=_run)
 
@@ -72,8 +73,8 @@ def _run(args: argparse.Namespace) -> None:
     micro = args.micro_batches or config.get("gradient_accumulation_steps")
     if not isinstance(micro, int):
         raise ConfigError(f"{args.config} has no gradient_accumulation_steps: say --micro-batches M")
-    if args.ranks < 1 or args.replicas < 1:
-        raise ConfigError("--ranks and --replicas start at 1")
+    if not (1 <= args.ranks <= MOST_RANKS and args.replicas >= 1):
+        raise ConfigError(f"--ranks and --replicas start at 1, and a pipeline has at most {MOST_RANKS:,} ranks")
     params = args.params_per_stage
     params = params * args.ranks if len(params) == 1 else params
     rows = compare_memory(training_of(config), args.ranks, micro, params, args.activation_bytes, args.replicas)

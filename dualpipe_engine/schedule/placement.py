@@ -47,7 +47,7 @@ class Placement:
         if self.num_ranks < 1:
             raise PlanError(f"a pipeline needs at least one rank, got {self.num_ranks}")
         if self.num_ranks > MOST_RANKS:
-            raise PlanError(f"a pipeline has at most {MOST_RANKS:,} ranks, got {self.num_ranks:.6g}")
+            raise PlanError(f"a pipeline has at most {MOST_RANKS:,} ranks")
         if self.name == BIDIRECTIONAL and self.num_ranks % 2:
             raise PlanError(
                 f"dualpipe needs an even number of pipeline ranks, got {self.num_ranks}: "

@@ -28,10 +28,7 @@ def check_size(num_ranks: int, num_micro: int) -> None:
     if num_micro < 1:
         raise PlanError(f"a plan needs at least one micro-batch, got {num_micro}")
     if num_ranks * num_micro > MOST:
-        raise PlanError(
-            f"a plan of {num_micro:.6g} micro-batches on {num_ranks:.6g} ranks is too large: ranks x micro-batches may "
-            f"be {MOST:,}"
-        )
+        raise PlanError(f"a plan is too large: ranks x micro-batches may be {MOST:,} at most")
 
 
 @dataclass(frozen=True)
