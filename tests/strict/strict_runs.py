@@ -127,12 +127,15 @@ def train(**kwargs):
 
 
 def engine_groups(steps, blocks):
-    """Groups after start and after steps."""
+    """Groups after start and after steps, those of edges, and how many are left at the end of those that were made for
+    the engine and its module; what DeepSpeed shares between engines is not counted."""
     import training
+    from deepspeed.utils import groups
 
     import dualpipe_engine
 
     world = dist.distributed_c10d._world.pg_map
+    start = set(world)
     module = training.make_module(2, blocks)
     before = len(world)
     engine, *_ = dualpipe_engine.initialize(model=module, config=training.settings(4, schedule="dualpipe"))
@@ -142,7 +145,8 @@ def engine_groups(steps, blocks):
         counts.append(len(world))
     edges = len(engine._transport._groups)
     engine.destroy()
-    return [count - before for count in counts], edges, len(world) - before
+    left = set(world) - start - {each for each in vars(groups).values() if isinstance(each, dist.ProcessGroup)}
+    return [count - before for count in counts], edges, len(left)
 
 
 def auto(folder, experts, ranks):
