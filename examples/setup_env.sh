@@ -52,3 +52,5 @@ fi
 if [ "$GPUS" -eq 0 ]; then
     export DS_ACCELERATOR=cpu OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"
 fi
+# What DeepSpeed compiles at its first use is built against this environment: another one would build it anew, in turns.
+export TORCH_EXTENSIONS_DIR="${TORCH_EXTENSIONS_DIR:-$VIRTUAL_ENV/torch_extensions}"
