@@ -77,7 +77,7 @@ class Save:
         """
         self.writer.finish(self.folder, dist.get_rank())
         self._agree(self.writer.error)
-        self._on_first(self._complete)
+        self._on_first(self._complete_when_seen, dist.get_world_size(), lambda: True)
 
     def start(self) -> None:
         """Do what `finish` does in a thread. Not collective."""
@@ -125,8 +125,21 @@ class Save:
         self._target.parent.mkdir(parents=True, exist_ok=True)
         settle(self._target.parent, self._lock.elsewhere)
 
-    def _complete(self) -> None:
-        merge_parts(self.folder, dist.get_world_size())
+    def _complete_when_seen(self, world: int, counts: Callable[[], bool]) -> None:
+        """Give the checkpoint its name when the lists of all ranks are seen, which shared file systems may show late.
+
+        Args:
+            world: number of ranks.
+            counts: whether patience comes to an end.
+        """
+        left = self._patience
+        while not all(part_path(self.folder, rank).is_file() for rank in range(world)):
+            if self._stop.wait(POLL_S):
+                return
+            left -= POLL_S * counts()
+            if left < 0:
+                raise CheckpointError(f"the files of all ranks were not seen within {self._patience:g} s")
+        merge_parts(self.folder, world)
         publish(self._target, self._job)
         if self._latest:
             write_text(self._top / "latest", self._tag)
@@ -146,23 +159,11 @@ class Save:
         rank, world = dist.get_rank(), dist.get_world_size()
         self.writer.finish(self.folder, rank)
         self._written.set()
-        if rank == 0 and self.writer.error is None and self._wait_for_others(world):
-            self.writer.attempt(self._complete)
+        if rank == 0:
+            # While steps follow, other ranks tell their errors there.
+            self.writer.attempt(self._complete_when_seen, world, lambda: not threading.main_thread().is_alive())
         if self.writer.error is not None:  # should no step follow that raises it
             logger.error(f"{self._target} is not saved: {self.writer.error}")
-
-    def _wait_for_others(self, world: int) -> bool:
-        """Until all ranks have listed their files; False if that is not to be."""
-        left = self._patience
-        while not all(part_path(self.folder, rank).is_file() for rank in range(world)):
-            if self._stop.wait(POLL_S):
-                return False
-            if left < 0:
-                self.writer.error = f"the other ranks' files did not come within {self._patience:g} s"
-                return False
-            if not threading.main_thread().is_alive():  # no step follows, at which others could tell an error
-                left -= POLL_S
-        return True
 
     # -- agreement -----------------------------------------------------------------------------------------------
 
