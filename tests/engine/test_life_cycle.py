@@ -9,18 +9,23 @@ from dualpipe_engine.engine.config import read_config
 from dualpipe_engine.errors import ConfigError
 
 
+def check_flat(held):
+    """Files may be one more for a moment: a connection that the other end is about to close."""
+    files, *others = zip(*held[2:], strict=True)
+    assert all(len(set(each)) == 1 for each in others), held
+    assert max(files) <= min(files) + 1 and min(files[-2:]) <= files[0], held
+
+
 def test_destroy_gives_everything_back(ranks):
     for found in ranks.run(2, runs.cycles, ranks=2, count=5):
-        held = [each for each, _ in found]
-        assert held[2:] == [held[2]] * 3, held
+        check_flat([held for held, _ in found])
 
 
 @pytest.mark.all
 def test_200_cycles_cost_nothing(ranks):
     """Resident memory may settle: the last hundred cycles are looked at."""
     for found in ranks.run(2, runs.cycles, timeout=900, ranks=2, count=200):
-        held = [each for each, _ in found]
-        assert held[2:] == [held[2]] * 198, held
+        check_flat([held for held, _ in found])
         memory = [size for _, size in found]
         assert memory[-1] < memory[100] * 1.02, memory[::20]
 
