@@ -49,7 +49,6 @@ from .placing.stages import (
     has_phases,
     make_chunk,
     params_of,
-    set_activation_checkpointing,
     stage_views,
 )
 from .plan import make_lowered_plan
@@ -105,7 +104,6 @@ class DualPipeEngine(LifeCycle, Evaluation, Measuring, Reporting, Checkpoints, L
         groups = self._pipeline_group, self._replica_group, self.module._grid.slice_proc_group
         self.totals = Totals(groups, self.device, self.signals_here)
         self._init_pipeline_state(base_grid)
-        set_activation_checkpointing(self.module, self._config.pipeline)
         self._context = self._make_context(plan)
         self._init_executor()
         if self.training_data:

@@ -30,6 +30,7 @@ from .placing.experts import make_expert_groups
 from .placing.grid import groups_of, set_device
 from .placing.module import place
 from .placing.param_groups import GroupMap, check_dtypes, name_parameters
+from .placing.stages import set_activation_checkpointing
 from .plan import agree, lowered_plan, make_lowered_plan, unmeasured_costs
 
 _stock_initialize = deepspeed.initialize  # before `dualpipe_engine.run` puts ours in its place
@@ -136,6 +137,7 @@ def initialize(
         placed = place(model, plan.placement, bounds)
         make_expert_groups(model, base_grid)
         agree_on_copies(model, model.dualpipe_layers, placed.replica)
+        set_activation_checkpointing(model, settings.get("pipeline", {}))
         check_statistics(model, plan.placement)
         groups = GroupMap(model, given, optimizer, base_grid.pp_proc_group, lr_scheduler)
         optimizer, given = groups.apply()

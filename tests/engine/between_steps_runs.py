@@ -129,7 +129,7 @@ class Normed(Block):
         return super().forward(self.bn(x))
 
 
-def with_buffers(schedule, kinds):
+def with_buffers(schedule, kinds, **pipeline):
     import dualpipe_engine
 
     losses = None
@@ -137,7 +137,9 @@ def with_buffers(schedule, kinds):
         spec = LayerSpec(Normed) if kind == "bn" else LayerSpec(Moving, kind)
         net = built([spec, *[LayerSpec(Block) for _ in range(3)]])
         fill(net)
-        engine, *_ = dualpipe_engine.initialize(model=net, config=settings(schedule), model_parameters=net.parameters())
+        config = settings(schedule)
+        config["pipeline"] |= pipeline
+        engine, *_ = dualpipe_engine.initialize(model=net, config=config, model_parameters=net.parameters())
         stream = data()
         losses = [float(engine.train_batch(stream)) for _ in range(STEPS)]
     return losses, {name: buffer.clone() for name, buffer in engine.module.named_buffers()}

@@ -62,6 +62,8 @@ def test_buffers_that_forwards_write(ranks):
         ranks.run(2, runs.with_buffers, schedule="dualpipe", kinds=("table", "bn"))
     assert {error[0] for error in caught.value.errors.values()} == {"ConfigError"}
     assert "0.bn (BatchNorm1d) keeps statistics" in str(caught.value)
+    with pytest.raises(RankError, match=r"ConfigError: 0\.bn .* would see each twice, as activations are recomputed"):
+        ranks.run(2, runs.with_buffers, schedule="zb1p", kinds=("bn",), activation_checkpoint_interval=1)
     with pytest.raises(RankError, match=r"forwards write the buffer 0\.seen"):
         ranks.run(2, runs.with_buffers, schedule="dualpipe", kinds=("seen",))
     with pytest.raises(RankError, match=r"forwards change the buffer 0\.seen again and again"):

@@ -7,6 +7,7 @@ from typing import Any, NoReturn
 
 import torch
 import torch.distributed as dist
+from deepspeed.pipe import PipelineModule
 from torch import nn
 from torch.nn.modules.batchnorm import _NormBase
 
@@ -21,18 +22,24 @@ _REMEDY = (
 )
 
 
-def check_statistics(module: nn.Module, placement: Placement) -> None:
-    """Refuse layers whose forwards keep statistics of what they see, where two copies see half of it each. Collective
-    over all ranks.
+def check_statistics(module: PipelineModule, placement: Placement) -> None:
+    """Refuse layers whose forwards keep statistics of what they see, where two copies see half of it each, or where
+    activations are recomputed, so that it is seen twice. Collective over all ranks.
 
     Raises:
         ConfigError: there is one.
     """
-    if placement.num_directions == 1:
+    if placement.num_directions > 1:
+        why = f"but each of its two copies would see half of them: {_REMEDY}"
+    elif module.activation_checkpoint_interval > 0:
+        why = (
+            "but would see each twice, as activations are recomputed: leave out activation_checkpoint_interval, or "
+            "take a normalization without statistics"
+        )
+    else:
         return
     wrong = [
-        f"{name} ({type(part).__name__}) keeps statistics of the batches that it sees, but each of its two copies "
-        f"would see half of them: {_REMEDY}"
+        f"{name} ({type(part).__name__}) keeps statistics of the batches that it sees, {why}"
         for name, part in module.named_modules()
         if isinstance(part, _NormBase) and part.running_mean is not None
     ]
