@@ -95,7 +95,7 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, module) {
       .def("recv", &CommStream::recv, py::arg("group"), py::arg("tensor"), py::arg("peer"), py::arg("tag"),
            py::arg("what"), no_gil())
       .def("all_to_all", &CommStream::all_to_all, py::arg("group"), py::arg("out"), py::arg("rows"),
-           py::arg("receive"), py::arg("send"), py::arg("what"), no_gil())
+           py::arg("receive"), py::arg("send"), py::arg("what"), py::arg("behind") = true, no_gil())
       .def("close", &CommStream::close, no_gil())
       .def("counters", &counters);
 }

@@ -164,7 +164,7 @@ void CommStream::stage(Ticket& ticket, at::Tensor& in, at::Tensor& out) {
 
 template <typename Launch>
 Shared CommStream::post(Kind kind, const Group& group, const at::Tensor& given, const at::Tensor& taken, int peer,
-                        std::string what, Launch launch) {
+                        std::string what, Launch launch, bool behind) {
   const at::Tensor in = unseen(given), out = unseen(taken);
   const at::Tensor& counted = in.defined() ? in : out;
   auto ticket = std::make_shared<Ticket>(kind, std::move(what), static_cast<int64_t>(counted.nbytes()), counters_);
@@ -179,8 +179,13 @@ Shared CommStream::post(Kind kind, const Group& group, const at::Tensor& given, 
     if (!counted.is_cpu()) {
       TORCH_CHECK(stream_, "a stream of the CPU was given a tensor on ", counted.device());
       const c10::Stream current = c10::impl::VirtualGuardImpl(device_.type()).getStream(device_);
-      const auto produced = std::make_shared<Moment>(current);
-      produced->block(*stream_);
+      const auto produced = std::make_shared<Moment>(behind ? current : *stream_);
+      if (behind) {
+        produced->block(*stream_);
+      } else {
+        out.record_stream(*stream_);
+        out.record_stream(current);
+      }
       ticket->native_ = !needs_host(group, device_.type());
       if (ticket->native_) {
         ticket->poster_ = current;
@@ -233,10 +238,12 @@ Shared CommStream::recv(const Group& group, const at::Tensor& tensor, int peer, 
 }
 
 Shared CommStream::all_to_all(const Group& group, const at::Tensor& out, const at::Tensor& in,
-                              std::vector<int64_t> receive, std::vector<int64_t> send, std::string what) {
-  return post(kAllToAll, group, in, out, -1, std::move(what), [&](at::Tensor& to, at::Tensor& from) {
+                              std::vector<int64_t> receive, std::vector<int64_t> send, std::string what,
+                              bool behind) {
+  const auto launch = [&](at::Tensor& to, at::Tensor& from) {
     return launch_all_to_all(0, *group, to, from, receive, send);
-  });
+  };
+  return post(kAllToAll, group, in, out, -1, std::move(what), launch, behind);
 }
 
 } // namespace dualpipe

@@ -50,8 +50,9 @@ class CommStream {
   // Each posts at once and returns a ticket; call them without the GIL. `what` names the transfer in errors.
   Shared send(const Group& group, const at::Tensor& tensor, int peer, int tag, std::string what);
   Shared recv(const Group& group, const at::Tensor& tensor, int peer, int tag, std::string what);
+  // `behind` false: behind what this stream was given before alone, not behind the current stream.
   Shared all_to_all(const Group& group, const at::Tensor& out, const at::Tensor& in, std::vector<int64_t> receive,
-                    std::vector<int64_t> send, std::string what);
+                    std::vector<int64_t> send, std::string what, bool behind);
 
   // Gives up open sends and receives and ends the threads. Later posts fail.
   void close();
@@ -61,7 +62,7 @@ class CommStream {
  private:
   template <typename Launch>
   Shared post(Kind kind, const Group& group, const at::Tensor& given, const at::Tensor& taken, int peer,
-              std::string what, Launch launch);
+              std::string what, Launch launch, bool behind = true);
   void stage(Ticket& ticket, at::Tensor& in, at::Tensor& out);
   void watch();
   void keep(Kind kind, const Group& group, int peer, const Shared& ticket);

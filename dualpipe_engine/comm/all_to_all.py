@@ -8,6 +8,7 @@ of its own before that (`Counts`), and the only thing that the host has to read.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -29,6 +30,7 @@ def exchange(
     group: dist.ProcessGroup,
     tickets: Tickets | None = None,
     stream: SharedStream | None = None,
+    ready: bool = False,
 ) -> Tensor:
     """Send consecutive blocks of rows to the ranks of a group and receive theirs.
 
@@ -40,6 +42,8 @@ def exchange(
         tickets: takes the ticket, of the backward too; the result (the gradient) holds no data before its `wait`. The
             rows must then be used by nothing else that backward adds up. None: wait here.
         stream: posts it, and the backward; None: the one of the device, opened for this exchange if nobody has it.
+        ready: the rows had been computed when `stream` posted what it posted last, as the counts of these rows. So they
+            travel right behind that, under what the device has been given to compute since.
 
     Returns:
         [sum(receive), ...], on one rank the rows themselves.
@@ -49,25 +53,32 @@ def exchange(
     """
     if group.size() == 1:
         return rows
-    return _Exchange.apply(rows, tuple(send), tuple(receive), group, tickets, stream or shared_stream(rows.device))
+    route = (group, tickets, stream or shared_stream(rows.device))
+    return _Exchange.apply(rows, tuple(send), tuple(receive), ready, *route)
 
 
 class _Exchange(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, rows: Tensor, send: Any, receive: Any, *route: Any) -> Tensor:
+    def forward(ctx: Any, rows: Tensor, send: Any, receive: Any, ready: bool, *route: Any) -> Tensor:
         ctx.splits, ctx.route = (receive, send), route
-        return _post(rows, send, receive, *route)
+        return _post(rows, send, receive, ready, *route)
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> Any:
         send, receive = ctx.splits
-        return _post(grads[0], send, receive, *ctx.route), None, None, None, None, None
+        return _post(grads[0], send, receive, False, *ctx.route), None, None, None, None, None, None
 
 
-def _post(rows: Tensor, send: Any, receive: Any, group: Any, tickets: Tickets | None, stream: SharedStream) -> Tensor:
+def _post(
+    rows: Tensor, send: Any, receive: Any, ready: bool, group: Any, tickets: Tickets | None, stream: SharedStream
+) -> Tensor:
+    ready = ready and rows.is_contiguous() and rows.device.type != "cpu"
     rows = rows.contiguous()
-    out = rows.new_empty((sum(receive), *rows.shape[1:]))
-    ticket = stream.posts.all_to_all(group, out, rows, receive, send, f"all-to-all of group rank {group.rank()}")
+    # What the current stream frees may still be in use there: memory for what does not wait for it is another stream's.
+    with on_stream(stream.side) if ready and stream.side is not None else nullcontext():
+        out = rows.new_empty((sum(receive), *rows.shape[1:]))
+    what = f"all-to-all of group rank {group.rank()}"
+    ticket = stream.posts.all_to_all(group, out, rows, receive, send, what, not ready)
     if tickets is None:
         with waiting():
             ticket.wait(TIMEOUT_S)

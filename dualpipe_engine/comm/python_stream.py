@@ -231,12 +231,13 @@ class CommStream:
         receive: Sequence[int],
         send: Sequence[int],
         what: str,
+        behind: bool = True,
     ) -> Ticket:
         def launch(to: Any, rows: Any) -> Any:
             post: Any = getattr(group, "all_to_all_single", None) or group.alltoall_base  # renamed in torch 2.13
             return post(to, rows, list(receive), list(send))
 
-        return self._post("all_to_all", group, rows, out, -1, what, launch)
+        return self._post("all_to_all", group, rows, out, -1, what, launch, behind)
 
     def counters(self) -> dict[str, dict[str, int]]:
         return {kind: dict(sums) for kind, sums in self._sums.items()}
@@ -258,6 +259,7 @@ class CommStream:
         peer: int,
         what: str,
         launch: Callable[[Any, Any], Any],
+        behind: bool = True,
     ) -> Ticket:
         counted = out if rows is None else rows
         assert counted is not None
@@ -269,7 +271,7 @@ class CommStream:
                 if counted.device.type == "cpu":
                     ticket.work = launch(out, rows)
                 else:
-                    ticket.work = self._launch_on_stream(ticket, group, rows, out, launch)
+                    ticket.work = self._launch_on_stream(ticket, group, rows, out, launch, behind)
             except RuntimeError as error:
                 ticket.complete(str(error))
                 return ticket
@@ -311,12 +313,22 @@ class CommStream:
                     idle = 0
 
     def _launch_on_stream(
-        self, ticket: Ticket, group: dist.ProcessGroup, rows: Any, out: Any, launch: Callable[[Any, Any], Any]
+        self,
+        ticket: Ticket,
+        group: dist.ProcessGroup,
+        rows: Any,
+        out: Any,
+        launch: Callable[[Any, Any], Any],
+        behind: bool,
     ) -> Any:
         stream = self._stream
         current = torch.accelerator.current_stream(self._device)
-        produced = Moment(current)
-        produced.block(stream)
+        produced = Moment(current if behind else stream)
+        if behind:
+            produced.block(stream)
+        else:
+            out.record_stream(stream)
+            out.record_stream(current)
         ticket.native = dist.get_backend(group) not in ("gloo", "mpi")
         if ticket.native:
             ticket.poster, ticket.posted = current, produced

@@ -78,8 +78,14 @@ class CommStream(Protocol):
         receive: Sequence[int],
         send: Sequence[int],
         what: str,
+        behind: bool = True,
     ) -> StreamTicket:
-        """Exchange blocks of rows: `send[i]` rows to, `receive[i]` rows from group rank i."""
+        """Exchange blocks of rows: `send[i]` rows to, `receive[i]` rows from group rank i.
+
+        With `behind` False the exchange follows what this communication stream was given before, and not what the
+        current stream was given since: `rows` must have been there before that, and the memory of `out` must be free
+        whatever the current stream is doing, as memory that was allocated under another stream is.
+        """
 
     def counters(self) -> dict[str, dict[str, int]]:
         """For each kind of ticket: posted, finished, failed, bytes, flight_ns (posted to finished), waited_ns."""

@@ -114,6 +114,10 @@ class Tickets:
         """Leave `ticket`, of a transfer of `size` bytes, to `wait`."""
         self._open.append((ticket, Transfer(self._name, time.monotonic(), size=size)))
 
+    def moments(self) -> list[Moments]:
+        """Of the transfers whose times are those of a device, as far as they are known."""
+        return [found for ticket, _ in self._open if (found := ticket.moments()) is not None]
+
     def done(self) -> bool:
         """Whether nothing is left to wait for; does not wait."""
         for ticket, transfer in self._open:

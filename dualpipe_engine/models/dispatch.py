@@ -87,9 +87,9 @@ class AllToAll:
     def dispatch(self, state: State, tickets: Tickets | None) -> State:
         if self._group is None or self._ranks == 1:
             return state
-        counts: Counts = state["counts"]
+        counts: Counts = state["counts"]  # of the same rows: see `prepare`
         return state | {
-            "rows": exchange(state["rows"], counts.send, counts.receive, self._group, tickets, self._stream)
+            "rows": exchange(state["rows"], counts.send, counts.receive, self._group, tickets, self._stream, ready=True)
         }
 
     def arrange(self, state: State) -> tuple[Tensor, Sizes]:

@@ -26,13 +26,13 @@ from torch.utils.checkpoint import checkpoint
 
 from ..comm.tickets import Tickets, Transfer
 from .chunk import StageChunk, _inside
+from .filling import Filling, Weights
 from .phases import COMM, COMPUTE, Phase, Phased
 
 Result = TypeVar("Result")
 #: Yields None before it posts, and then what it has posted; it must not be resumed before that is done.
 Steps = Generator[Tickets | None, None, Result]
 Grads = list[torch.Tensor | None]
-_Weights = deque[Callable[[], None]]
 
 
 def phases_of(
@@ -109,6 +109,8 @@ class PhasedChunk(StageChunk):
         self._timeout_s = timeout_s
         self._segments: dict[int, list[_Segment]] = {}
         self._log = log
+        self._filling = Filling(timeout_s)  # of full backwards
+        self._fillings: dict[int, Filling] = {}  # of pairs with a backward of that stage
 
     @property
     def brings_overlap(self) -> bool:
@@ -118,17 +120,18 @@ class PhasedChunk(StageChunk):
         return self._overlap and isinstance(other, PhasedChunk)
 
     def forward(self, micro: int, inputs: Any, labels: Any = None) -> Any:
-        return finish(self._forward_steps(micro, inputs, labels), partial(self._wait, weights=deque()))
+        return finish(self._forward_steps(micro, inputs, labels), self._wait)
 
     def backward(self, micro: int, grads: list[torch.Tensor] | None, scale: float = 1.0) -> list[torch.Tensor]:
-        weights: _Weights = deque()
-        back = finish(self._backward_steps(micro, grads, scale, weights), partial(self._wait, weights=weights))
+        weights: Weights = deque()
+        self._filling.begin()
+        back = finish(self._backward_steps(micro, grads, scale, weights), partial(self._filling.wait, weights=weights))
         _run_all(weights)
         return back
 
     def input_backward(self, micro: int, grads: list[torch.Tensor] | None, scale: float = 1.0) -> list[torch.Tensor]:
-        weights: _Weights = deque()
-        back = finish(self._backward_steps(micro, grads, scale, weights), partial(self._wait, weights=deque()))
+        weights: Weights = deque()
+        back = finish(self._backward_steps(micro, grads, scale, weights), self._wait)
         self._pending[micro] = list(weights)
         return back
 
@@ -141,10 +144,12 @@ class PhasedChunk(StageChunk):
             What `forward` returns, and what `backward` returns.
         """
         assert isinstance(other, PhasedChunk)
-        weights: _Weights = deque()
+        weights: Weights = deque()
         forward = self._forward_steps(micro, inputs, labels)
         backward = other._backward_steps(back, grads, scale, weights)
-        output, found = interleave(forward, backward, partial(self._wait, weights=weights))
+        filling = self._fillings.setdefault(other.stage, Filling(self._timeout_s))
+        filling.begin()
+        output, found = interleave(forward, backward, partial(filling.wait, weights=weights))
         _run_all(weights)
         return output, found
 
@@ -152,11 +157,7 @@ class PhasedChunk(StageChunk):
         super().clear()
         self._segments.clear()
 
-    def _wait(self, tickets: Tickets, weights: _Weights) -> None:
-        """Wait, and run weight gradients for as long as there is time; not before what leads on, whose transfers they
-        would hold back."""
-        while weights and not tickets.leads_on and not tickets.done():
-            weights.popleft()()
+    def _wait(self, tickets: Tickets) -> None:
         tickets.wait(self._timeout_s)
 
     def _forward_steps(self, micro: int, inputs: Any, labels: Any) -> Steps[Any]:
@@ -183,7 +184,7 @@ class PhasedChunk(StageChunk):
         return self._keep_loss(micro, leaves, self.loss_fn(output, labels) if self.loss_fn is not None else output)
 
     def _backward_steps(
-        self, micro: int, grads: list[torch.Tensor] | None, scale: float, weights: _Weights
+        self, micro: int, grads: list[torch.Tensor] | None, scale: float, weights: Weights
     ) -> Steps[list[torch.Tensor]]:
         last, segments = self._alive.pop(micro), self._segments.pop(micro)
         with self._keeping_back(weights):
@@ -215,7 +216,7 @@ class PhasedChunk(StageChunk):
         return [torch.zeros_like(leaf) if grad is None else grad for leaf, grad in zip(leaves, found, strict=True)]
 
     @contextmanager
-    def _keeping_back(self, weights: _Weights) -> Iterator[None]:
+    def _keeping_back(self, weights: Weights) -> Iterator[None]:
         """Put the weight gradients of the backward in the body into `weights`."""
         if self._store is None:
             yield
@@ -290,7 +291,7 @@ def _next_posted(steps: Steps[Any]) -> Tickets:
     return step
 
 
-def _run_all(weights: _Weights) -> None:
+def _run_all(weights: Weights) -> None:
     while weights:
         weights.popleft()()
 

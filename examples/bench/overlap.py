@@ -9,7 +9,7 @@ dispatcher; its computation takes `ratio` times as long as one of its all-to-all
 medians over pairs. "computation" is what the computation of a pair took, "hidden" the part of the all-to-all time of
 the sequential run that an overlapped pair does not wait for: 1 - (pair - computation) / (sequential - computation).
 
---cuda runs one MoE block in bf16 on one GPU with a loop-back all-to-all through pinned memory (`loopback.py`);
+--cuda runs a stage of MoE blocks in bf16 on one GPU with a loop-back all-to-all through pinned memory (`loopback.py`);
 `--cuda --device cpu` runs the same on the CPU, to see that it works.
 """
 
@@ -189,8 +189,8 @@ def main() -> None:
     parser.add_argument("--kilobytes", type=int, default=2048, help="that a rank sends in one all-to-all")
     parser.add_argument("--megabit", type=float, default=400.0, help="a second, of the link, each way")
     parser.add_argument("--out", help="PNG file")
-    parser.add_argument("--cuda", action="store_true", help="one block on one GPU instead")
-    parser.add_argument("--device", default="cuda", help="for --cuda: where the block is")
+    parser.add_argument("--cuda", action="store_true", help="a stage on one GPU instead")
+    parser.add_argument("--device", default="cuda", help="for --cuda: where the stage is")
     args = parser.parse_args()
     if args.cuda:
         from loopback import main as on_one_gpu

@@ -67,6 +67,7 @@ def main(way):
         "send": lambda: stream.send(group, tensor(), 1, 0, "to 1"),
         "recv": lambda: stream.recv(group, tensor(), 1, 0, "from 1"),
         "all_to_all": lambda: stream.all_to_all(group, tensor(), tensor(), [2, 2], [2, 2], "all"),
+        "ready": lambda: stream.all_to_all(group, tensor(), tensor(), [2, 2], [2, 2], "all", False),
     }.items():
         group.calls.clear()
         alive.clear()

@@ -13,7 +13,7 @@ def test_waits_order_streams(way):
     if way == "prebuilt":
         pytest.importorskip("dualpipe_engine._comm", reason="installed without the helper")
     found = fake_device.run_alone(Path(__file__).parent / "device_tickets.py", way)
-    for kind, waits, tensors in (("send", 2, 1), ("recv", 2, 1), ("all_to_all", 3, 2)):
+    for kind, waits, tensors in (("send", 2, 1), ("recv", 2, 1), ("all_to_all", 3, 2), ("ready", 3, 2)):
         ticket = found[kind]
         # Once for each of the two waits, and once by the communication stream, which follows exchanges to time them.
         assert len(ticket["waits"]) == waits

@@ -5,13 +5,17 @@ from __future__ import annotations
 import random
 import time
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from common import CPU, DEVICE, Facts, Run, asleep, free_port, synchronize
 
+from dualpipe_engine.comm.all_to_all import Counts, _Exchange
+from dualpipe_engine.comm.device import Moment, side_stream
 from dualpipe_engine.comm.stream import open_stream
+from dualpipe_engine.comm.tickets import Tickets
 
 
 def helper(run: Run) -> Facts:
@@ -25,7 +29,8 @@ def helper(run: Run) -> Facts:
 
 
 def wait_returns(run: Run) -> Facts:
-    """An all-to-all behind 200 ms of device work: `wait` gives the host back at once, and the rows are right."""
+    """An all-to-all behind 200 ms of device work: `wait` gives the host back at once, and the rows are right. Rows that
+    follow their counts do not wait for later work."""
     address = f"tcp://127.0.0.1:{free_port()}"
     options = {} if CPU else {"device_id": DEVICE}
     dist.init_process_group("gloo" if CPU else "nccl", init_method=address, rank=0, world_size=1, **options)
@@ -46,10 +51,34 @@ def wait_returns(run: Run) -> Facts:
             assert torch.equal(after, rows), f"{how}: the rows that came are not those that were sent"
             if measured:
                 found[f"{how}_wait_ms"] = seconds * 1e3
+        _rows_that_are_ready(group, stream, how)
         stream.close()
     for name, milliseconds in found.items():
         assert CPU or milliseconds < 5.0, f"{name}: the host stood still for {milliseconds:.1f} ms"
     return found
+
+
+def _rows_that_are_ready(group: Any, posts: Any, how: str) -> None:
+    """Rows travel behind their counts, not behind what the device was given to compute since, whose memory they leave
+    alone."""
+    stream: Any = SimpleNamespace(posts=posts, side=side_stream(DEVICE))
+    start = None if CPU else Moment(torch.cuda.current_stream())
+    base = torch.arange(1 << 20, dtype=torch.float32, device=DEVICE)
+    asleep(20.0)
+    rows = base + 1
+    counts = Counts(torch.tensor([len(rows)], device=DEVICE), group, None, stream)
+    for _ in range(20):
+        asleep(5.0)
+        torch.full_like(rows, -1.0)
+    busy = None if CPU else Moment(torch.cuda.current_stream())
+    tickets = Tickets()
+    out = _Exchange.apply(rows, counts.send, counts.receive, True, group, tickets, stream)
+    moments = tickets.moments()
+    tickets.wait(60.0)
+    assert torch.equal(out, base + 1), f"{how}: rows that were ready are wrong"
+    if start is not None and busy is not None:
+        ends = [moment.since(start._event) for each in moments for moment in each[1:2] if moment is not None]
+        assert ends and max(ends) < busy.since(start._event), f"{how}: rows that were ready waited for later work"
 
 
 def staging(run: Run) -> Facts:

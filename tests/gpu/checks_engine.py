@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import copy
 import tempfile
+from functools import partial
 from pathlib import Path
 from statistics import median
 from typing import Any
 from unittest.mock import patch
 
 import torch
-from common import CPU, DEVICE, Facts, Run, asleep
+from common import CPU, DEVICE, Facts, Run, asleep, together
 
 SIZES = {"vocabulary": 64, "hidden": 32, "heads": 2, "head": 16, "rotary": 8, "kv_rank": 16, "dense_inner": 64}
 MOE = SIZES | {"expert_inner": 32, "experts": 4, "shared_experts": 1, "expert_parallel": 2, "bias_rate": 0.05}
@@ -34,8 +35,8 @@ def _settings(schedule: str, micros: int, zero: int = 1, precision: str = "fp32"
 class Rows:
     """Tokens and the tokens after them."""
 
-    def __init__(self, rows: int = 64, seed: int = 3) -> None:
-        self._rows = torch.randint(0, 64, (rows, LENGTH + 1), generator=torch.Generator().manual_seed(seed))
+    def __init__(self, rows: int = 64, seed: int = 3, length: int = LENGTH) -> None:
+        self._rows = torch.randint(0, 64, (rows, length + 1), generator=torch.Generator().manual_seed(seed))
 
     def __len__(self) -> int:
         return len(self._rows)
@@ -44,9 +45,9 @@ class Rows:
         return self._rows[index, :-1], self._rows[index, 1:]
 
 
-def stream(replica: int = 0) -> Any:
+def stream(replica: int = 0, length: int = LENGTH) -> Any:
     """Micro-batches without end."""
-    rows, at = Rows(seed=3 + replica), 0
+    rows, at = Rows(seed=3 + replica, length=length), 0
     while True:
         chosen = [rows[(at + each) % len(rows)] for each in range(MICRO)]
         at += MICRO
@@ -116,32 +117,37 @@ def _slow_down(engine: Any) -> None:
 
 def untagged(run: Run) -> Facts:
     """On a backend without tags, as NCCL is one: groups are made, all edges are used, and the training is the same."""
-    model, found = SIZES | {"blocks": 4, "dense_blocks": 4}, {}
-    for ranks, replicas in ((2, 1),) if CPU else ((2, 1), (3, 1), (4, 1), (2, 2)):
-        arguments = {
-            "config": _settings("dualpipe", 2 * ranks), "model": model, "ranks": ranks, "replicas": replicas
-        }  # fmt: skip
-        losses = []
-        for backend in ("gloo", "cpu:gloo"):
-            options = {"backend": backend, "device": "cpu"}
-            losses.append([each["losses"] for each in run(ranks * replicas, train, options=options, **arguments)])
-        assert losses[0] == losses[1], f"{ranks} x {replicas} ranks: {losses}"
-        found[f"{ranks} x {replicas}"] = losses[1][0]
+    grid = ((2, 1),) if CPU else ((2, 1), (3, 1), (4, 1), (2, 2))
+    model = SIZES | {"blocks": 4, "dense_blocks": 4}
+    calls = [
+        partial(
+            run, ranks * replicas, train, options={"backend": backend, "device": "cpu"}, ranks=ranks, replicas=replicas,
+            config=_settings("dualpipev" if ranks % 2 else "dualpipe", 2 * ranks), model=model,
+        )
+        for ranks, replicas in grid
+        for backend in ("gloo", "cpu:gloo")
+    ]  # fmt: skip
+    results, found = together(calls), {}
+    for at, (ranks, replicas) in enumerate(grid):
+        tagged, bare = ([rank["losses"] for rank in each] for each in results[2 * at : 2 * at + 2])
+        assert tagged == bare, f"{ranks} x {replicas} ranks: {tagged} with tags, {bare} without"
+        found[f"{ranks} x {replicas}"] = bare[0]
     return found
 
 
 def reductions(run: Run) -> Facts:
-    """Under the tail of the schedule, with the device late, they give what reducing after the schedule gives."""
-    found = {}
-    for zero in (1,) if CPU else (0, 1, 2):
-        ours, plain = (
-            run(2, _reduced, zero=zero, after=after)
-            for after in (False, True)
-        )  # fmt: skip
+    """Under the tail of the schedule, with the device late, they give what DeepSpeed's own reduction after the schedule
+    gives; of ZeRO-2, which has none that knows of several stages, nearly that of ZeRO-1."""
+    found, stages = {}, (1,) if CPU else (0, 1, 2)
+    grid = [{"zero": min(zero, 1) if after else zero, "after": after} for zero in stages for after in (False, True)]
+    results = together([partial(run, 2, _reduced, **each) for each in grid])
+    for at, zero in enumerate(stages):
+        ours, plain = results[2 * at : 2 * at + 2]
         for mine, theirs in zip(ours, plain, strict=True):
             assert mine["losses"] == theirs["losses"], f"ZeRO-{zero}: {mine['losses']} and {theirs['losses']}"
             for name, value in mine["after"].items():
-                assert torch.equal(value, theirs["after"][name]), f"ZeRO-{zero}: {name}"
+                bounds = {"rtol": 0.0, "atol": 0.0} if zero < 2 else {"rtol": 1e-5, "atol": 1e-6}
+                torch.testing.assert_close(value, theirs["after"][name], msg=f"ZeRO-{zero}: {name}", **bounds)
         found[f"ZeRO-{zero}"] = ours[0]["losses"]
     return found
 
@@ -170,6 +176,7 @@ def schedules(run: Run) -> Facts:
         _settings(name, 2 * ranks, zero, precision, check_twins=1) for name in names for precision, zero in kinds
     ]
     results = run(ranks, many, configs=configs, model=model, ranks=ranks)
+    wrong = []
     start_weights = {name: value for rank in results for name, value in rank[0]["before"].items()}
     want, found = _one_process(model, start_weights, 2 * ranks, steps=2), {}
     for index, config in enumerate(configs):
@@ -177,8 +184,11 @@ def schedules(run: Run) -> Facts:
         got = results[0][index]["losses"]
         bound = 1e-2 if low else 1e-5
         error = max(abs(a - b) / b for a, b in zip(got, want, strict=True))
-        assert error <= bound, f"{name}, {'bf16' if low else 'fp32'}: losses {got}, of one process {want}"
-        found[f"{name}, {'bf16' if low else 'fp32'}"] = error
+        what = f"{name}, {'bf16' if low else 'fp32'}"
+        if error > bound:
+            wrong.append(f"{what}: losses {got}, of one process {want}")
+        found[what] = error
+    assert not wrong, "; ".join(wrong)
     return {"relative_errors": found, "losses": want}
 
 
@@ -210,8 +220,10 @@ def experts(run: Run) -> Facts:
     ranks = 1 if CPU else 2
     configs = [_settings("1f1b" if CPU else "dualpipe", 2 if CPU else 4)]
     arguments = {"configs": configs, "model": model, "ranks": ranks, "replicas": 2, "steps": 3}
-    here = run(2 * ranks, many, **arguments)
-    there = here if CPU else run(2 * ranks, many, options={"device": "cpu"}, **arguments)
+    devices = ("cuda",) if CPU else ("cuda", "cpu")
+    calls = [partial(run, 2 * ranks, many, options={"device": device}, **arguments) for device in devices]
+    results = together(calls)
+    here, there = results[0], results[-1]
     for mine, theirs in zip(here, there, strict=True):
         torch.testing.assert_close(
             torch.tensor(mine[0]["losses"]), torch.tensor(theirs[0]["losses"]), rtol=1e-4, atol=1e-6
@@ -228,7 +240,9 @@ def auto(run: Run) -> Facts:
         second = run(2, _measured, path=path)
     for mine, again in zip(first, second, strict=True):
         assert mine["dtypes"] == again["dtypes"], f"dtypes of buffers: {mine['dtypes']} and {again['dtypes']}"
-        assert mine["losses"] == again["losses"], f"first start {mine['losses']}, second {again['losses']}"
+        torch.testing.assert_close(  # sums of rows are made in any order on a GPU
+            torch.tensor(mine["losses"]), torch.tensor(again["losses"]), rtol=0.0 if CPU else 1e-2, atol=0.0
+        )
     ratios = {kind: first[0]["costs"][kind] / first[0]["events"][kind] for kind in first[0]["events"]}
     if not CPU:
         for kind, ratio in ratios.items():
@@ -241,7 +255,9 @@ def auto(run: Run) -> Facts:
 def _measured(path: str) -> Facts:
     from dualpipe_engine.engine.auto import choose as measuring
 
-    wide = {} if CPU else {"hidden": 1024, "expert_inner": 1024}
+    # On a GPU so much that the device is what takes the time.
+    wide = {} if CPU else {"hidden": 4096, "heads": 16, "head": 128, "expert_inner": 2048}
+    length = LENGTH if CPU else 2048
     model = MOE | wide | {"blocks": 2, "expert_parallel": 1}
     plain, states = measuring.stage_costs, []
 
@@ -252,15 +268,15 @@ def _measured(path: str) -> Facts:
         return costs
 
     with patch.object(measuring, "stage_costs", watched):
-        engine, replica = start(_settings("auto", 4, 1, "bf16", costs=path), model, 2, data=Rows())
+        engine, replica = start(_settings("auto", 4, 1, "bf16", costs=path), model, 2, data=Rows(length=length))
     assert all(states), "random states have changed"
     dtypes = {name: str(buffer.dtype) for name, buffer in engine.module.named_buffers()}
-    costs, data = engine._costs, stream(replica)
+    costs, data = engine._costs, stream(replica, length)
     losses = [float(engine.train_batch(data)) for _ in range(3)]
     schedule = engine.plan.schedule
     engine.watch.close()
     fixed, replica = start(_settings("zb1p", 4, 1, "bf16"), model, 2)
-    data, times = stream(replica), {"F": [], "I": [], "W": []}  # type: ignore[var-annotated]
+    data, times = stream(replica, length), {"F": [], "I": [], "W": []}  # type: ignore[var-annotated]
     for step in range(2 if CPU else 4):
         fixed.train_batch(data)
         for span in fixed.timeline().spans if step else ():

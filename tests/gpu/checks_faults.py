@@ -9,16 +9,18 @@ import sys
 import tempfile
 import time
 import traceback
+from functools import partial
 from pathlib import Path
 
 from checks_engine import SIZES, _settings, start, stream
-from common import CPU, Facts, Run, enter_rank, free_port
+from common import CPU, Facts, Run, enter_rank, free_port, together
 
 TIMEOUT_S, START_S = 12.0, 45.0
 
 
 def lost_ranks(run: Run) -> Facts:
-    return {fault: struck(fault) for fault in (("kill",) if CPU else ("kill", "stop"))}
+    faults = ("kill",) if CPU else ("kill", "stop")
+    return dict(zip(faults, together([partial(struck, fault) for fault in faults]), strict=True))
 
 
 def struck(fault: str, ranks: int = 2 if CPU else 4) -> Facts:

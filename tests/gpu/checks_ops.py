@@ -5,9 +5,11 @@ from __future__ import annotations
 import re
 import subprocess
 import sys
+import traceback
 import warnings
 from collections.abc import Callable
 from contextlib import nullcontext
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -72,7 +74,9 @@ NEAR = {"gradient in the forward"}  #: of second derivatives the formulas are ot
 
 def split(run: Run) -> Facts:
     """Gradients of I and W, and of a full backward through installed modules, are those of a plain backward."""
+    torch.backends.cudnn.deterministic = True
     found: Facts = {}
+    wrong = []
     for name, operation in OPERATIONS.items():
         for dtype in ("float32", "bfloat16", "autocast"):
             if name == "gradient in the forward" and dtype != "float32":
@@ -81,15 +85,16 @@ def split(run: Run) -> Facts:
             for how in ("split", "full"):
                 for param, grad in _gradients(operation, dtype, how).items():
                     what = f"{name}, {dtype}, {how}: {param}"
-                    if name in NEAR:
-                        torch.testing.assert_close(grad, plain[param], rtol=1e-4, atol=1e-5, msg=what)
-                    else:
-                        same = grad is plain[param] or torch.equal(grad, plain[param])
-                        assert same, f"{what} differs by {(grad - plain[param]).abs().max():.2g}"
+                    if grad is plain[param] or torch.equal(grad, plain[param]):
+                        continue
+                    if name not in NEAR or not torch.allclose(grad, plain[param], rtol=1e-4, atol=1e-5):
+                        wrong.append(f"{what} differs by {(grad - plain[param]).abs().max():.2g}")
             found[name] = "near" if name in NEAR else "bit-equal"
     plain, summed = (_gradients(OPERATIONS["linear"], "autocast", how) for how in ("plain", "main_grad"))
     error = (summed["0.linear.weight"] - plain["0.linear.weight"]).norm() / plain["0.linear.weight"].norm()
-    assert error < 1e-2, f"main_grad is off by {error:.2g}"
+    if not error < 1e-2:
+        wrong.append(f"main_grad is off by {error:.2g}")
+    assert not wrong, "; ".join(wrong)
     return found | {"main_grad_error": float(error)}
 
 
@@ -131,7 +136,8 @@ LARGE = MoEConfig(
 
 def host_waits(run: Run) -> Facts:
     """How often F, I, W and an F&B pair of a block hold the host: a dense one never, one of experts once at most."""
-    found: Facts = {}
+    found: dict[str, list[str]] = {}
+    wrong = []
     for name, block, allowed in (("dense", DenseBlock(SIZES), 0), ("experts", MoEBlock(SIZES), 1)):
         chunk, inputs = _chunk(block)
         grads = [torch.ones_like(inputs)]
@@ -152,35 +158,45 @@ def host_waits(run: Run) -> Facts:
         chunk.forward(0, fresh())
         found[f"{name}, pair"] = _waits(pair)
         for what in (f"{name}, F I W", f"{name}, pair"):
-            assert CPU or found[what] <= allowed, f"{what}: the host waits {found[what]} times, {allowed} are allowed"
-    return found
+            if not CPU and len(found[what]) > allowed:
+                wrong.append(f"{what}: the host waits {len(found[what])} times, {allowed} are allowed: {found[what]}")
+    assert not wrong, "; ".join(wrong)
+    return {what: len(waits) for what, waits in found.items()}
 
 
-def _waits(body: Callable[[], None]) -> int:
-    """Operations that hold the host, as torch counts them on CUDA; on the CPU those that would."""
+def _waits(body: Callable[[], None]) -> list[str]:
+    """Where operations hold the host, as torch sees them on CUDA; on the CPU those that would."""
     if CPU:
         from torch.utils._python_dispatch import TorchDispatchMode
 
-        reads = []
+        reads: list[str] = []
 
         class Count(TorchDispatchMode):
             def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
                 if func is torch.ops.aten._local_scalar_dense.default:
-                    reads.append(func)
+                    reads.append(str(func))
                 return func(*args, **(kwargs or {}))
 
         with Count():
             body()
-        return len(reads)
+        return reads
     synchronize()
-    with warnings.catch_warnings(record=True) as caught:
+    places: list[str] = []
+
+    def note(message: Any, *_: Any) -> None:
+        if "called a synchronizing" in str(message):  # not what torch says of this mode itself
+            frames = [each for each in traceback.extract_stack() if "dualpipe_engine" in each.filename][-3:]
+            places.append(" < ".join(f"{Path(each.filename).name}:{each.lineno}" for each in reversed(frames)))
+
+    with warnings.catch_warnings():
         warnings.simplefilter("always")
+        warnings.showwarning = note
         torch.cuda.set_sync_debug_mode("warn")
         try:
             body()
         finally:
             torch.cuda.set_sync_debug_mode("default")
-    return sum("synchroniz" in str(each.message) for each in caught)
+    return places
 
 
 def _chunk(block: Any, phased: bool = True) -> tuple[Any, Tensor]:
@@ -249,7 +265,7 @@ def overlap(run: Run) -> Facts:
     assert done.returncode == 0, text[-2000:]
     ratios = ratios_of(text)
     assert ratios, f"no ratio in what the bench prints:\n{text[-2000:]}"
-    assert max(ratios) <= 1.10, f"a pair takes {max(ratios):.3f} times the longest of its two parts"
+    assert max(ratios) <= 1.10, f"{text}\na pair takes {max(ratios):.3f} times the longest of its two parts"
     return {"pair_over_longest": ratios, "printed": done.stdout.splitlines()}
 
 

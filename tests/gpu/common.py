@@ -9,7 +9,8 @@ import socket
 import sys
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -35,10 +36,23 @@ def synchronize() -> None:
         torch.cuda.synchronize()
 
 
+_TAKEN: set[int] = set()
+
+
 def free_port() -> int:
-    with socket.socket() as sock:
-        sock.bind(("127.0.0.1", 0))
-        return int(sock.getsockname()[1])
+    while True:
+        with socket.socket() as sock:
+            sock.bind(("127.0.0.1", 0))
+            port = int(sock.getsockname()[1])
+        if port not in _TAKEN:  # by ranks that have not bound it yet
+            _TAKEN.add(port)
+            return port
+
+
+def together(calls: Sequence[Callable[[], Any]]) -> list[Any]:
+    """What the calls return. On a GPU, whose machine has cores to spare, at the same time."""
+    with ThreadPoolExecutor(1 if CPU else len(calls)) as pool:
+        return [future.result() for future in [pool.submit(call) for call in calls]]
 
 
 def enter_rank(rank: int, world: int, port: int, backend: str = "gloo", device: str = "cuda") -> None:
