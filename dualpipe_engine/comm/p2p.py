@@ -94,12 +94,14 @@ class Edges:
             PipelineRuntimeError: shapes, dtypes or constants differ from the first message without `dynamic_shape`.
         """
         before = self._sent.get(stage)
+        tag = _tag(FORWARD, stage, micro, 0)
         if before is not None and not self._dynamic and before.is_of(output):
-            tensors = [output]
-        else:
-            tensors = self._announce(stage, micro, output, dst)
+            self._owed[stage, micro] = before.differentiable
+            self._post_send(output.detach().contiguous(), dst, tag)
+            return
+        tensors = self._announce(stage, micro, output, dst)
         self._owed[stage, micro] = self._sent[stage].differentiable
-        self._send_all([tensor.detach() for tensor in tensors], dst, _tag(FORWARD, stage, micro, 0))
+        self._send_all([tensor.detach() for tensor in tensors], dst, tag)
 
     def _announce(self, stage: int, micro: int, output: Any, dst: int) -> list[torch.Tensor]:
         """The tensors of an output, after a header where the receiver cannot know them."""
@@ -120,7 +122,11 @@ class Edges:
 
     def send_backward(self, stage: int, micro: int, grads: list[torch.Tensor], dst: int) -> None:
         """Send the input gradients of `stage` for `micro`, one for each floating-point input, to rank `dst`."""
-        self._send_all(grads, dst, _tag(BACKWARD, stage, micro, 0))
+        tag = _tag(BACKWARD, stage, micro, 0)
+        if len(grads) == 1:
+            self._post_send(grads[0].contiguous(), dst, tag)
+        else:
+            self._send_all(grads, dst, tag)
 
     def post_forward(self, stage: int, micro: int, src: int) -> None:
         """Ask for the input of `stage` for `micro` from pipeline rank `src`."""
@@ -211,7 +217,9 @@ class Edges:
             blocks = [block]
         else:
             blocks = inbound.tensors = [meta.empty(self._device) for meta in inbound.metas]
-        inbound.tickets = [self._transport.recv(each, inbound.src, tag + index) for index, each in enumerate(blocks)]
+        inbound.tickets = []
+        for index, block in enumerate(blocks):
+            inbound.tickets.append(self._transport.recv(block, inbound.src, tag + index))
 
     def _post_header(self, inbound: Inbound) -> None:
         if inbound.header is None:

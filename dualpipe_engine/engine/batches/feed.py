@@ -19,6 +19,9 @@ from ...comm.device import on_stream
 from ...errors import ConfigError
 from ..placing.grid import Place
 
+#: A value on the device or on its way there; the event behind the copy, before which it holds no data.
+_Copy = tuple[Any, torch.Event | None]
+
 
 class BatchFeed:
     """The micro-batches of one batch on one rank, read as they are asked for.
@@ -44,7 +47,11 @@ class BatchFeed:
         input_gradient: bool = False,
         fingerprint: bool = False,
     ) -> None:
-        self._place = place
+        placement, last = place.placement, place.placement.num_stages - 1
+        self._directions = placement.num_directions
+        # by direction: whether its inputs enter here, and whether its labels are needed here
+        self._enters = [placement.rank(0, direction) == place.rank for direction in range(self._directions)]
+        self._leaves = [placement.rank(last, direction) == place.rank for direction in range(self._directions)]
         self._num_micro = num_micro
         self._next_batch = next_batch
         self._device = device
@@ -64,37 +71,40 @@ class BatchFeed:
 
     def _take(self, held: dict[int, _Copy], micro: int) -> Any:
         self._read_until(micro)
-        value = held.pop(micro).take()
+        value, arrived = held.pop(micro)
+        if arrived is not None:
+            _follow(value, arrived)
         if self._side is not None:  # what this rank takes next travels while this is computed
-            self._read_until(min(micro + self._place.placement.num_directions, self._num_micro - 1))
+            self._read_until(min(micro + self._directions, self._num_micro - 1))
         return value
 
     def drain(self) -> None:
         """Read what is left of the batch, so that both ends leave the stream at the same place."""
-        if self._place.feeds:
+        if any(self._enters) or any(self._leaves):
             self._read_until(self._num_micro - 1)
 
     def _read_until(self, micro: int) -> None:
-        place, last = self._place, self._place.placement.num_stages - 1
         while self._read <= micro:
             batch = self._next_batch()
             if self._fingerprint:
                 self.checksum = _checksum(batch, self.checksum)
             number = self._read
             self._read += 1
-            _check_batch(batch, number)
-            if place.placement.rank_of(0, number) == place.rank:
+            if type(batch) is not tuple or len(batch) < 2 or not isinstance(batch[0], torch.Tensor):
+                _check_batch(batch, number)
+            direction = number % self._directions
+            if self._enters[direction]:
                 self._inputs[number] = self._start(batch[0], copy=True)
-            if place.placement.rank_of(last, number) == place.rank:
+            if self._leaves[direction]:
                 self._labels[number] = self._start(batch[1], copy=False)
 
     def _start(self, value: Any, copy: bool) -> _Copy:
         """Begin to move a value onto the device."""
         side = self._side
         if side is None or any(_is_on_device(leaf) for leaf in pytree.tree_leaves(value)):
-            return _Copy(self._move(value, copy), None)
+            return self._move(value, copy), None
         with on_stream(side):
-            return _Copy(self._move(value, copy), side.record_event())
+            return self._move(value, copy), side.record_event()
 
     def _move(self, value: Any, copy: bool) -> Any:
         """Onto the device; inputs as a copy, because layers may work in place. Lists become tuples, as in DeepSpeed."""
@@ -120,26 +130,13 @@ def _is_on_device(leaf: Any) -> bool:
     return isinstance(leaf, torch.Tensor) and leaf.device.type != "cpu"
 
 
-class _Copy:
-    """A value on its way to the device.
-
-    Args:
-        value: it holds no data before `arrived`.
-        arrived: event behind the copy; None: it is there.
-    """
-
-    def __init__(self, value: Any, arrived: torch.Event | None) -> None:
-        self._value, self._arrived = value, arrived
-
-    def take(self) -> Any:
-        """The value, for the current stream, which waits for the copy; the host does not."""
-        if self._arrived is not None:
-            tensors = [leaf for leaf in pytree.tree_leaves(self._value) if isinstance(leaf, torch.Tensor)]
-            for tensor in tensors:  # the memory belongs to the stream of the copy
-                current = torch.accelerator.current_stream(tensor.device)
-                current.wait_event(self._arrived)
-                tensor.record_stream(current)
-        return self._value
+def _follow(value: Any, arrived: torch.Event) -> None:
+    """Let the current stream wait for a copy to the device; the host does not."""
+    for leaf in pytree.tree_leaves(value):
+        if isinstance(leaf, torch.Tensor):  # the memory belongs to the stream of the copy
+            current = torch.accelerator.current_stream(leaf.device)
+            current.wait_event(arrived)
+            leaf.record_stream(current)
 
 
 def _check_batch(batch: Any, micro: int) -> None:
