@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import inspect
+from functools import partial
 from typing import Any
 
 import torch
+
+from .refusals import refuse_state
 
 
 class OptimizerView(torch.optim.Optimizer):
@@ -45,3 +49,24 @@ class OptimizerView(torch.optim.Optimizer):
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         pass
+
+
+def rebuilt(optimizer: torch.optim.Optimizer, module: torch.nn.Module) -> tuple[Any, list[dict[str, Any]]]:
+    """What makes an optimizer as this one, and its groups with the parameters of this rank's stages alone.
+
+    Args:
+        optimizer: of the parameters of the whole model; it has not stepped.
+        module: the stages, which share their parameters with the model.
+
+    Raises:
+        ConfigError: see `refuse_state`.
+    """
+    refuse_state(optimizer)
+    here = {id(param) for param in module.parameters()}
+    groups = [
+        group | {"params": [param for param in group["params"] if id(param) in here]}
+        for group in optimizer.param_groups
+    ]
+    taken = inspect.signature(type(optimizer).__init__).parameters
+    options = {name: value for name, value in optimizer.defaults.items() if name in taken}
+    return partial(type(optimizer), **options), groups

@@ -19,8 +19,10 @@ import dualpipe_engine
 from dualpipe_engine.adapters import gather_state_dict, get_model_adapter
 from dualpipe_engine.errors import CheckpointError, ConfigError
 
-from .batches import BatchLoss, split_batch
-from .optimizer import OptimizerView
+from .batches import rows_of, split_batch
+from .loss import TrainerLoss, with_weights
+from .optimizer import OptimizerView, rebuilt
+from .refusals import refuse_arguments, refuse_hooks, refuse_optimizer
 
 ENGINE_TAG = "engine"  #: folder of the engine's own state in a Trainer's checkpoint
 SCHEDULER = "scheduler.pt"
@@ -34,10 +36,11 @@ class DualPipeTrainer(Trainer):
     of other lengths or fewer rows are cut into as many micro-batches as they have rows. `gradient_accumulation_steps`
     must be 1: micro-batches are what accumulates.
 
-    Losses, gradient norms and learning rates are those of a Trainer in one process on the same batches. Learning rate
-    schedules, callbacks, evaluation, metrics, checkpoints and resume work as there. `save_model` gathers the stages
-    into a folder that `from_pretrained` loads; `trainer.model` itself has the trained weights of this rank's stages
-    only.
+    Losses, gradient norms and learning rates are those of a Trainer in one process on the same batches: the last stage
+    calls `compute_loss`, overridden or not (`loss.py`). Optimizers, learning rate schedules, callbacks, evaluation,
+    metrics, checkpoints and resume work as there; what does not is refused here (`refusals.py`). `save_model` gathers
+    the stages into a folder that `from_pretrained` loads; `trainer.model` itself has the trained weights of this rank's
+    stages only.
 
     Args:
         model: a model that `get_model_adapter` can cut, PEFT models included.
@@ -71,26 +74,17 @@ class DualPipeTrainer(Trainer):
         self._extra = dict(deepspeed_config or {})
         self._profiling = enable_profiling
         super().__init__(model, args, *positional, **options)
-        self._check_arguments()
+        refuse_arguments(self.args)
+        refuse_hooks(self)
+        if self._num_chunks < 1:
+            raise ConfigError(f"num_chunks must be at least 1, got {self._num_chunks}")
+        if not dist.is_initialized():
+            raise ConfigError("there is no process group: start with a launcher, such as `torchrun --nproc-per-node 2`")
         world = dist.get_world_size() if dist.is_initialized() else 1
         self._stages = num_stages or world
         if world % self._stages:
             raise ConfigError(f"{world} processes are no multiple of {self._stages} stages: change num_stages")
         self._replicas = world // self._stages
-
-    def _check_arguments(self) -> None:
-        args = self.args
-        if args.deepspeed:
-            raise ConfigError(
-                "TrainingArguments(deepspeed=...) makes accelerate build its own engine: leave it out, and pass "
-                "deepspeed_config= to DualPipeTrainer"
-            )
-        if args.gradient_accumulation_steps != 1:
-            raise ConfigError("gradient_accumulation_steps must be 1: raise num_chunks and per_device_train_batch_size")
-        if self._num_chunks < 1:
-            raise ConfigError(f"num_chunks must be at least 1, got {self._num_chunks}")
-        if not dist.is_initialized():
-            raise ConfigError("there is no process group: start with a launcher, such as `torchrun --nproc-per-node 2`")
 
     # -- the engine ----------------------------------------------------------------------------------------------
 
@@ -98,6 +92,7 @@ class DualPipeTrainer(Trainer):
         """The engine; built at the first use. Collective."""
         if self._engine is not None:
             return self._engine
+        import deepspeed
         from deepspeed.pipe import PipelineModule
         from deepspeed.runtime.pipe.topology import PipeDataParallelTopology
 
@@ -108,6 +103,7 @@ class DualPipeTrainer(Trainer):
                 "configuration, or train its adapter's PipelineModule by dualpipe_engine.initialize"
             )
         adapter = get_model_adapter(_base_model(self.model))
+        deepspeed.init_distributed(verbose=False)  # takes the process group that is there
         module = PipelineModule(
             adapter.to_layer_specs(),
             topology=PipeDataParallelTopology(self._stages, self._replicas),
@@ -115,11 +111,11 @@ class DualPipeTrainer(Trainer):
             partition_method="parameters",
             dynamic_shape=True,
         )
-        optimizer_class, options = self.get_optimizer_cls_and_kwargs(self.args, self.model)
+        optimizer, groups = self._make_optimizer(module, dualpipe_engine_config)
         engine, *_ = dualpipe_engine.initialize(
             model=module,
-            model_parameters=self._parameter_groups(module),
-            optimizer=partial(optimizer_class, **options),
+            model_parameters=groups,
+            optimizer=optimizer,
             config=dualpipe_engine_config,
         )
         self._engine = engine
@@ -142,22 +138,36 @@ class DualPipeTrainer(Trainer):
             "pipeline": pipeline,
         }
 
-    def _batch_loss(self, adapter: Any) -> BatchLoss:
-        if self.compute_loss_func is not None:
-            function = self.compute_loss_func
-            return BatchLoss(function, lambda output, labels, count: function(output, labels, num_items_in_batch=count))
-        model = _base_model(self.model)
-        if not self.model_accepts_loss_kwargs:
-            return BatchLoss(adapter.loss_fn)
-        vocabulary = model.config.get_text_config().vocab_size
+    def _batch_loss(self, adapter: Any) -> TrainerLoss:
+        try:
+            own = adapter.loss_fn
+        except ConfigError:
+            if self.compute_loss_func is None and type(self).compute_loss is Trainer.compute_loss:
+                raise
+            own = None
+        return TrainerLoss(self, _base_model(self.model), own)
 
-        def of_tokens(logits: Any, labels: Any, count: Any) -> torch.Tensor:
-            loss: torch.Tensor = model.loss_function(
-                logits=logits, labels=labels, vocab_size=vocabulary, num_items_in_batch=count
-            )
-            return loss
+    def _shifted(self) -> bool:
+        """Whether the model is a causal language model, whose labels are those of the tokens before."""
+        return type(_base_model(self.model)).__name__.endswith(("ForCausalLM", "LMHeadModel"))
 
-        return BatchLoss(adapter.loss_fn, of_tokens)
+    def _make_optimizer(self, module: Any, configuration: dict[str, Any]) -> tuple[Any, list[dict[str, Any]]]:
+        """What makes the optimizer, and the groups of this rank's parameters: the user's optimizer, what an overridden
+        `create_optimizer` makes, or the class that the arguments name."""
+        low = any(configuration.get(name, {}).get("enabled") for name in ("bf16", "fp16"))
+        in_parts = low or configuration["zero_optimization"].get("stage", 0) > 0
+        if self.optimizer is None and type(self).create_optimizer is not Trainer.create_optimizer:
+            self.create_optimizer()
+        if self.optimizer is not None:
+            refuse_optimizer(type(self.optimizer).__name__, in_parts)
+            return rebuilt(self.optimizer, module)
+        if self.optimizer_cls_and_kwargs is not None:
+            kind, options = self.optimizer_cls_and_kwargs
+        else:
+            refuse_optimizer(str(getattr(self.args.optim, "value", self.args.optim)), in_parts)
+            kind, options = self.get_optimizer_cls_and_kwargs(self.args, self.model)
+        refuse_optimizer(kind.__name__, in_parts)
+        return partial(kind, **options), self._parameter_groups(module)
 
     def _parameter_groups(self, module: Any) -> list[dict[str, Any]]:
         """The Trainer's groups, with and without weight decay, over this rank's layers."""
@@ -182,6 +192,8 @@ class DualPipeTrainer(Trainer):
         if self._created_lr_scheduler:
             self.lr_scheduler = None
         self.optimizer = OptimizerView(engine)
+        if self.lr_scheduler is not None:
+            self.lr_scheduler.optimizer = self.optimizer  # the user's, made for an optimizer of the whole model
         self.create_scheduler(num_training_steps=max_steps, optimizer=self.optimizer)
         self.model_wrapped = _Pipeline(self.model)
         if resume_from_checkpoint is not None:
@@ -197,7 +209,7 @@ class DualPipeTrainer(Trainer):
         micros = split_batch(self._prepare_inputs(inputs), self._num_chunks)
         if engine.gradient_accumulation_steps() != len(micros):
             engine.set_train_batch_size(len(micros) * engine.train_micro_batch_size_per_gpu() * self._replicas)
-        labelled = BatchLoss.label(micros, num_items_in_batch, self._replicas)
+        labelled = with_weights(micros, num_items_in_batch, self._replicas, self._shifted())
         loss: torch.Tensor = engine.train_batch(iter(labelled))
         return loss.detach().clone().to(self.args.device)
 
@@ -273,20 +285,27 @@ class DualPipeTrainer(Trainer):
         engine = self._make_engine()
         inputs = self._prepare_inputs(inputs)
         micros = split_batch(inputs, self._num_chunks)
-        self._rows = len(inputs["labels"])
-        with self._alone():
-            items = super()._get_num_items_in_batch([inputs], self.args.device)
-        labelled = BatchLoss.label(micros, items)
-        count = len(labelled)
-        if prediction_loss_only:
-            return engine.eval_batch(iter(labelled), num_micro_batches=count).detach(), None, None
-        outputs = engine.eval_batch(iter(labelled), compute_loss=False, reduce_output=None, num_micro_batches=count)
+        self._rows = rows_of(inputs)
+        labels = tuple(inputs.get(name) for name in self.label_names)
+        labelled = bool(labels) and all(each is not None for each in labels)
+        items = None
+        if labelled:
+            with self._alone():
+                items = super()._get_num_items_in_batch([inputs], self.args.device)
+        weighted = with_weights(micros, items, shifted=self._shifted())
+        count = len(weighted)
+        if prediction_loss_only and labelled:
+            return engine.eval_batch(iter(weighted), num_micro_batches=count).detach(), None, None
+        outputs = engine.eval_batch(iter(weighted), compute_loss=False, reduce_output=None, num_micro_batches=count)
         source = engine.place.pipeline[engine.place.ends[0]]
         box = [outputs if engine.global_rank == source else None]
         dist.broadcast_object_list(box, src=source, group=engine._pipeline_group)
+        logits = torch.cat(box[0])
+        if not labelled:
+            return None, logits, None
         loss_fn = engine.module.loss_fn
-        losses = [loss_fn(output, labels) for output, (_, labels) in zip(box[0], labelled, strict=True)]
-        return torch.stack(losses).mean(), torch.cat(box[0]), inputs["labels"]
+        losses = [loss_fn(output, needed) for output, (_, needed) in zip(box[0], weighted, strict=True)]
+        return torch.stack(losses).mean(), logits, labels[0] if len(labels) == 1 else labels
 
     # -- saving and loading --------------------------------------------------------------------------------------
 

@@ -3,13 +3,21 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
+from contextlib import nullcontext
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
+import trainer_kinds as kinds
 import trainer_runs as runs
 import transformers
-from dualpipe_engine.integrations.transformers.batches import BatchLoss, split_batch
+from dualpipe_engine.integrations.transformers.batches import split_batch
+from dualpipe_engine.integrations.transformers.loss import StandIn, TrainerLoss, with_weights
+from dualpipe_engine.integrations.transformers.optimizer import rebuilt
+from dualpipe_engine.integrations.transformers.refusals import refuse_arguments, refuse_hooks, refuse_optimizer
 
 from dualpipe_engine.compat import DualPipeTrainer
 from dualpipe_engine.errors import ConfigError
@@ -53,12 +61,6 @@ def test_replicas_share_the_batches(ranks, tmp_path):
     assert found[0]["steps"][20][0] < found[0]["steps"][1][0]
 
 
-def test_the_short_call_with_profiling(ranks, tmp_path):
-    assert ranks.run(2, runs.short, folder=str(tmp_path)) == [3, 3]
-    profile = json.loads((tmp_path / "dualpipe_profile.json").read_text())
-    assert profile and list(tmp_path.glob("checkpoint-3"))
-
-
 def test_lora_trains_and_saves_the_adapter(ranks, tmp_path):
     import peft
 
@@ -79,21 +81,167 @@ def test_auxiliary_losses_are_refused():
         DualPipeTrainer._make_engine(trainer)
 
 
+DEFAULT = ("sequence classes", "masked", "smoothed", "own loss", "own optimizer and schedule")
+
+
+@pytest.mark.parametrize(
+    "names", [DEFAULT, pytest.param(tuple(set(kinds.KINDS) - set(DEFAULT)), marks=pytest.mark.all)]
+)
+def test_heads_losses_and_optimizers_are_those_of_the_trainer(ranks, tmp_path, names):
+    theirs = ranks.run(1, kinds.run_kinds, names=names, folder=str(tmp_path / "stock"), stock=True)[0]
+    ours = ranks.run(2, kinds.run_kinds, names=names, folder=str(tmp_path / "ours"), num_chunks=3)
+    for name in names:
+        for found in ours:
+            for what in ("losses", "eval"):
+                assert found[name][what] == pytest.approx(theirs[name][what], abs=1e-6), f"{name}: {what}"
+            assert found[name]["norms"] == pytest.approx(theirs[name]["norms"], rel=1e-4), name
+            assert found[name]["rates"] == theirs[name]["rates"], name
+            for what in {"logits", "bare"} & set(found[name]):
+                torch.testing.assert_close(found[name][what], theirs[name][what], rtol=0, atol=2e-6, msg=name)
+
+
+def test_the_call_of_the_docs_starts_in_fresh_processes(tmp_path):
+    """Under torchrun, where nothing has been initialised before."""
+    folder = Path(runs.__file__).parent
+    script = (
+        f"import sys; sys.path.insert(0, {str(folder)!r}); import trainer_runs; trainer_runs.short({str(tmp_path)!r})"
+    )
+    (tmp_path / "script.py").write_text(script)
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    done = subprocess.run([*launcher, str(tmp_path / "script.py")], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert json.loads((tmp_path / "dualpipe_profile.json").read_text()) and list(tmp_path.glob("checkpoint-3"))
+
+
+def arguments(**given):
+    return transformers.TrainingArguments(output_dir="unused", report_to=[], use_cpu=True, **given)
+
+
+@pytest.mark.parametrize(
+    "given, match",
+    [
+        ({"torch_compile": True}, "torch_compile"),
+        ({"neftune_noise_alpha": 5.0}, "neftune_noise_alpha"),
+        ({"torch_empty_cache_steps": 2}, "torch_empty_cache_steps"),
+        ({"use_liger_kernel": True}, "use_liger_kernel"),
+        ({"auto_find_batch_size": True}, "auto_find_batch_size"),
+        ({"include_num_input_tokens_seen": "all"}, "include_num_input_tokens_seen"),
+        ({"optim_target_modules": ["mlp"]}, "optim_target_modules"),
+        ({"gradient_accumulation_steps": 2}, "num_chunks"),
+    ],
+)
+def test_arguments_without_an_effect_are_refused(given, match):
+    plain = vars(arguments()) | given  # without the checks of what is installed
+    refuse_arguments(SimpleNamespace(**vars(arguments())))
+    with pytest.raises(ConfigError, match=match):
+        refuse_arguments(SimpleNamespace(**plain))
+
+
+def test_hooks_without_an_effect_are_refused():
+    import peft
+
+    class Loop(DualPipeTrainer):
+        def create_optimizer_and_scheduler(self, num_training_steps):
+            pass
+
+    def trainer(kind=DualPipeTrainer, model=None, model_init=None):
+        found = object.__new__(kind)
+        found.model, found.model_init = model, model_init
+        return found
+
+    prompts = peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=2)
+    refuse_hooks(trainer(model=runs.make_model()))
+    for given, match in (
+        ({"model_init": runs.make_model}, "model_init"),
+        ({"kind": Loop}, "create_scheduler"),
+        ({"model": peft.get_peft_model(runs.make_model(), prompts)}, "prompt"),
+    ):
+        with pytest.raises(ConfigError, match=match):
+            refuse_hooks(trainer(**given))
+
+
+def test_optimizers_that_would_give_other_numbers_are_refused():
+    for name, in_parts in (("adamw_torch", True), ("Adafactor", False), ("adagrad", False), ("sgd", True)):
+        refuse_optimizer(name, in_parts)
+    for name, in_parts in (
+        ("adafactor", True), ("paged_adamw_8bit", True), ("galore_adamw", False), ("adagrad", True), ("lomo", False)
+    ):  # fmt: skip
+        with pytest.raises(ConfigError, match=name if name != "adagrad" else "Adagrad"):
+            refuse_optimizer(name, in_parts)
+    model = torch.nn.Linear(2, 2)
+    used = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+    model(torch.ones(2)).sum().backward()
+    used.step()
+    with pytest.raises(ConfigError, match="stepped before"):
+        rebuilt(used, model)
+
+
 def test_batches_are_cut_into_rows():
     batch = {"input_ids": torch.arange(10).view(5, 2), "labels": torch.arange(5), "note": None}
+    batch["position_ids"] = torch.arange(2).view(1, 2)
     micros = split_batch(batch, 2)
-    assert [len(labels) for _, labels in micros] == [3, 2] and micros[0][0].keys() == {"input_ids"}
+    assert [len(micro["labels"]) for micro in micros] == [3, 2]
+    assert all(micro.keys() == {"input_ids", "labels", "position_ids"} for micro in micros)
+    assert [len(micro["position_ids"]) for micro in micros] == [1, 1]
     assert len(split_batch(batch, 8)) == 5
-    with pytest.raises(ConfigError, match="labels"):
-        split_batch({"x": torch.ones(2)}, 2)
     with pytest.raises(ConfigError, match="rows"):
         split_batch({"x": torch.ones(2), "labels": torch.ones(3)}, 2)
 
 
-@pytest.mark.parametrize("by_items", [False, True])
-def test_the_mean_over_uneven_micro_batches_is_the_loss_of_the_batch(by_items):
+class Losses:
+    """A trainer with a loss of one's own, which says what it is, or does not."""
+
+    def __init__(self, loss, scaled=None):
+        self.loss, self.loss_is_scaled_for_ga = loss, scaled
+
+    def compute_loss(self, model, inputs, num_items_in_batch=None):
+        return self.loss(model(x=inputs["x"]).logits, inputs["labels"], num_items_in_batch)
+
+    _alone = compute_loss_context_manager = staticmethod(nullcontext)
+
+
+@pytest.mark.parametrize(
+    "scaled, items", [(None, None), (None, 15), (True, 15), (False, 15)], ids=["no items", "seen", "sum", "mean"]
+)
+@pytest.mark.parametrize("divides", [False, True])
+def test_the_mean_over_uneven_micro_batches_is_the_loss_of_the_batch(scaled, items, divides):
+    """Whether the loss divides by the number of items or is a mean; where the trainer does not say, it is seen."""
+    if divides != scaled and scaled is not None:
+        return
     x, y = torch.randn(5, 3), torch.randn(5, 3)
-    loss = BatchLoss(torch.nn.functional.mse_loss, (lambda a, b, n: (a - b).square().sum() / n) if by_items else None)
-    micros = BatchLoss.label(split_batch({"x": x, "labels": y}, 2), 15 if by_items else None)
-    mean = torch.stack([loss(inputs["x"], labels) for inputs, labels in micros]).mean()
+    by_items = divides and items is not None
+
+    def of(output, target, count):
+        error = (output - target).square()
+        return error.sum() / count if by_items else error.mean()
+
+    loss = TrainerLoss(Losses(of, scaled), None, None)
+    micros = with_weights(split_batch({"x": x, "labels": y}, 2), items)
+    mean = torch.stack([loss(inputs["x"], needed) for inputs, needed in micros]).mean()
     torch.testing.assert_close(mean, torch.nn.functional.mse_loss(x, y).double(), check_dtype=False)
+
+
+def test_tokens_are_weighted_by_labels_that_count():
+    labels = torch.tensor([[-100, 1, 2], [-100, 1, -100], [3, -100, -100]])
+    batch = {"x": torch.ones(3, 3), "labels": labels}
+    shares = [needed[1][2].item() for _, needed in with_weights(split_batch(batch, 3), None)]
+    assert shares == pytest.approx([3 * 2 / 4, 3 / 4, 3 / 4])
+    shifted = [needed[1][2].item() for _, needed in with_weights(split_batch(batch, 3), None, shifted=True)]
+    assert shifted == pytest.approx([3 * 2 / 3, 1.0, 0.0])
+
+
+def test_losses_that_micro_batches_cannot_make_are_refused():
+    inputs = {"x": torch.ones(2, 2), "labels": torch.zeros(2, 2)}
+    ((_, needed),) = with_weights([inputs], 4)
+    odd = TrainerLoss(Losses(lambda output, target, count: output.sum() / count**0.5), None, None)
+    with pytest.raises(ConfigError, match="num_items_in_batch"):
+        odd(inputs["x"], needed)
+
+    class Perturbed(Losses):
+        def compute_loss(self, model, inputs, num_items_in_batch=None):
+            return model(x=inputs["x"] + 1).logits.sum()
+
+    with pytest.raises(ConfigError, match="data collator"):
+        TrainerLoss(Perturbed(None), None, None)(inputs["x"], needed)
+    with pytest.raises(ConfigError, match="compute_loss_func"):
+        StandIn(torch.nn.Linear(1, 1), None, inputs["x"], inputs)(**inputs)

@@ -1,0 +1,139 @@
+"""The loss of a Trainer on the last stage: its own `compute_loss`, on a stand-in for the model.
+
+The last stage has the output of the model and, in place of labels, all inputs of the micro-batch; so it calls
+`compute_loss` as the stock Trainer does, overridden or not, with label smoothing and `compute_loss_func`. The model
+that it is given returns what the stages have computed.
+
+A batch travels as micro-batches, over whose losses the engine takes the mean; each is weighted so that this mean is
+the loss of the whole batch. Losses are of two kinds: sums divided by `num_items_in_batch`, and means over what a
+micro-batch holds. `loss_is_scaled_for_ga` of the Trainer says which; where it says nothing, the first loss is computed
+for two numbers of items.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from transformers.modeling_outputs import SequenceClassifierOutput
+
+from dualpipe_engine.errors import ConfigError
+
+IGNORED = -100
+Micro = tuple[dict[str, Any], Any]
+
+
+def with_weights(micros: list[dict[str, Any]], items: Any, replicas: int = 1, shifted: bool = False) -> list[Micro]:
+    """Micro-batches as pairs (inputs, what the loss needs).
+
+    Args:
+        micros: inputs, labels among them, of one replica.
+        items: labels that count, over all replicas; None where the loss is a mean.
+        replicas: of the pipeline, over which the engine takes the mean.
+        shifted: the first label of a row counts for nothing, as in causal language models.
+    """
+    counts = [_counted(inputs, shifted) for inputs in micros]
+    count, total = float("nan") if items is None else float(items), sum(counts)
+    weighted = []
+    for inputs, own in zip(micros, counts, strict=True):
+        share = own * len(micros) / total if total else 1.0
+        numbers = torch.tensor([count, float(replicas * len(micros)), share], dtype=torch.float64)
+        weighted.append(({name: value for name, value in inputs.items() if name != "labels"}, (inputs, numbers)))
+    return weighted
+
+
+def _counted(inputs: Mapping[str, Any], shifted: bool) -> int:
+    """What a mean over a micro-batch is taken over: labels of tokens that count, else rows."""
+    labels = inputs.get("labels")
+    if isinstance(labels, torch.Tensor) and labels.dim() > 1 and not labels.is_floating_point():
+        return int((labels[..., 1:] if shifted else labels).ne(IGNORED).sum())
+    return next(len(value) for value in inputs.values() if isinstance(value, torch.Tensor) and value.dim())
+
+
+class TrainerLoss:
+    """`loss(output, (inputs, numbers))` of a micro-batch; see the module and `with_weights`.
+
+    Args:
+        trainer: whose `compute_loss` it is.
+        model: the whole model, whose attributes a loss may look at.
+        own: the model's own loss of (output, labels); None: it is not known.
+    """
+
+    def __init__(self, trainer: Any, model: Any, own: Any) -> None:
+        self._trainer, self._model, self._own = trainer, model, own
+        self._is_sum: bool | None = trainer.loss_is_scaled_for_ga
+
+    def __call__(self, output: Any, labels: tuple[dict[str, Any], torch.Tensor]) -> torch.Tensor:
+        inputs, numbers = labels
+        count, micros, share = numbers.tolist()
+        if count != count:
+            return self._of(output, inputs, None) * share
+        if self._is_sum is None:
+            self._is_sum = self._ask(output, inputs, count)
+        return self._of(output, inputs, count) * (micros if self._is_sum else share)
+
+    def _of(self, output: Any, inputs: dict[str, Any], count: float | None) -> torch.Tensor:
+        trainer, stand_in = self._trainer, StandIn(self._model, self._own, output, inputs)
+        with trainer._alone(), trainer.compute_loss_context_manager():
+            loss = trainer.compute_loss(stand_in, dict(inputs), num_items_in_batch=count)
+        return loss
+
+    @torch.no_grad()
+    def _ask(self, output: Any, inputs: dict[str, Any], count: float) -> bool | None:
+        """Whether the loss is divided by the number of items; None: not seen, since it is zero."""
+        once, twice = (float(self._of(output, inputs, number)) for number in (count, 2 * count))
+        near = 1e-3 * abs(once)
+        if abs(once - twice) <= near:
+            return None if once == 0 else False
+        if abs(once - 2 * twice) <= near:
+            return True
+        raise ConfigError(
+            f"a loss of {once:.6g} for {count:g} items and of {twice:.6g} for twice as many is neither a mean over the "
+            "micro-batch nor a sum divided by num_items_in_batch: micro-batches cannot add up to the batch"
+        )
+
+
+class StandIn:
+    """What `compute_loss` takes for the model: a call returns what the stages have computed of these inputs.
+
+    Args:
+        model: whose attributes it has.
+        own: the model's loss of (output, labels); None: it is not known.
+        output: logits.
+        inputs: of the micro-batch.
+    """
+
+    def __init__(self, model: Any, own: Any, output: Any, inputs: Mapping[str, Any]) -> None:
+        self._model, self._own, self._output, self._inputs = model, own, output, inputs
+
+    def __call__(self, *args: Any, **given: Any) -> SequenceClassifierOutput:
+        """
+        Raises:
+            ConfigError: the inputs are not those of the micro-batch.
+        """
+        known = {id(value) for value in self._inputs.values() if isinstance(value, torch.Tensor)}
+        tensors = [*args, *given.values()]
+        if any(isinstance(value, torch.Tensor) and id(value) not in known for value in tensors):
+            raise ConfigError(
+                "compute_loss calls the model on other tensors than those of the batch, which the stages have not "
+                "computed: change the inputs in the data collator"
+            )
+        labels, loss = given.get("labels"), None
+        if labels is not None:
+            loss = self._loss(labels, given.get("num_items_in_batch"))
+        return SequenceClassifierOutput(loss=loss, logits=self._output)
+
+    def _loss(self, labels: Any, items: Any) -> Any:
+        text = type(self._model).__name__
+        if items is not None and text.endswith(("ForCausalLM", "LMHeadModel")):
+            size = self._model.config.get_text_config().vocab_size
+            return self._model.loss_function(
+                logits=self._output, labels=labels, vocab_size=size, num_items_in_batch=items
+            )
+        if self._own is None:
+            raise ConfigError(f"the loss of {text} is not known: override compute_loss, or give a compute_loss_func")
+        return self._own(self._output, labels)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._model, name)

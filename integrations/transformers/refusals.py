@@ -1,0 +1,97 @@
+"""What a Trainer offers and a pipeline does not have: refused when the DualPipeTrainer is made, by name."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from transformers import Trainer
+
+from dualpipe_engine.errors import ConfigError
+
+#: Optimizers that hook into the backward, or are switched between training and evaluation: the engine does neither.
+OWN_LOOP = ("galore", "apollo", "lomo", "schedule_free", "layerwise")
+#: Optimizers that look at whole weights, or pack their state in blocks of them; ZeRO gives them parts of flat buffers.
+WHOLE_WEIGHTS = ("adafactor", "8bit", "4bit", "bnb", "stable_adamw", "torchao")
+
+
+def refuse_arguments(args: Any) -> None:
+    """Refuse arguments that would have no effect, or another one.
+
+    Raises:
+        ConfigError: one of them is set.
+    """
+    for name, reason in {
+        "deepspeed": "makes accelerate build its own engine: pass deepspeed_config= to DualPipeTrainer",
+        "torch_compile": "compiles a model that no rank runs: compile the blocks before you make the Trainer",
+        "auto_find_batch_size": "starts again with another batch, which an engine cannot",
+        "torch_empty_cache_steps": "belongs to the Trainer's own step",
+        "use_liger_kernel": "replaces the head and its loss, which run on different stages",
+        "neftune_noise_alpha": "hooks an embedding that only one rank has, after the engine was made",
+        "fsdp": "shards a model that no rank runs: ZeRO is set in deepspeed_config=",
+        "optim_target_modules": "belongs to optimizers that hook into the backward",
+        "include_num_input_tokens_seen": "counts the ranks of a pipeline as replicas",
+    }.items():
+        if getattr(args, name, None) not in (None, False, "", "no", [], {}):
+            raise ConfigError(f"TrainingArguments({name}=...) {reason}; leave it out")
+    if args.gradient_accumulation_steps != 1:
+        raise ConfigError("gradient_accumulation_steps must be 1: raise num_chunks and per_device_train_batch_size")
+
+
+def refuse_hooks(trainer: Any) -> None:
+    """Refuse what a subclass or an argument of the Trainer changes without an effect here.
+
+    Raises:
+        ConfigError: there is such a thing.
+    """
+    if trainer.model_init is not None:
+        raise ConfigError("model_init= makes a new model for each train(), but the engine keeps its own: pass model=")
+    kind = type(trainer)
+    for name, instead in {
+        "create_optimizer_and_scheduler": "create_optimizer and create_scheduler",
+        "get_batch_samples": "the data collator",
+        "_inner_training_loop": "training_step",
+    }.items():
+        if getattr(kind, name, None) is not getattr(Trainer, name, None):
+            raise ConfigError(f"{kind.__name__}.{name} would not be called as in a Trainer: override {instead}")
+    for name, config in getattr(trainer.model, "peft_config", {}).items():
+        if getattr(config, "is_prompt_learning", False):
+            raise ConfigError(
+                f"the PEFT adapter {name!r} puts a prompt before the whole model, which stages do not see: use LoRA or "
+                "another kind that changes the blocks"
+            )
+
+
+def refuse_optimizer(name: str, in_parts: bool) -> None:
+    """Refuse optimizers that give other numbers under the engine.
+
+    Args:
+        name: of TrainingArguments(optim=...), or of the class.
+        in_parts: it sees flat buffers or parts of them: ZeRO, bf16 or fp16.
+
+    Raises:
+        ConfigError: it is one of them.
+    """
+    plain = name.lower()
+    if any(each in plain for each in OWN_LOOP):
+        raise ConfigError(f"the optimizer {name} needs a training loop of its own: use one that only has step()")
+    if in_parts and any(each in plain for each in WHOLE_WEIGHTS):
+        raise ConfigError(
+            f"the optimizer {name} looks at whole weights, but ZeRO, bf16 and fp16 give it parts of flat ones: use "
+            'deepspeed_config={"zero_optimization": {"stage": 0}} in fp32, or AdamW'
+        )
+    if in_parts and plain == "adagrad":
+        raise ConfigError(
+            "DeepSpeed makes an Adagrad of its own under ZeRO, for one group of parameters, and a Trainer has two: use "
+            'deepspeed_config={"zero_optimization": {"stage": 0}} in fp32, or AdamW'
+        )
+
+
+def refuse_state(optimizer: torch.optim.Optimizer) -> None:
+    """Refuse an optimizer that has stepped.
+
+    Raises:
+        ConfigError: it has state.
+    """
+    if optimizer.state:
+        raise ConfigError("the optimizer has stepped before: its state cannot be moved to the stages; pass a new one")

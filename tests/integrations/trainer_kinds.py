@@ -1,0 +1,192 @@
+"""Trainers of many kinds, stock and ours, on pooled ranks: heads, losses, optimizers."""
+
+from __future__ import annotations
+
+import torch
+import transformers
+from trainer_runs import VOCABULARY, Sentences, make_model, pad
+
+STEPS = 4
+
+
+def small(kind, **config):
+    torch.manual_seed(5)
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 4, "num_attention_heads": 4}
+    if kind.startswith("Bert"):
+        config |= {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
+    if kind.startswith(("Bert", "Llama")):
+        sizes["vocab_size"] = VOCABULARY
+    name = kind.partition("For")[0]
+    made = getattr(transformers, f"{name}Config")(**sizes, **config)
+    return getattr(transformers, kind)(made)
+
+
+class Rows(torch.utils.data.Dataset):
+    """Samples of a kind of labels; `tokens` are ragged."""
+
+    def __init__(self, labels, count=24, seed=1):
+        self.labels, self.rows = labels, Sentences(count, seed=seed).rows
+        self.generator = torch.Generator().manual_seed(seed)
+
+    def __len__(self):
+        return len(self.rows)
+
+    def __getitem__(self, index):
+        row = {"input_ids": self.rows[index]}
+        if self.labels is not None:
+            row["labels"] = self.labels(self.rows[index])
+        return row
+
+
+def of_rows(rows):
+    """A batch with one label a row, or none."""
+    batch = pad(rows)
+    del batch["labels"]
+    if "labels" in rows[0]:
+        batch["labels"] = torch.stack([row["labels"] for row in rows])
+    return batch
+
+
+def of_tokens(rows):
+    batch = pad(rows)
+    labels = torch.nn.utils.rnn.pad_sequence([row["labels"] for row in rows], batch_first=True, padding_value=-100)
+    return batch | {"labels": labels}
+
+
+class Pictures(torch.utils.data.Dataset):
+    def __len__(self):
+        return 24
+
+    def __getitem__(self, index):
+        generator = torch.Generator().manual_seed(index)
+        return {"pixel_values": torch.randn(3, 16, 16, generator=generator), "labels": torch.tensor(index % 3)}
+
+
+def half_masked(tokens):
+    return torch.where(torch.arange(len(tokens)) % 2 == 0, tokens, -100)
+
+
+def mean_over_tokens(outputs, labels, num_items_in_batch=None):
+    """Reads `logits`, and does not look at the number of items."""
+    return torch.nn.functional.cross_entropy(outputs.logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten())
+
+
+def sum_over_tokens(outputs, labels, num_items_in_batch=None):
+    logits = outputs.logits[:, :-1].flatten(0, 1)
+    return torch.nn.functional.cross_entropy(logits, labels[:, 1:].flatten(), reduction="sum") / num_items_in_batch
+
+
+def focal(base):
+    """A subclass with a loss of its own, as users write them."""
+
+    class Focal(base):
+        def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+            labels = inputs.pop("labels")
+            outputs = model(**inputs)
+            each = torch.nn.functional.cross_entropy(outputs.logits, labels, reduction="none")
+            loss = ((1 - torch.exp(-each)) ** 2 * each).mean()
+            return (loss, outputs) if return_outputs else loss
+
+    return Focal
+
+
+def own_optimizer(base):
+    class Own(base):
+        def create_optimizer(self, model=None):
+            if self.optimizer is None:
+                matrices = [param for param in self.model.parameters() if param.dim() > 1]
+                others = [param for param in self.model.parameters() if param.dim() < 2]
+                groups = [{"params": matrices}, {"params": others, "lr": 1e-2, "weight_decay": 0.0}]
+                self.optimizer = torch.optim.RMSprop(groups, lr=1e-3)
+            return self.optimizer
+
+    return Own
+
+
+def with_schedule(model):
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.5, momentum=0.9)
+    return {"optimizers": (optimizer, torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 / (1 + step)))}
+
+
+def token_rows(**options):
+    return {"data": lambda: Sentences(24), "collate": pad, **options}
+
+
+def label_rows(labels=lambda tokens: tokens[0] % 3, **options):
+    return {"data": lambda: Rows(labels), "collate": of_rows, **options}
+
+
+#: name -> model, data and what else is given; see `run_kind`
+KINDS = {
+    "sequence classes": {"model": lambda: small("LlamaForSequenceClassification", num_labels=3, pad_token_id=0)}
+    | label_rows(),
+    "masked": {"model": lambda: small("BertForMaskedLM"), "data": lambda: Rows(half_masked), "collate": of_tokens},
+    "token classes": {
+        "model": lambda: small("BertForTokenClassification", num_labels=5),
+        "data": lambda: Rows(lambda tokens: tokens % 5),
+        "collate": of_tokens,
+    },
+    "images": {
+        "model": lambda: small("ViTForImageClassification", image_size=16, patch_size=8, num_labels=3),
+        "data": Pictures,
+        "collate": None,
+    },
+    "smoothed": token_rows(model=make_model, args={"label_smoothing_factor": 0.1}),
+    "mean of tokens": token_rows(model=make_model, options=lambda model: {"compute_loss_func": mean_over_tokens}),
+    "sum of tokens": token_rows(model=make_model, options=lambda model: {"compute_loss_func": sum_over_tokens}),
+    "own loss": {"model": lambda: small("BertForSequenceClassification", num_labels=3), "subclass": focal}
+    | label_rows(),
+    "own optimizer and schedule": token_rows(model=make_model, options=with_schedule),
+    "class of optimizer": token_rows(
+        model=make_model,
+        options=lambda model: {"optimizer_cls_and_kwargs": (torch.optim.Adamax, {"lr": 0.05})},
+    ),
+    "overridden optimizer": token_rows(model=make_model, subclass=own_optimizer),
+    "several labels": {
+        "model": lambda: small("BertForSequenceClassification", num_labels=4, problem_type="multi_label_classification")
+    }
+    | label_rows(lambda tokens: (tokens[:4] % 2).float()),
+}
+
+
+def run_kind(name, folder, stock, **options):
+    """Losses and norms of a few steps, loss and logits of an evaluation, logits of rows without labels."""
+    from accelerate.state import AcceleratorState, GradientState, PartialState
+
+    for state in (AcceleratorState, GradientState, PartialState):
+        state._reset_state()
+    transformers.set_seed(0)
+    given = KINDS[name]
+    if stock:
+        kind = transformers.Trainer
+    else:
+        from dualpipe_engine.compat import DualPipeTrainer as kind
+    arguments = transformers.TrainingArguments(
+        output_dir=folder, max_steps=STEPS, per_device_train_batch_size=8, per_device_eval_batch_size=8,
+        learning_rate=3e-3, logging_steps=1, report_to=[], use_cpu=True, disable_tqdm=True, optim="adamw_torch",
+        dataloader_pin_memory=False, save_strategy="no", **given.get("args", {}),
+    )  # fmt: skip
+    model = given["model"]()
+    more = given["options"](model) if "options" in given else {}
+    trainer = given.get("subclass", lambda base: base)(kind)(
+        model=model, args=arguments, train_dataset=given["data"](), data_collator=given["collate"], **more, **options
+    )
+    trainer.train()
+    logs = [row for row in trainer.state.log_history if "loss" in row]
+    seen = trainer.predict(given["data"]())
+    found = {
+        "losses": [row["loss"] for row in logs],
+        "norms": [row["grad_norm"] for row in logs],
+        "rates": [row["learning_rate"] for row in logs],
+        "eval": seen.metrics["test_loss"],
+        "logits": torch.as_tensor(seen.predictions),
+    }
+    if given["collate"] is of_rows:
+        found["bare"] = torch.as_tensor(trainer.predict(Rows(None)).predictions)
+    if not stock:
+        trainer._engine.destroy()
+    return found
+
+
+def run_kinds(names, folder, stock=False, **options):
+    return {name: run_kind(name, f"{folder}/{at}", stock, **options) for at, name in enumerate(names)}
