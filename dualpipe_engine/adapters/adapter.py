@@ -17,6 +17,7 @@ from .loading import Weights, empty_model
 from .losses import own_loss
 from .messages import Inputs
 from .registry import added_adapter, refuse_unfit
+from .result_check import check_result
 from .routed import RoutedRunner, Routing
 from .runner import Runner, Span
 from .stage import Stage
@@ -76,10 +77,13 @@ class ModelAdapter:
         self._inputs = _inputs(model)
         routed = getattr(getattr(model, "config", None), "output_router_logits", False)
         self._routing = Routing(model) if routed else None
-        self.chain = chain or find_chain(model, _probe(model, self._inputs, example_inputs))
+        probe = _probe(model, self._inputs, example_inputs)
+        self.chain = chain or find_chain(model, probe)
         self._shadows: dict[str, nn.Module] = {}
         above = ancestors((*self.chain.prologue, *self.chain.blocks, *self.chain.epilogue))
         self._kept, self._unused = self._rest(above)
+        if not any(param.is_meta for param in model.parameters()):
+            check_result(model, self._inputs, probe, lambda: self._cut(min(2, len(self.chain.blocks))))
 
     @property
     def loss_fn(self) -> Callable[[Any, Any], torch.Tensor]:
@@ -106,19 +110,29 @@ class ModelAdapter:
         Raises:
             ConfigError: there are fewer blocks than stages.
         """
-        return [self.stage(index, num_partitions) for index in range(num_partitions)]
+        stages = self._cut(num_partitions)
+        for stage in stages:
+            stage.fill()
+        return stages
+
+    def _cut(self, num_partitions: int) -> list[Stage]:
+        return [self._stage(index, num_partitions) for index in range(num_partitions)]
 
     def stage(self, index: int, num_partitions: int) -> Stage:
         """One of the stages of `partition`; nothing is built or read for the others."""
+        built = self._stage(index, num_partitions)
+        built.fill()
+        return built
+
+    def _stage(self, index: int, num_partitions: int) -> Stage:
+        """A stage whose weights are where the model has them."""
         blocks = len(self.chain.blocks)
         if not 1 <= num_partitions <= blocks:
             raise ConfigError(f"{blocks} blocks cannot fill {num_partitions} stages: use at most {blocks}")
         each, more = divmod(blocks, num_partitions)
         start = index * each + min(index, more)
         span = Span(start, start + each + (index < more), index == 0, index == num_partitions - 1)
-        built = Stage(self, (span,))
-        built.fill()
-        return built
+        return Stage(self, (span,))
 
     def to_layer_specs(self) -> list[Any]:
         """The layers for a PipelineModule: prologue, blocks, epilogue.
@@ -255,7 +269,7 @@ def _probe(model: nn.Module, inputs: Inputs, example: Any) -> dict[str, Any]:
     if main == "pixel_values" and config is not None:
         size = getattr(config, "image_size", 64)
         height, width = size if isinstance(size, (tuple, list)) else (size, size)
-        return inputs.read(torch.zeros(1, config.num_channels, height, width, device=device))[0]
+        return inputs.read(torch.zeros(1, getattr(config, "num_channels", 3), height, width, device=device))[0]
     raise ConfigError(
         f"{type(model).__name__}: the chain is found by one small forward, whose inputs are not known: pass "
         "example_inputs= (the arguments of its forward) to get_model_adapter"

@@ -63,11 +63,15 @@ def find_chain(model: nn.Module, inputs: Mapping[str, Any] | tuple[Any, ...]) ->
     meta = any(param.is_meta for param in model.parameters())
     try:
         root = _trace(model, inputs, _without_weights(model, _row_of_blocks(model)) if meta else {})
-    except (RuntimeError, ValueError) as error:
-        if not meta:
-            raise
+    except ConfigError:
+        raise
+    except Exception as error:
+        what = f"the chain of {type(model).__name__} cannot be found"
+        if meta:
+            raise ConfigError(f"{what} without weights ({error}): pass the model itself") from error
         raise ConfigError(
-            f"the chain of {type(model).__name__} cannot be found without weights ({error}): pass the model itself"
+            f"{what}: its forward fails on the inputs of the probe ({type(error).__name__}: {error}); pass "
+            "example_inputs= (the arguments of its forward) to get_model_adapter"
         ) from error
     blocks = _longest_run(root, model)
     if len(blocks) < 2:

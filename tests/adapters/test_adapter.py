@@ -272,3 +272,65 @@ def test_fresh_weights_do_not_depend_on_the_cut():
     first, second = (weights[0][f"model.layers.{layer}.self_attn.q_proj.weight"] for layer in (0, 1))
     assert not torch.equal(first, second)
     assert first.std() == pytest.approx(config.initializer_range, rel=0.1)
+
+
+class Around(nn.Module):
+    """`inplace` changes the hidden state before the blocks; `beside` passes a value around them."""
+
+    def __init__(self, kind):
+        super().__init__()
+        torch.manual_seed(2)
+        self.kind = kind
+        self.table = nn.Embedding(8, 4)
+        self.blocks = nn.ModuleList([nn.Linear(4, 4) for _ in range(4)])
+        self.head = nn.Linear(4, 3)
+
+    def forward(self, tokens):
+        x = self.table(tokens)
+        kept = x.detach()
+        if self.kind == "inplace":
+            x = x.clone().mul_(2.0)
+        for block in self.blocks:
+            x = block(x)
+        if self.kind == "beside":
+            x = x + kept
+        return self.head(x)
+
+
+def test_what_passes_around_the_blocks_is_refused():
+    tokens = torch.tensor([[1, 2, 3]])
+    for kind in ("plain", "inplace"):
+        assert len(get_model_adapter(Around(kind), example_inputs=(tokens,)).chain.blocks) == 4
+    with pytest.raises(
+        ConfigError, match=r"Around cannot be cut: tensor 0 .*\[1, 3, 3\], differs .* around the blocks"
+    ):
+        get_model_adapter(Around("beside"), example_inputs=(tokens,))
+
+
+@pytest.mark.parametrize(
+    "config, kind, match",
+    [
+        ("CTRLConfig", "CTRLLMHeadModel", "differs from the model's"),
+        ("ElectraConfig", "ElectraForMaskedLM", "do not run by themselves"),
+        ("OPTConfig", "OPTForCausalLM", "do not run by themselves"),
+    ],
+)
+def test_models_that_stages_do_not_compute_are_refused(config, kind, match):
+    sizes = {
+        "CTRLConfig": {"n_embd": 32, "dff": 48, "n_layer": 4, "n_head": 4, "n_positions": 32},
+        "ElectraConfig": {"hidden_size": 32, "embedding_size": 16, "num_hidden_layers": 4, "num_attention_heads": 4},
+        "OPTConfig": {"hidden_size": 32, "ffn_dim": 48, "num_hidden_layers": 4, "num_attention_heads": 4}
+        | {"word_embed_proj_dim": 16},
+    }[config]
+    model = getattr(transformers, kind)(getattr(transformers, config)(vocab_size=61, **sizes))
+    with pytest.raises(ConfigError, match=match):
+        get_model_adapter(model)
+
+
+def test_a_probe_that_fails_says_what_to_pass():
+    class Picky(Around):
+        def forward(self, tokens):
+            return super().forward(tokens["deep"])
+
+    with pytest.raises(ConfigError, match="example_inputs"):
+        get_model_adapter(Picky("plain"), example_inputs=(torch.tensor([[1]]),))
