@@ -80,7 +80,7 @@ class Weights:
         materialize(stage, torch.device("cpu"))
         seed = torch.initial_seed()
         with torch.random.fork_rng(devices=[]):
-            for name, module in stage.named_modules():
+            for name, module in reversed(list(stage.named_modules())):  # children first, as transformers does
                 torch.manual_seed((seed + _number(name)) % 2**63)
                 self._model._init_weights(module)  # type: ignore[operator]
         if self._files is not None:

@@ -334,3 +334,13 @@ def test_a_probe_that_fails_says_what_to_pass():
 
     with pytest.raises(ConfigError, match="example_inputs"):
         get_model_adapter(Picky("plain"), example_inputs=(torch.tensor([[1]]),))
+
+
+def test_fresh_weights_are_drawn_as_the_model_draws_them():
+    """A block draws some of its children's weights again: GPT-2 scales the projections that end a residual path."""
+    config = transformers.GPT2Config(vocab_size=61, n_embd=64, n_layer=8, n_head=4, n_positions=32)
+    stage = get_model_adapter(config=config).stage(0, 2)
+    attention = stage.get_submodule("transformer.h.0.attn")
+    expected = config.initializer_range / (2 * config.n_layer) ** 0.5
+    assert attention.c_proj.weight.std().item() == pytest.approx(expected, rel=0.1)
+    assert attention.c_attn.weight.std().item() == pytest.approx(config.initializer_range, rel=0.1)
