@@ -12,6 +12,7 @@ from torch import nn
 
 from dualpipe_engine.errors import ConfigError
 
+from .refusals import refuse_layers
 from .stages import LocalStages
 from .strategy import DualPipeStrategy
 
@@ -56,7 +57,9 @@ class DualPipeLightningModule(LightningModule):
         if num_chunks < 1:
             raise ConfigError(f"num_chunks must be at least 1, got {num_chunks}")
         self.num_chunks = num_chunks
-        self._layers = _layers_of(model)  # a plain dict: registered modules would be moved and counted
+        layers = _layers_of(model)
+        refuse_layers(layers)
+        self._layers = layers  # a plain dict: registered modules would be moved and counted
 
     def configure_model(self) -> None:
         if not hasattr(self, "dualpipe_wrapper"):
@@ -75,6 +78,11 @@ class DualPipeLightningModule(LightningModule):
         Returns:
             The mean loss over the micro-batches of all pipelines (scalar), the same on every device.
         """
+        if not isinstance(batch, (tuple, list)) or len(batch) != 2:
+            raise ConfigError(
+                f"a batch must be a pair (inputs, targets), got {type(batch).__name__}: let the loader make pairs, or "
+                "override training_step and call pipeline_step((inputs, targets))"
+            )
         inputs, targets = batch
         inputs = inputs if isinstance(inputs, (tuple, list)) else (inputs,)
         one_target = not isinstance(targets, (tuple, list))
@@ -113,6 +121,13 @@ class DualPipeLightningModule(LightningModule):
 
     def test_step(self, batch: Any, batch_idx: int) -> None:
         self.log("test_loss", self.pipeline_step(batch), batch_size=_rows(batch), sync_dist=True)
+
+    def predict_step(self, *args: Any, **kwargs: Any) -> Any:
+        """
+        Raises:
+            ConfigError: outputs are on the device of the last stage alone.
+        """
+        raise ConfigError("predict is not there for a pipeline: load the checkpoint into the nn.Sequential and predict")
 
     def optimizer_zero_grad(self, epoch: int, batch_idx: int, optimizer: Any) -> None:
         """Nothing: Lightning calls it after `training_step`, which has made the gradients; the strategy clears them."""

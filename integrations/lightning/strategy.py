@@ -15,6 +15,8 @@ from torch.utils.data import RandomSampler
 
 from dualpipe_engine.errors import CheckpointError, ConfigError
 
+from .refusals import refuse_hooks
+
 
 class DualPipeStrategy(DDPStrategy):
     """Runs a `DualPipeLightningModule`. Launching and process groups are those of DDP; nothing else of it is used.
@@ -63,6 +65,11 @@ class DualPipeStrategy(DDPStrategy):
         if self.num_stages == self.world_size:
             trainer._accelerator_connector.use_distributed_sampler = False  # all devices read all samples
         super(DDPStrategy, self).setup(trainer)  # DDP's own would make the stages of all devices equal
+        from .module import DualPipeLightningModule
+
+        refuse_hooks(
+            self.lightning_module, DualPipeLightningModule, trainer.callbacks, self.optimizers, self.precision_plugin
+        )
 
     def _setup_model(self, model: nn.Module) -> Any:
         return model

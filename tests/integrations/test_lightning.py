@@ -2,12 +2,20 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from ranks import RankError
+from torch import nn
 
 pytest.importorskip("lightning")
 import lightning_runs as runs
+from dualpipe_engine.integrations.lightning.refusals import refuse_hooks
+from lightning.pytorch import Callback
+
+from dualpipe_engine.compat import DualPipeLightningModule
+from dualpipe_engine.errors import ConfigError
 
 
 def close(found, expected):
@@ -89,3 +97,41 @@ def test_what_cannot_be_cut_is_refused():
     with pytest.raises(ConfigError, match='needs Trainer\\(strategy="dualpipe"\\)'):
         trainer = runs.Trainer(accelerator="cpu", devices=1, logger=False, enable_checkpointing=False)
         trainer.fit(runs.Piped(runs.chain(), 0.1), runs.data(16, 1))
+
+
+class OwnBackward(runs.Piped):
+    def on_after_backward(self):
+        pass
+
+
+class Watching(Callback):
+    def on_before_backward(self, trainer, module, loss):
+        pass
+
+
+def test_what_would_have_no_effect_is_refused():
+    module = runs.Piped(runs.chain(), 1e-3)
+    weights = [nn.Parameter(torch.ones(1))]
+    adam, lbfgs = torch.optim.Adam(weights), torch.optim.LBFGS(weights)
+    plain = {"module": module, "base": DualPipeLightningModule, "callbacks": [Callback()], "optimizers": [adam]}
+    plain |= {"precision": SimpleNamespace()}
+    refuse_hooks(**plain)
+    manual = runs.Piped(runs.chain(), 1e-3)
+    manual.automatic_optimization = False
+    for given, match in (
+        ({"module": manual}, "automatic_optimization"),
+        ({"optimizers": [adam, adam]}, "2 optimizers"),
+        ({"optimizers": [lbfgs]}, "LBFGS"),
+        ({"precision": SimpleNamespace(scaler=object())}, "16-mixed"),
+        ({"module": OwnBackward(runs.chain(), 1e-3)}, "OwnBackward.on_after_backward"),
+        ({"callbacks": [Watching()]}, "Watching.on_before_backward"),
+    ):
+        with pytest.raises(ConfigError, match=match):
+            refuse_hooks(**plain | given)
+    with pytest.raises(ConfigError, match="layer 1 holds BatchNorm1d"):
+        runs.Piped(nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4)), 1e-3)
+    for batch in ({"inputs": torch.ones(2), "targets": torch.ones(2)}, torch.ones(2, 4)):
+        with pytest.raises(ConfigError, match="must be a pair"):
+            module.pipeline_step(batch)
+    with pytest.raises(ConfigError, match="predict"):
+        module.predict_step(torch.ones(1))
