@@ -12,7 +12,7 @@ from torch.nn.modules.batchnorm import _NormBase
 from dualpipe_engine.errors import ConfigError
 
 #: Of a module or a callback: called around a backward of Lightning's, of which there is none.
-BACKWARD = ("backward", "on_before_backward", "on_after_backward", "on_before_zero_grad", "optimizer_zero_grad")
+BACKWARD = ("backward", "on_before_backward", "on_after_backward", "optimizer_zero_grad")
 
 
 def refuse_layers(layers: dict[str, nn.Module]) -> None:
@@ -45,13 +45,13 @@ def refuse_hooks(module: Any, base: type, callbacks: list[Any], optimizers: list
     """
     if not module.automatic_optimization:
         raise ConfigError(
-            "automatic_optimization=False steps an optimizer whose gradients this strategy has yet to add up: leave the "
-            "steps to Lightning, or train by dualpipe_engine.initialize"
+            "automatic_optimization=False steps an optimizer whose gradients this strategy has yet to add up: leave "
+            "the steps to Lightning, or train by dualpipe_engine.initialize"
         )
     if len(optimizers) > 1:
         raise ConfigError(
-            f"{len(optimizers)} optimizers would each see the gradients of one training_step: give one, with a group of "
-            "parameters for each"
+            f"{len(optimizers)} optimizers would each see the gradients of one training_step: give one, with a group "
+            "of parameters for each"
         )
     for optimizer in optimizers:
         if isinstance(optimizer, torch.optim.LBFGS):
