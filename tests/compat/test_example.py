@@ -2,15 +2,33 @@
 
 from __future__ import annotations
 
+import importlib.util
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+import torch
+import torch.distributed as dist
 
 EXAMPLES = Path(__file__).parent.parent.parent / "examples"
 
 
+def quick_start(ranks, chunks):
+    """What a process of the quick start does, on a rank that is there already."""
+    path = EXAMPLES / "example.py"
+    spec = importlib.util.spec_from_file_location("example", path)
+    example = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(example)
+    torch.set_default_dtype(torch.float64)
+    return [example.run(name, dist.get_rank(), ranks, chunks) for name in ("DualPipe", "DualPipeV")]
+
+
+def test_quick_start_on_ranks(ranks):
+    assert all(max(errors) < 1e-13 for errors in ranks.run(2, quick_start, ranks=2, chunks=5))
+
+
+@pytest.mark.all
 def test_quick_start():
     command = [sys.executable, str(EXAMPLES / "example.py"), "--ranks", "2", "--chunks", "5"]
     result = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)

@@ -7,6 +7,7 @@ from pathlib import Path
 from unittest.mock import patch
 
 import torch
+import torch.distributed as dist
 import training
 from deepspeed.pipe import LayerSpec, PipelineModule
 from deepspeed.runtime.engine import DeepSpeedEngine
@@ -92,13 +93,13 @@ def merged_stream(replicas, micros):
             yield from islice(each, micros // replicas)
 
 
-def hop(config, ranks, folder, load=None, save=None, replicas=1, steps=0, skip=0, merged=1, **options):
-    """Load, evaluate, train, evaluate, save: one link of a chain of schedules."""
+def hop(config, ranks, folder, load=None, save=None, replicas=1, steps=0, skip=0, merged=1, universal=False, **options):
+    """Load, evaluate, train, evaluate, save: one link of a chain of schedules; `universal`: convert what is saved."""
     engine = start(config, ranks, replicas)
     if load is not None:
         engine.load_checkpoint(folder, tag=load, **options)
-    replica = engine.grid.data_parallel_id if options.get("stock") else getattr(engine, "data_rank", None)
-    data = training.stream(engine.grid.data_parallel_id if replica is None else replica)
+    replica = getattr(engine, "data_rank", engine.grid.data_parallel_id)
+    data = training.stream(replica)
     if merged > 1:
         data = merged_stream(merged, engine.gradient_accumulation_steps())
     for _ in range(skip * engine.gradient_accumulation_steps()):
@@ -111,7 +112,19 @@ def hop(config, ranks, folder, load=None, save=None, replicas=1, steps=0, skip=0
     found["after"] = evaluate()
     if save is not None:
         engine.save_checkpoint(folder, tag=save)
+    engine.destroy()
+    if universal:
+        dist.barrier()
+        if dist.get_rank() == 0:
+            convert(Path(folder, save), Path(folder, f"{save}u"))
+            Path(folder, "latest_universal").write_text(f"{save}u")
+        dist.barrier()
     return found
+
+
+def hops(links):
+    """Each link of a chain in turn, on the same ranks."""
+    return [hop(**link) for link in links]
 
 
 def save_with_a_function(config, ranks, folder):
@@ -169,7 +182,9 @@ def restored(config, ranks, folder):
     """What the latest checkpoint of `torn_save` restores."""
     engine = start(config, ranks)
     path, client = engine.load_checkpoint(folder)
-    return {"path": path, "same": digests(engine) == client["digests"]}
+    found = {"path": path, "same": digests(engine) == client["digests"]}
+    engine.destroy()
+    return found
 
 
 def files_written(config, ranks, folder, replicas=1):
@@ -188,8 +203,6 @@ def files_written(config, ranks, folder, replicas=1):
 
 def sentences(config, ranks, folder, tags, latest):
     """What saving and loading under each tag, and loading under each content of `latest`, raises; then a good save."""
-    import torch.distributed as dist
-
     from dualpipe_engine.errors import CheckpointError
 
     engine = start(config, ranks)

@@ -49,27 +49,29 @@ def _gradients(model, schedule, bias, recompute, ranks, replicas, micros):
     engine, *_ = dualpipe_engine.initialize(model=module, config=settings)
     set_routing(engine.module, bias)
     start = {name: param.detach().clone() for name, param in engine.module.named_parameters()}
-    found = {}
+    grads = {}
 
     def capture():
-        found.update({name: param.grad.clone() for name, param in engine.module.named_parameters()})
+        grads.update({name: param.grad.clone() for name, param in engine.module.named_parameters()})
 
     engine._exec_optimizer_step = capture
     mean = float(engine.train_batch(training.stream(replica)))
     routers = {name: part for name, part in engine.module.named_modules() if isinstance(part, Router)}
-    return {
+    found = {
         "replica": replica,
         "start": start,
-        "grads": found,
+        "grads": grads,
         "loss": mean,
         "load": {name: router.load.clone() for name, router in routers.items()},
         "bias": {name: router.bias.clone() for name, router in routers.items()},
         "pairs": [span.op.kind for span in engine._observer.spans()].count("FB"),
         "transfers": sorted({transfer.name for transfer in engine._transfers}),
     }
+    engine.destroy()
+    return found
 
 
-def train(model, settings, ranks, folder, replicas=2, steps=3):
+def train(model, settings, ranks, folder, replicas=2, steps=2):
     """Train, save, train on; then again from the saved state in a fresh engine with other weights."""
     import dualpipe_engine
 
@@ -129,7 +131,7 @@ class Tokens:
         return self._rows[index, :-1], self._rows[index, 1:]
 
 
-def measured(path, ranks, replicas=2, steps=3, schedule="auto"):
+def measured(path, ranks, replicas=2, steps=2, schedule="auto"):
     """Under "auto" the times of layers; then a start and some steps."""
     import dualpipe_engine
     from dualpipe_engine.engine.auto.layer_probe import measure_layers

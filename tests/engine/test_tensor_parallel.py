@@ -20,7 +20,7 @@ def check(found):
 
 def test_float64_gradients_equal_one_process(ranks):
     cases = {name: {"schedule": name, **FOUR} for name in ("dualpipe", "dualpipev", "zb1p", "1f1b")}
-    cases["eight"] = {"schedule": "dualpipe", "micros": 8, **FOUR}
+    cases["dualpipe"]["micros"] = 8
     cases["reentrant"] = {"schedule": "dualpipe", "reentrant": True, **FOUR}
     cases["not reentrant"] = {"schedule": "dualpipe", "reentrant": False, **FOUR}
     cases["four slices"] = {"schedule": "dualpipev", "ranks": 1, "slices": 4}
@@ -29,27 +29,46 @@ def test_float64_gradients_equal_one_process(ranks):
     assert all(rank["dualpipe"]["share"] > 0.6 for rank in found), "sliced matrices are left to W"
 
 
-def test_float64_gradients_on_eight_ranks(ranks):
-    cases = {
-        "2 x 2 x 2": {"schedule": "dualpipe", "replicas": 2, **FOUR},
-        "4 x 2": {"schedule": "dualpipe", "ranks": 4, "slices": 2, "micros": 5},
-    }
-    check(ranks.run(8, tensor_parallel_runs.many, cases=cases))
+@pytest.mark.parametrize(
+    "case",
+    [
+        {"schedule": "dualpipe", "replicas": 2, **FOUR},
+        pytest.param({"schedule": "dualpipe", "ranks": 4, "slices": 2, "micros": 5}, marks=pytest.mark.all),
+    ],
+    ids=["2 x 2 x 2", "4 x 2"],
+)
+def test_float64_gradients_on_eight_ranks(ranks, case):
+    check(ranks.run(8, tensor_parallel_runs.many, cases={"": case}))
+
+
+TRAINED = (("dualpipe", 0), ("dualpipe", 1), ("dualpipe", 2), ("zb1p", 1))
+OVERFLOWS = ((0, 3), (1, 0), (2, 3))
 
 
 @pytest.fixture(scope="module")
-def stock(ranks):
-    """Four steps of DeepSpeed's own engine; clipping is at work in each."""
-    config = training.settings(4, zero=1, clip=0.1)
-    found = ranks.run(4, tensor_parallel_runs.train, config=config, **FOUR)
-    assert found[0]["class"] == "PipelineEngine"
-    return found
+def trained(ranks):
+    """Runs of ours and of stock DeepSpeed (schedule None), rank by rank; clipping is at work in those of fp32."""
+    cases = {
+        ("fp32", schedule, zero): {"config": training.settings(4, zero=zero, clip=0.1, schedule=schedule), "steps": 3}
+        for schedule, zero in ((None, 1), *TRAINED)
+    }
+    for zero, poisoned in OVERFLOWS:
+        config = training.settings(4, zero=zero, precision="fp16", schedule="dualpipe")
+        config["fp16"]["hysteresis"] = 1
+        del config["scheduler"]
+        cases["overflow", zero, poisoned] = {"config": config, "poisoned": (1, poisoned), "steps": 4}
+    for schedule, zero in ((None, 1), ("dualpipe", 1), ("dualpipe", 2)):
+        config = training.settings(4, zero=zero, precision="bf16", schedule=schedule)
+        cases["bf16", schedule, zero] = {"config": config, "steps": 3}
+    cases = {name: case | FOUR for name, case in cases.items()}
+    found = ranks.run(4, training.each, call=tensor_parallel_runs.train, cases=cases)
+    return lambda *name: [rank[name] for rank in found]
 
 
-@pytest.mark.parametrize(("schedule", "zero"), [("dualpipe", 0), ("dualpipe", 1), ("dualpipe", 2), ("zb1p", 1)])
-def test_trains_like_stock(ranks, stock, schedule, zero):
-    config = training.settings(4, zero=zero, clip=0.1, schedule=schedule)
-    found = ranks.run(4, tensor_parallel_runs.train, config=config, **FOUR)
+@pytest.mark.parametrize(("schedule", "zero"), TRAINED)
+def test_trains_like_stock(trained, schedule, zero):
+    stock, found = trained("fp32", None, 1), trained("fp32", schedule, zero)
+    assert stock[0]["class"] == "PipelineEngine"
     expected = {(rank["slice"], name): value for rank in stock for name, value in rank["weights"].items()}
     for rank in found:
         assert rank["class"] == "DualPipeEngine"
@@ -66,21 +85,15 @@ def test_slices_of_different_sizes(ranks):
     check(ranks.run(4, tensor_parallel_runs.many, cases=cases))
 
 
-@pytest.mark.parametrize(("zero", "poisoned"), [(0, 3), (1, 0), (2, 3)])
-def test_overflow_in_one_slice_skips_the_step_on_all(ranks, zero, poisoned):
-    config = training.settings(4, zero=zero, precision="fp16", schedule="dualpipe")
-    config["fp16"]["hysteresis"] = 1
-    del config["scheduler"]
-    found = ranks.run(4, tensor_parallel_runs.train, config=config, poisoned=(1, poisoned), **FOUR)
-    for rank in found:
+@pytest.mark.parametrize(("zero", "poisoned"), OVERFLOWS)
+def test_overflow_in_one_slice_skips_the_step_on_all(trained, zero, poisoned):
+    for rank in trained("overflow", zero, poisoned):
         assert rank["skipped"] == [0, 1, 1, 1]
         assert rank["digests"][1] == rank["digests"][0] != rank["digests"][2] != rank["digests"][3]
 
 
-def test_bf16_follows_stock(ranks):
-    theirs = ranks.run(4, tensor_parallel_runs.train, config=training.settings(4, precision="bf16"), **FOUR)
-    for zero in (1, 2):
-        config = training.settings(4, zero=zero, precision="bf16", schedule="dualpipe")
-        ours = ranks.run(4, tensor_parallel_runs.train, config=config, **FOUR)
-        assert ours[0]["losses"] == pytest.approx(theirs[0]["losses"], rel=0.02)
-        assert ours[0]["norms"] == pytest.approx(theirs[0]["norms"], rel=0.05)
+@pytest.mark.parametrize("zero", [1, 2])
+def test_bf16_follows_stock(trained, zero):
+    theirs, ours = trained("bf16", None, 1), trained("bf16", "dualpipe", zero)
+    assert ours[0]["losses"] == pytest.approx(theirs[0]["losses"], rel=0.02)
+    assert ours[0]["norms"] == pytest.approx(theirs[0]["norms"], rel=0.05)

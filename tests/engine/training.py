@@ -62,13 +62,18 @@ def make_layers(blocks, tied=True):
 
 
 def make_module(ranks, blocks, tied=True, replicas=1, **kwargs):
-    torch.manual_seed(7)
-    return PipelineModule(
+    """Weights depend on the layer alone, not on the ranks that layers are cut among."""
+    module = PipelineModule(
         layers=make_layers(blocks, tied),
         topology=PipeDataParallelTopology(ranks, replicas),
         loss_fn=cross_entropy,
         **kwargs,
     )
+    for name, part in module.named_modules():
+        if hasattr(part, "reset_parameters"):
+            torch.manual_seed(zlib.crc32(name.encode()))
+            part.reset_parameters()
+    return module
 
 
 def settings(micros, replicas=1, zero=1, precision="fp32", schedule=None, clip=1.0, **pipeline):
@@ -124,7 +129,33 @@ def optimizer_bytes(engine):
     )
 
 
-def train(config, ranks, replicas=1, steps=3, blocks=None, tied=True, module_kwargs=None):
+def each(call, cases):
+    """What `call` returns for each case, one after another on the same ranks: a start serves them all."""
+    found = {}
+    for name, case in cases.items():
+        try:
+            found[name] = call(**case)
+        except Exception as error:
+            raise RuntimeError(f"in case {name!r}") from error
+    return found
+
+
+def refusals(call, cases):
+    """Type and sentence of the error of each case, which all ranks raise."""
+    from dualpipe_engine.errors import DualPipeError
+
+    found = {}
+    for name, case in cases.items():
+        try:
+            call(**case)
+        except DualPipeError as error:
+            found[name] = (type(error).__name__, str(error))
+        else:
+            raise AssertionError(f"{name!r} is not refused")
+    return found
+
+
+def train(config, ranks, replicas=1, steps=2, blocks=None, tied=True, module_kwargs=None):
     """Train and return what parity tests compare."""
     import dualpipe_engine
 
@@ -139,7 +170,7 @@ def train(config, ranks, replicas=1, steps=3, blocks=None, tied=True, module_kwa
         norms.append(None if norm is None else float(norm))
         digests.append({name: digest(value) for name, value in weights(engine).items()})
     evaluated = engine.eval_batch(stream(replica, seed=5), return_logits=True)
-    return {
+    found = {
         "losses": losses,
         "norms": norms,
         "digests": digests,
@@ -152,9 +183,11 @@ def train(config, ranks, replicas=1, steps=3, blocks=None, tied=True, module_kwa
         "class": type(engine).__name__,
         "samples": engine.global_samples,
     }
+    engine.destroy()
+    return found
 
 
-def gradients(config, ranks, micros, module_kwargs=None):
+def gradients(config, ranks, module_kwargs=None):
     """Weights, and the reduced float64 gradients of one batch."""
     import dualpipe_engine
 
@@ -168,12 +201,9 @@ def gradients(config, ranks, micros, module_kwargs=None):
 
     engine._exec_optimizer_step = capture
     loss = engine.train_batch(stream(0))
-    return {
-        "start": start,
-        "grads": found,
-        "loss": float(loss),
-        "share": engine.weight_split.share if engine._store else 0.0,
-    }
+    share = engine.weight_split.share if engine._store else 0.0
+    engine.destroy()
+    return {"start": start, "grads": found, "loss": float(loss), "share": share}
 
 
 def sequential_gradients(ranks, micros, start):
@@ -199,7 +229,7 @@ def built_weights(ranks, schedule, seed_layers, method):
     state = torch.get_rng_state()
     engine, *_ = dualpipe_engine.initialize(model=module, config=settings(4, schedule=schedule))
     assert engine.module is module
-    return {
+    found = {
         "before": before,
         "after": weights(engine),
         "same_random_state": torch.equal(state, torch.get_rng_state()),
@@ -208,6 +238,8 @@ def built_weights(ranks, schedule, seed_layers, method):
         "names": [name for name, _ in module.named_parameters()],
         "class": type(module).__name__,
     }
+    engine.destroy()
+    return found
 
 
 def fails(config, ranks=4, blocks=8, replicas=1):
@@ -238,12 +270,15 @@ def grouped(ranks, how):
     names = {id(param): name for name, param in engine.module.named_parameters()}
     bit16 = engine.optimizer.bit16_groups
     losses = [float(engine.train_batch(stream(0))) for _ in range(2)]
-    return {
+    found = {
+        "how": how,
         "groups": [sorted(names[id(param)] for param in group) for group in bit16],
         "decay": [group["weight_decay"] for group in engine.optimizer.param_groups],
         "all": sorted(names.values()),
         "losses": losses,
     }
+    engine.destroy()
+    return found
 
 
 def odd_ends(ranks):

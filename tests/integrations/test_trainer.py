@@ -29,8 +29,8 @@ def oracle(ranks, tmp_path_factory):
     return {"folder": folder, **ranks.run(1, runs.train, folder=str(folder), stock=True)[0]}
 
 
-def assert_same(ours, theirs, first=1):
-    assert sorted(ours["steps"]) == list(range(first, 21))
+def assert_same(ours, theirs):
+    assert sorted(ours["steps"]) == list(range(1, 9))
     for step, (loss, norm, rate) in ours["steps"].items():
         assert loss == pytest.approx(theirs["steps"][step][0], abs=1e-6)
         assert norm == pytest.approx(theirs["steps"][step][1], rel=1e-4)
@@ -43,11 +43,11 @@ def assert_same(ours, theirs, first=1):
 def test_trains_evaluates_saves_and_resumes_like_one_process(ranks, oracle, tmp_path):
     ours = ranks.run(2, runs.train, folder=str(tmp_path), num_chunks=4)
     assert_same(ours[0], oracle)
-    assert ours[0] == ours[1] and ours[0]["seen"] == (20, 2)
-    assert len({loss for loss, *_ in ours[0]["steps"].values()}) > 15
-    resumed = ranks.run(2, runs.train, folder=str(tmp_path), num_chunks=4, resume=str(tmp_path / "checkpoint-10"))
-    assert_same(resumed[0], oracle, first=1)
-    for folder in ("final", "checkpoint-20"):
+    assert ours[0] == ours[1] and ours[0]["seen"] == (8, 2)
+    assert len({loss for loss, *_ in ours[0]["steps"].values()}) == 8
+    resumed = ranks.run(2, runs.train, folder=str(tmp_path), num_chunks=4, resume=str(tmp_path / "checkpoint-4"))
+    assert_same(resumed[0], oracle)
+    for folder in ("final", "checkpoint-8"):
         found = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / folder).state_dict()
         expected = transformers.AutoModelForCausalLM.from_pretrained(oracle["folder"] / folder).state_dict()
         for name, value in expected.items():
@@ -58,7 +58,7 @@ def test_replicas_share_the_batches(ranks, tmp_path):
     """Two pipelines of two stages with 4 rows each: the samples of a step differ from 8 rows in one process."""
     found = ranks.run(4, runs.train, folder=str(tmp_path), num_chunks=3, num_stages=2, schedule="dualpipev")
     assert all(each == found[0] for each in found)
-    assert found[0]["steps"][20][0] < found[0]["steps"][1][0]
+    assert found[0]["steps"][8][0] < found[0]["steps"][1][0]
 
 
 def test_lora_trains_and_saves_the_adapter(ranks, tmp_path):

@@ -59,7 +59,7 @@ def test_grid(ranks, on_twin, case):
     pipeline = {key: case[key] for key in ("split_backward", "optimize")}
     given = {key: case[key] for key in ("pp", "eager", "in_flight", "replicas", "tied")}
     if case["checkpointed"]:
-        given["module_kwargs"] = {"activation_checkpoint_interval": 1, "checkpointable_layers": ["Block"]}
+        given["module_kwargs"] = test_parity.RECOMPUTED
     config = training.settings(case["micros"], case["replicas"], case["zero"], schedule=case["schedule"], **pipeline)
     check(ranks, on_twin, config=config, **given)
 

@@ -23,19 +23,18 @@ HEAVY_HEAD = tuple(2.0 if stage == 7 else 1.0 for stage in range(8))
 # ranks, micro-batches, (f, i, w, F&B, hop), seconds of reduction, layers
 SETTINGS = [
     (8, 16, (1, 1, 1, 3, 0), FREE, 64),
-    (8, 16, (1, 1, 1, 2.25, 0), FREE, 64),
-    (8, 32, (1, 1, 1, 2.25, 0.1), FREE, 64),
-    (8, 32, (1, 1, 1, 2.25, 0.1), SLOW_TWINS, 64),
-    (8, 32, (1, 1, 1, 2.25, 0), FREE, 12),
+    (4, 16, (1, 1, 1, 2.25, 0.1), FREE, 64),
+    (4, 16, (1, 1, 1, 2.25, 0.1), SLOW_TWINS, 64),
+    (8, 16, (1, 1, 1, 2.25, 0), FREE, 12),
     (8, 4, (1, 1.3, 0.7, 3, 0), FREE, 64),
     (8, 9, (1, 0.8, 1.2, 2.4, 0.05), FREE, 64),
     (7, 20, (1, 1, 1, 2.25, 0), FREE, 64),
     (4, 12, (1, 2, 0, 3, 0), FREE, 64),
     (4, 12, (0.01, 0.02, 0.01, 0.035, 0.004), FREE, 64),
     (2, 1, (1, 1, 1, 3, 0.2), FREE, 64),
-    (4, 64, (1, 1, 1, 3, 0.5), SLOW_TWINS, 64),
-    (8, 24, (HEAVY_HEAD, HEAVY_HEAD, HEAVY_HEAD, None, 0.1), FREE, 64),
-    (6, 30, (1, 1.1, 0.9, 2, 0.3), {"linear": 1.0, "bidirectional": 2.0, "vee": 1.0}, 6),
+    (4, 20, (1, 1, 1, 3, 0.5), SLOW_TWINS, 64),
+    (8, 12, (HEAVY_HEAD, HEAVY_HEAD, HEAVY_HEAD, None, 0.1), FREE, 64),
+    (6, 14, (1, 1.1, 0.9, 2, 0.3), {"linear": 1.0, "bidirectional": 2.0, "vee": 1.0}, 6),
 ]
 
 

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
+import shutil
+
 import checkpoint_runs as runs
 import pytest
 import torch
@@ -62,70 +65,81 @@ def test_loader_passes_are_whole_after_a_resumed_one():
         assert [next(after).tolist() for _ in range(12 - stop)] == straight[stop:]
 
 
-@pytest.mark.parametrize("zero", [0, 1])
-def test_weights_move_between_schedules(ranks, tmp_path, zero):
-    job = {"ranks": 4, "folder": str(tmp_path), "load_optimizer_states": False}
-    chain = [None, "dualpipe", "dualpipev", "1f1b", "zbv", "dualpipe", None]
-    (first, *_) = ranks.run(4, runs.hop, config=config(None, zero), ranks=4, folder=str(tmp_path), save="0", steps=2)
-    for number, schedule in enumerate(chain[1:]):
-        found = ranks.run(4, runs.hop, config=config(schedule, zero), load=str(number), save=str(number + 1), **job)
-        assert found[0]["before"] == pytest.approx(first["after"], rel=1e-6)
+@pytest.fixture(scope="module")
+def good(ranks, tmp_path_factory):
+    """A folder with the checkpoint "good" of two ranks under DualPipe, to be copied."""
+    folder = tmp_path_factory.mktemp("saved")
+    ranks.run(2, runs.hop, config=config("dualpipe"), ranks=2, folder=str(folder), save="good")
+    return folder
 
 
-def test_weights_move_between_numbers_of_ranks_and_replicas(ranks, tmp_path):
-    chain = [(None, 2, 2), ("dualpipe", 4, 1), ("dualpipev", 1, 4), (None, 4, 1), ("dualpipe", 2, 2)]
-    after = None
-    for number, (schedule, pp, replicas) in enumerate(chain):
-        job = {"config": config(schedule, replicas=replicas), "ranks": pp, "replicas": replicas}
+CHAINS = {
+    "schedules": [(schedule, 4, 1, 0) for schedule in (None, "dualpipe", "dualpipev", "1f1b", "zbv", "dualpipe", None)],
+    "schedules, ZeRO-1": [(schedule, 4, 1, 1) for schedule in (None, "dualpipev", "dualpipe", None)],
+    "ranks and replicas": [
+        *((None, 2, 2, 1), ("dualpipe", 4, 1, 1), ("dualpipev", 1, 4, 1), (None, 4, 1, 1), ("dualpipe", 2, 2, 1))
+    ],
+}
+
+
+@pytest.mark.parametrize("name", CHAINS)
+def test_weights_move(ranks, tmp_path, name):
+    """Between schedules, numbers of ranks and replicas, and DeepSpeed's own engine; trained on at both ends."""
+    links = []
+    for number, (schedule, pp, replicas, zero) in enumerate(CHAINS[name]):
+        job = {"config": config(schedule, zero, replicas=replicas), "ranks": pp, "replicas": replicas}
         load = {"load": str(number - 1), "load_optimizer_states": False} if number else {}
-        found = ranks.run(4, runs.hop, folder=str(tmp_path), save=str(number), steps=1, **job, **load)
-        if after is not None:
-            assert found[0]["before"] == pytest.approx(after, rel=1e-6)
-        after = found[0]["after"]
+        steps = 1 if number in (0, len(CHAINS[name]) - 2) else 0
+        links.append({"folder": str(tmp_path), "save": str(number), "steps": steps, **job, **load})
+    found = ranks.run(4, runs.hops, links=links)[0]
+    for before, link in itertools.pairwise(found):
+        assert link["before"] == pytest.approx(before["after"], rel=1e-6)
+    assert len({link["after"] for link in found}) >= 2, "trained"
 
 
 def test_the_optimizer_moves_to_other_replicas(ranks, tmp_path):
     """Saved by two replicas, gone on with by one: refused as it is, welcome once converted."""
     job = {"folder": str(tmp_path), "ranks": 2}
     one, two = config("dualpipe", micros=8), config("dualpipe", replicas=2)
-    straight = ranks.run(4, runs.hop, config=two, replicas=2, steps=4, **job)
-    saved = ranks.run(4, runs.hop, config=two, replicas=2, steps=2, save="2", **job)
+    first = {"config": two, "replicas": 2, **job}
+    straight, saved = ranks.run(
+        4, runs.hops, links=[first | {"steps": 4}, first | {"steps": 2, "save": "2", "universal": True}]
+    )[0]
     with pytest.raises(RankError, match="cut among 4 copies of each stage, not 2"):
         ranks.run(2, runs.hop, config=one, load="2", **job)
-    runs.convert(tmp_path / "2", tmp_path / "2u")
-    (tmp_path / "latest_universal").write_text("2u")
     one |= {"checkpoint": {"load_universal": True}}
     found = ranks.run(2, runs.hop, config=one, load="2u", merged=2, steps=2, skip=2, **job)
-    assert found[0]["before"] == pytest.approx(saved[0]["after"], rel=1e-6)
-    assert saved[0]["losses"] + found[0]["losses"] == pytest.approx(straight[0]["losses"], rel=1e-5)
+    assert found[0]["before"] == pytest.approx(saved["after"], rel=1e-6)
+    assert saved["losses"] + found[0]["losses"] == pytest.approx(straight["losses"], rel=1e-5)
 
 
-@pytest.mark.parametrize("precision", ["fp32", "bf16"])
-def test_the_optimizer_moves_through_universal_checkpoints(ranks, tmp_path, precision):
+def test_the_optimizer_moves_through_universal_checkpoints(ranks, tmp_path):
     """1F1B -> DualPipe -> DualPipeV -> 1F1B on other numbers of ranks, two steps each, like eight steps of one run."""
     chain = [(None, 4), ("dualpipe", 4), ("dualpipev", 2), (None, 2)]
-    straight = ranks.run(4, runs.hop, config=config(None, 1, precision), ranks=4, folder=str(tmp_path), steps=8)
-    losses, after = [], None
-    for number, (schedule, pp) in enumerate(chain):
+
+    def link(number, precision):
+        schedule, pp = chain[number]
         universal = {"checkpoint": {"load_universal": True}} if number else {}
-        found = ranks.run(
-            pp,
-            runs.hop,
-            config=config(schedule, 1, precision, **universal),
-            ranks=pp,
-            folder=str(tmp_path),
-            load=f"{number}u" if number else None,
-            save=str(number + 1),
-            steps=2,
-            skip=2 * number,
-        )
-        if after is not None:
-            assert found[0]["before"] == pytest.approx(after, rel=1e-6)
-        after = found[0]["after"]
-        losses += found[0]["losses"]
-        runs.convert(tmp_path / str(number + 1), tmp_path / f"{number + 1}u")
-        (tmp_path / "latest_universal").write_text(f"{number + 1}u")
-    assert losses == pytest.approx(straight[0]["losses"], rel=1e-5 if precision == "fp32" else 2e-2)
+        job = {"config": config(schedule, 1, precision, **universal), "ranks": pp, "folder": str(tmp_path / precision)}
+        job |= {"load": f"{number}u"} if number else {}
+        return job | {"save": str(number + 1), "steps": 2, "skip": 2 * number, "universal": number < 3}
+
+    limits = {"fp32": 1e-5, "bf16": 2e-2}
+    straight = [
+        {"config": config(None, 1, precision), "ranks": 4, "folder": str(tmp_path), "steps": 8} for precision in limits
+    ]
+    halves = [straight + [link(number, precision) for precision in limits for number in (0, 1)]]
+    halves += [[link(number, precision) for precision in limits for number in (2, 3)]]
+    (*whole, one, two, five, six), (three, four, seven, eight) = (
+        ranks.run(world, runs.hops, links=links)[0] for world, links in zip((4, 2), halves, strict=True)
+    )
+    for expected, parts, limit in zip(
+        whole, ((one, two, three, four), (five, six, seven, eight)), limits.values(), strict=True
+    ):
+        for before, after in itertools.pairwise(parts):
+            assert after["before"] == pytest.approx(before["after"], rel=1e-6)
+        losses = [loss for part in parts for loss in part["losses"]]
+        assert losses == pytest.approx(expected["losses"], rel=limit)
 
 
 def test_a_function_as_second_layer_does_not_stop_the_conversion(ranks, tmp_path):
@@ -134,15 +148,17 @@ def test_a_function_as_second_layer_does_not_stop_the_conversion(ranks, tmp_path
     assert (tmp_path / "u" / "zero" / "tied_modules.embed.table.weight" / "exp_avg.pt").is_file()
 
 
-@pytest.mark.parametrize("broken", ["second", "first"])
-def test_a_run_that_ends_while_saving_leaves_the_checkpoint_before(ranks, tmp_path, broken):
-    job = {"config": config("dualpipe"), "ranks": 2, "folder": str(tmp_path)}
-    with pytest.raises(RankError, match="Torn"):
-        ranks.run(2, runs.torn_save, broken_tag=broken, **job)
-    (partial,) = tmp_path.glob(f"{broken}.*{PARTIAL}")  # the second save had begun
-    assert any(partial.iterdir())
-    for found in ranks.run(2, runs.restored, **job):
-        assert found["same"] and found["path"].endswith("first/mp_rank_00_model_states.pt")
+def test_a_run_that_ends_while_saving_leaves_the_checkpoint_before(ranks, tmp_path):
+    job = {"config": config("dualpipe"), "ranks": 2}
+    cases = {broken: job | {"folder": str(tmp_path / broken)} for broken in ("second", "first")}
+    for broken, case in cases.items():
+        with pytest.raises(RankError, match="Torn"):
+            ranks.run(2, runs.torn_save, broken_tag=broken, **case)
+        (partial,) = (tmp_path / broken).glob(f"{broken}.*{PARTIAL}")  # the second save had begun
+        assert any(partial.iterdir())
+    for rank in ranks.run(2, training.each, call=runs.restored, cases=cases):
+        for found in rank.values():
+            assert found["same"] and found["path"].endswith("first/mp_rank_00_model_states.pt")
 
 
 def test_publishing_can_stop_anywhere(tmp_path):
@@ -185,14 +201,12 @@ def test_files_of_others_stay(tmp_path):
     assert list(tmp_path.iterdir()) == [folder]
 
 
-def test_loading_writes_nothing(ranks, tmp_path):
+def test_loading_writes_nothing(ranks, good, tmp_path):
     """Nor does it remove what another job is writing; a checkpoint whose successor was never published is found."""
-    job = {"config": config("dualpipe"), "ranks": 2, "folder": str(tmp_path)}
-    ranks.run(2, runs.hop, save="x", **job)
+    shutil.copytree(good / "good", tmp_path / f"x.{JOB}{REPLACED}")
     unfinished(tmp_path / "x", JOB).mkdir()
-    (tmp_path / "x").rename(tmp_path / f"x.{JOB}{REPLACED}")
     before = sorted(path.name for path in tmp_path.iterdir())
-    ranks.run(2, runs.hop, load="x", **job)
+    ranks.run(2, runs.hop, config=config("dualpipe"), ranks=2, folder=str(tmp_path), load="x")
     assert sorted(path.name for path in tmp_path.iterdir()) == before
 
 
@@ -213,32 +227,27 @@ def test_tags_that_name_no_checkpoint_are_refused_on_all_ranks(ranks, tmp_path):
     assert (folder / "good" / "mp_rank_00_model_states.pt").is_file() and (folder / "latest").read_text() == "good"
 
 
-@pytest.mark.parametrize(
-    "name", ["layer_03-model_states.pt", "mp_rank_00_model_states.pt", "zero_pp_rank_1_mp_rank_00"]
-)
-@pytest.mark.parametrize("harm", ["gone", "cut"])
-def test_a_damaged_file_is_named(ranks, tmp_path, name, harm):
-    job = {"config": config("dualpipe"), "ranks": 2, "folder": str(tmp_path)}
-    ranks.run(2, runs.hop, save="good", **job)
-    ranks.run(2, runs.hop, save="bad", **job)
-    (file,) = (tmp_path / "bad").glob(f"{name}*")
-    if harm == "gone":
-        file.unlink()
-    else:
-        file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
-    with pytest.raises(RankError) as caught:
-        ranks.run(2, runs.hop, load="bad", **job)
-    for kind, message, _ in caught.value.errors.values():
-        assert kind == "CheckpointError" and file.name in message and 'load tag="good"' in message
-    assert len(caught.value.errors) == 2
-
-
-def test_a_state_of_other_ranks_is_refused_with_the_remedy(ranks, tmp_path):
-    ranks.run(4, runs.hop, config=config("1f1b"), ranks=4, folder=str(tmp_path), save="x")
-    with pytest.raises(RankError) as caught:
-        ranks.run(4, runs.hop, config=config("dualpipe"), ranks=4, folder=str(tmp_path), load="x")
-    for kind, message, _ in caught.value.errors.values():
+def test_what_is_damaged_or_of_other_ranks_is_named_with_the_remedy(ranks, good, tmp_path):
+    job = {"config": config("dualpipe"), "ranks": 2}
+    cases, harmed = {"1f1b": job | {"config": config("1f1b"), "folder": str(good), "load": "good"}}, {}
+    for name in ("layer_03-model_states.pt", "mp_rank_00_model_states.pt", "zero_pp_rank_1_mp_rank_00"):
+        for harm in ("gone", "cut"):
+            folder = tmp_path / f"{name} {harm}"
+            for tag in ("good", "bad"):
+                shutil.copytree(good / "good", folder / tag)
+            (file,) = (folder / "bad").glob(f"{name}*")
+            if harm == "gone":
+                file.unlink()
+            else:
+                file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
+            cases[folder.name] = job | {"folder": str(folder), "load": "bad"}
+            harmed[folder.name] = file.name
+    for rank in ranks.run(2, training.refusals, call=runs.hop, cases=cases):
+        kind, message = rank.pop("1f1b")
         assert kind == "CheckpointError" and "ds_to_universal" in message and "load_optimizer_states=False" in message
+        assert rank.keys() == harmed.keys()
+        for name, (kind, message) in rank.items():
+            assert kind == "CheckpointError" and harmed[name] in message and 'load tag="good"' in message, name
 
 
 def test_tied_weights_without_a_file_are_refused():

@@ -100,4 +100,6 @@ def poisoned(poison, schedule="dualpipe", ranks=4, zero=1, precision="fp32", cli
         logging.getLogger("DeepSpeed").removeHandler(handler)
     after = {name: training.digest(value) for name, value in training.weights(engine).items()}
     messages = [text for text in messages if "OVERFLOW!" not in text]  # DeepSpeed's own
-    return {"warnings": messages, "error": error, "kept": before == after, "skipped": engine.skipped_steps}
+    found = {"warnings": messages, "error": error, "kept": before == after, "skipped": engine.skipped_steps}
+    engine.destroy()
+    return found

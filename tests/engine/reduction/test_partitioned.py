@@ -9,28 +9,95 @@ import torch
 import training
 import zero_runs
 
-STEPS = 6
+STEPS = 3
+
+
+def offloaded(config):
+    config["zero_optimization"]["offload_optimizer"] = {"device": "cpu"}
+    return config | {"zero_force_ds_cpu_optimizer": False}
+
+
+#: name -> schedule, pipeline ranks, micro-batches, replicas, ZeRO stage, precision, optimizer on the host or not
+TRAINED = {
+    "2 ranks, 1 micro-batch": ("dualpipe", 2, 1, 1, 2, "fp32", False),
+    "3 micro-batches": ("dualpipe", 4, 3, 1, 2, "fp32", False),
+    "8 micro-batches": ("dualpipe", 4, 8, 1, 2, "fp32", False),
+    "11 micro-batches": ("dualpipe", 4, 11, 1, 2, "fp32", False),
+    "tied across ranks": ("1f1b", 4, 3, 1, 2, "fp32", False),
+    "dualpipev": ("dualpipev", 4, 3, 1, 2, "fp32", False),
+    "replicas": ("dualpipe", 2, 3, 2, 2, "fp32", False),
+    "replicas of zb1p": ("zb1p", 2, 3, 2, 2, "fp32", False),
+    "bf16": ("dualpipe", 4, 8, 1, 2, "bf16", False),
+    "optimizer on the host, ZeRO-1": ("dualpipe", 4, 8, 1, 1, "fp32", True),
+    "optimizer on the host, ZeRO-2": ("dualpipe", 4, 3, 1, 2, "fp32", True),
+    "optimizer on the host, zb1p": ("zb1p", 4, 3, 1, 1, "fp32", True),
+    "optimizer on the host, bf16": ("dualpipe", 4, 8, 1, 1, "bf16", True),
+}
+#: name -> schedule, ZeRO stage, rank with an overflow, whether the optimizer is on the host
+OVERFLOWS = {
+    "dualpipe, ZeRO-0": ("dualpipe", 0, 2, False),
+    "dualpipe, ZeRO-1": ("dualpipe", 1, 2, False),
+    "dualpipe, ZeRO-2": ("dualpipe", 2, 2, False),
+    "at the end": ("dualpipe", 1, 0, False),
+    "dualpipev": ("dualpipev", 0, 1, False),
+    "zb1p": ("zb1p", 1, 3, False),
+    "1f1b": ("1f1b", 2, 0, False),
+    "optimizer on the host, ZeRO-1": ("dualpipe", 1, 2, True),
+    "optimizer on the host, ZeRO-2": ("dualpipe", 2, 2, True),
+}
+
+
+def ours_of(schedule, pp, micros, replicas, zero, precision, host):
+    config = training.settings(micros, replicas, zero, precision, schedule)
+    return {"config": offloaded(config) if host else config, "ranks": pp, "replicas": replicas, "steps": STEPS}
+
+
+def stock_of(schedule, pp, micros, replicas, zero, precision, host):
+    """Stock DeepSpeed under ZeRO-1 with all stages on one rank, the same for several of ours."""
+    config = training.settings(micros, replicas, 1, precision)
+    given = {"config": config, "ranks": 1, "replicas": replicas, "blocks": 2 * pp, "steps": STEPS}
+    return (pp, micros, precision), given
 
 
 @pytest.fixture(scope="module")
-def stock(ranks):
+def trained(ranks):
+    """Ours and stock's; what has as many ranks shares a start."""
     runs = {}
 
-    def run(pp, micros, replicas=1, precision="fp32", **kwargs):
-        key = (pp, micros, replicas, precision, str(kwargs))
+    def run(world, cases):
+        key = (world, *cases)
         if key not in runs:
-            config = training.settings(micros, replicas, 1, precision)
-            runs[key] = ranks.run(
-                pp * replicas, training.train, config=config, ranks=pp, replicas=replicas, steps=STEPS, **kwargs
-            )
+            runs[key] = ranks.run(world, training.each, call=training.train, cases=cases)
         return runs[key]
 
-    return run
+    def of(name):
+        _, pp, _, replicas, *_ = case = TRAINED[name]
+        alike = {n: ours_of(*c) for n, c in TRAINED.items() if c[1] * c[3] == pp * replicas}
+        references = dict(stock_of(*c) for c in TRAINED.values() if c[3] == replicas)
+        key, _ = stock_of(*case)
+        return [rank[name] for rank in run(pp * replicas, alike)], [rank[key] for rank in run(replicas, references)]
+
+    return of
 
 
-def run_zero_2(ranks, schedule, pp, micros, replicas=1, precision="fp32", **kwargs):
-    config = training.settings(micros, replicas, 2, precision, schedule)
-    return ranks.run(pp * replicas, training.train, config=config, ranks=pp, replicas=replicas, steps=STEPS, **kwargs)
+@pytest.fixture(scope="module")
+def halves(ranks):
+    """Runs in fp16 by name, rank by rank."""
+    cases = {}
+    for name, (schedule, zero, rank, host) in OVERFLOWS.items():
+        config = training.settings(4, 1, zero, "fp16", schedule)
+        config["fp16"]["hysteresis"] = 1
+        config = offloaded(config) if host else config
+        cases[name] = {"config": config, "ranks": 4, "steps": 4, "poisoned": (1, rank)}
+    for schedule in ("dualpipe", "zb1p"):
+        config = training.settings(4, 1, 1, "fp16", schedule)
+        config["fp16"] |= {"initial_scale_power": 18, "hysteresis": 1, "loss_scale_window": 2}
+        cases["scale", schedule] = {"config": config, "ranks": 4, "steps": 8}
+    for zero in (1, 2):
+        config = training.settings(8, 1, zero, "fp16", "dualpipe")
+        cases["like stock", zero] = {"config": config, "ranks": 4, "steps": STEPS}
+    found = ranks.run(4, training.each, call=zero_runs.half, cases=cases)
+    return lambda name: [rank[name] for rank in found]
 
 
 def assert_same(ours, theirs, rel=1e-5, rtol=1e-4, atol=1e-5):
@@ -51,60 +118,50 @@ def assert_copies_identical(ours):
                 assert seen.setdefault(name, value) == value, f"copies of {name} differ after step {step}"
 
 
-@pytest.mark.parametrize(("pp", "micros"), [(2, 1), (4, 3), (4, 8), (4, 11)])
-def test_zero_2_trains_like_stock_zero_1(ranks, stock, pp, micros):
-    assert_same(run_zero_2(ranks, "dualpipe", pp, micros), stock(pp, micros))
+def like_stock(trained, name):
+    ours, stock = trained(name)
+    assert_same(ours, stock)
+    assert {rank["class"] for rank in stock} == {"PipelineEngine"}
+    assert all(rank["offloaded"] == TRAINED[name][-1] for rank in ours)
 
 
-@pytest.mark.parametrize("schedule", ["1f1b", "dualpipev"])
-def test_zero_2_on_other_placements_and_ties_across_ranks(ranks, stock, schedule):
-    assert_same(run_zero_2(ranks, schedule, 4, 3), stock(4, 3))
+@pytest.mark.parametrize("name", [name for name, (*_, kind, host) in TRAINED.items() if kind == "fp32" and not host])
+def test_zero_2_trains_like_stock_zero_1(trained, name):
+    like_stock(trained, name)
 
 
-@pytest.mark.parametrize("schedule", ["dualpipe", "zb1p"])
-def test_zero_2_with_replicas(ranks, stock, schedule):
-    assert_same(run_zero_2(ranks, schedule, 2, 3, replicas=2), stock(2, 3, replicas=2))
+@pytest.mark.parametrize("name", [name for name, (*_, kind, host) in TRAINED.items() if kind == "fp32" and host])
+def test_optimizer_on_the_host_trains_like_stock(trained, name):
+    like_stock(trained, name)
 
 
-def test_zero_2_in_bf16_follows_stock(ranks, stock):
-    ours, theirs = (
-        run(4, 8, precision="bf16") for run in (lambda *a, **k: run_zero_2(ranks, "dualpipe", *a, **k), stock)
-    )
-    assert ours[0]["losses"] == pytest.approx(theirs[0]["losses"], rel=0.02)
+@pytest.mark.parametrize("name", [name for name, case in TRAINED.items() if case[5] == "bf16"])
+def test_bf16_follows_stock(trained, name):
+    ours, stock = trained(name)
+    assert ours[0]["losses"] == pytest.approx(stock[0]["losses"], rel=0.02)
+    assert ours[0]["norms"] == pytest.approx(stock[0]["norms"], rel=0.03)
     assert_copies_identical(ours)
 
 
-@pytest.mark.parametrize("micros", [3, 8])
-def test_zero_2_keeps_no_gradient_of_a_stage(ranks, micros):
+def test_zero_2_keeps_no_gradient_of_a_stage(ranks):
     """After each B and W the stage's gradients are gone; ZeRO-1 holds them until the stage is done."""
-    found = {
-        zero: ranks.run(4, zero_runs.watched, config=training.settings(micros, 1, zero, "fp32", "dualpipe"), ranks=4)
+    cases = {
+        (zero, micros): {"config": training.settings(micros, 1, zero, "fp32", "dualpipe"), "ranks": 4}
         for zero in (1, 2)
+        for micros in (3, 8)
     }
-    assert found[1][0]["losses"] == pytest.approx(found[2][0]["losses"], rel=1e-5)
-    for rank in found[2]:
-        assert rank["held"] == {"accumulate": 0, "reduce": 0}
-    for rank in found[1]:
-        assert rank["held"]["reduce"] == 0
-        assert rank["held"]["accumulate"] > 0
+    for rank in ranks.run(4, training.each, call=zero_runs.watched, cases=cases):
+        for micros in (3, 8):
+            one, two = rank[1, micros], rank[2, micros]
+            assert one["losses"] == pytest.approx(two["losses"], rel=1e-5)
+            assert two["held"] == {"accumulate": 0, "reduce": 0}
+            assert one["held"]["reduce"] == 0
+            assert one["held"]["accumulate"] > 0
 
 
-@pytest.mark.parametrize(
-    ("schedule", "zero", "rank"),
-    [
-        ("dualpipe", 0, 2),
-        ("dualpipe", 1, 2),
-        ("dualpipe", 2, 2),
-        ("dualpipe", 1, 0),
-        ("dualpipev", 0, 1),
-        ("zb1p", 1, 3),
-        ("1f1b", 2, 0),
-    ],
-)
-def test_overflow_on_one_rank_skips_the_step_on_all(ranks, schedule, zero, rank):
-    config = training.settings(4, 1, zero, "fp16", schedule)
-    config["fp16"]["hysteresis"] = 1
-    found = ranks.run(4, zero_runs.half, config=config, ranks=4, steps=4, poisoned=(1, rank))
+@pytest.mark.parametrize("name", OVERFLOWS)
+def test_overflow_on_one_rank_skips_the_step_on_all(halves, name):
+    found = halves(name)
     for each in found:
         assert each["dtypes"] == {"torch.float16"}
         assert each["skipped"] == [0, 1, 1, 1]
@@ -115,11 +172,9 @@ def test_overflow_on_one_rank_skips_the_step_on_all(ranks, schedule, zero, rank)
 
 
 @pytest.mark.parametrize("schedule", ["dualpipe", "zb1p"])
-def test_dynamic_loss_scale(ranks, schedule):
+def test_dynamic_loss_scale(halves, schedule):
     """From a scale at which everything overflows down to one that works, and up again; the same on all ranks."""
-    config = training.settings(4, 1, 1, "fp16", schedule)
-    config["fp16"] |= {"initial_scale_power": 18, "hysteresis": 1, "loss_scale_window": 2}
-    found = ranks.run(4, zero_runs.half, config=config, ranks=4, steps=8)
+    found = halves(("scale", schedule))
     scales, skipped = [2.0**18, *found[0]["scales"]], [0, *found[0]["skipped"]]
     assert all(rank["scales"] == scales[1:] and rank["skipped"] == skipped[1:] for rank in found)
     for step in range(8):
@@ -130,42 +185,9 @@ def test_dynamic_loss_scale(ranks, schedule):
     assert zero_runs.finite(found)
 
 
-@pytest.mark.parametrize("zero", [1, 2])
-def test_fp16_follows_stock(ranks, zero):
-    theirs = ranks.run(4, zero_runs.stock_half, config=training.settings(8, 1, 1, "fp16"), ranks=4, steps=STEPS)
-    ours = ranks.run(4, zero_runs.half, config=training.settings(8, 1, zero, "fp16", "dualpipe"), ranks=4, steps=STEPS)
-    assert ours[0]["skipped"][-1] == 0
-    assert ours[0]["losses"] == pytest.approx(theirs[0]["losses"], rel=0.01)
-
-
-def offloaded(config):
-    config["zero_optimization"]["offload_optimizer"] = {"device": "cpu"}
-    return config | {"zero_force_ds_cpu_optimizer": False}
-
-
-@pytest.mark.parametrize(("zero", "schedule", "micros"), [(1, "dualpipe", 8), (2, "dualpipe", 3), (1, "zb1p", 3)])
-def test_optimizer_on_the_host_trains_like_stock(ranks, stock, zero, schedule, micros):
-    config = offloaded(training.settings(micros, 1, zero, "fp32", schedule))
-    ours = ranks.run(4, training.train, config=config, ranks=4, steps=STEPS)
-    assert all(rank["offloaded"] for rank in ours)
-    assert_same(ours, stock(4, micros))
-
-
-@pytest.mark.parametrize("zero", [1, 2])
-def test_overflow_with_the_optimizer_on_the_host(ranks, zero):
-    config = offloaded(training.settings(4, 1, zero, "fp16", "dualpipe"))
-    config["fp16"]["hysteresis"] = 1
-    found = ranks.run(4, zero_runs.half, config=config, ranks=4, steps=4, poisoned=(1, 2))
-    for rank in found:
-        assert rank["skipped"] == [0, 1, 1, 1]
-        assert rank["digests"][1] == rank["digests"][0] != rank["digests"][3]
-    assert_copies_identical(found)
-
-
-def test_bf16_with_the_optimizer_on_the_host(ranks, stock):
-    ours = ranks.run(
-        4, training.train, config=offloaded(training.settings(8, 1, 1, "bf16", "dualpipe")), ranks=4, steps=STEPS
-    )
-    theirs = stock(4, 8, precision="bf16")
-    assert ours[0]["losses"] == pytest.approx(theirs[0]["losses"], rel=0.02)
-    assert ours[0]["norms"] == pytest.approx(theirs[0]["norms"], rel=0.03)
+def test_fp16_follows_stock(ranks, halves):
+    stock = ranks.run(1, zero_runs.stock_half, config=training.settings(8, 1, 1, "fp16"), blocks=8, steps=STEPS)
+    for zero in (1, 2):
+        ours = halves(("like stock", zero))
+        assert ours[0]["skipped"][-1] == 0
+        assert ours[0]["losses"] == pytest.approx(stock[0]["losses"], rel=0.01)

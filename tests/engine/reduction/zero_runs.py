@@ -10,7 +10,7 @@ import training
 from deepspeed.accelerator import get_accelerator
 
 
-def watched(config, ranks, replicas=1, steps=3):
+def watched(config, ranks, replicas=1, steps=2):
     """Train, and look at the gradients whenever the tail has been called."""
     import dualpipe_engine
     from dualpipe_engine.schedule.op import REDUCE, STEP
@@ -36,7 +36,7 @@ def watched(config, ranks, replicas=1, steps=3):
     tail.reduce = watch("reduce", tail.reduce)
     losses = [float(engine.train_batch(training.stream(replica))) for _ in range(steps)]
     spans = engine._observer.spans()
-    return {
+    found = {
         "losses": losses,
         "held": held,
         "log": log[: len(log) // steps],
@@ -45,9 +45,11 @@ def watched(config, ranks, replicas=1, steps=3):
         "reduction": type(tail.reduction).__name__,
         "left": sum(buffer.numel() for buffer in tail.reduction.buffers()),
     }
+    engine.destroy()
+    return found
 
 
-def both_ways(config, ranks, replicas=1, steps=3, tied=True):
+def both_ways(config, ranks, replicas=1, steps=2, tied=True):
     """The same training with reductions under the tail, and with DeepSpeed's own after the schedule."""
     import dualpipe_engine
     from dualpipe_engine.engine.reduction import tail
@@ -91,12 +93,14 @@ def half(config, ranks, steps, poisoned=None):
         found["digests"].append(digests)
     found["weights"] = training.weights(engine)
     found["dtypes"] = {str(param.dtype) for param in engine.module.parameters()}
+    engine.destroy()
     return found
 
 
-def stock_half(config, ranks, steps):
+def stock_half(config, blocks, steps):
+    """Stock DeepSpeed with all stages on one rank."""
     with patch.object(type(get_accelerator()), "is_fp16_supported", lambda self: True):
-        return training.train(config, ranks, steps=steps, tied=False)
+        return training.train(config, 1, blocks=blocks, steps=steps, tied=False)
 
 
 def finite(found):
