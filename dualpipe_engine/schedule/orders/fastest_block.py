@@ -7,6 +7,7 @@ from dataclasses import replace
 from math import inf
 
 from ..passes.squeeze import EAGER, Squeezer, Way
+from ..placement import VEE, Placement
 from ..plan import Plan, check_size
 from ..timing.costs import UNIT, CostModel
 from .blocks import HALF, Block, block, widest, widths
@@ -77,8 +78,12 @@ class FastestBlock:
 
 
 def under(num_ranks: int, num_micro: int, cap: int, schedule: str) -> Plan:
-    """The plan of the fastest block for f = i = w, chosen on a batch of at most 3 PP micro-batches."""
-    check_size(num_ranks, num_micro)
+    """The plan of the fastest block for f = i = w, chosen on a batch of at most 3 PP micro-batches.
+
+    Raises:
+        PlanError: a count is below 1.
+    """
+    check_size(Placement(VEE, num_ranks).num_ranks, num_micro)
     search = FastestBlock(num_ranks, min(num_micro, 3 * num_ranks), UNIT)
     search.try_cap(cap)
     return replace(search.plan(num_micro), schedule=schedule)

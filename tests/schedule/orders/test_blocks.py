@@ -3,6 +3,7 @@ from itertools import pairwise
 import pytest
 from plan_checks import check_plan
 
+from dualpipe_engine.errors import PlanError
 from dualpipe_engine.schedule.op import F
 from dualpipe_engine.schedule.orders import vhalf, vmin
 from dualpipe_engine.schedule.orders.blocks import HALF, Block, block, widest, widths
@@ -84,6 +85,13 @@ def test_any_number_of_ranks_and_micro_batches(schedule) -> None:
             plan = schedule.generate(num_ranks, num_micro)
             check_plan(plan)
             verify(lower(plan), activation_cap=schedule.cap(num_ranks))
+
+
+@pytest.mark.parametrize("schedule", [vhalf, vmin])
+def test_counts_below_1_are_refused(schedule) -> None:
+    for counts in ((0, 4), (4, 0)):
+        with pytest.raises(PlanError, match="at least one"):
+            schedule.generate(*counts)
 
 
 @pytest.mark.parametrize(("ranks", "micros"), AUTHORS)
