@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+from collections.abc import Iterable
 from dataclasses import replace
 from typing import Any
 
@@ -21,33 +22,39 @@ _FILES = (".csv", ".json")
 
 _COSTS_HELP = (
     "time of a forward, of the input part and of the weight part of a backward, and of an overlapped F&B pair, on 1/N "
-    "of the model (rank count N; dualpipev and zbv run it as two halves). Any unit: all times shown are in that unit. "
-    'Without FB, pairs take F+I+W: no overlap (default: 1,1,1,3). Or the file that "schedule": "auto" measured'
+    "of the model (rank count N; schedules with two stages a rank run it as two halves). Any unit: all times shown are "
+    "in that unit. Without FB, pairs take F+I+W: no overlap (default: 1,1,1,3). Or the file that "
+    '"schedule": "auto" measured'
 )
 
 
-def add_schedule(parser: argparse.ArgumentParser) -> None:
-    """Which plan: the schedule or the file, and the work."""
+def add_schedule(parser: argparse.ArgumentParser) -> list[argparse.Action]:
+    """Which plan: the schedule or the file, and the work. Returns what was added, but for the schedule."""
     parser.add_argument("--schedule", metavar="S", help=f"{', '.join(SCHEDULES)}, or a plan file (.csv, .json)")
-    add_work(parser, plan_file=True)
-    cap = "(stage, micro-batch) activations that a rank may hold (default: what the schedule is known for)"
-    parser.add_argument("--activation-cap", type=whole, metavar="K", help=cap)
+    work = add_work(parser, plan_file=True)
+    cap = (
+        "(stage, micro-batch) activations that a rank may hold (default: what the schedule is known for); zbv, vhalf "
+        "and vmin keep any from 2"
+    )
+    return [*work, parser.add_argument("--activation-cap", type=whole, metavar="K", help=cap)]
 
 
-def add_work(parser: argparse.ArgumentParser, plan_file: bool) -> None:
-    """Ranks, micro-batches and costs; `plan_file`: a plan file may have the first two."""
+def add_work(parser: argparse.ArgumentParser, plan_file: bool) -> list[argparse.Action]:
+    """Ranks, micro-batches and costs; `plan_file`: a plan file may have the first two. Returns what was added."""
     where = " (a plan file has its own)" if plan_file else ""
     measured = where or " (measured --costs have their own)"
-    parser.add_argument("--ranks", type=whole, metavar="N", help=f"pipeline ranks{measured}")
-    parser.add_argument(
-        "--micro-batches", type=whole, metavar="M", help=f"micro-batches of one pipeline in a batch{where}"
-    )
     unit = CostModel(fb=3.0)
-    parser.add_argument("--costs", type=costs_argument, default=unit, metavar="F,I,W[,FB]", help=_COSTS_HELP)
     comm = "time of one transfer between two ranks, in the unit of --costs (default: 0, or the measured one)"
-    parser.add_argument("--comm", type=finite, metavar="C", help=comm)
     best = "search for the order with the smallest makespan under the costs, instead of the reference order"
-    parser.add_argument("--optimize", action="store_true", help=best)
+    return [
+        parser.add_argument("--ranks", type=whole, metavar="N", help=f"pipeline ranks{measured}"),
+        parser.add_argument(
+            "--micro-batches", type=whole, metavar="M", help=f"micro-batches of one pipeline in a batch{where}"
+        ),
+        parser.add_argument("--costs", type=costs_argument, default=unit, metavar="F,I,W[,FB]", help=_COSTS_HELP),
+        parser.add_argument("--comm", type=finite, metavar="C", help=comm),
+        parser.add_argument("--optimize", action="store_true", help=best),
+    ]
 
 
 def finite(text: str) -> float:
@@ -88,6 +95,17 @@ def layer_costs(text: str) -> list[float]:
         return parse_layer_costs(text)
     except ConfigError as error:
         raise argparse.ArgumentTypeError(str(error)) from None
+
+
+def refuse(args: argparse.Namespace, options: Iterable[argparse.Action], where: str) -> None:
+    """Refuse those of `options` that were given.
+
+    Raises:
+        ConfigError: there are some; `where` tells with what they have no effect.
+    """
+    given = [option.option_strings[0] for option in options if getattr(args, option.dest) is not option.default]
+    if given:
+        raise ConfigError(f"{', '.join(given)}: no effect {where}, leave {'them' if given[1:] else 'it'} out")
 
 
 def work(args: argparse.Namespace) -> tuple[CostModel, Measurement | None]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from functools import partial
 from typing import Any
 
 from ..errors import ConfigError
@@ -11,7 +12,7 @@ from ..schedule.passes.verify import verify
 from ..schedule.search.compare import compare, fastest
 from ..schedule.timing.bound import plan_bound
 from ..schedule.timing.costs import CostModel
-from .arguments import add_work, finite, layer_costs, print_json, work
+from .arguments import add_work, finite, layer_costs, print_json, refuse, work
 from .job import add_job, estimate_job
 
 _LAYERS_HELP = (
@@ -23,22 +24,29 @@ _LAYERS_HELP = (
 def add_compare(commands: Any, shape: dict[str, Any]) -> None:
     """Add the subcommand to `commands`, with the parser settings `shape`."""
     parser = commands.add_parser("compare", help="every schedule side by side on the same model and batch", **shape)
-    add_work(parser, plan_file=False)
-    cap = "activations that a rank may hold, in those of 1/N of the model (default: what each schedule is known for)"
-    parser.add_argument("--activation-cap", type=finite, metavar="K", help=cap)
-    parser.add_argument("--layer-costs", type=layer_costs, metavar="T,T,..", help=_LAYERS_HELP)
+    _, _, *simulated = add_work(parser, plan_file=False)
+    cap = (
+        "activations that a rank may hold, in those of 1/N of the model (default: what each schedule is known for); "
+        "zbv, vhalf and vmin keep any from 1"
+    )
+    simulated += [
+        parser.add_argument("--activation-cap", type=finite, metavar="K", help=cap),
+        parser.add_argument("--layer-costs", type=layer_costs, metavar="T,T,..", help=_LAYERS_HELP),
+    ]
     parser.add_argument("--format", choices=("table", "json"), default="table", help="default: table")
-    add_job(parser)
-    parser.set_defaults(run=_run)
+    estimated = add_job(parser)
+    parser.set_defaults(run=partial(_run, simulated, estimated))
 
 
-def _run(args: argparse.Namespace) -> None:
+def _run(simulated: list[argparse.Action], estimated: list[argparse.Action], args: argparse.Namespace) -> None:
     from ..viz.summary import comparison_table
     from ..viz.terminal import wide_console
 
     if args.model is not None:
+        refuse(args, simulated, "with --model, whose estimate has costs and memory of its own")
         estimate_job(args)
         return
+    refuse(args, estimated, "without --model")
     costs, job = work(args)
     if args.ranks is None:
         raise ConfigError("say how many ranks: --ranks N, or --costs with a measured file")

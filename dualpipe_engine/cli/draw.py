@@ -3,25 +3,26 @@
 from __future__ import annotations
 
 import argparse
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from ..errors import ConfigError
 from ..schedule.plain_json import parse
 from ..schedule.timing.simulate import simulate
-from .arguments import add_schedule, make, title_of
+from .arguments import add_schedule, make, refuse, title_of
 
 
 def add_draw(commands: Any, shape: dict[str, Any]) -> None:
     """Add the subcommand to `commands`, with the parser settings `shape`."""
     parser = commands.add_parser("draw", help="draw a schedule over time: terminal, SVG or PNG", **shape)
     parser.add_argument("file", nargs="?", help="a trace (Chrome JSON) of a measured batch, or a plan file")
-    add_schedule(parser)
+    simulated = add_schedule(parser)
     parser.add_argument("--out", metavar="FILE", help="write FILE, .svg or .png; without it: draw in the terminal")
-    parser.set_defaults(run=_run)
+    parser.set_defaults(run=partial(_run, simulated))
 
 
-def _run(args: argparse.Namespace) -> None:
+def _run(simulated: list[argparse.Action], args: argparse.Namespace) -> None:
     from ..viz.chrome import read_chrome
     from ..viz.figure import save_figure
     from ..viz.terminal import draw_terminal, wide_console
@@ -29,6 +30,7 @@ def _run(args: argparse.Namespace) -> None:
     if args.file and args.schedule:
         raise ConfigError(f"draw either {args.file} or --schedule {args.schedule}, not both")
     if args.file and _is_trace(args.file):
+        refuse(args, simulated, f"on {args.file}, which was measured")
         timeline, title, unit = read_chrome(args.file), Path(args.file).name, "s"
     else:
         args.schedule = args.file or args.schedule

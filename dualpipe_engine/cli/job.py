@@ -8,18 +8,21 @@ from ..errors import ConfigError
 from .arguments import print_json, whole
 
 
-def add_job(parser: argparse.ArgumentParser) -> None:
-    """The arguments of a whole job."""
+def add_job(parser: argparse.ArgumentParser) -> list[argparse.Action]:
+    """The arguments of a whole job. Returns those beside --model."""
     job = parser.add_argument_group(
         "whole jobs", "estimate memory and speed of a model on a cluster from FLOPs, bandwidths and the simulator"
     )
     job.add_argument("--model", metavar="NAME", help="deepseek-v3, ..., or a Hugging Face config.json")
-    job.add_argument("--gpus", type=whole, metavar="N", help="GPUs of the whole job")
-    job.add_argument("--hardware", default="h800", help="h800 (default), h100, h200, a100, or a .json file")
-    job.add_argument("--expert-parallel", type=whole, metavar="N", help="ranks that share the experts of a layer")
-    job.add_argument("--micro-batch-size", type=whole, default=1, metavar="N", help="sequences (default: 1)")
-    job.add_argument("--sequence-length", type=whole, metavar="N", help="tokens (default: 4096, or as published)")
-    job.add_argument("--no-fp8", action="store_true", help="matrix products in bf16 where the hardware has FP8")
+    hardware = "h800 (default), h100, h200, a100, or a .json file"
+    return [
+        job.add_argument("--gpus", type=whole, metavar="N", help="GPUs of the whole job"),
+        job.add_argument("--hardware", metavar="NAME", help=hardware),
+        job.add_argument("--expert-parallel", type=whole, metavar="N", help="ranks that share the experts of a layer"),
+        job.add_argument("--micro-batch-size", type=whole, metavar="N", help="sequences (default: 1)"),
+        job.add_argument("--sequence-length", type=whole, metavar="N", help="tokens (default: 4096, or as published)"),
+        job.add_argument("--no-fp8", action="store_true", help="matrix products in bf16 where the hardware has FP8"),
+    ]
 
 
 def estimate_job(args: argparse.Namespace) -> None:
@@ -32,8 +35,9 @@ def estimate_job(args: argparse.Namespace) -> None:
 
     if args.gpus is None:
         raise ConfigError(f"say how many GPUs train {args.model}: --gpus N")
-    model, hardware = load_shape(args.model), load_hardware(args.hardware)
-    counts = (args.gpus, args.ranks, args.expert_parallel, args.micro_batches, args.micro_batch_size)
+    model, hardware = load_shape(args.model), load_hardware(args.hardware or "h800")
+    sequences = 1 if args.micro_batch_size is None else args.micro_batch_size
+    counts = (args.gpus, args.ranks, args.expert_parallel, args.micro_batches, sequences)
     job = make_job(model, *counts, args.sequence_length, not args.no_fp8)
     rows = estimate(model, job, hardware)
     if args.format == "json":

@@ -9,7 +9,7 @@ from typing import NamedTuple
 from ...errors import PlanError
 from ..placement import BIDIRECTIONAL, LINEAR, VEE, Placement, directions_of, parts_of
 from ..plan import Plan
-from . import dualpipe, dualpipev, one_f_one_b, zb1p, zbv
+from . import dualpipe, dualpipev, one_f_one_b, vhalf, vmin, zb1p, zbv
 
 
 class Schedule(NamedTuple):
@@ -20,12 +20,16 @@ class Schedule(NamedTuple):
         generate: from ranks and micro-batches to the reference order.
         splits: whether backwards are split into I and W.
         default_cap: activations that the reference order holds on PP ranks, with any number of micro-batches.
+        any_cap: whether there is a plan for every cap from `search.under_cap.LEAST_CAP` activations.
+        by_cap: whether it is known for its cap: its plans hold no more, and are those of `search.under_cap`.
     """
 
     placement: str
     generate: Callable[[int, int], Plan]
     splits: bool
     default_cap: Callable[[int], int]
+    any_cap: bool = False
+    by_cap: bool = False
 
     @property
     def parts(self) -> int:
@@ -43,7 +47,9 @@ KNOWN = {
     "zb1p": Schedule(LINEAR, zb1p.generate, True, lambda pp: pp),
     "dualpipe": Schedule(BIDIRECTIONAL, dualpipe.generate, True, lambda pp: pp + 1),
     "dualpipev": Schedule(VEE, dualpipev.generate, True, lambda pp: 2 * pp + 1),
-    "zbv": Schedule(VEE, zbv.generate, True, lambda pp: 2 * pp),
+    "zbv": Schedule(VEE, zbv.generate, True, lambda pp: 2 * pp, any_cap=True),
+    "vhalf": Schedule(VEE, vhalf.generate, True, vhalf.cap, any_cap=True, by_cap=True),
+    "vmin": Schedule(VEE, vmin.generate, True, vmin.cap, any_cap=True, by_cap=True),
 }
 SCHEDULES = tuple(KNOWN)
 

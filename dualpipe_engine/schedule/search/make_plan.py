@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
+from dataclasses import replace
 
 from ...errors import PlanError
 from ..gc_paused import collector_paused
@@ -12,6 +13,7 @@ from ..placement import Placement
 from ..plan import Plan, check_size
 from ..timing.costs import UNIT, CostModel
 from ..timing.simulate import peak_activations, simulate
+from .under_cap import LEAST_CAP, under_cap
 
 THETAS = (0.0, 0.3, 0.6)  #: how much of a W may delay the next op, see `wfill`
 MANY_OPS = 20_000  #: plans with more ops try the first of THETAS and few orders, which keeps 140,000 ops within seconds
@@ -33,12 +35,13 @@ def make_plan(
         schedule: one of SCHEDULES.
         num_ranks: pipeline ranks.
         num_micro: micro-batches of the batch.
-        costs: costs of the stages of the schedule's own placement (2 * num_ranks stages for "dualpipev" and "zbv");
+        costs: costs of the stages of the schedule's own placement (2 * num_ranks stages where it is a vee);
             `CostModel.for_placement` cuts the costs of one model for each. Only `optimize` uses them.
         optimize: False: the reference order. True: of the reference order and its variants (pairs split or made, W
             moved into idle gaps) the one with the smallest simulated makespan.
         activation_cap: activations, counted as by `peak_activations`, that no rank may exceed. None: what the reference
-            order holds with many micro-batches, PP + 1 for "dualpipe".
+            order holds with many micro-batches, PP + 1 for "dualpipe". "zbv", "vhalf" and "vmin" have a plan for every
+            cap from 2; with `optimize` a larger cap never makes it slower.
         split_backward: False: only full backwards, for models that cannot split them into I and W.
 
     Raises:
@@ -54,13 +57,20 @@ def make_plan(
         reference = join(reference)
     if not optimize and activation_cap is None:
         return reference
-    cap = known.default_cap(num_ranks) if activation_cap is None else activation_cap
+    own = known.default_cap(num_ranks)
+    cap = own if activation_cap is None else activation_cap
+    if known.by_cap:
+        cap = min(cap, own)
     split = split_backward and known.splits
-    plans = list(_candidates(reference, costs, cap, split)) if optimize else [reference]
+    varied = optimize and not (known.by_cap or (known.any_cap and cap < own))
+    plans = list(_candidates(reference, costs, cap, split)) if varied else [reference]
     fitting = [plan for plan in plans if max(peak_activations(plan)) <= cap]
+    searched = known.by_cap or (known.any_cap and activation_cap is not None)
+    if searched and cap >= LEAST_CAP and (optimize or not fitting):
+        found = under_cap(num_ranks, num_micro, costs if optimize else UNIT, cap, split)
+        fitting.append(replace(safe_fuse(found, costs) if optimize else found, schedule=schedule))
     if not fitting:
-        tight = _candidates(reference, costs, 1, split) if optimize else plans
-        smallest = min(max(peak_activations(plan)) for plan in tight)
+        smallest = LEAST_CAP if known.any_cap else _smallest_cap(reference, costs, optimize, split)
         raise PlanError(
             f"{schedule} on {num_ranks} ranks with {num_micro} micro-batches holds more than activation_cap = {cap} "
             f"activations on some rank: the smallest cap that works is {smallest}"
@@ -69,6 +79,11 @@ def make_plan(
         return fitting[0]
     plan = min(fitting, key=lambda candidate: simulate(candidate, costs).makespan)
     return plan if plan is reference else safe_fuse(plan, costs)
+
+
+def _smallest_cap(reference: Plan, costs: CostModel, optimize: bool, split: bool) -> int:
+    tight = _candidates(reference, costs, 1, split) if optimize else [reference]
+    return min(max(peak_activations(plan)) for plan in tight)
 
 
 def _candidates(reference: Plan, costs: CostModel, cap: int, split: bool) -> Iterator[Plan]:

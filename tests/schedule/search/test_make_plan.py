@@ -206,7 +206,7 @@ def test_best_is_the_simulated_best(setting: tuple, expected: str | None) -> Non
     chosen = best(num_ranks, num_micro, costs, cap)
     makespans = {}
     for schedule in SCHEDULES:
-        parts = 2 if schedule in ("dualpipev", "zbv") else 1
+        parts = KNOWN[schedule].parts
         try:
             placed = costs.for_placement(Placement("vee" if parts == 2 else "linear", num_ranks))
             limit = None if cap is None else int(cap * parts)

@@ -1,0 +1,44 @@
+"""Options that would be without effect are refused in one sentence."""
+
+import json
+
+import pytest
+
+from dualpipe_engine.cli.main import main
+
+MODEL = ["compare", "--model", "mixtral-8x7b", "--gpus", "16", "--ranks", "4", "--micro-batches", "8"]
+SHAPE = ["compare", "--ranks", "2", "--micro-batches", "2"]
+CASES = [
+    ([*MODEL, "--costs", "9,9,9", "--activation-cap", "0.0001"], ["--costs, --activation-cap", "leave them out"]),
+    ([*MODEL, "--costs", "1,1,1,3"], ["--costs: no effect with --model", "leave it out"]),
+    ([*MODEL, "--comm", "0"], ["--comm"]),
+    ([*MODEL, "--optimize"], ["--optimize"]),
+    ([*MODEL, "--layer-costs", "1x40"], ["--layer-costs"]),
+    ([*SHAPE, "--gpus", "8"], ["--gpus: no effect without --model"]),
+    ([*SHAPE, "--hardware", "h800", "--no-fp8"], ["--hardware, --no-fp8"]),
+    ([*SHAPE, "--micro-batch-size", "1"], ["--micro-batch-size"]),
+    ([*SHAPE, "--sequence-length", "4096", "--layer-costs", "1x8"], ["--sequence-length"]),
+    ([*SHAPE, "--expert-parallel", "1"], ["--expert-parallel"]),
+]
+
+
+@pytest.mark.parametrize(("argv", "said"), CASES)
+def test_compare(capsys, argv, said):
+    assert main(argv) == 2
+    shown = capsys.readouterr()
+    assert shown.out == "" and shown.err.count("\n") == 1
+    assert all(words in shown.err for words in said), shown.err
+
+
+def test_draw_of_a_trace(capsys, tmp_path):
+    path = tmp_path / "trace.json"
+    path.write_text(json.dumps({"traceEvents": []}))
+    assert main(["draw", str(path), "--costs", "1,1,1", "--ranks", "4"]) == 2
+    assert "--ranks, --costs: no effect" in capsys.readouterr().err
+
+
+def test_a_cap_is_taken_where_it_applies(capsys):
+    assert main(["compare", "--ranks", "4", "--micro-batches", "6", "--activation-cap", "2", "--format", "json"]) == 0
+    rows = {row["schedule"]: row for row in json.loads(capsys.readouterr().out)["schedules"]}
+    assert rows["vmin"]["feasible"] and rows["vmin"]["peak_activations"] <= 2
+    assert not rows["1f1b"]["feasible"]
