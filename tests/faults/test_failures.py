@@ -58,6 +58,7 @@ def check(found, kinds, lost=None):
             assert texts[lost][1] != texts[1 - lost][1] and f"rank {lost} failed in" in texts[1 - lost][1], texts
 
 
+@pytest.mark.faults_all
 @pytest.mark.parametrize("lost", [0, 1])
 def test_data_and_layers(ranks, lost):
     kinds = DATA | LAYERS
@@ -68,6 +69,7 @@ def test_data_and_layers(ranks, lost):
         assert "there is no data" in errors["nothing"][1] and errors["end"][0] == "StopIteration"
 
 
+@pytest.mark.faults_all
 def test_losses(ranks):
     check(ranks.run(2, runs.survived, timeout=90, ranks=2, config=settings("zbv"), cases=list(LOSSES), lost=0), LOSSES)
 

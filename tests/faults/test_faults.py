@@ -94,10 +94,12 @@ def test_a_rank_that_falls_behind_is_named(play, tmp_path):
     check(play, tmp_path, "sleep", 2, "steady")
 
 
+@pytest.mark.faults_all
 def test_ctrl_c_on_one_rank_ends_all(play, tmp_path):
     check(play, tmp_path, "interrupt", 1, "steady")
 
 
+@pytest.mark.faults_all
 def test_ctrl_c_on_all_ranks_ends_all(play, tmp_path):
     codes, seconds, logs = play(fault_runs.interrupted_run, tmp_path, limit=7.5)
     assert all(code not in (0, None) for code in codes), (codes, seconds, logs)
