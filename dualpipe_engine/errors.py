@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 
@@ -41,5 +43,19 @@ class PipelineRuntimeError(DualPipeError, RuntimeError):
     """A step failed while it ran: a peer was lost, a transfer timed out or shapes disagree."""
 
 
+class OutputError(PipelineRuntimeError):
+    """What a stage has made cannot be passed on; the message says why."""
+
+
 class CheckpointError(DualPipeError, RuntimeError):
     """A checkpoint cannot be loaded or converted; the message names the file and the remedy."""
+
+
+@contextmanager
+def raised_everywhere() -> Iterator[None]:
+    """The body depends on nothing but what is the same on all ranks: its errors are those of all."""
+    try:
+        yield
+    except DualPipeError as error:
+        error.everywhere = True
+        raise

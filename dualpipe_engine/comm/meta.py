@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch.utils import _pytree as pytree
 
-from ..errors import ConfigError, PipelineRuntimeError
+from ..errors import ConfigError, OutputError
 
 HEADER_BYTES = 4096
 _LENGTH_BYTES = 8
@@ -142,16 +142,16 @@ def encode(meta: MessageMeta) -> torch.Tensor:
     """Header of a meta: `[HEADER_BYTES]` uint8 on the CPU.
 
     Raises:
-        PipelineRuntimeError: the nest holds values that cannot be pickled, or too many of them.
+        OutputError: the nest holds values that cannot be pickled, or too many of them.
     """
     body = io.BytesIO()
     try:
         _Pickler(body).dump((meta.leaves, meta.spec))
     except Exception as error:
-        raise PipelineRuntimeError(f"a stage output holds a value that cannot travel: {error}") from error
+        raise OutputError(f"a stage output holds a value that cannot travel: {error}") from error
     size = body.tell()
     if size > HEADER_BYTES - _LENGTH_BYTES:
-        raise PipelineRuntimeError(
+        raise OutputError(
             f"the description of a stage output takes {size} bytes, more than {HEADER_BYTES - _LENGTH_BYTES}: "
             "pass fewer tensors or smaller constants between stages"
         )

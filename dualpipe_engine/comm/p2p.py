@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 
-from ..errors import PipelineRuntimeError
+from ..errors import OutputError
 from ..schedule.progress import Position
 from .meta import HEADER_BYTES, MessageMeta, TensorMeta, block_of, decode, encode, flatten
 from .tickets import Ticket
@@ -76,6 +76,7 @@ class Edges:
         self._dynamic = dynamic_shape
         self._sent: dict[int, MessageMeta] = {}
         self._owed: dict[tuple[int, int], tuple[TensorMeta, ...]] = {}  # gradients that are to come back
+        self._taken: dict[tuple[int, int], MessageMeta] = {}  # inputs whose gradients are to be sent
         self._known: dict[int, MessageMeta] = {}
         self._waiting: dict[int, deque[Inbound]] = defaultdict(deque)
         self._posted: dict[int, int] = defaultdict(int)  # receives that nobody has waited for yet, by their source
@@ -91,7 +92,7 @@ class Edges:
         """Send the output of `stage` for `micro` (any nest, see `meta`) to pipeline rank `dst`.
 
         Raises:
-            PipelineRuntimeError: shapes, dtypes or constants differ from the first message without `dynamic_shape`.
+            OutputError: shapes, dtypes or constants differ from the first message without `dynamic_shape`.
         """
         before = self._sent.get(stage)
         tag = _tag(FORWARD, stage, micro, 0)
@@ -107,14 +108,14 @@ class Edges:
         """The tensors of an output, after a header where the receiver cannot know them."""
         tensors, meta = flatten(output)
         if len(tensors) > _HEADER:
-            raise PipelineRuntimeError(f"stage {stage} passes on {len(tensors)} tensors, more than {_HEADER}")
+            raise OutputError(f"stage {stage} passes on {len(tensors)} tensors, more than {_HEADER}")
         before = self._sent.get(stage)
         if self._dynamic or before is None:
-            self._sent[stage] = meta
             header = encode(meta).to(self._device)
+            self._sent[stage] = meta
             self._post_send(header, dst, _tag(FORWARD, stage, micro, _HEADER))
         elif before != meta:
-            raise PipelineRuntimeError(
+            raise OutputError(
                 f"stage {stage} made ({meta.describe()}) for micro-batch {micro} after ({before.describe()}): build "
                 "the PipelineModule with dynamic_shape=True, or call engine.reset_activation_shape() on all ranks"
             )
@@ -122,11 +123,38 @@ class Edges:
 
     def send_backward(self, stage: int, micro: int, grads: list[torch.Tensor], dst: int) -> None:
         """Send the input gradients of `stage` for `micro`, one for each floating-point input, to rank `dst`."""
+        self._taken.pop((stage, micro), None)
         tag = _tag(BACKWARD, stage, micro, 0)
         if len(grads) == 1:
             self._post_send(grads[0].contiguous(), dst, tag)
         else:
             self._send_all(grads, dst, tag)
+
+    def send_no_output(self, stage: int, micro: int, dst: int) -> None:
+        """Send zeros in place of the output of `stage` for `micro`, or word that there is no tensor, if the receiver
+        does not know the shapes."""
+        known = None if self._dynamic else self._sent.get(stage)
+        tensors = [] if known is None else [meta.zeros(self._device) for meta in known.tensors]
+        if known is None:
+            tensors = self._announce(stage, micro, (), dst)
+        self._owed[stage, micro] = self._sent[stage].differentiable
+        self._send_all(tensors, dst, _tag(FORWARD, stage, micro, 0))
+
+    def send_no_grads(self, stage: int, micro: int, dst: int) -> None:
+        """Send zeros in place of the input gradients of `stage` for `micro`."""
+        message = self._taken.pop((stage, micro))
+        zeros = [meta.zeros(self._device) for meta in message.differentiable]
+        self._send_all(zeros, dst, _tag(BACKWARD, stage, micro, 0))
+
+    def drop_forward(self, stage: int, micro: int) -> None:
+        """Take the input of `stage` for `micro`, unless that has been done."""
+        if (FORWARD, stage, micro) in self._inbound:
+            self._finish((FORWARD, stage, micro))
+
+    def drop_backward(self, stage: int, micro: int) -> None:
+        """Take the output gradients of `stage` for `micro`, unless that has been done."""
+        if (BACKWARD, stage, micro) in self._inbound:
+            self._finish((BACKWARD, stage, micro))
 
     def post_forward(self, stage: int, micro: int, src: int) -> None:
         """Ask for the input of `stage` for `micro` from pipeline rank `src`."""
@@ -152,6 +180,7 @@ class Edges:
             ticket, _ = self._outbound.popleft()
             ticket.wait(self._timeout_s)
         self._owed.clear()
+        self._taken.clear()
 
     def message_bytes(self, stage: int) -> int:
         """Bytes that `stage` passed on for a micro-batch; 0 where it sent nothing from this rank."""
@@ -252,4 +281,6 @@ class Edges:
         if waiting:
             self._advance(waiting)
         del self._inbound[key]
+        if inbound.message is not None:
+            self._taken[inbound.stage, inbound.micro] = inbound.message
         return inbound

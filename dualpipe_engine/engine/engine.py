@@ -20,7 +20,7 @@ from ..comm.p2p import Edges
 from ..comm.stream import StreamTicket
 from ..comm.tickets import Transfer
 from ..comm.transport import GroupTransport
-from ..errors import ConfigError
+from ..errors import ConfigError, raised_everywhere
 from ..faults.watch import Watch, watched
 from ..runtime.apex_support import apex_status
 from ..runtime.executor import Executor
@@ -32,6 +32,7 @@ from ..schedule.records import LOSS
 from ..schedule.timing.costs import CostModel
 from .batches.additional_losses import AdditionalLosses
 from .batches.evaluation import Evaluation
+from .batches.feed import BatchFeed
 from .batches.loader import Loading
 from .batches.loss_sums import Totals
 from .checkpoint.save_load import Checkpoints
@@ -52,6 +53,7 @@ from .placing.stages import (
     stage_views,
 )
 from .plan import make_lowered_plan
+from .reduction.after_schedule import AfterSchedule
 from .reduction.freezing import TrainedParams
 from .reduction.tail import GradientTail
 from .reporting import Reporting
@@ -106,6 +108,9 @@ class DualPipeEngine(LifeCycle, Evaluation, Measuring, Reporting, Checkpoints, L
         self._init_pipeline_state(base_grid)
         self._context = self._make_context(plan)
         self._init_executor()
+        # They have transfers of their own, or DeepSpeed's reduction asks which gradients there are.
+        bound = has_experts(self.module) or has_phases(self.module) or self.is_model_parallel
+        self._init_recovery(bound or isinstance(self._tail.reduction, AfterSchedule))
         if self.training_data:
             self._build_data_iter(self.training_data)
 
@@ -253,6 +258,7 @@ class DualPipeEngine(LifeCycle, Evaluation, Measuring, Reporting, Checkpoints, L
             self._tail,
             self._before_forward,
             self.finite.borders,
+            self.watch,
         )
         self._inbound = side_stream(self.device)  # of inputs and labels
         # Evaluation may use other shapes, so it has edges of its own and announces every shape.
@@ -262,6 +268,7 @@ class DualPipeEngine(LifeCycle, Evaluation, Measuring, Reporting, Checkpoints, L
             Edges(transport, self.device, timeout, True, self.watch.position),
             Observer(self.place.rank, self.device),
             on_micro=self._before_forward,
+            failing=self.watch,
         )
 
     def _make_finite_check(self) -> FiniteCheck:
@@ -299,50 +306,64 @@ class DualPipeEngine(LifeCycle, Evaluation, Measuring, Reporting, Checkpoints, L
             ConfigError: no optimizer is configured, there is no data, the ends of the pipeline read different data, or
                 `requires_grad` was changed where it cannot be followed.
             StopIteration: the data ended within the batch.
+            Exception: what a layer, the loss, a hook or the data have raised. All ranks raise it, or on the others an
+                error that names it, and can go on with another batch; not where layers have transfers of their own
+                (experts, tensor parallelism, phases), where the job ends.
             PipelineRuntimeError: a rank was lost, a transfer failed, copies of a parameter differ, or `check_finite`
                 has found a NaN or an inf.
             CheckpointError: a checkpoint could not be written in the background; the next call trains.
             SystemExit: the signal of "save_on_signal" has come, and the checkpoint is saved.
         """
-        if not torch.is_grad_enabled():
-            raise RuntimeError("train_batch() needs gradients; use eval_batch() without")
-        if self.optimizer is None:
-            raise ConfigError('train_batch() needs an optimizer: add "optimizer" to the DeepSpeed configuration')
-        if data_iter is not None:
-            self.set_dataiterator(data_iter)
-        self._check_save_folder()
-        self._follow_save()
+        with self._attempt():
+            self._check_save_folder()
+            self._follow_save()
+            self._agree_on_plan()
+            feed = self._begin_batch(data_iter)
+            with autocast_if_enabled(self):
+                self._executor.run(self.plan, feed)
+            self.module.micro_offset += self.micro_batches
+            if not self._checked_stream:
+                self._check_stream(feed)
+                self._report_split()
+            with self._observer.waiting(LOSS):
+                self.agg_train_loss, self.dp_group_loss, *_ = self.totals.finish()
+                self.agg_additional_losses = self._additional.mean(self.micro_batches, self.device)
+            self._keep_record()
+            self.timers(TRAIN_BATCH_TIMER).stop()
+            self._trained.check()
+            overflow = getattr(self.optimizer, "overflow", False)
+            self.finite.after_step(self.global_steps, overflow, self.get_global_grad_norm)
+            every = self.dualpipe_config.check_twins
+            if every is not None and self.global_steps % every == 0:
+                check_twins(self.module, self.mpu.get_data_parallel_group())
+            self._report_batch()
+        self._end_on_signal()
+        return self.agg_train_loss
+
+    def _begin_batch(self, data_iter: Iterator[Any] | None) -> BatchFeed:
+        """The data of a batch. An error here is one of the batch: all ranks raise it when they have come to its end."""
+        feed = self._no_feed()
+        try:
+            if not torch.is_grad_enabled():
+                raise RuntimeError("train_batch() needs gradients; use eval_batch() without")
+            if self.optimizer is None:
+                raise ConfigError('train_batch() needs an optimizer: add "optimizer" to the DeepSpeed configuration')
+            if data_iter is not None:
+                self.set_dataiterator(data_iter)
+            if self._trained.changed() and self._store is not None:
+                self.weight_split = install(self.module, self._store)
+            self._written.begin()
+            feed = self._feed(self.micro_batches, fingerprint=not self._checked_stream)
+        except Exception as error:
+            self.watch.fail_batch(error, "train_batch")
         self._set_training(True)
-        self._agree_on_plan()
         self.timers(TRAIN_BATCH_TIMER).start()
-        self._follow_changes()
-        self._tail.begin()
+        self._tail.begin(feed.drain)
         self._transfers.clear()
         self._transported.clear()
         self._additional.begin()
         self._executor.scale = self._loss_factor()
-        feed = self._feed(self.micro_batches, fingerprint=not self._checked_stream)
-        with autocast_if_enabled(self):
-            self._executor.run(self.plan, feed)
-        feed.drain()
-        self.module.micro_offset += self.micro_batches
-        if not self._checked_stream:
-            self._check_stream(feed)
-            self._report_split()
-        with self._observer.waiting(LOSS):
-            self.agg_train_loss, self.dp_group_loss, *_ = self.totals.finish()
-            self.agg_additional_losses = self._additional.mean(self.micro_batches, self.device)
-        self._keep_record()
-        self.timers(TRAIN_BATCH_TIMER).stop()
-        self._trained.check()
-        overflow = getattr(self.optimizer, "overflow", False)
-        self.finite.after_step(self.global_steps, overflow, self.get_global_grad_norm)
-        every = self.dualpipe_config.check_twins
-        if every is not None and self.global_steps % every == 0:
-            check_twins(self.module, self.mpu.get_data_parallel_group())
-        self._report_batch()
-        self._end_on_signal()
-        return self.agg_train_loss
+        return feed
 
     def _loss_factor(self) -> float:
         """Factor on each loss before its backward, so that DeepSpeed's mean (or sum) over all copies of a stage comes
@@ -350,17 +371,6 @@ class DualPipeEngine(LifeCycle, Evaluation, Measuring, Reporting, Checkpoints, L
         copies = self.plan.placement.num_directions if self.gradient_average else 1
         scale = self._get_optimizer_loss_scale() if self.fp16_enabled() else 1.0
         return copies / self.micro_batches * float(scale)
-
-    def _set_training(self, mode: bool) -> None:
-        self.module.train(mode)
-        for view in self._context.views.values():
-            view.training = mode
-
-    def _follow_changes(self) -> None:
-        """What the user has done to the module since the last batch."""
-        if self._trained.changed() and self._store is not None:
-            self.weight_split = install(self.module, self._store)
-        self._written.begin()
 
     def _exec_optimizer_step(self, lr_kwargs: Any = None) -> None:
         self._written.check()
@@ -370,7 +380,9 @@ class DualPipeEngine(LifeCycle, Evaluation, Measuring, Reporting, Checkpoints, L
         """Make a new plan when the number of micro-batches has changed (`set_train_batch_size`)."""
         if self.plan.num_micro != self.micro_batches:
             num_ranks = self.plan.placement.num_ranks
-            self._context.plan = make_lowered_plan(self.dualpipe_config, num_ranks, self.micro_batches, self._costs)
+            with raised_everywhere():
+                plan = make_lowered_plan(self.dualpipe_config, num_ranks, self.micro_batches, self._costs)
+            self._context.plan = plan
 
     def reset_activation_shape(self) -> None:
         """Let the next batch bring new shapes; call it on every rank."""
@@ -382,6 +394,7 @@ class DualPipeEngine(LifeCycle, Evaluation, Measuring, Reporting, Checkpoints, L
 
     save_checkpoint = watched(Checkpoints.save_checkpoint)
     load_checkpoint = watched(Checkpoints.load_checkpoint)
+    wait_for_checkpoint = watched(Checkpoints.wait_for_checkpoint)
 
     @property
     def weight_grad_store(self) -> WeightGradStore | None:

@@ -16,14 +16,14 @@ from deepspeed.runtime.config import DeepSpeedConfig
 from deepspeed.runtime.pipe.engine import PipelineEngine
 
 from ..comm.communicators import noting_groups
-from ..errors import ConfigError
+from ..errors import ConfigError, DualPipeError
 from ..faults.watch import Watch
 from ..schedule.progress import Position
 from ..schedule.search.compare import best_of
 from .auto.choose import choose, job_costs, print_choice
-from .checks.agreement import agree_on_copies, agree_on_job
+from .checks.agreement import agree_on_copies, agree_on_job, agree_on_schedule
 from .checks.written_buffers import check_statistics
-from .config import AUTO, STOCK, check_zero, find_config, micro_batches, read_config
+from .config import AUTO, STOCK, DualPipeConfig, check_zero, find_config, micro_batches, read_config
 from .engine import DualPipeEngine
 from .placing.balance import stage_bounds
 from .placing.experts import make_expert_groups
@@ -69,10 +69,15 @@ def initialize(
         ConfigError: the configuration cannot work; raised on every rank before memory is allocated.
         PlanError: the schedule cannot run on these ranks; likewise.
     """
-    found, dualpipe = find_config(args, config, config_params), None
-    if found is not None:
-        settings, dualpipe = read_config(found)
-    if dualpipe is None or dualpipe.is_stock:
+    settings, dualpipe, error = _read(find_config(args, config, config_params), model, mpu, mesh_param)
+    watch = None
+    if isinstance(model, PipelineModule) and ds_comm.is_initialized():  # all ranks of the job have made one
+        watch = _watched_from_here(model, dualpipe, error, distributed_port, dist_init_required)
+    elif error is not None:
+        raise error
+    if dualpipe.is_stock:
+        if watch is not None:
+            watch.close()
         return _stock_initialize(
             args=args,
             model=model,
@@ -88,29 +93,8 @@ def initialize(
             mesh_param=mesh_param,
             config_params=config_params,
         )
-    if not isinstance(model, PipelineModule):
-        raise ConfigError(
-            f'"schedule": "{dualpipe.schedule}" needs a deepspeed.pipe.PipelineModule, got {type(model).__name__}: '
-            "list the model's layers as LayerSpecs"
-        )
-    if isinstance(model, DualPipeVModule):
-        raise ConfigError(
-            f'"schedule": "{dualpipe.schedule}" and a DualPipeVModule, which has DeepSpeed\'s own schedule, do not go '
-            "together: make it a PipelineModule, or leave the schedule out"
-        )
-    if mpu is not None:
-        raise ConfigError("mpu must be None: the PipelineModule's topology says where ranks stand")
-    if mesh_param is not None:
-        raise ConfigError("mesh_param must be None: a schedule has no sequence parallelism")
-    check_zero(settings)
+    assert watch is not None and isinstance(model, PipelineModule)
     zero.partition_parameters.shutdown_init_context()
-    ds_comm.init_distributed(
-        dist_backend=get_accelerator().communication_backend_name(),
-        distributed_port=distributed_port,
-        dist_init_required=dist_init_required,
-    )
-    set_device(model)
-    watch = Watch(dualpipe.p2p_timeout_s, Position())
     given_groups = groups_of(model)
     with watch.section("initialize"), noting_groups() as made_groups:
         agree_on_job(settings, model)
@@ -167,6 +151,60 @@ def initialize(
         engine._configure_python_gc()
     engine.own_groups = [*given_groups, *made_groups]
     return engine, engine.optimizer, engine.training_dataloader, engine.lr_scheduler
+
+
+def _read(
+    found: Any, model: torch.nn.Module | None, mpu: Any, mesh_param: Any
+) -> tuple[dict[str, Any], DualPipeConfig, DualPipeError | None]:
+    """The whole configuration, our part of it, and what is wrong with it or with the other arguments."""
+    settings: dict[str, Any] = {}
+    dualpipe = DualPipeConfig()
+    try:
+        if found is not None:
+            settings, dualpipe = read_config(found)
+        if not dualpipe.is_stock:
+            _check_arguments(dualpipe.schedule, model, mpu, mesh_param)
+            check_zero(settings)
+    except DualPipeError as error:
+        return settings, dualpipe, error
+    return settings, dualpipe, None
+
+
+def _check_arguments(schedule: str, model: torch.nn.Module | None, mpu: Any, mesh_param: Any) -> None:
+    if not isinstance(model, PipelineModule):
+        raise ConfigError(
+            f'"schedule": "{schedule}" needs a deepspeed.pipe.PipelineModule, got {type(model).__name__}: '
+            "list the model's layers as LayerSpecs"
+        )
+    if isinstance(model, DualPipeVModule):
+        raise ConfigError(
+            f'"schedule": "{schedule}" and a DualPipeVModule, which has DeepSpeed\'s own schedule, do not go '
+            "together: make it a PipelineModule, or leave the schedule out"
+        )
+    if mpu is not None:
+        raise ConfigError("mpu must be None: the PipelineModule's topology says where ranks stand")
+    if mesh_param is not None:
+        raise ConfigError("mesh_param must be None: a schedule has no sequence parallelism")
+
+
+def _watched_from_here(
+    model: PipelineModule, dualpipe: DualPipeConfig, error: DualPipeError | None, port: int, required: bool | None
+) -> Watch:
+    """The watch over all ranks, which have read the same schedule. Collective over all ranks."""
+    ds_comm.init_distributed(
+        dist_backend=get_accelerator().communication_backend_name(),
+        distributed_port=port,
+        dist_init_required=required,
+    )
+    set_device(model)
+    watch = Watch(dualpipe.p2p_timeout_s, Position())
+    try:
+        with watch.section("initialize"):
+            agree_on_schedule(error, dualpipe.schedule)
+    except DualPipeError:
+        watch.close()
+        raise
+    return watch
 
 
 def _with_methods_of(engine_class: type[PipelineEngine] | None) -> type[DualPipeEngine]:

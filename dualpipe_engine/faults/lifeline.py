@@ -32,6 +32,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from .door import Door, Stranger, knock, own_names
+from .failures import Failures
 
 SETTLE_S = 1.5  #: seconds that ranks are given to run into the gap that a lost rank leaves
 ASK_S = 0.4  #: seconds from the cause to the first question, and between questions
@@ -63,6 +64,9 @@ class Lifeline:
         verdict: makes the text that all ranks are told, of the cause and the reports by rank.
         told: called by the thread with the verdict, once.
         signalled: called by the thread with the numbers of signals written to `wakeup_fd`.
+
+    Attributes:
+        failures: of batches that fail on one rank while all go on.
     """
 
     def __init__(
@@ -91,6 +95,7 @@ class Lifeline:
         self._lock = threading.Lock()
         self._selector = selectors.DefaultSelector()
         self._peers: dict[int, _Peer] = {}
+        self.failures = Failures(rank, world, lambda to, message: self._send(self._peers.get(to), {"batch": message}))
         self._wake, wake = socket.socketpair()
         self._selector.register(wake, selectors.EVENT_READ, None)
         self._woken = wake
@@ -273,6 +278,8 @@ class Lifeline:
             peer.report = message["report"]
         elif "cause" in message:
             self._raise(message["cause"])
+        elif "batch" in message:
+            self.failures.obey(peer.rank, message["batch"])
         elif "left" in message:
             self._drop(peer)
             self._left = self._left or {"kind": LEFT, "rank": peer.rank, "at": peer.at}
@@ -304,6 +311,8 @@ class Lifeline:
         if self._cause is None and self.text is None:
             if cause.get("comm") and self._left is not None:
                 cause = self._left
+            if cause["kind"] == LATE and (failed := self.failures.open()):  # which is why ranks no longer meet
+                cause = {"kind": FAILED, "rank": failed.rank, "text": failed.trace, "at": {}}
             self._cause, self._caused, self._asked = cause, time.monotonic(), time.monotonic()
 
     def _judge(self, now: float) -> None:

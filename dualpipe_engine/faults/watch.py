@@ -18,8 +18,8 @@ from typing import Any, TypeVar
 
 import torch.distributed as dist
 
-from ..errors import ConfigError, PipelineRuntimeError, PlanError
-from ..schedule.progress import Position, is_waiting
+from ..errors import ConfigError, OutputError, PipelineRuntimeError, PlanError
+from ..schedule.progress import Position, is_waiting, waiting
 from .abort import abort_groups
 from .lifeline import FAILED, GONE, LATE, LEFT, SETTLE_S, SILENT, Lifeline, Message
 
@@ -46,7 +46,12 @@ class Watch:
     Args:
         timeout_s: `p2p_timeout_s`; ranks end within it.
         position: where the program is.
+
+    Attributes:
+        recovers: whether a batch that fails on one rank can be brought to its end on all of them. The same on all.
     """
+
+    recovers = False
 
     def __init__(self, timeout_s: float, position: Position) -> None:
         self.position = position
@@ -94,6 +99,48 @@ class Watch:
             self._lifeline.decided.wait(SETTLE_S + 1)
             raise PipelineRuntimeError(self._lifeline.text or "the batch was interrupted")
 
+    def begin_batch(self) -> None:
+        """A batch begins, on all ranks."""
+        self._lifeline.failures.begin()
+
+    def end_batch(self) -> None:
+        """It has ended or failed, on all ranks."""
+        self._lifeline.failures.end()
+
+    @property
+    def batch_failed(self) -> bool:
+        """Whether the batch has failed on a rank, so that nothing is to be made of what comes from others."""
+        return self._lifeline.failures.known
+
+    def fail_batch(self, error: Exception | None, where: str = "") -> None:
+        """The batch fails on this rank; return when all ranks know, and are about to bring it to its end.
+
+        Args:
+            error: why; None: another rank has told.
+            where: in which op.
+
+        Raises:
+            Exception: `error`, if this ends the job: it comes from a transfer, or layers have transfers of their own.
+            PipelineRuntimeError: a rank is lost.
+        """
+        line = self._lifeline
+        if error is not None:
+            if getattr(error, "everywhere", False) or not self.recovers or self._aborted or _from_comm(error):
+                raise error
+            line.failures.tell(error, where)
+        with waiting():
+            if not line.failures.settle(self._patience / 2, lambda: line.text is not None):
+                raise error or PipelineRuntimeError(line.text or "not all ranks have heard that the batch has failed")
+
+    def raise_failed(self) -> None:
+        """After a collective of all ranks that comes last in a batch.
+
+        Raises:
+            Exception: the batch has failed, on all ranks: its own error on the rank that failed.
+        """
+        if error := self._lifeline.failures.error():
+            raise error
+
     def close(self) -> None:
         """End the watch, as when the process group is gone or the engine is given back."""
         self._lifeline.close()
@@ -111,7 +158,10 @@ class Watch:
 
     def _enter(self, name: str) -> None:
         if self._lifeline.text is not None:
-            raise PipelineRuntimeError(self._lifeline.text)
+            raise PipelineRuntimeError(
+                f"the engine ended when {self._lifeline.text}\nIts process groups are broken: start the job again, and "
+                "load the last checkpoint"
+            )
         self._depth += 1
         if self._depth == 1:
             self._section = name
@@ -338,6 +388,8 @@ def _from_comm(error: BaseException | None) -> bool:
             trace = trace.tb_next
         if isinstance(error, dist.DistError):
             return True
+        if isinstance(error, OutputError):
+            return False
         if isinstance(error, RuntimeError) and trace is not None and _is_comm(trace.tb_frame.f_code.co_filename):
             return True
         error = error.__cause__

@@ -17,6 +17,7 @@ from ..schedule.progress import waiting
 from ..schedule.records import DATA, FLUSH, RECEIVE, SEND
 from .borders import Borders
 from .chunk import StageChunk, as_leaves
+from .drain import BatchFailed, Drain, Failing
 from .observer import Observer
 
 
@@ -62,6 +63,7 @@ class Executor:
         tail: gradient accumulation, reduction and optimizer step; None when there is nothing to do.
         on_micro: called with (stage, micro) before every forward, for per-micro-batch state such as seeds.
         borders: notes NaN and inf in what passes the borders of stages.
+        failing: knows of batches that fail on one rank; None: an error ends the job.
 
     Attributes:
         scale: factor on every loss before its backward.
@@ -76,6 +78,7 @@ class Executor:
         tail: Tail | None = None,
         on_micro: Callable[[int, int], None] | None = None,
         borders: Borders | None = None,
+        failing: Failing | None = None,
     ) -> None:
         self._rank = rank
         self._chunks = chunks
@@ -84,6 +87,7 @@ class Executor:
         self._tail = tail
         self._on_micro = on_micro
         self._borders = borders
+        self._failing = failing
         self.scale = 1.0
         self._handlers: dict[str, Callable[[Op], None]] = {
             F: self._forward,
@@ -104,6 +108,9 @@ class Executor:
 
         Raises:
             PipelineRuntimeError: a transfer failed; what a layer, the loss or the feed raises passes through.
+
+        Where batches may fail, such an error is raised by the tail's `step`, on all ranks; inference returns, and
+        leaves that to the caller.
         """
         self._plan = plan
         self._last = plan.placement.num_stages - 1
@@ -115,6 +122,9 @@ class Executor:
         self._outputs: dict[tuple[int, int], Any] = {}
         self._grads: dict[tuple[int, int], list[torch.Tensor]] = {}
         self._unnoted: list[tuple[Callable[[int, int, Any], None], Op, Any]] = []
+        self._sent: set[tuple[int, int]] = set()  # outputs that have gone before their SEND_F
+        self._in_tail = False
+        drain: Drain | None = None
         self._observer.start_batch()
         if self._borders is not None:
             self._borders.clear()
@@ -124,19 +134,72 @@ class Executor:
         try:
             for op in program:
                 position.op = op
-                if self._unnoted and op.kind not in SENDS:
-                    self._note()
-                self._handlers[op.kind](op)
+                try:
+                    if drain is not None:
+                        drain.run(op)
+                        continue
+                    self._stop_if_failed()
+                    if self._unnoted and op.kind not in SENDS:
+                        self._note()
+                    self._handlers[op.kind](op)
+                except Exception as error:
+                    if drain is not None or self._in_tail:
+                        raise
+                    drain = self._give_up(op, error)
+                    drain.run(op)
             with self._observer.waiting(FLUSH), waiting():
                 self._edges.flush()
             position.op = None
         except BaseException as error:
-            for chunk in self._chunks.values():
-                chunk.clear()
-            if isinstance(error, DualPipeError):
-                raise type(error)(f"pipeline rank {self._rank}, op {op}: {error}") from error
+            self._clear()
+            if getattr(error, "everywhere", False):
+                self._edges.flush()
+                self._edges.reset_shapes()
+            elif isinstance(error, DualPipeError):
+                raise self._placed(op, error) from error
             raise
+        if drain is not None:
+            self._clear()
+            self._edges.reset_shapes()
         return self._result
+
+    def _clear(self) -> None:
+        for chunk in self._chunks.values():
+            chunk.clear()
+        for held in (self._inputs, self._outputs, self._grads, self._unnoted):
+            held.clear()
+
+    def _placed(self, op: Op, error: DualPipeError) -> DualPipeError:
+        return type(error)(f"pipeline rank {self._rank}, op {op}: {error}")
+
+    def _stop_if_failed(self) -> None:
+        """Raises:
+        BatchFailed: what has come from another rank is no result.
+        """
+        if self._failing is not None and self._failing.batch_failed:
+            raise BatchFailed
+
+    def _give_up(self, op: Op, error: Exception) -> Drain:
+        """What does the rest of the program, when all ranks know that the batch has failed.
+
+        Raises:
+            Exception: `error`, if they cannot.
+        """
+        if self._failing is None:
+            raise error
+        where = f"pipeline rank {self._rank}, op {op}"
+        if isinstance(error, BatchFailed):
+            self._failing.fail_batch(None)
+        else:
+            self._failing.fail_batch(error, where)
+        self._clear()
+        return Drain(
+            self._edges, self._handlers, self._neighbour, self._rank, self._last, self._sent, self._accumulate_nothing
+        )
+
+    def _accumulate_nothing(self, stage: int) -> None:
+        if self._tail is not None:
+            self._tail.accumulate(stage)
 
     def _neighbour(self, stage: int, micro: int) -> int:
         holders = self._holders[stage]
@@ -157,6 +220,7 @@ class Executor:
             start = self._observer.now()
             inputs = self._edges.wait_forward(stage, micro)
             self._observer.waited(RECEIVE, op, start)
+            self._stop_if_failed()
         return as_leaves(inputs) if self._train else inputs
 
     def _take_grads(self, op: Op) -> list[torch.Tensor] | None:
@@ -169,6 +233,7 @@ class Executor:
         start = self._observer.now()
         grads = self._edges.wait_backward(stage, micro)
         self._observer.waited(RECEIVE, op, start)
+        self._stop_if_failed()
         return grads
 
     def _labels(self, op: Op) -> Any:
@@ -261,6 +326,7 @@ class Executor:
         # Nothing of the pair runs together, so the next stage need not wait for the backward half.
         if (forward.stage, forward.micro) in self._outputs:
             self._send_forward(forward)
+            self._sent.add((forward.stage, forward.micro))
         self._backward(backward)
 
     def _send_forward(self, op: Op) -> None:
@@ -286,7 +352,9 @@ class Executor:
     def _accumulate(self, op: Op) -> None:
         self._note_weights(op)
         if self._tail is not None:
+            self._in_tail = True
             self._tail.accumulate(op.stage)
+            self._in_tail = False
 
     def _note_weights(self, op: Op) -> None:
         if self._borders is not None:
@@ -294,10 +362,14 @@ class Executor:
 
     def _reduce(self, op: Op) -> None:
         if self._tail is not None:
+            self._in_tail = True
             with self._observer.span(op):
                 self._tail.reduce(op.stage)
+            self._in_tail = False
 
     def _step(self, op: Op) -> None:
         if self._tail is not None:
+            self._in_tail = True
             with self._observer.span(op):
                 self._tail.step(self._result.losses)
+            self._in_tail = False

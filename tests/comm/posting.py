@@ -35,8 +35,8 @@ class Step(NamedTuple):
 
 
 class _Message:
-    def __init__(self, kind, stage, edge):
-        self.kind, self.stage, self.edge = kind, stage, edge
+    def __init__(self, kind, stage, micro, edge):
+        self.kind, self.stage, self.micro, self.edge = kind, stage, micro, edge
         self.posted = False
         self.header = 0  # which transfer of the edge it is, once posted
         self.last = 0
@@ -49,6 +49,7 @@ class _Host:
         self.plan, self.rank, self.ahead, self.tensors = plan, rank, ahead, tensors
         self.sent_header = set() if first else None
         self.known = set() if first else None
+        self.forwarded = set()  # (stage, micro) whose output has left, which tells the shapes of its gradients
         self.steps = []
         self.messages = {}
         self.waiting = defaultdict(deque)
@@ -60,6 +61,8 @@ class _Host:
 
     def send(self, op):
         edge, header = (self.rank, self.other(op)), 0
+        if op.kind == SEND_F:
+            self.forwarded.add((op.stage, op.micro))
         if op.kind == SEND_F and self.sent_header is not None and op.stage not in self.sent_header:
             self.sent_header.add(op.stage)
             header = 1
@@ -67,19 +70,22 @@ class _Host:
 
     def ask(self, op):
         edge = (self.other(op), self.rank)
-        message = self.messages[op.kind, op.stage, op.micro] = _Message(op.kind, op.stage, edge)
+        message = self.messages[op.kind, op.stage, op.micro] = _Message(op.kind, op.stage, op.micro, edge)
         self.waiting[edge].append(message)
         if len(self.waiting[edge]) == 1:
             self.advance(edge)
 
     def is_known(self, message):
-        return self.known is None or message.kind == RECV_B or message.stage in self.known
+        if message.kind == RECV_B:
+            return (message.stage, message.micro) in self.forwarded
+        return self.known is None or message.stage in self.known
 
     def advance(self, edge):
         waiting = self.waiting[edge]
         while waiting and (self.ahead is None or self.open[edge] < self.ahead):
             if not self.is_known(waiting[0]):
-                self.post_header(waiting[0])
+                if waiting[0].kind == RECV_F:
+                    self.post_header(waiting[0])
                 return
             self.post(waiting.popleft())
 

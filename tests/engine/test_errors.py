@@ -107,3 +107,21 @@ def test_ranks_that_differ_are_named(ranks, what, text):
 
 def test_local_rank_may_differ(ranks):
     assert ranks.run(4, training.tells_ranks_apart, timeout=60) == ["DualPipeEngine"] * 4
+
+
+@pytest.mark.parametrize(
+    ("pipeline", "text"),
+    [
+        (None, 'different schedules: "dualpipe" on rank 0, "1f1b-deepspeed" on rank 1; give all ranks'),
+        ({"schedule": "zbv"}, '"dualpipe" on rank 0, "zbv" on rank 1'),
+        ({"schedul": "dualpipe"}, "rank 1, and not all ranks: "),
+        ({"schedule": "1f1b", "p2p_timeout_s": -1}, "rank 1, and not all ranks: "),
+    ],
+)
+def test_a_rank_that_reads_another_schedule_is_named(ranks, pipeline, text):
+    """Before it goes its own way, by DeepSpeed's own engine or by an error."""
+    with pytest.raises(RankError) as caught:
+        ranks.run(2, training.reads_another, timeout=60, pipeline=pipeline)
+    assert sorted(caught.value.errors) == [0, 1]
+    for kind, message, _ in caught.value.errors.values():
+        assert kind == "ConfigError" and text in message, message

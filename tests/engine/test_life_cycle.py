@@ -35,6 +35,7 @@ def test_two_engines_beside_each_other(ranks):
         assert second == alone and first == alone[:2]
 
 
+@pytest.mark.faults_all
 @pytest.mark.parametrize("sent_to", [(0, 1), (1,)])
 def test_a_signal_saves_and_ends_all_ranks(ranks, tmp_path, sent_to):
     found = ranks.run(2, runs.ended_by_signal, ranks=2, folder=str(tmp_path), sent_to=sent_to)
@@ -48,6 +49,7 @@ def test_a_signal_without_a_folder_is_refused(ranks):
     assert all('set "save_folder"' in text for text in ranks.run(2, runs.no_folder, ranks=2))
 
 
+@pytest.mark.faults_all
 def test_signals_of_others_arrive_and_no_file_is_spoilt(ranks, tmp_path):
     for loss, heard, written, main in ranks.run(2, runs.other_handlers, ranks=2, folder=str(tmp_path)):
         assert loss > 0 and heard == [1] and written == b"" and main

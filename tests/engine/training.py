@@ -364,3 +364,14 @@ def tells_ranks_apart():
     config = settings(4, schedule="dualpipe") | {"local_rank": torch.distributed.get_rank()}
     engine, *_ = dualpipe_engine.initialize(model=make_module(4, 4), config=config)
     return type(engine).__name__
+
+
+def reads_another(pipeline):
+    """Initialize with another "pipeline" section on rank 1, or with none."""
+    import dualpipe_engine
+
+    config = settings(4, schedule="dualpipe")
+    if torch.distributed.get_rank() == 1:
+        config.pop("pipeline")
+        config |= {} if pipeline is None else {"pipeline": pipeline}
+    dualpipe_engine.initialize(model=make_module(2, 4), config=config)

@@ -48,14 +48,19 @@ def check(play, folder, fault, lost, phase):
     print(case)
     for rank in set(range(RANKS)) - {lost}:
         assert codes[rank] not in (0, None), f"{case}\n{logs[rank]}"
-        if (fault, phase) == ("raise", "saving"):  # all ranks agree on it, and this program does not go on
-            assert f"is not saved, and what was saved before stands: rank {lost}: Boom: poisoned" in logs[rank]
+        if fault == "raise" and phase != "reduction":  # all ranks agree on it, and this program does not go on
+            what = (
+                "is not saved, and what was saved before stands: rank {}: "
+                if phase == "saving"
+                else "rank {} failed in "
+            )
+            assert what.format(lost) in logs[rank] and "Boom: poisoned" in logs[rank], f"{case}\n{logs[rank]}"
             continue
         assert f"rank {lost} is lost" in logs[rank], f"{case}\n{logs[rank]}"
         if fault == "raise":
             assert "Boom: poisoned" in logs[rank]
         assert re.search(r"expected to run \S+", logs[rank]), logs[rank]
-    if (fault, phase) != ("raise", "saving"):
+    if fault != "raise" or phase == "reduction":
         assert any("Waiting: rank" in log for log in logs), logs
     return seconds
 
@@ -89,10 +94,12 @@ def test_a_rank_that_falls_behind_is_named(play, tmp_path):
     check(play, tmp_path, "sleep", 2, "steady")
 
 
+@pytest.mark.faults_all
 def test_ctrl_c_on_one_rank_ends_all(play, tmp_path):
     check(play, tmp_path, "interrupt", 1, "steady")
 
 
+@pytest.mark.faults_all
 def test_ctrl_c_on_all_ranks_ends_all(play, tmp_path):
     codes, seconds, logs = play(fault_runs.interrupted_run, tmp_path, limit=7.5)
     assert all(code not in (0, None) for code in codes), (codes, seconds, logs)
@@ -116,4 +123,5 @@ def test_what_user_code_raises_reaches_every_rank(play, tmp_path, where, error, 
         assert code not in (0, None), f"{case}\n{log}"
         assert error in log, f"{case}\n{log}"
         assert traceback in log, f"{case}\n{log}"
-    assert all("rank 0 is lost" in log or "rank 3 is lost" in log for log in logs[1:3]), logs
+    said = ("the data ended on rank",) if where == "end" else ("rank 0 failed in",)
+    assert all(any(text in log for text in said) for log in logs[1:3]), logs

@@ -133,6 +133,7 @@ JUNK = {
 }
 
 
+@pytest.mark.faults_all
 @pytest.mark.parametrize("kind", JUNK)
 def test_junk_is_sent_away_unread(job, monkeypatch, kind, capfd):
     read = []
@@ -163,6 +164,7 @@ def test_an_answer_cannot_be_played_back():
     job.close()
 
 
+@pytest.mark.faults_all
 @pytest.mark.parametrize("count", [400, pytest.param(100_000, marks=pytest.mark.all)])
 def test_thousands_of_lines(count, capfd):
     """Each of a connection of its own, some reset, some left half open."""

@@ -8,21 +8,18 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from deepspeed.runtime.activation_checkpointing import checkpointing as ds_checkpointing
-from deepspeed.runtime.pipe.engine import PipelineEngine
 from deepspeed.runtime.torch_autocast import autocast_if_enabled
 
-from ...errors import ConfigError
+from ...errors import ConfigError, raised_everywhere
 from ...faults.watch import watched
 from ...runtime.executor import BatchResult
 from ...schedule.passes.lower import forward_only, lower
-from ..placing.grid import Place
+from .loader import Loading
+from .recovery import Recovery
 
 
-class Evaluation(PipelineEngine):
+class Evaluation(Recovery, Loading):
     """The part of `DualPipeEngine` that evaluates."""
-
-    data_iterator: Iterator[Any] | None
-    place: Place
 
     @watched
     def eval_batch(
@@ -47,39 +44,69 @@ class Evaluation(PipelineEngine):
         Returns:
             The mean loss, or what `compute_loss` and `reduce_output` ask for; with `return_logits` a pair with the
             output of the last micro-batch. Outputs are on the ranks that hold the last stage, None elsewhere.
+
+        Raises:
+            Exception: what a layer, the loss, a hook or the data have raised; as `train_batch`.
         """
+        if reduce_output not in (None, "avg"):
+            raise ConfigError(f'reduce_output must be "avg" or None, got {reduce_output!r}', everywhere=True)
         num_micro = num_micro_batches or self.micro_batches
-        train_iterator = self.data_iterator
-        self.set_dataiterator(data_iter)
         self._set_training(False)
-        plan = lower(forward_only(self.plan.placement, num_micro), train=False)
-        feed = self._feed(num_micro)
-        with torch.no_grad(), autocast_if_enabled(self):
-            result = self._eval_executor.run(plan, feed, train=False)
-            feed.drain()
+        with self._attempt(), torch.no_grad(), autocast_if_enabled(self):
+            result, losses, mean = self._run_eval(data_iter, num_micro, compute_loss, reduce_output == "avg")
             self.module.micro_offset += num_micro
-            value = self._eval_value(result, num_micro, compute_loss, reduce_output)
+            value: Any = mean
+            if mean is None:
+                value = self._eval_value(losses if compute_loss else result, num_micro, reduce_output)
         if not self.module.training:
             ds_checkpointing.reset()
         if compute_loss and not bcast_loss and not self.place.reads_labels:
             value = None
         if self.global_rank == 0 and self.monitor.enabled and isinstance(value, torch.Tensor):
             self.monitor.write_events([("Train/Samples/eval_loss", value.mean().item(), self.global_samples)])
-        self.data_iterator = train_iterator
         if return_logits:
             return value, self._share_outputs(result, [num_micro - 1])[num_micro - 1]
         return value
 
-    def _eval_value(self, result: BatchResult, num_micro: int, compute_loss: bool, reduce: str | None) -> Any:
-        loss_fn = self.module.loss_fn
-        if reduce not in (None, "avg"):
-            raise ConfigError(f'reduce_output must be "avg" or None, got {reduce!r}')
-        if compute_loss:
-            losses = {m: out if loss_fn is None else loss_fn(out, y) for m, (out, y) in result.outputs.items()}
-            if reduce == "avg":
-                self.totals.start(losses, num_micro)
-                return self.totals.finish().loss
-            result = BatchResult(outputs={micro: (loss, None) for micro, loss in losses.items()})
+    def _set_training(self, mode: bool) -> None:
+        self.module.train(mode)
+        for view in self._context.views.values():
+            view.training = mode
+
+    def _run_eval(
+        self, data_iter: Iterator[Any], num_micro: int, compute_loss: bool, average: bool
+    ) -> tuple[BatchResult, BatchResult, torch.Tensor | None]:
+        """Outputs, losses in place of outputs, and the mean loss over all ranks; the latter two if they are wanted.
+
+        Raises:
+            Exception: the batch has failed on a rank; on all ranks.
+        """
+        feed, losses, loss_fn = self._no_feed(), {}, self.module.loss_fn
+        train_iterator = self.data_iterator
+        try:
+            self.set_dataiterator(data_iter)
+            feed = self._feed(num_micro)
+        except Exception as error:
+            self.watch.fail_batch(error, "eval_batch")
+        with raised_everywhere():
+            plan = lower(forward_only(self.plan.placement, num_micro), train=False)
+        result = self._eval_executor.run(plan, feed, train=False)
+        try:
+            feed.drain()
+            if compute_loss and not self.watch.batch_failed:
+                losses = {m: out if loss_fn is None else loss_fn(out, y) for m, (out, y) in result.outputs.items()}
+        except Exception as error:
+            self.watch.fail_batch(error, "the end of eval_batch")
+        finally:
+            self.data_iterator = train_iterator
+        averaged = compute_loss and average
+        self.totals.start(losses if averaged else {}, num_micro)
+        mean = self.totals.finish().loss
+        float(mean)  # all ranks are here, and know whether the batch has failed on one
+        self.watch.raise_failed()
+        return result, BatchResult(outputs={m: (loss, None) for m, loss in losses.items()}), mean if averaged else None
+
+    def _eval_value(self, result: BatchResult, num_micro: int, reduce: str | None) -> Any:
         shared = self._share_outputs(result, list(range(num_micro)))
         if not self.place.reads_labels:
             return None

@@ -127,6 +127,9 @@ class Loading(PipelineEngine):
             fingerprint=fingerprint,
         )
 
+    def _no_feed(self) -> BatchFeed:
+        return BatchFeed(self.place, 0, self._next_batch, self.device)
+
     def _check_stream(self, feed: BatchFeed) -> None:
         """After the first batch: both ends of the pipeline must have read the same data."""
         self._checked_stream = True

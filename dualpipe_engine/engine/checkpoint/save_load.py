@@ -92,7 +92,8 @@ class Checkpoints(CheckpointChecks):
         (`state_dict`) are kept as well.
 
         With `"checkpoint": {"async": true}` this returns when a copy is in host memory, and a thread writes it. An
-        error of the thread is raised by the next `train_batch`, `save_checkpoint`, `load_checkpoint` or `destroy`.
+        error of the thread is raised by the next `train_batch`, `save_checkpoint`, `load_checkpoint`,
+        `wait_for_checkpoint` or `destroy`.
 
         Args:
             save_dir: folder of checkpoints.
@@ -161,6 +162,17 @@ class Checkpoints(CheckpointChecks):
             pending, self._pending = self._pending, None
             if not pending.follow(wait):
                 self._pending = pending
+
+    def wait_for_checkpoint(self) -> None:
+        """Return when a checkpoint that is written in the background has its name. Collective over all ranks.
+
+        Raises:
+            CheckpointError: it could not be written; on all ranks.
+        """
+        self._follow_save(wait=True)
+
+    def _checkpoint_tag_validation(self, tag: str) -> None:
+        """Nothing: `_agree` has compared the tags, and the job's name in this one is that of rank 0."""
 
     def _copy_recovery_script(self, save_path: str) -> None:
         self.checkpoint_engine.attempt(super()._copy_recovery_script, save_path)

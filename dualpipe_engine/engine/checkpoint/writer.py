@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import io
-import zlib
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from .files import sync
+from .snapshot import snapshot
 from .sums import Sums, file_sum, write_part
 
 
@@ -20,7 +20,7 @@ class Writer:
 
     Args:
         serializer: DeepSpeed's checkpoint engine, which serializes.
-        background: hold the files in memory until `finish` writes them.
+        background: hold a copy of what is saved until `finish` writes it.
 
     Attributes:
         error: the first one; None as long as all goes well.
@@ -28,7 +28,7 @@ class Writer:
 
     def __init__(self, serializer: Any, background: bool = False) -> None:
         self._serializer, self._background = serializer, background
-        self._written: dict[Path, io.BytesIO | None] = {}
+        self._files: dict[Path, Callable[[], Any] | None] = {}  # and what writes them; None: they are there
         self.error: str | None = None
 
     def __getattr__(self, name: str) -> Any:
@@ -47,13 +47,18 @@ class Writer:
 
     def save(self, state_dict: Any, path: str) -> None:
         """Write a file, or hold a copy of it, after which the state may change."""
-        memory = io.BytesIO() if self._background else None
-        self._written[Path(path)] = memory
-        self.attempt(self._serializer.save, state_dict, path if memory is None else memory)
+        self.attempt(self._hold if self._background else self._save, state_dict, path)
+
+    def _hold(self, state_dict: Any, path: str) -> None:
+        self._files[Path(path)] = partial(self._serializer.save, snapshot(state_dict), path)
+
+    def _save(self, state_dict: Any, path: str) -> None:
+        self._files[Path(path)] = None
+        self._serializer.save(state_dict, path)
 
     def write(self, path: Path, data: bytes) -> None:
         """Write a small file of another kind."""
-        self._written[path] = io.BytesIO(data)
+        self._files[path] = partial(path.write_bytes, data)
 
     def finish(self, folder: Path, rank: int) -> None:
         """Write what is held, bring all to the disk, and list it; errors are kept.
@@ -63,16 +68,13 @@ class Writer:
             rank: own global rank.
         """
         sums: Sums = {}
-        while self._written:
-            self.attempt(self._settle, *self._written.popitem(), sums)
+        while self._files:
+            self.attempt(self._settle, *self._files.popitem(), sums)
         self.attempt(write_part, folder, rank, sums)
 
     @staticmethod
-    def _settle(path: Path, memory: io.BytesIO | None, sums: Sums) -> None:
-        if memory is None:
-            sums[path.name] = file_sum(path)
-        else:
-            data = memory.getbuffer()
-            path.write_bytes(data)
-            sums[path.name] = len(data), zlib.crc32(data)
+    def _settle(path: Path, write: Callable[[], Any] | None, sums: Sums) -> None:
+        if write is not None:
+            write()
         sync(path)
+        sums[path.name] = file_sum(path)

@@ -10,7 +10,7 @@ import torch.distributed as dist
 from deepspeed.pipe import LayerSpec, PipelineModule, TiedLayerSpec
 from deepspeed.runtime.pipe.topology import PipelineParallelGrid
 
-from ...errors import ConfigError
+from ...errors import ConfigError, DualPipeError
 from .fingerprint import ATTRIBUTE, fingerprint
 
 #: Keys of the DeepSpeed configuration that say what is written down, not what is computed, and the one that scripts put
@@ -29,6 +29,39 @@ _MAY_DIFFER = {
     "wandb",
 }
 _PLAIN = (int, float, str, bool, type(None))
+
+
+def agree_on_schedule(error: DualPipeError | None, schedule: str) -> None:
+    """Compare what all ranks have read, before any of them goes its way. Collective over all ranks.
+
+    Args:
+        error: what is wrong with the configuration of this rank.
+        schedule: that it names.
+
+    Raises:
+        DualPipeError: `error`, where each rank has one.
+        ConfigError: some ranks have one, or their schedules differ; the same on all ranks.
+    """
+    found: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(found, (None if error is None else str(error), schedule))
+    wrong = {rank: text for rank, (text, _) in enumerate(found) if text is not None}
+    if error is not None and len(wrong) == len(found):
+        error.everywhere = True
+        raise error
+    for rank, text in wrong.items():
+        raise ConfigError(f"rank {rank}, and not all ranks: {text}", everywhere=True)
+    ranks: dict[str, list[str]] = {}
+    for rank, (_, each) in enumerate(found):
+        ranks.setdefault(each, []).append(str(rank))
+    if len(ranks) > 1:
+        differing = ", ".join(
+            f'"{each}" on rank{"s" * (len(held) > 1)} {", ".join(held)}' for each, held in ranks.items()
+        )
+        raise ConfigError(
+            f"the configurations of the ranks name different schedules: {differing}; give all ranks the same "
+            '"schedule" in the "pipeline" section',
+            everywhere=True,
+        )
 
 
 def agree_on_job(settings: dict[str, Any], module: PipelineModule) -> None:

@@ -55,7 +55,7 @@ class FiniteCheck:
             PipelineRuntimeError: `check_finite` is set and there is a NaN or an inf; on all ranks.
         """
         if self._raises and (text := self._found(step)) is not None:
-            raise PipelineRuntimeError(f"{text}; the optimizer has not stepped")
+            raise PipelineRuntimeError(f"{text}; the optimizer has not stepped", everywhere=True)
 
     def after_step(self, step: int, overflow: bool, norm: Callable[[], float | Tensor | None]) -> None:
         """After the optimizer has stepped: warn, once for all ranks. Collective over all ranks.

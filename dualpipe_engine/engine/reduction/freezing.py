@@ -61,9 +61,7 @@ class TrainedParams:
         self.news = None
         if now == self._flags:
             return False
-        before, self._flags = self._flags, now
-        self.news = next(n for n, old, new in zip(self._names, before, now, strict=True) if old != new)
-        self.balance = self._balance()
+        self.news = next(n for n, old, new in zip(self._names, self._flags, now, strict=True) if old != new)
         unknown = any(new and not first for new, first in zip(now, self._at_first, strict=True))
         if self._flat and (unknown or not _rests_without_gradient(self._context.optimizer.optimizer)):
             raise ConfigError(
@@ -71,6 +69,8 @@ class TrainedParams:
                 "flat groups of what was trained at initialize, and only plain SGD leaves at rest what has no "
                 'gradient: use "zero_optimization": {"stage": 0} in fp32 to freeze and unfreeze between steps'
             )
+        self._flags = now
+        self.balance = self._balance()
         return True
 
     @property

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from contextlib import suppress
 
 import torch
 import torch.distributed as dist
@@ -36,8 +37,13 @@ class GradientTail:
         self._plan = context.plan
         self.reduction = choose_reduction(context, trained)
 
-    def begin(self) -> None:
-        """Start of a batch."""
+    def begin(self, drain: Callable[[], None]) -> None:
+        """Start of a batch.
+
+        Args:
+            drain: reads what the program leaves of its data.
+        """
+        self._drain = drain
         if self._plan is not self._context.plan:  # which stage closes a weight that two share depends on the plan
             self._plan = self._context.plan
             self.renew()
@@ -60,24 +66,50 @@ class GradientTail:
 
         Raises:
             PipelineRuntimeError: a rank is lost, so that gradients may not be what they should.
+            Exception: the batch has failed on a rank; on all ranks.
         """
         context, trained = self._context, self._trained
+        self._read_rest()
         bad = self._finite.borders.bad(context.device)
         context.totals.start(losses, context.plan.num_micro, bad, trained.balance)
         with waiting():
             with context.observer.waiting(DRAIN):
                 self.reduction.finish()
-                if context.place.replicas > 1:
-                    context.totals.finish()  # of which `_follow` may want to know on some of the replicas
+                context.totals.finish()  # all ranks are here, and know whether the batch has failed on one
                 if trained.news:
                     self._follow()
             if context.device.type == "cuda":  # once a step: what has not arrived is not to be stepped on
                 torch.cuda.current_stream(context.device).synchronize()
         self._watch.check()
+        self._watch.raise_failed()
         self._finite.before_step(context.steps.done() + 1)
         with waiting():
             context.steps.step()
             rebalance(context.module, context.groups.copies)
+
+    def forget(self) -> None:
+        """Drop the gradients of a batch that was not stepped."""
+        context, optimizer = self._context, self._context.optimizer
+        for param in context.module.parameters():
+            param.grad = None
+            if getattr(param, "grad_accum", None) is not None:
+                param.grad_accum = None
+        if context.sums_in_fp32:
+            optimizer.clear_hp_grads()
+        if getattr(optimizer, "cpu_offload", False):
+            optimizer.reset_cpu_buffers()
+        self.reduction.begin()
+
+    def _read_rest(self) -> None:
+        """Both ends leave the stream at the same place, also after a batch that has failed."""
+        if self._watch.batch_failed:
+            with suppress(Exception):
+                self._drain()
+            return
+        try:
+            self._drain()
+        except Exception as error:
+            self._watch.fail_batch(error, "the end of train_batch")
 
     def _follow(self) -> None:
         """This batch began with other parameters to train than the one before: its reductions were those of the ones

@@ -69,6 +69,7 @@ def test_a_run_that_ends_after_a_save_has_it_whole(ranks, tmp_path):
     assert [path.name for path in tmp_path.iterdir() if path.is_dir()] == ["last"]
 
 
+@pytest.mark.faults_all
 def test_a_flipped_bit_anywhere_is_named(ranks, tmp_path):
     """In each kind of file, at a place drawn by chance; the checkpoint beside it still loads."""
     draw = random.Random(5)
