@@ -39,7 +39,7 @@ def name_of(case):
 
 def case_of(row):
     """What `training.train` is given for a row."""
-    pipeline = {key: row[key] for key in ("split_backward", "optimize")}
+    pipeline = {key: row[key] for key in ("split_backward", "optimize", "activation_cap") if key in row}
     config = training.settings(row["micros"], row["replicas"], row["zero"], schedule=row["schedule"], **pipeline)
     more = {"module_kwargs": RECOMPUTED} if row["checkpointed"] else {}
     return {"config": config, "ranks": row["pp"], "replicas": row["replicas"], "tied": row["tied"], **more}
@@ -52,8 +52,7 @@ def reference_of(row):
     return "-".join(str(row[key]) for key in ("pp", "micros", "replicas", "tied")), given
 
 
-@pytest.fixture(scope="module")
-def trained(ranks):
+def shared(ranks, rows):
     """Rank by rank what a row's training comes to, and what its reference does; rows of one size share a start."""
     runs = {}
 
@@ -65,12 +64,17 @@ def trained(ranks):
 
     def of(row):
         world = row["pp"] * row["replicas"]
-        ours = run(world, {name_of(r): case_of(r) for r in PAIRWISE if r["pp"] * r["replicas"] == world})
-        stock = run(row["replicas"], dict(reference_of(r) for r in PAIRWISE if r["replicas"] == row["replicas"]))
+        ours = run(world, {name_of(r): case_of(r) for r in rows if r["pp"] * r["replicas"] == world})
+        stock = run(row["replicas"], dict(reference_of(r) for r in rows if r["replicas"] == row["replicas"]))
         name, _ = reference_of(row)
         return [rank[name_of(row)] for rank in ours], [rank[name] for rank in stock]
 
     return of
+
+
+@pytest.fixture(scope="module")
+def trained(ranks):
+    return shared(ranks, PAIRWISE)
 
 
 def assert_same_training(ours, stock, tolerance=1e-5):
@@ -191,15 +195,18 @@ def test_zero_1_partitions_over_both_copies(on_four):
 
 @pytest.mark.parametrize("pp", [2, 4])
 def test_float64_gradients_equal_one_process(ranks, pp):
-    sizes = {2: (1,), 4: (3, 8)}[pp]
+    gradients_are_those_of_one_process(ranks, pp, {2: (1,), 4: (3, 8)}[pp], ("dualpipe", "dualpipev", "zb1p"))
+
+
+def gradients_are_those_of_one_process(ranks, pp, sizes, schedules):
     cases = {
         (schedule, micros): {"config": training.settings(micros, zero=0, schedule=schedule), "ranks": pp}
-        for schedule in ("dualpipe", "dualpipev", "zb1p")
+        for schedule in schedules
         for micros in sizes
     }
     everyone = ranks.run(pp, training.each, call=training.gradients, cases=cases)
     # All start with the same weights.
-    start = {name: value for rank in everyone for name, value in rank["dualpipe", sizes[0]]["start"].items()}
+    start = {name: value for rank in everyone for name, value in rank[schedules[0], sizes[0]]["start"].items()}
     given = {micros: {"ranks": pp, "micros": micros, "start": start} for micros in sizes}
     [oracle] = ranks.run(1, training.each, call=training.sequential_gradients, cases=given)
     for schedule, micros in cases:
