@@ -28,6 +28,7 @@ from ..runtime.observer import Observer
 from ..runtime.weight_grad import WeightGradStore, install
 from ..schedule.op import I, atoms
 from ..schedule.plan import Plan
+from ..schedule.progress import waiting
 from ..schedule.records import LOSS
 from ..schedule.timing.costs import CostModel
 from .batches.additional_losses import AdditionalLosses
@@ -229,15 +230,16 @@ class DualPipeEngine(LifeCycle, Evaluation, Measuring, Reporting, Checkpoints, L
             for stage, view in views.items()
         }
         self._transported: list[StreamTicket] = []  # of the last batch, between stages
-        self._transport = transport = GroupTransport(
-            self.place.pipeline,
-            self.place.rank,
-            self._pipeline_group,
-            self.device,
-            self._transported,
-            edges=self.place.placement.edges(),
-            timeout_s=timeout,
-        )
+        with waiting():  # it connects the ends of its edges
+            self._transport = transport = GroupTransport(
+                self.place.pipeline,
+                self.place.rank,
+                self._pipeline_group,
+                self.device,
+                self._transported,
+                edges=self.place.placement.edges(),
+                timeout_s=timeout,
+            )
         self._edges = Edges(transport, self.device, timeout, module.dynamic_shape, self.watch.position)
         self._observer = context.observer
         self._trained = TrainedParams(context)

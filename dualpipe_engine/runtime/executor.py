@@ -13,7 +13,7 @@ from ..comm.p2p import Edges
 from ..errors import DualPipeError
 from ..schedule.op import FB, RECV_B, RECV_F, REDUCE, SEND_B, SEND_F, SENDS, STEP, B, F, I, Op, W
 from ..schedule.plan import Plan
-from ..schedule.progress import waiting
+from ..schedule.progress import blame_transfer, waiting
 from ..schedule.records import DATA, FLUSH, RECEIVE, SEND
 from .borders import Borders
 from .chunk import StageChunk, as_leaves
@@ -133,6 +133,8 @@ class Executor:
         except BaseException as error:
             for chunk in self._chunks.values():
                 chunk.clear()
+            if position.awaits is not None:
+                blame_transfer(error)
             if isinstance(error, DualPipeError):
                 raise type(error)(f"pipeline rank {self._rank}, op {op}: {error}") from error
             raise

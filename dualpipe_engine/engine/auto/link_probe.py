@@ -15,6 +15,7 @@ from ...comm.transport import GroupTransport
 from ...runtime.observer import Observer
 from ...schedule.op import NONE, STEP, Op
 from ...schedule.placement import BIDIRECTIONAL, LINEAR, VEE
+from ...schedule.progress import waiting
 from ..placing.grid import MirrorTopology, Place
 
 REPEATS = 5  #: timed, after one that warms up
@@ -49,7 +50,8 @@ def transfer_seconds(
             for mine in (leads, not leads):
                 tensor = out if leads == mine else back
                 ticket = transport.send(tensor, peer, 0) if mine else transport.recv(tensor, peer, 0)
-                ticket.wait(timeout_s)
+                with waiting():
+                    ticket.wait(timeout_s)
 
         slowest = max(slowest, _timed(round_trip, device) / 2)
     return slowest

@@ -26,6 +26,7 @@ from ...runtime.weight_grad import WeightGradStore, install, uninstall
 from ...schedule.orders.paired import paired_plan
 from ...schedule.passes.lower import lower
 from ...schedule.plan import Plan
+from ...schedule.progress import waiting
 from ...schedule.search.make_plan import make_plan
 from ...schedule.timeline import Span, Timeline
 from ...schedule.timing.costs import CostModel
@@ -83,14 +84,15 @@ def stage_costs(
             overlap=overlap,
         )
         saved = _SavedBytes(chunk, module)
-        transport = GroupTransport(
-            place.pipeline,
-            stage,
-            module._grid.pp_proc_group,
-            device,
-            edges=place.placement.edges(),
-            timeout_s=timeout_s,
-        )
+        with waiting():
+            transport = GroupTransport(
+                place.pipeline,
+                stage,
+                module._grid.pp_proc_group,
+                device,
+                edges=place.placement.edges(),
+                timeout_s=timeout_s,
+            )
         edges = Edges(transport, device, timeout_s, dynamic_shape=module.dynamic_shape)
         observer = Observer(stage, device)
         executor = Executor(stage, {stage: chunk}, edges, observer)

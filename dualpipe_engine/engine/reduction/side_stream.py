@@ -10,6 +10,7 @@ import torch
 import torch.distributed as dist
 
 from ...runtime.observer import Observer, Stretch
+from ...schedule.progress import waiting
 
 
 class Lane:
@@ -77,6 +78,7 @@ class Lane:
         work, _, done, stretch = self._open.popleft()
         with self.behind(()):
             if work is not None:
-                work.wait()
+                with waiting():
+                    work.wait()
             done()
             stretch.stop()

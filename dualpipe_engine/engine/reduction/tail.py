@@ -75,7 +75,7 @@ class GradientTail:
                 torch.cuda.current_stream(context.device).synchronize()
         self._watch.check()
         self._finite.before_step(context.steps.done() + 1)
-        with waiting():
+        with waiting(alone=False):  # the user's optimizer may fail, too
             context.steps.step()
             rebalance(context.module, context.groups.copies)
 
