@@ -6,7 +6,7 @@ import argparse
 import json
 import sys
 from dataclasses import replace
-from typing import Any
+from typing import Any, TypeAlias
 
 from ..errors import ConfigError
 from ..schedule.cuts.layer_times import parse_layer_costs
@@ -16,6 +16,9 @@ from ..schedule.plan import Plan
 from ..schedule.search.job_costs import Measurement
 from ..schedule.search.make_plan import make_plan
 from ..schedule.timing.costs import MOST, CostModel
+
+Commands: TypeAlias = "argparse._SubParsersAction[argparse.ArgumentParser]"
+"""What subcommands are added to."""
 
 _FILES = (".csv", ".json")
 

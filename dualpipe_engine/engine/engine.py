@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Iterator
-from typing import Any
+from collections.abc import Iterable, Iterator
 
 import torch
+from deepspeed.pipe import PipelineModule
 from deepspeed.runtime.bf16_optimizer import BF16_Optimizer
 from deepspeed.runtime.engine import DeepSpeedEngine
 from deepspeed.runtime.pipe.engine import TRAIN_BATCH_TIMER
@@ -16,13 +16,15 @@ from deepspeed.utils import logger
 from deepspeed.utils.timer import ThroughputTimer
 
 from ..comm.device import side_stream
+from ..comm.nest import Nest
 from ..comm.p2p import Edges
 from ..comm.stream import StreamTicket
 from ..comm.tickets import Transfer
-from ..comm.transport import GroupTransport
+from ..comm.transports import open_transport
 from ..errors import ConfigError
 from ..faults.watch import Watch, watched
 from ..runtime.apex_support import apex_status
+from ..runtime.chunk import StageChunk
 from ..runtime.executor import Executor
 from ..runtime.observer import Observer
 from ..runtime.weight_grad import WeightGradStore, install
@@ -41,6 +43,7 @@ from .checks.finite import FiniteCheck
 from .checks.written_buffers import WrittenBuffers
 from .config import DualPipeConfig
 from .context import Context, Groups, Scaling, Steps
+from .given import Optimizer, ParamEntry, Settings
 from .life_cycle import LifeCycle
 from .placing.experts import has_experts
 from .placing.grid import Place
@@ -91,7 +94,7 @@ class DualPipeEngine(LifeCycle, Evaluation, Measuring, Reporting, Checkpoints, L
         plan: Plan,
         costs: CostModel,
         watch: Watch,
-        **deepspeed: Any,
+        **deepspeed: object,
     ) -> None:
         self.dualpipe_config, self.place = dualpipe, place
         self._init_saving()
@@ -127,7 +130,7 @@ class DualPipeEngine(LifeCycle, Evaluation, Measuring, Reporting, Checkpoints, L
         self.is_model_parallel = self.grid.model_parallel_size > 1
         self.micro_batch_size = self.train_micro_batch_size_per_gpu()
         self.micro_batches = self.gradient_accumulation_steps()
-        self.data_iterator: Iterator[Any] | None = None
+        self.data_iterator: Iterator[Nest] | None = None
         self.batch_fn = None
         self.agg_train_loss: torch.Tensor | None = None
         self.agg_additional_losses: OrderedDict[str, torch.Tensor] | None = None
@@ -146,7 +149,7 @@ class DualPipeEngine(LifeCycle, Evaluation, Measuring, Reporting, Checkpoints, L
         self.module_forward_post_hook.remove()
         self.module.checkpoint_parallel_write_pipeline = self._config.checkpoint_parallel_write_pipeline
 
-    def _configure_optimizer(self, client_optimizer: Any, model_parameters: Any) -> None:
+    def _configure_optimizer(self, client_optimizer: Optimizer, model_parameters: Iterable[ParamEntry] | None) -> None:
         """DeepSpeed's optimizers learn of experts from this flag, which it sets for layers of its own only; elsewhere
         the flag would mean checkpoint files of such layers. A client that calls this after `initialize` may give
         parameters that it has listed before."""
@@ -202,7 +205,7 @@ class DualPipeEngine(LifeCycle, Evaluation, Measuring, Reporting, Checkpoints, L
 
     def _init_executor(self) -> None:
         module: PlacedModule = self.module
-        context, views = self._context, self._context.views
+        context = self._context
         self._store = None
         if any(part.kind == I for op in self.plan.programs[self.place.rank] for part in atoms(op)):
             apex = apex_status()
@@ -210,28 +213,13 @@ class DualPipeEngine(LifeCycle, Evaluation, Measuring, Reporting, Checkpoints, L
                 logger.info(apex.message)
             self._store = WeightGradStore(apex.wgrad if self.device.type == "cuda" else None)
             self.weight_split = install(module, self._store)
-        last = self.plan.placement.num_stages - 1
         self._transfers: list[Transfer] = []  # of the last batch, within phases
         self._additional = AdditionalLosses(module, self._pipeline_group, self._replica_group)
-        overlap, timeout = self.dualpipe_config.overlap is not False, self.dualpipe_config.p2p_timeout_s
-        self._chunks = {
-            stage: make_chunk(
-                view,
-                stage,
-                by_phases=overlap and has_phases(module),
-                timeout_s=timeout,
-                log=self._transfers,
-                overlap=overlap,
-                is_last=stage == last,
-                loss_fn=self._additional.watch(module.loss_fn) if stage == last else None,
-                store=self._store,
-                params=params_of(view.forward_funcs),
-            )
-            for stage, view in views.items()
-        }
+        self._chunks = {stage: self._make_chunk(stage, view) for stage, view in context.views.items()}
+        timeout = self.dualpipe_config.p2p_timeout_s
         self._transported: list[StreamTicket] = []  # of the last batch, between stages
         with waiting():  # it connects the ends of its edges
-            self._transport = transport = GroupTransport(
+            self._transport = transport = open_transport(
                 self.place.pipeline,
                 self.place.rank,
                 self._pipeline_group,
@@ -266,6 +254,22 @@ class DualPipeEngine(LifeCycle, Evaluation, Measuring, Reporting, Checkpoints, L
             on_micro=self._before_forward,
         )
 
+    def _make_chunk(self, stage: int, view: PipelineModule) -> StageChunk:
+        is_last = stage == self.plan.placement.num_stages - 1
+        overlap = self.dualpipe_config.overlap is not False
+        return make_chunk(
+            view,
+            stage,
+            by_phases=overlap and has_phases(self.module),
+            timeout_s=self.dualpipe_config.p2p_timeout_s,
+            log=self._transfers,
+            overlap=overlap,
+            is_last=is_last,
+            loss_fn=self._additional.watch(self.module.loss_fn) if is_last else None,
+            store=self._store,
+            params=params_of(view.forward_funcs),
+        )
+
     def _make_finite_check(self) -> FiniteCheck:
         watched = None
         if self.dualpipe_config.check_finite:
@@ -286,7 +290,7 @@ class DualPipeEngine(LifeCycle, Evaluation, Measuring, Reporting, Checkpoints, L
     # -- training ------------------------------------------------------------------------------------------------
 
     @watched
-    def train_batch(self, data_iter: Iterator[Any] | None = None) -> torch.Tensor:
+    def train_batch(self, data_iter: Iterator[Nest] | None = None) -> torch.Tensor:
         """Train on one batch of `train_batch_size()` samples and step the optimizer.
 
         Args:
@@ -364,7 +368,7 @@ class DualPipeEngine(LifeCycle, Evaluation, Measuring, Reporting, Checkpoints, L
             self.weight_split = install(self.module, self._store)
         self._written.begin()
 
-    def _exec_optimizer_step(self, lr_kwargs: Any = None) -> None:
+    def _exec_optimizer_step(self, lr_kwargs: Settings | None = None) -> None:
         self._written.check()
         super()._exec_optimizer_step(lr_kwargs)
 

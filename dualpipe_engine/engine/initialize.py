@@ -13,21 +13,25 @@ from deepspeed.accelerator import get_accelerator
 from deepspeed.constants import TORCH_DISTRIBUTED_DEFAULT_PORT
 from deepspeed.pipe import DualPipeVModule, PipelineModule
 from deepspeed.runtime.config import DeepSpeedConfig
+from deepspeed.runtime.engine import DeepSpeedEngine
 from deepspeed.runtime.pipe.engine import PipelineEngine
 
 from ..comm.communicators import noting_groups
 from ..errors import ConfigError
 from ..faults.watch import Watch
+from ..schedule.plan import Plan
 from ..schedule.progress import Position
 from ..schedule.search.compare import best_of
+from ..schedule.timing.costs import CostModel
 from .auto.choose import choose, job_costs, print_choice
 from .checks.agreement import agree_on_copies, agree_on_job
 from .checks.written_buffers import check_statistics
-from .config import AUTO, STOCK, check_zero, find_config, micro_batches, read_config
+from .config import AUTO, STOCK, DualPipeConfig, check_zero, find_config, micro_batches, read_config
 from .engine import DualPipeEngine
+from .given import Collate, Dataset, Loader, Optimizer, ParamEntry, Scheduler, Settings
 from .placing.balance import stage_bounds
 from .placing.experts import make_expert_groups
-from .placing.grid import groups_of, set_device
+from .placing.grid import Place, groups_of, set_device
 from .placing.module import place
 from .placing.param_groups import GroupMap, check_dtypes, name_parameters
 from .placing.stages import set_activation_checkpointing
@@ -37,21 +41,21 @@ _stock_initialize = deepspeed.initialize  # before `dualpipe_engine.run` puts ou
 
 
 def initialize(
-    args: Any = None,
+    args: object = None,
     model: torch.nn.Module | None = None,
-    optimizer: Any = None,
-    model_parameters: Iterable[Any] | None = None,
-    training_data: Any = None,
-    lr_scheduler: Any = None,
+    optimizer: Optimizer = None,
+    model_parameters: Iterable[ParamEntry] | None = None,
+    training_data: Dataset | None = None,
+    lr_scheduler: Scheduler = None,
     distributed_port: int = TORCH_DISTRIBUTED_DEFAULT_PORT,
-    mpu: Any = None,
+    mpu: object = None,
     dist_init_required: bool | None = None,
-    collate_fn: Any = None,
-    config: Any = None,
-    mesh_param: Any = None,
-    config_params: Any = None,
+    collate_fn: Collate | None = None,
+    config: object = None,
+    mesh_param: object = None,
+    config_params: object = None,
     engine_class: type[PipelineEngine] | None = None,
-) -> tuple[Any, Any, Any, Any]:
+) -> tuple[DeepSpeedEngine, Optimizer, Loader, Scheduler]:
     """Initialize DeepSpeed; takes and returns what `deepspeed.initialize` does.
 
     With a `"schedule"` in the "pipeline" section of the configuration, `model` (a `deepspeed.pipe.PipelineModule`) is
@@ -69,25 +73,90 @@ def initialize(
         ConfigError: the configuration cannot work; raised on every rank before memory is allocated.
         PlanError: the schedule cannot run on these ranks; likewise.
     """
-    found, dualpipe = find_config(args, config, config_params), None
+    given: dict[str, Any] = {
+        "args": args,
+        "model": model,
+        "optimizer": optimizer,
+        "model_parameters": model_parameters,
+        "training_data": training_data,
+        "lr_scheduler": lr_scheduler,
+        "distributed_port": distributed_port,
+        "mpu": mpu,
+        "dist_init_required": dist_init_required,
+        "collate_fn": collate_fn,
+        "mesh_param": mesh_param,
+    }
+    found = find_config(args, config, config_params)
     if found is not None:
         settings, dualpipe = read_config(found)
-    if dualpipe is None or dualpipe.is_stock:
-        return _stock_initialize(
+        if not dualpipe.is_stock:
+            return _under_schedule(settings, dualpipe, engine_class, **given)
+    return _stock_initialize(**given, config=config, config_params=config_params)
+
+
+def _under_schedule(
+    settings: Settings,
+    dualpipe: DualPipeConfig,
+    engine_class: type[PipelineEngine] | None,
+    *,
+    model: torch.nn.Module | None,
+    optimizer: Optimizer,
+    model_parameters: Iterable[ParamEntry] | None,
+    training_data: Dataset | None,
+    lr_scheduler: Scheduler,
+    distributed_port: int,
+    mpu: object,
+    dist_init_required: bool | None,
+    collate_fn: Collate | None,
+    mesh_param: object,
+    args: object,
+) -> tuple[DeepSpeedEngine, Optimizer, Loader, Scheduler]:
+    """`initialize` with a schedule; see there."""
+    module = _checked(model, dualpipe, mpu, mesh_param)
+    check_zero(settings)
+    _start(module, distributed_port, dist_init_required)
+    watch = Watch(dualpipe.p2p_timeout_s, Position())
+    given_groups = groups_of(module)
+    with watch.section("initialize"), noting_groups() as made_groups:
+        agree_on_job(settings, module)
+        base_grid = module._grid
+        dualpipe, plan, costs = _choose_plan(module, settings, dualpipe, training_data, collate_fn)
+        given = None if model_parameters is None else list(model_parameters)  # of the module as it is now
+        placed = _place(module, settings, dualpipe, plan)
+        groups = GroupMap(module, given, optimizer, base_grid.pp_proc_group, lr_scheduler)
+        optimizer, given = groups.apply()
+        config_class = DeepSpeedConfig(settings, base_grid)
+        check_dtypes(module, optimizer, given, config_class)
+        deepspeed.set_optimizer_flags(config_class, module)
+        engine = _with_methods_of(engine_class)(
+            dualpipe=dualpipe,
+            base_grid=base_grid,
+            place=placed,
+            plan=plan,
+            costs=costs,
+            watch=watch,
             args=args,
-            model=model,
+            model=module,
             optimizer=optimizer,
-            model_parameters=model_parameters,
+            model_parameters=given,
             training_data=training_data,
             lr_scheduler=lr_scheduler,
-            distributed_port=distributed_port,
-            mpu=mpu,
+            mpu=module.mpu(),
             dist_init_required=dist_init_required,
             collate_fn=collate_fn,
-            config=config,
-            mesh_param=mesh_param,
-            config_params=config_params,
+            config=settings,
+            config_class=config_class,
         )
+        zero.partition_parameters.restore_init_context()
+        engine._configure_python_gc()
+    engine.own_groups = [*given_groups, *made_groups]
+    return engine, engine.optimizer, engine.training_dataloader, engine.lr_scheduler
+
+
+def _checked(
+    model: torch.nn.Module | None, dualpipe: DualPipeConfig, mpu: object, mesh_param: object
+) -> PipelineModule:
+    """The model, if the arguments go with a schedule."""
     if not isinstance(model, PipelineModule):
         raise ConfigError(
             f'"schedule": "{dualpipe.schedule}" needs a deepspeed.pipe.PipelineModule, got {type(model).__name__}: '
@@ -102,71 +171,54 @@ def initialize(
         raise ConfigError("mpu must be None: the PipelineModule's topology says where ranks stand")
     if mesh_param is not None:
         raise ConfigError("mesh_param must be None: a schedule has no sequence parallelism")
-    check_zero(settings)
-    zero.partition_parameters.shutdown_init_context()
-    ds_comm.init_distributed(
-        dist_backend=get_accelerator().communication_backend_name(),
-        distributed_port=distributed_port,
-        dist_init_required=dist_init_required,
-    )
-    set_device(model)
-    watch = Watch(dualpipe.p2p_timeout_s, Position())
-    given_groups = groups_of(model)
-    with watch.section("initialize"), noting_groups() as made_groups:
-        agree_on_job(settings, model)
-        base_grid = model._grid
-        num_ranks = base_grid.pipe_parallel_size
-        num_micro = micro_batches(settings, base_grid.data_parallel_size)
-        measured = job_costs(model, settings, dualpipe, num_micro, training_data, collate_fn)
-        costs = unmeasured_costs(model, dualpipe) if measured is None else measured.costs
-        if dualpipe.schedule == AUTO:
-            assert measured is not None
-            dualpipe, rows = choose(dualpipe, measured, num_micro)
-            if ds_comm.get_rank() == 0:
-                print_choice(rows, measured, num_micro)
-            chosen = best_of(rows).plan
-            assert chosen is not None
-            plan = lowered_plan(chosen, dualpipe)
-        else:
-            plan = make_lowered_plan(dualpipe, num_ranks, num_micro, costs)
-        agree(plan, torch.device(get_accelerator().current_device_name()))
-        bounds = stage_bounds(model, plan, dualpipe)
+    return model
 
-        given = None if model_parameters is None else list(model_parameters)  # of the module as it is now
-        name_parameters(model)
-        placed = place(model, plan.placement, bounds)
-        make_expert_groups(model, base_grid)
-        agree_on_copies(model, model.dualpipe_layers, placed.replica)
-        set_activation_checkpointing(model, settings.get("pipeline", {}))
-        check_statistics(model, plan.placement)
-        groups = GroupMap(model, given, optimizer, base_grid.pp_proc_group, lr_scheduler)
-        optimizer, given = groups.apply()
-        config_class = DeepSpeedConfig(settings, base_grid)
-        check_dtypes(model, optimizer, given, config_class)
-        deepspeed.set_optimizer_flags(config_class, model)
-        engine = _with_methods_of(engine_class)(
-            dualpipe=dualpipe,
-            base_grid=base_grid,
-            place=placed,
-            plan=plan,
-            costs=costs,
-            watch=watch,
-            args=args,
-            model=model,
-            optimizer=optimizer,
-            model_parameters=given,
-            training_data=training_data,
-            lr_scheduler=lr_scheduler,
-            mpu=model.mpu(),
-            dist_init_required=dist_init_required,
-            collate_fn=collate_fn,
-            config=settings,
-            config_class=config_class,
-        )
-        zero.partition_parameters.restore_init_context()
-        engine._configure_python_gc()
-    engine.own_groups = [*given_groups, *made_groups]
-    return engine, engine.optimizer, engine.training_dataloader, engine.lr_scheduler
+
+def _start(module: PipelineModule, port: int, required: bool | None) -> None:
+    """Bring up what DeepSpeed's initialize does, too."""
+    zero.partition_parameters.shutdown_init_context()
+    backend = get_accelerator().communication_backend_name()
+    ds_comm.init_distributed(dist_backend=backend, distributed_port=port, dist_init_required=required)
+    set_device(module)
+
+
+def _choose_plan(
+    model: PipelineModule,
+    settings: Settings,
+    dualpipe: DualPipeConfig,
+    training_data: Dataset | None,
+    collate_fn: Collate | None,
+) -> tuple[DualPipeConfig, Plan, CostModel]:
+    """The configuration with "auto" replaced, the lowered plan, and the costs that it was made with. Collective."""
+    grid = model._grid
+    num_micro = micro_batches(settings, grid.data_parallel_size)
+    measured = job_costs(model, settings, dualpipe, num_micro, training_data, collate_fn)
+    costs = unmeasured_costs(model, dualpipe) if measured is None else measured.costs
+    if dualpipe.schedule == AUTO:
+        assert measured is not None
+        dualpipe, rows = choose(dualpipe, measured, num_micro)
+        if ds_comm.get_rank() == 0:
+            print_choice(rows, measured, num_micro)
+        chosen = best_of(rows).plan
+        assert chosen is not None
+        plan = lowered_plan(chosen, dualpipe)
+    else:
+        plan = make_lowered_plan(dualpipe, grid.pipe_parallel_size, num_micro, costs)
+    agree(plan, torch.device(get_accelerator().current_device_name()))
+    return dualpipe, plan, costs
+
+
+def _place(model: PipelineModule, settings: Settings, dualpipe: DualPipeConfig, plan: Plan) -> Place:
+    """Convert the module into the stages of this rank, and check them. Collective."""
+    base_grid = model._grid
+    bounds = stage_bounds(model, plan, dualpipe)
+    name_parameters(model)
+    placed = place(model, plan.placement, bounds)
+    make_expert_groups(model, base_grid)
+    agree_on_copies(model, model.dualpipe_layers, placed.replica)
+    set_activation_checkpointing(model, settings.get("pipeline", {}))
+    check_statistics(model, plan.placement)
+    return placed
 
 
 def _with_methods_of(engine_class: type[PipelineEngine] | None) -> type[DualPipeEngine]:

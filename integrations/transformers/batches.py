@@ -3,16 +3,24 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 
+from dualpipe_engine.comm.nest import Nest
 from dualpipe_engine.errors import ConfigError
 
-Loss = Callable[[Any, Any], torch.Tensor]
+Model: TypeAlias = Any
+"""A model of transformers, or a PEFT model around one."""
+Batch: TypeAlias = dict[str, Any]
+"""What a collator of a Trainer returns: tensors [rows, ...] by the names of the model's inputs."""
+
+MicroBatch: TypeAlias = tuple[Nest, Nest]
+"""(inputs, labels)"""
+Loss = Callable[[Nest, Nest], torch.Tensor]
 
 
-def split_batch(batch: Mapping[str, Any], num_micro: int, label_name: str = "labels") -> list[tuple[Any, Any]]:
+def split_batch(batch: Mapping[str, Any], num_micro: int, label_name: str = "labels") -> list[MicroBatch]:
     """Cut a batch into micro-batches (inputs, labels).
 
     Args:
@@ -47,11 +55,11 @@ class BatchLoss:
         of_tokens: instead `loss(output, labels, num_items)`, a sum over tokens divided by `num_items`.
     """
 
-    def __init__(self, whole: Loss, of_tokens: Callable[[Any, Any, Any], torch.Tensor] | None = None) -> None:
+    def __init__(self, whole: Loss, of_tokens: Callable[[Nest, Nest, float], torch.Tensor] | None = None) -> None:
         self._whole, self._of_tokens = whole, of_tokens
 
     @staticmethod
-    def label(micros: list[tuple[Any, Any]], items: Any, replicas: int = 1) -> list[tuple[Any, Any]]:
+    def label(micros: list[MicroBatch], items: torch.Tensor | int | None, replicas: int = 1) -> list[MicroBatch]:
         """Put what the loss needs beside the labels.
 
         Args:
@@ -67,7 +75,7 @@ class BatchLoss:
             labelled.append((inputs, (labels, torch.tensor([factor, count], dtype=torch.float64))))
         return labelled
 
-    def __call__(self, output: Any, labels: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
+    def __call__(self, output: Nest, labels: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
         target, (factor, count) = labels[0], labels[1].tolist()
         if self._of_tokens is None or count != count:  # no number of items
             return self._whole(output, target) * factor

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
 
 import torch
+
+if TYPE_CHECKING:
+    from dualpipe_engine.engine.engine import DualPipeEngine
 
 
 class OptimizerView(torch.optim.Optimizer):
@@ -16,7 +20,7 @@ class OptimizerView(torch.optim.Optimizer):
         engine: the DualPipeEngine.
     """
 
-    def __init__(self, engine: Any) -> None:
+    def __init__(self, engine: DualPipeEngine) -> None:
         self._engine = engine
         super().__init__([torch.zeros(1, requires_grad=True)], {})
         self.defaults = {key: value for key, value in self.param_groups[0].items() if key != "params"}
@@ -34,7 +38,7 @@ class OptimizerView(torch.optim.Optimizer):
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Of the base class; groups are those of the engine."""
 
-    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+    def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]
         pass
 
     def zero_grad(self, set_to_none: bool = True) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -11,6 +10,7 @@ from deepspeed.runtime.activation_checkpointing import checkpointing as ds_check
 from deepspeed.runtime.pipe.engine import PipelineEngine
 from deepspeed.runtime.torch_autocast import autocast_if_enabled
 
+from ...comm.nest import Nest
 from ...errors import ConfigError
 from ...faults.watch import watched
 from ...runtime.executor import BatchResult
@@ -21,19 +21,19 @@ from ..placing.grid import Place
 class Evaluation(PipelineEngine):
     """The part of `DualPipeEngine` that evaluates."""
 
-    data_iterator: Iterator[Any] | None
+    data_iterator: Iterator[Nest] | None
     place: Place
 
     @watched
     def eval_batch(
         self,
-        data_iter: Iterator[Any],
+        data_iter: Iterator[Nest],
         return_logits: bool = False,
         compute_loss: bool = True,
         reduce_output: str | None = "avg",
         bcast_loss: bool = True,
         num_micro_batches: int | None = None,
-    ) -> Any:
+    ) -> Nest:
         """Run the forward of one batch, without gradients.
 
         Args:
@@ -70,7 +70,7 @@ class Evaluation(PipelineEngine):
             return value, self._share_outputs(result, [num_micro - 1])[num_micro - 1]
         return value
 
-    def _eval_value(self, result: BatchResult, num_micro: int, compute_loss: bool, reduce: str | None) -> Any:
+    def _eval_value(self, result: BatchResult, num_micro: int, compute_loss: bool, reduce: str | None) -> Nest:
         loss_fn = self.module.loss_fn
         if reduce not in (None, "avg"):
             raise ConfigError(f'reduce_output must be "avg" or None, got {reduce!r}')
@@ -86,7 +86,7 @@ class Evaluation(PipelineEngine):
         outputs = [shared[micro] for micro in range(num_micro)]
         return outputs if reduce is None else self._reduce_outputs(outputs, reduce, micro_batches=num_micro)
 
-    def _share_outputs(self, result: BatchResult, micros: list[int]) -> dict[int, Any]:
+    def _share_outputs(self, result: BatchResult, micros: list[int]) -> dict[int, Nest]:
         """Give the outputs of `micros` to every rank that holds the last stage; None on the others."""
         placement, last = self.plan.placement, self.plan.placement.num_stages - 1
         shared = dict.fromkeys(micros)

@@ -11,6 +11,7 @@ from deepspeed.pipe import LayerSpec, PipelineModule, TiedLayerSpec
 from deepspeed.runtime.pipe.topology import PipelineParallelGrid
 
 from ...errors import ConfigError
+from ..given import LayerEntry, Settings
 from .fingerprint import ATTRIBUTE, fingerprint
 
 #: Keys of the DeepSpeed configuration that say what is written down, not what is computed, and the one that scripts put
@@ -31,7 +32,7 @@ _MAY_DIFFER = {
 _PLAIN = (int, float, str, bool, type(None))
 
 
-def agree_on_job(settings: dict[str, Any], module: PipelineModule) -> None:
+def agree_on_job(settings: Settings, module: PipelineModule) -> None:
     """Compare the configuration and the layers of all ranks. Collective over all ranks.
 
     Arguments of layers are compared within each pipeline: replicas that share experts and slices of one model differ
@@ -118,7 +119,7 @@ def _slice(grid: PipelineParallelGrid) -> str:
     return f" of slice {grid.get_slice_parallel_rank()}" if grid.get_slice_parallel_world_size() > 1 else ""
 
 
-def _flat(section: dict[str, Any], path: str = "") -> Iterator[tuple[str, Any]]:
+def _flat(section: Settings, path: str = "") -> Iterator[tuple[str, object]]:
     for key, value in section.items():
         if isinstance(value, dict) and value:
             yield from _flat(value, f"{path}{key}.")
@@ -126,13 +127,13 @@ def _flat(section: dict[str, Any], path: str = "") -> Iterator[tuple[str, Any]]:
             yield path + str(key), value
 
 
-def _kind(spec: Any) -> str:
+def _kind(spec: LayerEntry) -> str:
     if isinstance(spec, LayerSpec):
         return getattr(spec.typename, "__qualname__", str(spec.typename))
     return getattr(spec, "__qualname__", type(spec).__qualname__)
 
 
-def _layer(spec: Any) -> str:
+def _layer(spec: LayerEntry) -> str:
     """A layer as text that does not depend on the process: its kind and the plain ones of its arguments."""
     if not isinstance(spec, LayerSpec):
         return _kind(spec)

@@ -45,7 +45,12 @@ KNOWN = {
     "dualpipev": Schedule(VEE, dualpipev.generate, True, lambda pp: 2 * pp + 1),
     "zbv": Schedule(VEE, zbv.generate, True, lambda pp: 2 * pp),
 }
-SCHEDULES = tuple(KNOWN)
+SCHEDULES = tuple(KNOWN)  #: those of the package
+
+
+def register_schedule(name: str, schedule: Schedule) -> None:
+    """Let a name stand for a schedule: in the configuration, for `auto`, and wherever a plan is made by name."""
+    KNOWN[name] = schedule
 
 
 def placement_of(schedule: str, num_ranks: int) -> Placement:
@@ -64,6 +69,6 @@ def known_schedule(schedule: str) -> Schedule:
         PlanError: the name is unknown.
     """
     if schedule not in KNOWN:
-        near = get_close_matches(schedule, SCHEDULES, n=1, cutoff=0.0)[0]
-        raise PlanError(f"unknown schedule {schedule!r}: did you mean {near!r}? There are {', '.join(SCHEDULES)}")
+        near = get_close_matches(schedule, KNOWN, n=1, cutoff=0.0)[0]
+        raise PlanError(f"unknown schedule {schedule!r}: did you mean {near!r}? There are {', '.join(KNOWN)}")
     return KNOWN[schedule]
