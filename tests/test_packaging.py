@@ -61,6 +61,7 @@ ROOMS = [
     "runtime",
     "profiling",
     "models",
+    "engine.given",
     "engine.keys",
     "engine.methods",
     "engine.config",

@@ -7,7 +7,15 @@ module = PipelineModule(adapter.to_layer_specs(), num_stages=4, loss_fn=adapter.
 """
 
 from .adapter import ModelAdapter, get_model_adapter
+from .families import Family, register_family
 from .gather import gather_state_dict
 from .registry import register_adapter
 
-__all__ = ["ModelAdapter", "gather_state_dict", "get_model_adapter", "register_adapter"]
+__all__ = [
+    "Family",
+    "ModelAdapter",
+    "gather_state_dict",
+    "get_model_adapter",
+    "register_adapter",
+    "register_family",
+]

@@ -5,30 +5,39 @@ from __future__ import annotations
 import copy
 import inspect
 import json
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Iterable
+from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
 
+from ..comm.nest import Nest
 from ..errors import ConfigError
 from .chain import Chain, ancestors, find_chain
+from .families import family_of, own_loss
 from .loading import Weights, empty_model
-from .losses import own_loss
+from .losses import LossFn, ModelConfig
 from .messages import Inputs
-from .registry import added_adapter, refuse_unfit
+from .registry import Adapter, added_adapter, refuse_unfit
 from .result_check import check_result
 from .routed import RoutedRunner, Routing
 from .runner import Runner, Span
 from .stage import Stage
 from .stubs import shadow
 
+if TYPE_CHECKING:
+    from deepspeed.pipe import LayerSpec
+
 TIED = "ends"  #: key of the TiedLayerSpec of a model whose first and last piece share weights
 
 
 def get_model_adapter(
-    model: nn.Module | None = None, *, config: Any = None, folder: str | None = None, example_inputs: Any = None
-) -> Any:
+    model: nn.Module | None = None,
+    *,
+    config: ModelConfig = None,
+    folder: str | None = None,
+    example_inputs: Nest = None,
+) -> Adapter:
     """The adapter of a model.
 
     Args:
@@ -69,7 +78,7 @@ class ModelAdapter:
         model: nn.Module,
         *,
         weights: Weights | None = None,
-        example_inputs: Any = None,
+        example_inputs: Nest = None,
         chain: Chain | None = None,
     ) -> None:
         refuse_unfit(model)
@@ -86,7 +95,7 @@ class ModelAdapter:
             check_result(model, self._inputs, probe, lambda: self._cut(min(2, len(self.chain.blocks))))
 
     @property
-    def loss_fn(self) -> Callable[[Any, Any], torch.Tensor]:
+    def loss_fn(self) -> LossFn:
         """The model's own loss as `loss_fn(output, labels)`. With `output_router_logits` in the configuration an output
         is `(logits, auxiliary loss)`, and the loss is that of both.
 
@@ -134,7 +143,7 @@ class ModelAdapter:
         span = Span(start, start + each + (index < more), index == 0, index == num_partitions - 1)
         return Stage(self, (span,))
 
-    def to_layer_specs(self) -> list[Any]:
+    def to_layer_specs(self) -> list[LayerSpec]:
         """The layers for a PipelineModule: prologue, blocks, epilogue.
 
         Prologue and epilogue of a model with tied weights are one `TiedLayerSpec`: a rank at either end holds both, and
@@ -163,9 +172,9 @@ class ModelAdapter:
             TiedLayerSpec(*both, forward_fn=Stage.finish, tied_weight_attr=weights),
         ]
 
-    def description(self) -> dict[str, Any]:
+    def description(self) -> dict[str, object]:
         """The class of the model and, of a Hugging Face model, its config.json."""
-        config: Any = getattr(self.model, "config", None)
+        config: ModelConfig = getattr(self.model, "config", None)
         kind = type(self.model).__name__
         if not hasattr(config, "to_json_string"):
             return {"class": kind, "config": None}
@@ -186,7 +195,7 @@ class ModelAdapter:
 
     def modules_of(self, spans: tuple[Span, ...]) -> dict[str, nn.Module]:
         """Those modules, and copies of the modules without weights that every stage runs, by name."""
-        memo: dict[int, Any] = {}
+        memo: dict[int, object] = {}
         owned = {}
         for name in self.names_of(spans):
             module = self.model.get_submodule(name)
@@ -231,16 +240,12 @@ def _drops(model: nn.Module, name: str) -> bool:
     return isinstance(model.get_submodule(name), nn.Dropout)
 
 
-def _within(name: str, modules: Any) -> bool:
+def _within(name: str, modules: Iterable[str]) -> bool:
     return any(name == module or name.startswith(module + ".") for module in modules)
 
 
 def _ids(model: nn.Module, names: tuple[str, ...]) -> set[int]:
     return {id(param) for name in names for param in model.get_submodule(name).parameters()}
-
-
-#: Heads that use token ids for the embedding alone; to others they travel.
-_EMBEDS_ONLY = ("ForCausalLM", "LMHeadModel", "ForMaskedLM")
 
 
 def _inputs(model: nn.Module) -> Inputs:
@@ -250,13 +255,14 @@ def _inputs(model: nn.Module) -> Inputs:
         names = tuple(name for name, param in signature.items() if param.kind is param.POSITIONAL_OR_KEYWORD)
         return Inputs(names, False, {})
     extras = ("attention_mask", "position_ids", "token_type_ids")
-    embeds = type(model).__name__.endswith(_EMBEDS_ONLY) and "inputs_embeds" in signature
+    family = family_of(model)
+    embeds = family is not None and family.embeds_only and "inputs_embeds" in signature
     # The auxiliary loss over routers is made by `RoutedRunner`.
     fixed = {name: False for name in ("use_cache", "output_router_logits") if name in signature}
     return Inputs((main, *(name for name in extras if name in signature)), embeds, fixed)
 
 
-def _probe(model: nn.Module, inputs: Inputs, example: Any) -> dict[str, Any]:
+def _probe(model: nn.Module, inputs: Inputs, example: Nest) -> dict[str, Nest]:
     """Arguments of a small forward."""
     if example is not None:
         return inputs.read(example)[0]

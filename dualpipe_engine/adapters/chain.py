@@ -6,12 +6,12 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import pairwise
-from typing import Any
 
 import torch
 from torch import nn
 from torch.utils import _pytree as pytree
 
+from ..comm.nest import Nest
 from ..errors import ConfigError
 from .stubs import first_tensor, placeholder, shadow
 
@@ -41,7 +41,7 @@ class _Call:
     inputs: list[torch.Tensor]
     began: int
     ended: int = -1
-    output: Any = None
+    output: Nest = None
     calls: list[_Call] = field(default_factory=list)
 
     @property
@@ -50,7 +50,7 @@ class _Call:
         return next(iter(_tensors(self.output)), None)
 
 
-def find_chain(model: nn.Module, inputs: Mapping[str, Any] | tuple[Any, ...]) -> Chain:
+def find_chain(model: nn.Module, inputs: Mapping[str, Nest] | tuple[Nest, ...]) -> Chain:
     """Run one forward without side effects on the model's mode, gradients or random state, and find its chain.
 
     Args:
@@ -95,19 +95,19 @@ def ancestors(names: tuple[str, ...]) -> set[str]:
     return above
 
 
-def _tensors(value: Any) -> Iterator[torch.Tensor]:
+def _tensors(value: Nest) -> Iterator[torch.Tensor]:
     return (leaf for leaf in pytree.tree_leaves(value) if isinstance(leaf, torch.Tensor))
 
 
 def _trace(
-    model: nn.Module, inputs: Mapping[str, Any] | tuple[Any, ...], replaced: Mapping[str, Callable[..., Any]]
+    model: nn.Module, inputs: Mapping[str, Nest] | tuple[Nest, ...], replaced: Mapping[str, Callable[..., Nest]]
 ) -> _Call:
     """The tree of module calls; `replaced` are forwards that run in place of those of the modules named."""
     root = _Call("", [], 0)
     stack, clock, hooks = [root], [0], []
 
     def enter(name: str) -> Callable[..., None]:
-        def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        def hook(module: nn.Module, args: tuple[Nest, ...], kwargs: dict[str, Nest]) -> None:
             clock[0] += 1
             call = _Call(name, list(_tensors((args, kwargs))), clock[0])
             stack[-1].calls.append(call)
@@ -115,7 +115,7 @@ def _trace(
 
         return hook
 
-    def leave(module: nn.Module, args: Any, output: Any) -> None:
+    def leave(module: nn.Module, args: Nest, output: Nest) -> None:
         clock[0] += 1
         call = stack.pop()
         call.ended, call.output = clock[0], output
@@ -141,10 +141,10 @@ def _trace(
     return root
 
 
-def _without_weights(model: nn.Module, blocks: tuple[str, ...]) -> dict[str, Callable[..., Any]]:
+def _without_weights(model: nn.Module, blocks: tuple[str, ...]) -> dict[str, Callable[..., Nest]]:
     """Forwards with which a model on the meta device runs on CPU tensors: blocks hand on their first argument, and
     modules with weights or buffers of their own return zeros."""
-    replaced: dict[str, Callable[..., Any]] = dict.fromkeys(blocks, first_tensor)
+    replaced: dict[str, Callable[..., Nest]] = dict.fromkeys(blocks, first_tensor)
 
     def visit(module: nn.Module, name: str) -> None:
         for key, child in module.named_children():

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
 from torch import nn
 
 from .stage import Stage
+
+if TYPE_CHECKING:
+    from deepspeed.runtime.engine import DeepSpeedEngine
 
 
 def named_weights(module: nn.Module) -> dict[str, torch.Tensor]:
@@ -20,7 +23,7 @@ def named_weights(module: nn.Module) -> dict[str, torch.Tensor]:
     return found
 
 
-def gather_state_dict(engine: Any) -> dict[str, torch.Tensor]:
+def gather_state_dict(engine: DeepSpeedEngine) -> dict[str, torch.Tensor]:
     """The state dict of the whole model, from the layers that `to_layer_specs` made. Collective over all ranks.
 
     Args:

@@ -12,6 +12,7 @@ from torch import nn
 from ..errors import ConfigError, MissingExtraError
 from ..schedule.plain_json import parse
 from .conversion import sources_of
+from .losses import ModelConfig
 from .stage import Stage
 
 if TYPE_CHECKING:
@@ -22,7 +23,7 @@ INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
 
 
-def empty_model(config: Any, folder: str | None) -> nn.Module:
+def empty_model(config: ModelConfig, folder: str | None) -> nn.Module:
     """The model of a transformers configuration on the meta device.
 
     Raises:

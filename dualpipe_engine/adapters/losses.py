@@ -1,39 +1,48 @@
-"""The models' own losses as `loss_fn(output, labels)`."""
+"""The models' own losses as `loss_fn(output, labels)`: each function takes a model and returns its loss."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
-from typing import Any, cast
+from typing import Any, TypeAlias
 
 import torch
 from torch import nn
 
-from ..errors import ConfigError
+from ..comm.nest import Nest
+
+PretrainedModel: TypeAlias = Any
+"""A model of transformers, whose attributes depend on its class."""
+
+ModelConfig: TypeAlias = Any
+"""A configuration of transformers, whose fields depend on the model."""
+
+LossFn: TypeAlias = Callable[[Nest, Nest], torch.Tensor]
+"""Of the output of the last layer and the labels (scalar)."""
 
 
-def own_loss(model: nn.Module) -> Callable[[Any, Any], torch.Tensor]:
-    """The loss that the model's forward computes from its logits.
-
-    Raises:
-        ConfigError: it is not known.
-    """
-    name, config = type(model).__name__, getattr(model, "config", None)
-    if config is not None:
-        if name.endswith(("ForCausalLM", "LMHeadModel")):
-            return partial(_of_tokens, cast(Any, model).loss_function, config.get_text_config().vocab_size)
-        if name.endswith(("ForMaskedLM", "ForTokenClassification")):
-            return _cross_entropy
-        if name.endswith(("ForImageClassification", "ForSequenceClassification")):
-            return partial(_of_classes, config)
-    raise ConfigError(f"the loss of {name} is not known: give the PipelineModule a loss_fn(output, labels) of your own")
+def of_tokens(model: PretrainedModel) -> LossFn:
+    """Of language models, whose logits `[batch, length, vocabulary]` tell the next token."""
+    return partial(_of_tokens, model.loss_function, model.config.get_text_config().vocab_size)
 
 
-def _of_tokens(function: Callable[..., Any], vocabulary: int, logits: torch.Tensor, labels: Any) -> torch.Tensor:
+def of_rows(model: PretrainedModel) -> LossFn:
+    """Cross-entropy of every position, `[..., classes]`."""
+    return _cross_entropy
+
+
+def of_classes(model: PretrainedModel) -> LossFn:
+    """Of a whole sample, `[batch, labels]`, as the configuration's `problem_type` says."""
+    return partial(_of_classes, model.config)
+
+
+def _of_tokens(
+    function: Callable[..., torch.Tensor], vocabulary: int, logits: torch.Tensor, labels: torch.Tensor
+) -> torch.Tensor:
     return function(logits=logits, labels=labels, vocab_size=vocabulary)
 
 
-def _of_classes(config: Any, logits: torch.Tensor, labels: Any) -> torch.Tensor:
+def _of_classes(config: ModelConfig, logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
     kind = config.problem_type
     if kind is None:
         whole = labels.dtype in (torch.long, torch.int)

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
 
 import torch
+
+from ..comm.nest import Nest
 
 SHAPE = "shape:"  #: prefix of an input that travels as its shape only
 
@@ -19,10 +20,10 @@ class Inputs:
         fixed: keyword arguments of every call.
     """
 
-    def __init__(self, names: tuple[str, ...], embeds: bool, fixed: Mapping[str, Any]) -> None:
+    def __init__(self, names: tuple[str, ...], embeds: bool, fixed: Mapping[str, Nest]) -> None:
         self.names, self._embeds, self._fixed = names, embeds, dict(fixed)
 
-    def read(self, batch: Any) -> tuple[dict[str, Any], dict[str, Any]]:
+    def read(self, batch: Nest) -> tuple[dict[str, Nest], dict[str, Nest]]:
         """The keyword arguments of the model's forward, and those that travel on."""
         if isinstance(batch, Mapping):
             given = dict(batch)
@@ -41,7 +42,7 @@ class Inputs:
             travel[name] = value
         return self._fixed | given, travel
 
-    def stand_in(self, hidden: torch.Tensor, travel: Mapping[str, Any]) -> dict[str, Any]:
+    def stand_in(self, hidden: torch.Tensor, travel: Mapping[str, Nest]) -> dict[str, Nest]:
         """The keyword arguments of a later stage's forward."""
         kwargs = dict(self._fixed)
         for name, value in travel.items():
@@ -54,15 +55,15 @@ class Inputs:
         return kwargs
 
     @staticmethod
-    def pack(hidden: torch.Tensor, travel: dict[str, Any]) -> Any:
+    def pack(hidden: torch.Tensor, travel: dict[str, Nest]) -> Nest:
         return (hidden, travel) if travel else hidden
 
     @staticmethod
-    def unpack(message: Any) -> tuple[torch.Tensor, dict[str, Any]]:
+    def unpack(message: Nest) -> tuple[torch.Tensor, dict[str, Nest]]:
         return (message, {}) if isinstance(message, torch.Tensor) else message
 
     @staticmethod
-    def result(output: Any, travel: Mapping[str, Any]) -> Any:
+    def result(output: Nest, travel: Mapping[str, Nest]) -> Nest:
         """The model's whole output where labels came with the batch, else its logits or hidden state."""
         if "labels" in travel or isinstance(output, torch.Tensor):
             return output

@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeAlias
 
 from torch import nn
 
 from ..errors import ConfigError
 
+Adapter: TypeAlias = Any
+"""A `ModelAdapter`, or what a user has put in its place."""
+
 #: Model class -> makes its adapter. What `register_adapter` fills; there is one set of model classes in a process.
-_ADDED: dict[type[nn.Module], Callable[..., Any]] = {}
+_ADDED: dict[type[nn.Module], Callable[[nn.Module], Adapter]] = {}
 
 
-def register_adapter(model_class: type[nn.Module], make: Callable[[nn.Module], Any]) -> None:
+def register_adapter(model_class: type[nn.Module], make: Callable[[nn.Module], Adapter]) -> None:
     """Let `get_model_adapter` use `make(model)` for models of a class and its subclasses.
 
     Args:
@@ -23,7 +26,7 @@ def register_adapter(model_class: type[nn.Module], make: Callable[[nn.Module], A
     _ADDED[model_class] = make
 
 
-def added_adapter(model: nn.Module) -> Callable[..., Any] | None:
+def added_adapter(model: nn.Module) -> Callable[[nn.Module], Adapter] | None:
     """What was registered for the model's class, or for the nearest of its bases."""
     return next((_ADDED[base] for base in type(model).__mro__ if base in _ADDED), None)
 

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 from torch.utils import _pytree as pytree
 
+from ..comm.nest import Nest
 from ..errors import ConfigError
 from .messages import Inputs
 
@@ -58,11 +59,11 @@ def check_result(
             )
 
 
-def _whole(model: nn.Module, inputs: Inputs, given: Mapping[str, Any]) -> Any:
+def _whole(model: nn.Module, inputs: Inputs, given: Mapping[str, Any]) -> Nest:
     return inputs.result(model(**given), {})
 
 
-def _through(stages: Sequence[nn.Module], message: Any) -> Any:
+def _through(stages: Sequence[nn.Module], message: Nest) -> Nest:
     for stage in stages:
         message = stage.eval()(message)
     return message
@@ -73,7 +74,7 @@ def _others(model: nn.Module, probe: Mapping[str, Any]) -> dict[str, Any]:
     generator = torch.Generator().manual_seed(11)
     config: Any = getattr(model, "config", None)
 
-    def other(key: str, value: Any) -> Any:
+    def other(key: str, value: Nest) -> Nest:
         if not isinstance(value, torch.Tensor):
             return value
         if value.is_floating_point() and config is not None:
@@ -89,11 +90,11 @@ def _others(model: nn.Module, probe: Mapping[str, Any]) -> dict[str, Any]:
     return {key: other(key, value) for key, value in probe.items()}
 
 
-def _tensors(value: Any) -> list[torch.Tensor]:
+def _tensors(value: Nest) -> list[torch.Tensor]:
     return [leaf for leaf in pytree.tree_leaves(value) if isinstance(leaf, torch.Tensor)]
 
 
-def _seeded(run: Callable[..., Any], *args: Any) -> Any:
+def _seeded(run: Callable[..., Nest], *args: object) -> Nest:
     with torch.random.fork_rng():
         torch.manual_seed(0)
         return run(*args)

@@ -7,7 +7,7 @@ of rows. These travel with the hidden state, the probabilities with a gradient, 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
 from typing import Any, NamedTuple
@@ -15,13 +15,13 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
+from ..comm.nest import Nest
 from ..errors import ConfigError
+from .families import FAMILIES, family_of
+from .losses import LossFn, PretrainedModel
 from .runner import Runner
 
 SUMS = "router_sums:"  #: name of the sums within a message
-
-#: Whose loss this is, by `config.model_type`.
-KNOWN = ("gpt_oss", "mixtral", "qwen3_moe")
 
 
 class Sums(NamedTuple):
@@ -51,13 +51,15 @@ class Routing:
         ConfigError: the model's auxiliary loss is not known.
     """
 
-    def __init__(self, model: Any) -> None:
+    def __init__(self, model: PretrainedModel) -> None:
+        family = family_of(model)
         routers = getattr(model, "_can_record_outputs", None) or {}
-        known = model.config.model_type in KNOWN and hasattr(model, "router_aux_loss_coef")
-        if not known or "router_logits" not in routers:
+        known = [name for each in FAMILIES for name in each.routed]
+        fits = family is not None and model.config.model_type in family.routed
+        if not fits or not hasattr(model, "router_aux_loss_coef") or "router_logits" not in routers:
             raise ConfigError(
                 f"{type(model).__name__}: the auxiliary loss multiplies averages over the routers of all layers, which "
-                f"no stage sees; it is known how to carry it for the language models of {', '.join(KNOWN)}: set "
+                f"no stage sees; it is known how to carry it for the language models of {', '.join(known)}: set "
                 "output_router_logits=False in the configuration"
             )
         self._kind, self._index = routers["router_logits"].target_class, routers["router_logits"].index
@@ -69,7 +71,7 @@ class Routing:
         """The logits `[tokens, experts]` of the routers that run in the body, in their order."""
         found: list[torch.Tensor] = []
 
-        def hook(router: nn.Module, args: Any, output: Any) -> None:
+        def hook(router: nn.Module, args: Nest, output: Nest) -> None:
             found.append(output[self._index] if isinstance(output, tuple) else output)
 
         hooks = [part.register_forward_hook(hook) for part in model.modules() if isinstance(part, self._kind)]
@@ -100,12 +102,12 @@ class Routing:
         """The auxiliary loss, not weighted (scalar)."""
         return (sums.tokens / sums.rows * (sums.probabilities / sums.rows)).sum() * self._experts
 
-    def with_loss(self, own: Callable[[Any, Any], torch.Tensor]) -> Callable[[Any, Any], torch.Tensor]:
+    def with_loss(self, own: LossFn) -> LossFn:
         """`own` for outputs `(logits, auxiliary loss)`."""
         return partial(_weighted, own, self.weight)
 
 
-def _weighted(own: Callable[[Any, Any], torch.Tensor], weight: float, output: Any, labels: Any) -> torch.Tensor:
+def _weighted(own: LossFn, weight: float, output: Nest, labels: Nest) -> torch.Tensor:
     logits, auxiliary = output
     return own(logits, labels) + weight * auxiliary
 
@@ -123,7 +125,7 @@ class RoutedRunner(Runner):
         super().__init__(*args)
         self._routing = routing
 
-    def __call__(self, message: Any) -> Any:
+    def __call__(self, message: Nest) -> Nest:
         sums: Sums | None = None
         if self._first:
             mask = self._inputs.read(message)[0].get("attention_mask")

@@ -10,11 +10,12 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Mapping
 from functools import partial
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import nn
 
+from ..comm.nest import Nest
 from .chain import Chain, ancestors
 from .messages import Inputs
 from .stubs import End, Inject, Stub, Taken, first_tensor, placeholder
@@ -57,7 +58,7 @@ class Runner:
         above = ancestors((*chain.prologue, *chain.blocks, *chain.epilogue, *owned))
         self.model = self._rebuilt(model, "", above, owned)
 
-    def __call__(self, message: Any) -> Any:
+    def __call__(self, message: Nest) -> Nest:
         if self._first:
             kwargs, travel = self._inputs.read(message)
         else:
@@ -85,7 +86,9 @@ class Runner:
             shell._modules[key] = self._part(path, child, above, owned)
         return shell
 
-    def _part(self, path: str, child: nn.Module | None, above: set[str], owned: Mapping[str, nn.Module]) -> Any:
+    def _part(
+        self, path: str, child: nn.Module | None, above: set[str], owned: Mapping[str, nn.Module]
+    ) -> nn.Module | None:
         if child is None:
             return None
         if path in owned:
@@ -96,7 +99,7 @@ class Runner:
             return self._rebuilt(child, path, above, owned)
         return Stub(self._shadows(path), self._behaviour(path))
 
-    def _behaviour(self, path: str) -> Callable[..., Any]:
+    def _behaviour(self, path: str) -> Callable[..., Nest]:
         if path not in self._chain.blocks:
             return partial(self._outside, path)
         number = self._chain.blocks.index(path)
@@ -105,13 +108,13 @@ class Runner:
         length = self._chain.outputs[number]
         return partial(self._pass, length, inject=number == self._start - 1)
 
-    def _outside(self, path: str, *args: Any, **kwargs: Any) -> Any:
+    def _outside(self, path: str, *args: Nest, **kwargs: Nest) -> Nest:
         hidden = self._hidden if self._hidden is not None else first_tensor(*args, **kwargs)
         return placeholder(self._shadows(path), hidden, *args, **kwargs)
 
-    def _pass(self, length: int, *args: Any, inject: bool, **kwargs: Any) -> Any:
+    def _pass(self, length: int, *args: Nest, inject: bool, **kwargs: Nest) -> Nest:
         hidden = self._received() if inject else first_tensor(*args, **kwargs)
         return (hidden, *[None] * (length - 1)) if length else hidden
 
-    def _take(self, *args: Any, **kwargs: Any) -> Any:
+    def _take(self, *args: Nest, **kwargs: Nest) -> Nest:
         raise Taken(first_tensor(*args, **kwargs))

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Any, Protocol
+from collections.abc import Callable
+from typing import Protocol
 
+import torch
 from torch import nn
 
+from ..comm.nest import Nest
 from .runner import Runner, Span
 
 
@@ -16,7 +19,7 @@ class Source(Protocol):
 
     def modules_of(self, spans: tuple[Span, ...]) -> dict[str, nn.Module]: ...
 
-    def description(self) -> dict[str, Any]: ...
+    def description(self) -> dict[str, object]: ...
 
     def runner(self, span: Span, owned: dict[str, nn.Module]) -> Runner: ...
 
@@ -32,7 +35,7 @@ class Stage(nn.Module):
         whole_model: what a checkpoint keeps of the model, for `dualpipe export`.
     """
 
-    whole_model: dict[str, Any]
+    whole_model: dict[str, object]
     _runners: list[Runner]
 
     def __init__(self, adapter: Source, spans: tuple[Span, ...]) -> None:
@@ -45,7 +48,7 @@ class Stage(nn.Module):
         # The runners' models share these modules and hold stubs, so they are no submodules.
         self.__dict__["_runners"] = [adapter.runner(span, owned) for span in spans]
 
-    def forward(self, message: Any) -> Any:
+    def forward(self, message: Nest) -> Nest:
         """Run the piece.
 
         Args:
@@ -57,7 +60,7 @@ class Stage(nn.Module):
         """
         return self._runners[0](message)
 
-    def finish(self, message: Any) -> Any:
+    def finish(self, message: Nest) -> Nest:
         """Run the second range of a piece that holds both ends of the model."""
         return self._runners[1](message)
 
@@ -73,7 +76,7 @@ class Stage(nn.Module):
         if fill is not None:
             fill(self)
 
-    def _apply(self, fn: Any, recurse: bool = True) -> Stage:
+    def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> Stage:
         self.fill()  # a stage gets its weights when it is first moved to a device, so that counting is cheap
         return super()._apply(fn, recurse)
 

@@ -13,6 +13,8 @@ import torch
 from torch import nn
 from torch.utils import _pytree as pytree
 
+from ..comm.nest import Nest
+
 
 class Taken(BaseException):
     """Ends the forward of a stage's model: the first block of the next stage has been handed `hidden`.
@@ -26,7 +28,7 @@ class Taken(BaseException):
 
 def shadow(module: nn.Module) -> nn.Module:
     """A copy on the meta device; nothing of its weights is copied."""
-    memo: dict[int, Any] = {}
+    memo: dict[int, torch.Tensor] = {}
     for param in module.parameters():
         memo[id(param)] = nn.Parameter(torch.empty_like(param, device="meta"), requires_grad=param.requires_grad)
     for buffer in module.buffers():
@@ -42,15 +44,15 @@ class Stub(nn.Module):
         run: takes the module's arguments and returns what the model's forward goes on with.
     """
 
-    def __init__(self, original: nn.Module, run: Callable[..., Any]) -> None:
+    def __init__(self, original: nn.Module, run: Callable[..., Nest]) -> None:
         super().__init__()
         self.__dict__["_original"] = original  # no submodule: it must not count
         self.__dict__["_run"] = run
 
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
+    def forward(self, *args: Nest, **kwargs: Nest) -> Nest:
         return self._run(*args, **kwargs)
 
-    def __getattr__(self, name: str) -> Any:
+    def __getattr__(self, name: str) -> Any:  # noqa: ANN401
         return getattr(self.__dict__["_original"], name)
 
 
@@ -61,7 +63,7 @@ class _Wrapped(nn.Module):
         super().__init__()
         self.block = block
 
-    def __getattr__(self, name: str) -> Any:
+    def __getattr__(self, name: str) -> Any:  # noqa: ANN401
         block = self.__dict__["_modules"]["block"]
         return block if name == "block" else getattr(block, name)
 
@@ -73,7 +75,7 @@ class Inject(_Wrapped):
         super().__init__(block)
         self.__dict__["_received"] = received
 
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
+    def forward(self, *args: Nest, **kwargs: Nest) -> Nest:
         if args:
             return self.block(self._received(), *args[1:], **kwargs)
         return self.block(**(kwargs | {next(iter(kwargs)): self._received()}))
@@ -82,25 +84,25 @@ class Inject(_Wrapped):
 class End(_Wrapped):
     """The last block of the model, after which the stage ends because another has the epilogue."""
 
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
+    def forward(self, *args: Nest, **kwargs: Nest) -> Nest:
         raise Taken(first_tensor(self.block(*args, **kwargs)))
 
 
-def first_tensor(*args: Any, **kwargs: Any) -> torch.Tensor:
+def first_tensor(*args: Nest, **kwargs: Nest) -> torch.Tensor:
     return next(leaf for leaf in pytree.tree_leaves((args, kwargs)) if isinstance(leaf, torch.Tensor))
 
 
-def placeholder(original: nn.Module, hidden: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+def placeholder(original: nn.Module, hidden: torch.Tensor, *args: Nest, **kwargs: Nest) -> Nest:
     """What `original` (a shadow) would return, with zeros for the tensors: shapes from a run on the meta device, dtype
     of floating-point tensors and device from `hidden`. Plain values are exact."""
 
-    def to_meta(value: Any) -> Any:
+    def to_meta(value: Nest) -> Nest:
         if not isinstance(value, torch.Tensor):
             return value
         dtype = next((p.dtype for p in original.parameters()), value.dtype)
         return torch.empty_like(value, device="meta", dtype=dtype if value.is_floating_point() else value.dtype)
 
-    def fill(value: Any) -> Any:
+    def fill(value: Nest) -> Nest:
         if not isinstance(value, torch.Tensor):
             return value
         dtype = hidden.dtype if value.is_floating_point() else value.dtype

@@ -7,7 +7,7 @@ import json
 import sys
 from collections.abc import Iterable
 from dataclasses import replace
-from typing import Any
+from typing import Any, TypeAlias
 
 from ..errors import ConfigError
 from ..schedule.cuts.layer_times import parse_layer_costs
@@ -17,6 +17,9 @@ from ..schedule.plan import Plan
 from ..schedule.search.job_costs import Measurement
 from ..schedule.search.make_plan import make_plan
 from ..schedule.timing.costs import MOST, CostModel
+
+Commands: TypeAlias = "argparse._SubParsersAction[argparse.ArgumentParser]"
+"""What subcommands are added to."""
 
 _FILES = (".csv", ".json")
 

@@ -12,7 +12,7 @@ from ..schedule.passes.verify import verify
 from ..schedule.search.compare import compare, fastest
 from ..schedule.timing.bound import plan_bound
 from ..schedule.timing.costs import CostModel
-from .arguments import add_work, finite, layer_costs, print_json, refuse, work
+from .arguments import Commands, add_work, finite, layer_costs, print_json, refuse, work
 from .job import add_job, estimate_job
 
 _LAYERS_HELP = (
@@ -21,7 +21,7 @@ _LAYERS_HELP = (
 )
 
 
-def add_compare(commands: Any, shape: dict[str, Any]) -> None:
+def add_compare(commands: Commands, shape: dict[str, Any]) -> None:
     """Add the subcommand to `commands`, with the parser settings `shape`."""
     parser = commands.add_parser("compare", help="every schedule side by side on the same model and batch", **shape)
     _, _, *simulated = add_work(parser, plan_file=False)

@@ -6,10 +6,10 @@ import argparse
 from dataclasses import asdict
 from typing import Any
 
-from .arguments import print_json
+from .arguments import Commands, print_json
 
 
-def add_doctor(commands: Any, shape: dict[str, Any]) -> None:
+def add_doctor(commands: Commands, shape: dict[str, Any]) -> None:
     """Add the subcommand to `commands`, with the parser settings `shape`."""
     parser = commands.add_parser("doctor", help="say what costs most in a profile, and what to change", **shape)
     parser.add_argument("profile", help="what get_profiler().save_to_file() wrote")

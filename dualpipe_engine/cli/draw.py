@@ -10,10 +10,10 @@ from typing import Any
 from ..errors import ConfigError
 from ..schedule.plain_json import parse
 from ..schedule.timing.simulate import simulate
-from .arguments import add_schedule, make, refuse, title_of
+from .arguments import Commands, add_schedule, make, refuse, title_of
 
 
-def add_draw(commands: Any, shape: dict[str, Any]) -> None:
+def add_draw(commands: Commands, shape: dict[str, Any]) -> None:
     """Add the subcommand to `commands`, with the parser settings `shape`."""
     parser = commands.add_parser("draw", help="draw a schedule over time: terminal, SVG or PNG", **shape)
     parser.add_argument("file", nargs="?", help="a trace (Chrome JSON) of a measured batch, or a plan file")

@@ -6,6 +6,8 @@ import argparse
 from pathlib import Path
 from typing import Any
 
+from .arguments import Commands
+
 _DESCRIPTION = """\
 Write the weights of a checkpoint as one state dict, OUT/model.safetensors. For a model of Hugging Face transformers
 that came through an adapter, config.json is put beside it, so that from_pretrained(OUT) loads it. Needs torch and
@@ -13,7 +15,7 @@ safetensors.
 """
 
 
-def add_export(commands: Any, shape: dict[str, Any]) -> None:
+def add_export(commands: Commands, shape: dict[str, Any]) -> None:
     """Add the subcommand to `commands`, with the parser settings `shape`."""
     about = "the weights of a checkpoint as one safetensors file or Hugging Face folder"
     parser = commands.add_parser("export", help=about, description=_DESCRIPTION, **shape)

@@ -12,7 +12,7 @@ from ..errors import ConfigError
 from ..schedule.jobs.memory import compare_memory, training_of
 from ..schedule.placement import MOST_RANKS
 from ..schedule.plain_json import parse
-from .arguments import finite, whole
+from .arguments import Commands, finite, whole
 
 _DESCRIPTION = """\
 Bytes of weights, gradients, optimizer state and activations on each rank for every schedule, beside stock 1F1B
@@ -25,7 +25,7 @@ fresh gradient, buffers of transfers), and what the allocator wastes.
 """
 
 
-def add_memory(commands: Any, shape: dict[str, Any]) -> None:
+def add_memory(commands: Commands, shape: dict[str, Any]) -> None:
     """Add the subcommand to `commands`, with the parser settings `shape`."""
     about = "bytes on each rank for a DeepSpeed configuration, every schedule beside stock 1F1B"
     parser = commands.add_parser("memory", help=about, description=_DESCRIPTION, **shape)

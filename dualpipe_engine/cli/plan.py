@@ -10,10 +10,10 @@ from ..schedule.passes.lower import lower
 from ..schedule.passes.verify import verify
 from ..schedule.timing.bound import plan_bound
 from ..schedule.timing.simulate import peak_activations, simulate
-from .arguments import add_schedule, make, print_json, title_of
+from .arguments import Commands, add_schedule, make, print_json, title_of
 
 
-def add_plan(commands: Any, shape: dict[str, Any]) -> None:
+def add_plan(commands: Commands, shape: dict[str, Any]) -> None:
     """Add the subcommand to `commands`, with the parser settings `shape`."""
     parser = commands.add_parser("plan", help="print the ops of every rank, with makespan and bubble", **shape)
     add_schedule(parser)

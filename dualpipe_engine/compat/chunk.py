@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch.utils import _pytree as pytree
 
+from ..comm.nest import Nest
 from ..runtime.chunk import StageChunk
 from ..runtime.weight_grad import WeightGradStore
 from .weight_grad_store import WeightGradStore as DeepSeekStore
@@ -46,9 +47,9 @@ class PairedChunk(StageChunk):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        self.returned: dict[int, tuple[Any, ...]] = {}
+        self.returned: dict[int, tuple[Nest, ...]] = {}
 
-    def forward(self, micro: int, inputs: Any, labels: Any = None) -> Any:
+    def forward(self, micro: int, inputs: Nest, labels: Nest = None) -> Nest:
         inputs, leaves = self._enter(inputs)
         outputs = self.module(*inputs)  # type: ignore[call-arg]
         outputs = _as_tuple(outputs)
@@ -56,11 +57,18 @@ class PairedChunk(StageChunk):
         return self._hand_on(micro, leaves, outputs, loss)
 
     def overlapped(
-        self, micro: int, inputs: Any, labels: Any, other: StageChunk, back: int, grads: Any, scale: float
-    ) -> Any:
+        self,
+        micro: int,
+        inputs: Nest,
+        labels: Nest,
+        other: StageChunk,
+        back: int,
+        grads: list[torch.Tensor] | None,
+        scale: float,
+    ) -> tuple[Nest, list[torch.Tensor]]:
         inputs, leaves = self._enter(inputs)
         kept = other._alive.pop(back)
-        outgoing = zip(kept.outputs, grads, strict=True) if kept.loss is None else ()
+        outgoing = zip(kept.outputs, grads or (), strict=True) if kept.loss is None else ()
         pairs = [(output, grad) for output, grad in outgoing if output.requires_grad]
         outputs, loss = type(self.module).overlapped_forward_backward(  # type: ignore[attr-defined]
             self.module,
@@ -75,8 +83,8 @@ class PairedChunk(StageChunk):
         return self._hand_on(micro, leaves, _as_tuple(outputs), loss), self._input_grads(kept)
 
     def _hand_on(
-        self, micro: int, leaves: list[torch.Tensor], outputs: tuple[Any, ...], loss: torch.Tensor | None
-    ) -> Any:
+        self, micro: int, leaves: list[torch.Tensor], outputs: tuple[Nest, ...], loss: torch.Tensor | None
+    ) -> Nest:
         if self.is_last and self.returns_outputs:
             self.returned[micro] = pytree.tree_map_only(torch.Tensor, torch.Tensor.detach, outputs)
         if not torch.is_grad_enabled():
@@ -84,5 +92,5 @@ class PairedChunk(StageChunk):
         return self._keep_loss(micro, leaves, loss) if loss is not None else self._keep(micro, leaves, outputs)
 
 
-def _as_tuple(outputs: Any) -> tuple[Any, ...]:
+def _as_tuple(outputs: Nest) -> tuple[Nest, ...]:
     return (outputs,) if isinstance(outputs, torch.Tensor) else tuple(outputs)

@@ -8,15 +8,16 @@ shapes and dtypes of transfers need not be set, any number of micro-batches from
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import nn
 
-from ..comm.communicators import open_pairs
+from ..comm.communicators import matches_by_tag, open_pairs
+from ..comm.nest import Nest
 from ..comm.p2p import Edges
-from ..comm.transport import GroupTransport, Transport
+from ..comm.transport import Transport
+from ..comm.transports import PipelineTransport, open_transport
 from ..errors import ConfigError
 from ..runtime.executor import Executor
 from ..runtime.observer import Observer
@@ -96,7 +97,7 @@ class StagePair(nn.Module):
         criterion: Callable[..., torch.Tensor] | None = None,
         labels: torch.Tensor | Sequence[torch.Tensor | None] = (),
         return_outputs: bool = False,
-    ) -> tuple[torch.Tensor | None, Any]:
+    ) -> tuple[torch.Tensor | None, Nest]:
         """Run all micro-batches through the pipeline; every rank calls it.
 
         With gradients enabled each parameter's `grad` gets the sum over the micro-batches that passed through this copy
@@ -152,7 +153,7 @@ class StagePair(nn.Module):
             self._plans[num_micro, train] = _lowered(self._schedule, self._placement, num_micro, train)
         return self._plans[num_micro, train]
 
-    def _returned(self, leaving: list[int]) -> Any:
+    def _returned(self, leaving: list[int]) -> Nest:
         outputs = [self._chunks[self._last].returned[micro] for micro in leaving]
         whole = tuple(
             None if each[0] is None else torch.cat(each, self.batch_dim) for each in zip(*outputs, strict=True)
@@ -192,8 +193,8 @@ class DualPipe(StagePair):
         *,
         defer_weight_gradients: bool = True,
     ) -> None:
-        ranks, transport = _connect("dualpipe", modules, process_group, rank_mapping)
-        self._transport, self._ranks = transport, ranks
+        ranks, transport, self._pipeline_group = _connect("dualpipe", modules, process_group, rank_mapping)
+        self._ranks = ranks
         super().__init__("dualpipe", modules, batch_dim, transport, len(ranks), defer_weight_gradients)
         self._twin_group: dist.ProcessGroup | None = None
 
@@ -201,7 +202,7 @@ class DualPipe(StagePair):
         """This rank and the one that holds the same stages."""
         last = len(self._ranks) - 1
         pairs = [(rank, self._ranks[last - at]) for at, rank in enumerate(self._ranks[: len(self._ranks) // 2])]
-        if self._transport.tagged:
+        if matches_by_tag(self._pipeline_group):
             mine = next(pair for pair in pairs if dist.get_rank() in pair)
             return dist.new_group(sorted(mine), use_local_synchronization=True)
         (group,) = open_pairs([pairs], TIMEOUT_S, "twins", _device_of(self.module))
@@ -256,26 +257,26 @@ class DualPipeV(StagePair):
         *,
         defer_weight_gradients: bool = True,
     ) -> None:
-        ranks, transport = _connect("dualpipev", modules, process_group, rank_mapping)
+        ranks, transport, _ = _connect("dualpipev", modules, process_group, rank_mapping)
         super().__init__("dualpipev", modules, batch_dim, transport, len(ranks), defer_weight_gradients)
 
 
 class _Feed:
     """The micro-batches of one step on one rank: micro-batch -> tuple of tensors."""
 
-    def __init__(self, inputs: dict[int, tuple[Any, ...]], labels: dict[int, tuple[Any, ...]]) -> None:
+    def __init__(self, inputs: dict[int, tuple[Nest, ...]], labels: dict[int, tuple[Nest, ...]]) -> None:
         self._inputs, self._labels = inputs, labels
 
-    def inputs(self, micro: int) -> Any:
+    def inputs(self, micro: int) -> Nest:
         return self._inputs.pop(micro)
 
-    def labels(self, micro: int) -> Any:
+    def labels(self, micro: int) -> Nest:
         return self._labels.pop(micro)
 
 
 def _cut(
     tensors: torch.Tensor | Sequence[torch.Tensor | None], micros: list[int], dim: int, what: str
-) -> dict[int, tuple[Any, ...]]:
+) -> dict[int, tuple[Nest, ...]]:
     """Cut each of `tensors` along `dim` into one part for each of `micros`."""
     if not micros:
         return {}
@@ -313,8 +314,8 @@ def _device_of(modules: Iterable[nn.Module]) -> torch.device:
 
 def _connect(
     schedule: str, modules: Sequence[nn.Module], group: dist.ProcessGroup | None, mapping: Sequence[int] | None
-) -> tuple[list[int], GroupTransport]:
-    """Global ranks of the pipeline in its own order, and this rank's transport."""
+) -> tuple[list[int], PipelineTransport, dist.ProcessGroup]:
+    """Global ranks of the pipeline in its own order, this rank's transport, and the process group."""
     if not dist.is_initialized():
         raise ConfigError("a pipeline needs its ranks: call torch.distributed.init_process_group first")
     group = group or dist.group.WORLD
@@ -325,7 +326,7 @@ def _connect(
     if sorted(mapping) != list(range(size)):
         raise ConfigError(f"rank_mapping must hold each of 0..{size - 1} once, got {mapping}")
     ranks = [dist.get_global_rank(group, mapping.index(position)) for position in range(size)]
-    transport = GroupTransport(
+    transport = open_transport(
         ranks, mapping[dist.get_rank(group)], group, _device_of(modules), edges=edges, timeout_s=TIMEOUT_S
     )
-    return ranks, transport
+    return ranks, transport, group

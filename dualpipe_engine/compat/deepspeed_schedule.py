@@ -6,7 +6,6 @@ It is a view of the plan, not a second implementation: the engine runs the plan 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import Any
 
 from deepspeed.runtime.pipe import schedule as ds
 
@@ -72,11 +71,11 @@ class DualPipeSchedule(ds.PipeSchedule):
         ids = [part.kwargs["buffer_id"] for step in self._steps for command in step for part in _parts(command)]
         return 1 + max(ids, default=0)
 
-    def steps(self) -> Iterator[list[Any]]:
+    def steps(self) -> Iterator[list[ds.PipeInstruction]]:
         """Yield this rank's instructions, a list a step."""
         yield from self._steps
 
-    def _make_steps(self, buffers: _Buffers) -> Iterator[list[Any]]:
+    def _make_steps(self, buffers: _Buffers) -> Iterator[list[ds.PipeInstruction]]:
         computed: list[tuple[int, Op]] = []
         for level in self._levels:
             mine = next((op for rank, op in level if rank == self.stage_id), None)
@@ -89,7 +88,7 @@ class DualPipeSchedule(ds.PipeSchedule):
             computed = level
         yield [*self._transfers(computed, buffers), ds.ReduceTiedGrads(), ds.ReduceGrads(), ds.OptimizerStep()]
 
-    def _transfers(self, computed: Sequence[tuple[int, Op]], buffers: _Buffers) -> list[Any]:
+    def _transfers(self, computed: Sequence[tuple[int, Op]], buffers: _Buffers) -> list[ds.PipeInstruction]:
         found = []
         placement, last = self.plan.placement, self.plan.placement.num_stages - 1
         for rank, op in computed:
@@ -109,7 +108,7 @@ class DualPipeSchedule(ds.PipeSchedule):
                         found.append((rank, target, not send.is_forward, command))
         return [entry[3] for entry in sorted(found, key=lambda entry: entry[:3])]
 
-    def _compute(self, op: Op | None, buffers: _Buffers) -> list[Any]:
+    def _compute(self, op: Op | None, buffers: _Buffers) -> list[ds.PipeInstruction]:
         if op is None:
             return []
         if op.kind == FB:
@@ -117,17 +116,17 @@ class DualPipeSchedule(ds.PipeSchedule):
             return [*self._load(op.parts[0], buffers), OverlappedPass(forward=forward, backward=backward)]
         return [*(self._load(op, buffers) if op.kind == F else ()), self._pass(op, buffers)]
 
-    def _load(self, op: Op, buffers: _Buffers) -> list[Any]:
+    def _load(self, op: Op, buffers: _Buffers) -> list[ds.PipeInstruction]:
         if op.stage in (0, self.plan.placement.num_stages - 1):
             return [self._command(ds.LoadMicroBatch, op.stage, op.micro, buffers)]
         return []
 
-    def _pass(self, op: Op, buffers: _Buffers) -> Any:
+    def _pass(self, op: Op, buffers: _Buffers) -> ds.PipeInstruction:
         kinds = {F: ds.ForwardPass, B: ds.BackwardPass, I: InputGradPass, W: WeightGradPass}
         return self._command(kinds[op.kind], op.stage, op.micro, buffers)
 
     @staticmethod
-    def _command(kind: Any, stage: int, micro: int, buffers: _Buffers) -> Any:
+    def _command(kind: type[ds.PipeInstruction], stage: int, micro: int, buffers: _Buffers) -> ds.PipeInstruction:
         return kind(buffer_id=buffers.of(stage, micro), stage=stage, micro_batch=micro)
 
 
@@ -146,7 +145,7 @@ class _Buffers:
         del self._held[stage, micro]
 
 
-def _parts(command: Any) -> list[Any]:
+def _parts(command: ds.PipeInstruction) -> list[ds.PipeInstruction]:
     if isinstance(command, OverlappedPass):
         return [command.kwargs["forward"], command.kwargs["backward"]]
     return [command] if "buffer_id" in command.kwargs else []

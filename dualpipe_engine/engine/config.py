@@ -5,14 +5,15 @@ from __future__ import annotations
 import signal
 from difflib import get_close_matches
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 from deepspeed.runtime.config import DeepSpeedConfig
 from deepspeed.runtime.tensor_parallel.init_utils import load_ds_config
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from ..errors import ConfigError
-from ..schedule.orders.registry import SCHEDULES
+from ..schedule.orders.registry import KNOWN
+from .given import Settings
 from .keys import refuse_keys
 
 STOCK = "1f1b-deepspeed"
@@ -79,7 +80,7 @@ class DualPipeConfig(BaseModel):
         return path if path.suffix in (".csv", ".json") else None
 
 
-def read_config(config: Any) -> tuple[dict[str, Any], DualPipeConfig]:
+def read_config(config: object) -> tuple[Settings, DualPipeConfig]:
     """Load a configuration of DeepSpeed, in any form that it takes, and check its "pipeline" section.
 
     Returns:
@@ -104,7 +105,7 @@ def read_config(config: Any) -> tuple[dict[str, Any], DualPipeConfig]:
     if section.get("schedule", STOCK) == STOCK and (key := next((key for key in _PROMISES if section.get(key)), None)):
         raise ConfigError(
             f'"{key}" in the "pipeline" section does nothing under DeepSpeed\'s own schedule: leave it out, or set '
-            f'"schedule" to one of {", ".join(SCHEDULES)}'
+            f'"schedule" to one of {", ".join(KNOWN)}'
         )
     if "schedule" not in section:
         return data, DualPipeConfig()
@@ -122,7 +123,7 @@ def read_config(config: Any) -> tuple[dict[str, Any], DualPipeConfig]:
     return data, parsed
 
 
-def find_config(args: Any, config: Any, config_params: Any) -> Any:
+def find_config(args: object, config: object, config_params: object) -> object:
     """The configuration among the arguments of initialize, as DeepSpeed finds it; None if there is none."""
     found = config if config is not None else config_params
     for name in ("deepscale_config", "deepspeed_config"):
@@ -130,7 +131,7 @@ def find_config(args: Any, config: Any, config_params: Any) -> Any:
     return found
 
 
-def _load(config: Any) -> dict[str, Any]:
+def _load(config: object) -> Settings:
     """A dict, a `DeepSpeedConfig`, the path of a file in HJSON, of which JSON is a part, or base64 of such text."""
     if isinstance(config, DeepSpeedConfig):
         config = config._param_dict
@@ -145,7 +146,7 @@ def _load(config: Any) -> dict[str, Any]:
     return data
 
 
-def _check_async(config: dict[str, Any], schedule: Any) -> None:
+def _check_async(config: Settings, schedule: object) -> None:
     checkpoint = config.get("checkpoint")
     value = checkpoint.get("async", False) if isinstance(checkpoint, dict) else False
     if not isinstance(value, bool):
@@ -168,13 +169,13 @@ def _check_signal(config: DualPipeConfig) -> None:
 
 
 def _check_schedule(config: DualPipeConfig) -> None:
-    if config.is_stock or config.schedule in (*SCHEDULES, AUTO):
+    if config.is_stock or config.schedule in (*KNOWN, AUTO):
         return
     if config.plan_file is not None:
         if not config.plan_file.is_file():
             raise ConfigError(f'"schedule": there is no plan file {config.schedule}')
         return
-    names = [*SCHEDULES, AUTO, STOCK]
+    names = [*KNOWN, AUTO, STOCK]
     near = get_close_matches(config.schedule, names, n=1, cutoff=0)
     raise ConfigError(
         f'unknown schedule "{config.schedule}": did you mean "{near[0]}"? There are {", ".join(names)}, '
@@ -182,7 +183,7 @@ def _check_schedule(config: DualPipeConfig) -> None:
     )
 
 
-def micro_batches(config: dict[str, Any], replicas: int) -> int:
+def micro_batches(config: Settings, replicas: int) -> int:
     """Micro-batches of one pipeline per batch (DeepSpeed's gradient_accumulation_steps), checked as DeepSpeed would.
 
     Args:
@@ -214,7 +215,7 @@ def micro_batches(config: dict[str, Any], replicas: int) -> int:
     return steps_found
 
 
-def check_zero(config: dict[str, Any]) -> None:
+def check_zero(config: Settings) -> None:
     """Refuse what cannot work with a pipeline.
 
     Raises:
@@ -235,7 +236,7 @@ def check_zero(config: dict[str, Any]) -> None:
         _check_offload(key, zero, stage)
 
 
-def _check_offload(key: str, zero: dict[str, Any], stage: int) -> None:
+def _check_offload(key: str, zero: Settings, stage: int) -> None:
     section = zero.get(key)
     device = section.get("device", "none") if isinstance(section, dict) else "none"
     if device == "none":

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, NamedTuple, TypeAlias
+from typing import NamedTuple
 
 import torch
 from deepspeed.pipe import PipelineModule
@@ -15,12 +15,10 @@ from torch.distributed import ProcessGroup
 from ..runtime.observer import Observer
 from ..schedule.plan import Plan
 from .batches.loss_sums import Totals
+from .given import Optimizer
 from .placing.grid import Place
 from .placing.module import PlacedModule
 from .placing.stages import params_of
-
-Optimizer: TypeAlias = Any
-"""DeepSpeed's optimizers and torch's, which have no class in common."""
 
 
 @dataclass(frozen=True)

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Iterator
-from typing import Any
+from collections.abc import Iterable, Iterator
 
 import torch
+from deepspeed.pipe import PipelineModule
 from deepspeed.runtime.bf16_optimizer import BF16_Optimizer
 from deepspeed.runtime.engine import DeepSpeedEngine
 from deepspeed.runtime.pipe.engine import TRAIN_BATCH_TIMER
@@ -16,18 +16,21 @@ from deepspeed.utils import logger
 from deepspeed.utils.timer import ThroughputTimer
 
 from ..comm.device import side_stream
+from ..comm.nest import Nest
 from ..comm.p2p import Edges
 from ..comm.stream import StreamTicket
 from ..comm.tickets import Transfer
-from ..comm.transport import GroupTransport
+from ..comm.transports import open_transport
 from ..errors import ConfigError, raised_everywhere
 from ..faults.watch import Watch, watched
 from ..runtime.apex_support import apex_status
+from ..runtime.chunk import StageChunk
 from ..runtime.executor import Executor
 from ..runtime.observer import Observer
 from ..runtime.weight_grad import WeightGradStore, install
 from ..schedule.op import I, atoms
 from ..schedule.plan import Plan
+from ..schedule.progress import waiting
 from ..schedule.records import LOSS
 from ..schedule.timing.costs import CostModel
 from .batches.additional_losses import AdditionalLosses
@@ -41,6 +44,7 @@ from .checks.finite import FiniteCheck
 from .checks.written_buffers import WrittenBuffers
 from .config import DualPipeConfig
 from .context import Context, Groups, Scaling, Steps
+from .given import Optimizer, ParamEntry, Settings
 from .life_cycle import LifeCycle
 from .placing.experts import has_experts
 from .placing.grid import Place
@@ -92,7 +96,7 @@ class DualPipeEngine(LifeCycle, Evaluation, Measuring, Reporting, Checkpoints, L
         plan: Plan,
         costs: CostModel,
         watch: Watch,
-        **deepspeed: Any,
+        **deepspeed: object,
     ) -> None:
         self.dualpipe_config, self.place = dualpipe, place
         self._init_saving()
@@ -131,7 +135,7 @@ class DualPipeEngine(LifeCycle, Evaluation, Measuring, Reporting, Checkpoints, L
         self.is_model_parallel = self.grid.model_parallel_size > 1
         self.micro_batch_size = self.train_micro_batch_size_per_gpu()
         self.micro_batches = self.gradient_accumulation_steps()
-        self.data_iterator: Iterator[Any] | None = None
+        self.data_iterator: Iterator[Nest] | None = None
         self.batch_fn = None
         self.agg_train_loss: torch.Tensor | None = None
         self.agg_additional_losses: OrderedDict[str, torch.Tensor] | None = None
@@ -150,7 +154,7 @@ class DualPipeEngine(LifeCycle, Evaluation, Measuring, Reporting, Checkpoints, L
         self.module_forward_post_hook.remove()
         self.module.checkpoint_parallel_write_pipeline = self._config.checkpoint_parallel_write_pipeline
 
-    def _configure_optimizer(self, client_optimizer: Any, model_parameters: Any) -> None:
+    def _configure_optimizer(self, client_optimizer: Optimizer, model_parameters: Iterable[ParamEntry] | None) -> None:
         """DeepSpeed's optimizers learn of experts from this flag, which it sets for layers of its own only; elsewhere
         the flag would mean checkpoint files of such layers. A client that calls this after `initialize` may give
         parameters that it has listed before."""
@@ -206,7 +210,7 @@ class DualPipeEngine(LifeCycle, Evaluation, Measuring, Reporting, Checkpoints, L
 
     def _init_executor(self) -> None:
         module: PlacedModule = self.module
-        context, views = self._context, self._context.views
+        context = self._context
         self._store = None
         if any(part.kind == I for op in self.plan.programs[self.place.rank] for part in atoms(op)):
             apex = apex_status()
@@ -214,35 +218,21 @@ class DualPipeEngine(LifeCycle, Evaluation, Measuring, Reporting, Checkpoints, L
                 logger.info(apex.message)
             self._store = WeightGradStore(apex.wgrad if self.device.type == "cuda" else None)
             self.weight_split = install(module, self._store)
-        last = self.plan.placement.num_stages - 1
         self._transfers: list[Transfer] = []  # of the last batch, within phases
         self._additional = AdditionalLosses(module, self._pipeline_group, self._replica_group)
-        overlap, timeout = self.dualpipe_config.overlap is not False, self.dualpipe_config.p2p_timeout_s
-        self._chunks = {
-            stage: make_chunk(
-                view,
-                stage,
-                by_phases=overlap and has_phases(module),
-                timeout_s=timeout,
-                log=self._transfers,
-                overlap=overlap,
-                is_last=stage == last,
-                loss_fn=self._additional.watch(module.loss_fn) if stage == last else None,
-                store=self._store,
-                params=params_of(view.forward_funcs),
-            )
-            for stage, view in views.items()
-        }
+        self._chunks = {stage: self._make_chunk(stage, view) for stage, view in context.views.items()}
+        timeout = self.dualpipe_config.p2p_timeout_s
         self._transported: list[StreamTicket] = []  # of the last batch, between stages
-        self._transport = transport = GroupTransport(
-            self.place.pipeline,
-            self.place.rank,
-            self._pipeline_group,
-            self.device,
-            self._transported,
-            edges=self.place.placement.edges(),
-            timeout_s=timeout,
-        )
+        with waiting():  # it connects the ends of its edges
+            self._transport = transport = open_transport(
+                self.place.pipeline,
+                self.place.rank,
+                self._pipeline_group,
+                self.device,
+                self._transported,
+                edges=self.place.placement.edges(),
+                timeout_s=timeout,
+            )
         self._edges = Edges(transport, self.device, timeout, module.dynamic_shape, self.watch.position)
         self._observer = context.observer
         self._trained = TrainedParams(context)
@@ -271,6 +261,22 @@ class DualPipeEngine(LifeCycle, Evaluation, Measuring, Reporting, Checkpoints, L
             failing=self.watch,
         )
 
+    def _make_chunk(self, stage: int, view: PipelineModule) -> StageChunk:
+        is_last = stage == self.plan.placement.num_stages - 1
+        overlap = self.dualpipe_config.overlap is not False
+        return make_chunk(
+            view,
+            stage,
+            by_phases=overlap and has_phases(self.module),
+            timeout_s=self.dualpipe_config.p2p_timeout_s,
+            log=self._transfers,
+            overlap=overlap,
+            is_last=is_last,
+            loss_fn=self._additional.watch(self.module.loss_fn) if is_last else None,
+            store=self._store,
+            params=params_of(view.forward_funcs),
+        )
+
     def _make_finite_check(self) -> FiniteCheck:
         watched = None
         if self.dualpipe_config.check_finite:
@@ -291,7 +297,7 @@ class DualPipeEngine(LifeCycle, Evaluation, Measuring, Reporting, Checkpoints, L
     # -- training ------------------------------------------------------------------------------------------------
 
     @watched
-    def train_batch(self, data_iter: Iterator[Any] | None = None) -> torch.Tensor:
+    def train_batch(self, data_iter: Iterator[Nest] | None = None) -> torch.Tensor:
         """Train on one batch of `train_batch_size()` samples and step the optimizer.
 
         Args:
@@ -340,7 +346,7 @@ class DualPipeEngine(LifeCycle, Evaluation, Measuring, Reporting, Checkpoints, L
         self._end_on_signal()
         return self.agg_train_loss
 
-    def _begin_batch(self, data_iter: Iterator[Any] | None) -> BatchFeed:
+    def _begin_batch(self, data_iter: Iterator[Nest] | None) -> BatchFeed:
         """The data of a batch. An error here is one of the batch: all ranks raise it when they have come to its end."""
         feed = self._no_feed()
         try:
@@ -372,7 +378,7 @@ class DualPipeEngine(LifeCycle, Evaluation, Measuring, Reporting, Checkpoints, L
         scale = self._get_optimizer_loss_scale() if self.fp16_enabled() else 1.0
         return copies / self.micro_batches * float(scale)
 
-    def _exec_optimizer_step(self, lr_kwargs: Any = None) -> None:
+    def _exec_optimizer_step(self, lr_kwargs: Settings | None = None) -> None:
         self._written.check()
         super()._exec_optimizer_step(lr_kwargs)
 

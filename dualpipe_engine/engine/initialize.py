@@ -13,21 +13,25 @@ from deepspeed.accelerator import get_accelerator
 from deepspeed.constants import TORCH_DISTRIBUTED_DEFAULT_PORT
 from deepspeed.pipe import DualPipeVModule, PipelineModule
 from deepspeed.runtime.config import DeepSpeedConfig
+from deepspeed.runtime.engine import DeepSpeedEngine
 from deepspeed.runtime.pipe.engine import PipelineEngine
 
 from ..comm.communicators import noting_groups
 from ..errors import ConfigError, DualPipeError
 from ..faults.watch import Watch
+from ..schedule.plan import Plan
 from ..schedule.progress import Position
 from ..schedule.search.compare import best_of
+from ..schedule.timing.costs import CostModel
 from .auto.choose import choose, job_costs, print_choice
 from .checks.agreement import agree_on_copies, agree_on_job, agree_on_schedule
 from .checks.written_buffers import check_statistics
 from .config import AUTO, STOCK, DualPipeConfig, check_zero, find_config, micro_batches, read_config
 from .engine import DualPipeEngine
+from .given import Collate, Dataset, Loader, Optimizer, ParamEntry, Scheduler, Settings
 from .placing.balance import stage_bounds
 from .placing.experts import make_expert_groups
-from .placing.grid import groups_of, set_device
+from .placing.grid import Place, groups_of, set_device
 from .placing.module import place
 from .placing.param_groups import GroupMap, check_dtypes, name_parameters
 from .placing.stages import set_activation_checkpointing
@@ -37,21 +41,21 @@ _stock_initialize = deepspeed.initialize  # before `dualpipe_engine.run` puts ou
 
 
 def initialize(
-    args: Any = None,
+    args: object = None,
     model: torch.nn.Module | None = None,
-    optimizer: Any = None,
-    model_parameters: Iterable[Any] | None = None,
-    training_data: Any = None,
-    lr_scheduler: Any = None,
+    optimizer: Optimizer = None,
+    model_parameters: Iterable[ParamEntry] | None = None,
+    training_data: Dataset | None = None,
+    lr_scheduler: Scheduler = None,
     distributed_port: int = TORCH_DISTRIBUTED_DEFAULT_PORT,
-    mpu: Any = None,
+    mpu: object = None,
     dist_init_required: bool | None = None,
-    collate_fn: Any = None,
-    config: Any = None,
-    mesh_param: Any = None,
-    config_params: Any = None,
+    collate_fn: Collate | None = None,
+    config: object = None,
+    mesh_param: object = None,
+    config_params: object = None,
     engine_class: type[PipelineEngine] | None = None,
-) -> tuple[Any, Any, Any, Any]:
+) -> tuple[DeepSpeedEngine, Optimizer, Loader, Scheduler]:
     """Initialize DeepSpeed; takes and returns what `deepspeed.initialize` does.
 
     With a `"schedule"` in the "pipeline" section of the configuration, `model` (a `deepspeed.pipe.PipelineModule`) is
@@ -69,60 +73,58 @@ def initialize(
         ConfigError: the configuration cannot work; raised on every rank before memory is allocated.
         PlanError: the schedule cannot run on these ranks; likewise.
     """
+    given: dict[str, Any] = {
+        "args": args,
+        "model": model,
+        "optimizer": optimizer,
+        "model_parameters": model_parameters,
+        "training_data": training_data,
+        "lr_scheduler": lr_scheduler,
+        "distributed_port": distributed_port,
+        "mpu": mpu,
+        "dist_init_required": dist_init_required,
+        "collate_fn": collate_fn,
+        "mesh_param": mesh_param,
+    }
     settings, dualpipe, error = _read(find_config(args, config, config_params), model, mpu, mesh_param)
     watch = None
     if isinstance(model, PipelineModule) and ds_comm.is_initialized():  # all ranks of the job have made one
         watch = _watched_from_here(model, dualpipe, error, distributed_port, dist_init_required)
     elif error is not None:
         raise error
-    if dualpipe.is_stock:
-        if watch is not None:
-            watch.close()
-        return _stock_initialize(
-            args=args,
-            model=model,
-            optimizer=optimizer,
-            model_parameters=model_parameters,
-            training_data=training_data,
-            lr_scheduler=lr_scheduler,
-            distributed_port=distributed_port,
-            mpu=mpu,
-            dist_init_required=dist_init_required,
-            collate_fn=collate_fn,
-            config=config,
-            mesh_param=mesh_param,
-            config_params=config_params,
-        )
-    assert watch is not None and isinstance(model, PipelineModule)
+    if not dualpipe.is_stock:
+        assert watch is not None
+        return _under_schedule(settings, dualpipe, engine_class, watch, **given)
+    if watch is not None:
+        watch.close()
+    return _stock_initialize(**given, config=config, config_params=config_params)
+
+
+def _under_schedule(
+    settings: Settings,
+    dualpipe: DualPipeConfig,
+    engine_class: type[PipelineEngine] | None,
+    watch: Watch,
+    *,
+    model: PipelineModule,
+    optimizer: Optimizer,
+    model_parameters: Iterable[ParamEntry] | None,
+    training_data: Dataset | None,
+    lr_scheduler: Scheduler,
+    dist_init_required: bool | None,
+    collate_fn: Collate | None,
+    args: object,
+    **_: object,
+) -> tuple[DeepSpeedEngine, Optimizer, Loader, Scheduler]:
+    """`initialize` with a schedule; see there."""
     zero.partition_parameters.shutdown_init_context()
     given_groups = groups_of(model)
     with watch.section("initialize"), noting_groups() as made_groups:
         agree_on_job(settings, model)
         base_grid = model._grid
-        num_ranks = base_grid.pipe_parallel_size
-        num_micro = micro_batches(settings, base_grid.data_parallel_size)
-        measured = job_costs(model, settings, dualpipe, num_micro, training_data, collate_fn)
-        costs = unmeasured_costs(model, dualpipe) if measured is None else measured.costs
-        if dualpipe.schedule == AUTO:
-            assert measured is not None
-            dualpipe, rows = choose(dualpipe, measured, num_micro)
-            if ds_comm.get_rank() == 0:
-                print_choice(rows, measured, num_micro)
-            chosen = best_of(rows).plan
-            assert chosen is not None
-            plan = lowered_plan(chosen, dualpipe)
-        else:
-            plan = make_lowered_plan(dualpipe, num_ranks, num_micro, costs)
-        agree(plan, torch.device(get_accelerator().current_device_name()))
-        bounds = stage_bounds(model, plan, dualpipe)
-
+        dualpipe, plan, costs = _choose_plan(model, settings, dualpipe, training_data, collate_fn)
         given = None if model_parameters is None else list(model_parameters)  # of the module as it is now
-        name_parameters(model)
-        placed = place(model, plan.placement, bounds)
-        make_expert_groups(model, base_grid)
-        agree_on_copies(model, model.dualpipe_layers, placed.replica)
-        set_activation_checkpointing(model, settings.get("pipeline", {}))
-        check_statistics(model, plan.placement)
+        placed = _place(model, settings, dualpipe, plan)
         groups = GroupMap(model, given, optimizer, base_grid.pp_proc_group, lr_scheduler)
         optimizer, given = groups.apply()
         config_class = DeepSpeedConfig(settings, base_grid)
@@ -153,11 +155,50 @@ def initialize(
     return engine, engine.optimizer, engine.training_dataloader, engine.lr_scheduler
 
 
+def _choose_plan(
+    model: PipelineModule,
+    settings: Settings,
+    dualpipe: DualPipeConfig,
+    training_data: Dataset | None,
+    collate_fn: Collate | None,
+) -> tuple[DualPipeConfig, Plan, CostModel]:
+    """The configuration with "auto" replaced, the lowered plan, and the costs that it was made with. Collective."""
+    grid = model._grid
+    num_micro = micro_batches(settings, grid.data_parallel_size)
+    measured = job_costs(model, settings, dualpipe, num_micro, training_data, collate_fn)
+    costs = unmeasured_costs(model, dualpipe) if measured is None else measured.costs
+    if dualpipe.schedule == AUTO:
+        assert measured is not None
+        dualpipe, rows = choose(dualpipe, measured, num_micro)
+        if ds_comm.get_rank() == 0:
+            print_choice(rows, measured, num_micro)
+        chosen = best_of(rows).plan
+        assert chosen is not None
+        plan = lowered_plan(chosen, dualpipe)
+    else:
+        plan = make_lowered_plan(dualpipe, grid.pipe_parallel_size, num_micro, costs)
+    agree(plan, torch.device(get_accelerator().current_device_name()))
+    return dualpipe, plan, costs
+
+
+def _place(model: PipelineModule, settings: Settings, dualpipe: DualPipeConfig, plan: Plan) -> Place:
+    """Convert the module into the stages of this rank, and check them. Collective."""
+    base_grid = model._grid
+    bounds = stage_bounds(model, plan, dualpipe)
+    name_parameters(model)
+    placed = place(model, plan.placement, bounds)
+    make_expert_groups(model, base_grid)
+    agree_on_copies(model, model.dualpipe_layers, placed.replica)
+    set_activation_checkpointing(model, settings.get("pipeline", {}))
+    check_statistics(model, plan.placement)
+    return placed
+
+
 def _read(
-    found: Any, model: torch.nn.Module | None, mpu: Any, mesh_param: Any
-) -> tuple[dict[str, Any], DualPipeConfig, DualPipeError | None]:
+    found: object, model: torch.nn.Module | None, mpu: object, mesh_param: object
+) -> tuple[Settings, DualPipeConfig, DualPipeError | None]:
     """The whole configuration, our part of it, and what is wrong with it or with the other arguments."""
-    settings: dict[str, Any] = {}
+    settings: Settings = {}
     dualpipe = DualPipeConfig()
     try:
         if found is not None:
@@ -170,7 +211,7 @@ def _read(
     return settings, dualpipe, None
 
 
-def _check_arguments(schedule: str, model: torch.nn.Module | None, mpu: Any, mesh_param: Any) -> None:
+def _check_arguments(schedule: str, model: torch.nn.Module | None, mpu: object, mesh_param: object) -> None:
     if not isinstance(model, PipelineModule):
         raise ConfigError(
             f'"schedule": "{schedule}" needs a deepspeed.pipe.PipelineModule, got {type(model).__name__}: '

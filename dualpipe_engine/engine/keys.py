@@ -7,9 +7,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from enum import Enum
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from ..errors import ConfigError
+from .given import Settings
 
 
 class Status(Enum):
@@ -35,7 +36,7 @@ class Row(NamedTuple):
     keys: tuple[str, ...]
     why: str = ""
     test: str = ""
-    off: tuple[Any, ...] | None = None
+    off: tuple[object, ...] | None = None
 
     @property
     def paths(self) -> list[str]:
@@ -50,7 +51,7 @@ def _idle(keys: str, why: str, section: str = "") -> Row:
     return Row(Status.IDLE, section, tuple(keys.split()), why)
 
 
-def _refused(keys: str, why: str, off: tuple[Any, ...] = (False,), section: str = "") -> Row:
+def _refused(keys: str, why: str, off: tuple[object, ...] = (False,), section: str = "") -> Row:
     return Row(Status.REFUSED, section, tuple(keys.split()), why, "engine/test_keys.py::test_refused", off)
 
 
@@ -286,7 +287,7 @@ TABLES: dict[str, tuple[Row, ...]] = {
 }
 
 
-def refuse_keys(config: Mapping[str, Any], instead: str) -> None:
+def refuse_keys(config: Settings, instead: str) -> None:
     """Refuse the first key that cannot work under a schedule.
 
     Args:
@@ -299,7 +300,7 @@ def refuse_keys(config: Mapping[str, Any], instead: str) -> None:
     for row in (row for rows in TABLES.values() for row in rows):
         for path in () if row.off is None else row.paths:
             *sections, key = path.split(".")
-            inner: Any = config
+            inner: object = config
             for name in sections:
                 inner = inner.get(name) if isinstance(inner, Mapping) else None
             if not isinstance(inner, Mapping) or key not in inner or inner[key] in (row.off or ()):

@@ -12,7 +12,7 @@ from deepspeed.runtime.pipe.engine import PipelineEngine
 from .placing.grid import give_back
 
 if TYPE_CHECKING:
-    from ..comm.transport import GroupTransport
+    from ..comm.transports import PipelineTransport
     from ..faults.watch import Watch
 
 Engine = TypeVar("Engine", bound="LifeCycle")
@@ -23,7 +23,7 @@ class LifeCycle(PipelineEngine):
 
     watch: Watch
     own_groups: Sequence[dist.ProcessGroup] = ()  #: process groups that it gives back
-    _transport: GroupTransport | None = None
+    _transport: PipelineTransport | None = None
 
     def destroy(self) -> None:
         """Give back what the engine holds: threads, sockets, and process groups, those of its PipelineModule included.

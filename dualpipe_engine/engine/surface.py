@@ -6,6 +6,7 @@ pipeline, also where two of them hold the same stages. What cannot work is refus
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, NoReturn
 
 from deepspeed.runtime.pipe.engine import PipelineEngine
@@ -20,7 +21,7 @@ class Surface(PipelineEngine):
 
     place: Place
 
-    def __getattr__(self, name: str) -> Any:
+    def __getattr__(self, name: str) -> Any:  # noqa: ANN401
         if name in REFUSED_ATTRIBUTES:
             raise MissingAttributeError(
                 f"engine.{name} belongs to DeepSpeed's instruction schedule, which does not run here; "
@@ -82,8 +83,8 @@ class Surface(PipelineEngine):
         self._config.train_micro_batch_size_per_gpu = self.micro_batch_size = micro_batch_size
 
 
-def _refusal(name: str, why: str) -> Any:
-    def refuse(self: Any, *args: Any, **kwargs: Any) -> NoReturn:
+def _refusal(name: str, why: str) -> Callable[..., NoReturn]:
+    def refuse(self: Surface, *args: object, **kwargs: object) -> NoReturn:
         raise ConfigError(f"{name}() cannot work under a schedule: {why}")
 
     refuse.__name__ = name

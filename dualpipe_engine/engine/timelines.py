@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import socket
 import time
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, TypeVar
 
 import torch.distributed as dist
 from deepspeed.runtime.pipe.engine import PipelineEngine
@@ -15,6 +16,8 @@ from ..schedule.op import COMPUTE
 from ..schedule.timeline import Hop, Span, Timeline
 from ..schedule.timing.from_timelines import measured_costs
 from ..schedule.timing.simulate import simulate
+
+Measured = TypeVar("Measured", Span, Hop)
 
 
 class Measuring(PipelineEngine):
@@ -46,7 +49,7 @@ class Measuring(PipelineEngine):
             for hop in theirs
         ]
 
-    def _of_all_ranks(self, mine: Any) -> list[tuple[float, Any]]:
+    def _of_all_ranks(self, mine: Sequence[Measured]) -> list[tuple[float, Sequence[Measured]]]:
         """What each rank of the pipeline has measured, with the seconds by which its clock is ahead of the first's."""
         dist.barrier(group=self._pipeline_group)
         found: list[Any] = [None] * len(self.place.pipeline)
@@ -68,7 +71,7 @@ class Measuring(PipelineEngine):
         if profiler is not None:
             profiler.add(batch, Job(self.plan, self.place.rank, self.place.replica, self.device, self._profile_facts))
 
-    def _profile_facts(self) -> dict[str, Any]:
+    def _profile_facts(self) -> dict[str, object]:
         """What `Profile.facts` names."""
         config = self.dualpipe_config
         return {

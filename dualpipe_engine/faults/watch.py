@@ -19,12 +19,11 @@ from typing import Any, TypeVar
 import torch.distributed as dist
 
 from ..errors import ConfigError, OutputError, PipelineRuntimeError, PlanError
-from ..schedule.progress import Position, is_waiting, waiting
+from ..schedule.progress import Position, is_waiting, of_transfer, waiting
 from .abort import abort_groups
 from .lifeline import FAILED, GONE, LATE, LEFT, SETTLE_S, SILENT, Lifeline, Message
 
-_COMM = tuple(map(os.path.normpath, ("torch/distributed/", "deepspeed/comm/", "dualpipe_engine/comm/")))
-_LANE = os.path.normpath("engine/reduction/side_stream.py")
+_COLLECTIVES = ("torch.distributed.", "deepspeed.comm.")  #: modules of others whose functions are all collectives
 _BATCHES = "train_batch", "eval_batch"  #: sections in which a rank may fall behind; all others wait from end to end
 _PRINT_S = 1.0  #: seconds that a full pipe may hold a message of a rank that is about to end
 _SHOWN = 8  #: ranks that a message lists
@@ -376,21 +375,23 @@ def _say(text: str) -> None:
     printing.join(_PRINT_S)
 
 
-def _is_comm(path: str) -> bool:
-    return any(part in path for part in _COMM) or path.endswith(_LANE)
-
-
 def _from_comm(error: BaseException | None) -> bool:
-    """Whether an error, or one that it comes from, was raised by a transfer or a collective."""
+    """Whether an error, or one that it comes from, was raised by a transfer or a collective: by its class, by what has
+    waited for it, or by a collective of torch or DeepSpeed, which declare nothing."""
     while error is not None:
-        trace = error.__traceback__
-        while trace is not None and trace.tb_next is not None:
-            trace = trace.tb_next
-        if isinstance(error, dist.DistError):
+        if isinstance(error, dist.DistError) or of_transfer(error):
             return True
         if isinstance(error, OutputError):
             return False
-        if isinstance(error, RuntimeError) and trace is not None and _is_comm(trace.tb_frame.f_code.co_filename):
+        if isinstance(error, RuntimeError) and _raised_in(error).startswith(_COLLECTIVES):
             return True
         error = error.__cause__
     return False
+
+
+def _raised_in(error: BaseException) -> str:
+    """The name of the module whose function raised an error, with a dot behind it."""
+    trace = error.__traceback__
+    while trace is not None and trace.tb_next is not None:
+        trace = trace.tb_next
+    return "." if trace is None else f"{trace.tb_frame.f_globals.get('__name__', '')}."

@@ -7,11 +7,10 @@ theirs.
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from ..comm.nest import Nest
 from ..comm.tickets import Tickets
 from ..errors import ConfigError
 from ..runtime.phases import COMM, COMPUTE, Phase
@@ -27,12 +26,12 @@ def _attention(config: MoEConfig) -> nn.Module:
     return LatentAttention(config) if config.attention == "latent" else GroupedQueryAttention(config)
 
 
-def split(state: Any) -> tuple[Tensor, Tensor | None]:
+def split(state: Nest) -> tuple[Tensor, Tensor | None]:
     """A state between blocks as (hidden, auxiliary loss or None)."""
     return state if isinstance(state, tuple) else (state, None)
 
 
-def joined(x: Tensor, loss: Tensor | None) -> Any:
+def joined(x: Tensor, loss: Tensor | None) -> Nest:
     """The inverse of `split`."""
     return x if loss is None else (x, loss)
 
@@ -46,7 +45,7 @@ class DenseBlock(nn.Module):
         self.attention = _attention(config)
         self.mlp = FeedForward(config.hidden, config.dense_inner)
 
-    def forward(self, state: Any) -> Any:
+    def forward(self, state: Nest) -> Nest:
         x, loss = split(state)
         x = x + self.attention(self.norm1(x))
         return joined(x + self.mlp(self.norm2(x)), loss)
@@ -109,11 +108,11 @@ class MoEBlock(nn.Module):
             Phase("sum", COMPUTE, self._finish),
         ]
 
-    def forward(self, state: Any) -> Any:
+    def forward(self, state: Nest) -> Nest:
         state = self._dispatch(self._count(self._attend(state), None), None)
         return self._finish(self._combine(self._compute(state), None))
 
-    def _attend(self, state: Any) -> State:
+    def _attend(self, state: Nest) -> State:
         x, loss = split(state)
         x = x + self.attention(self.norm1(x))
         normed = self.norm2(x)
@@ -140,6 +139,6 @@ class MoEBlock(nn.Module):
     def _combine(self, state: State, tickets: Tickets | None) -> State:
         return self.dispatcher.combine(state, tickets)
 
-    def _finish(self, state: State) -> Any:
+    def _finish(self, state: State) -> Nest:
         residual = state["residual"]
         return joined(residual + self.dispatcher.finish(state).view_as(residual), state.get("loss"))

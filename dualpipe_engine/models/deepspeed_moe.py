@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
 
 from deepspeed.moe.layer import MoE
 from deepspeed.moe.sharded_moe import MOELayer, _route_slots, _sparse_decode, _sparse_encode
@@ -11,18 +10,19 @@ from torch import Tensor
 from torch.nn import functional
 
 from ..comm.all_to_all import exchange
+from ..comm.nest import Nest
 from ..comm.stream import SharedStream, shared_stream
 from ..comm.tickets import Tickets
 from ..errors import ConfigError
 from ..runtime.phases import COMM, COMPUTE, Phase
 
-State = dict[str, Any]
+State = dict[str, Nest]
 
 
 def moe_phases(
     moe: MoE,
-    enter: Callable[[Any], tuple[Any, Tensor]],
-    leave: Callable[[Any, Tensor, Tensor, Tensor], Any],
+    enter: Callable[[Nest], tuple[Nest, Tensor]],
+    leave: Callable[[Nest, Tensor, Tensor, Tensor], Nest],
 ) -> list[Phase]:
     """What a block with one MoE layer returns from its `phases()`.
 
@@ -52,13 +52,13 @@ def moe_phases(
 class _Parts:
     """`MOELayer.forward` in five steps, without tensor parallelism."""
 
-    def __init__(self, moe: MoE, enter: Callable[..., Any], leave: Callable[..., Any]) -> None:
+    def __init__(self, moe: MoE, enter: Callable[..., Nest], leave: Callable[..., Nest]) -> None:
         self._moe = moe
         self._layer: MOELayer = moe.deepspeed_moe
         self._enter, self._leave = enter, leave
         self._stream: SharedStream | None = None
 
-    def gate(self, state: Any) -> State:
+    def gate(self, state: Nest) -> State:
         carried, hidden = self._enter(state)
         rows = hidden.reshape(-1, hidden.shape[-1])
         loss, capacity, experts, indices, places, weights, counts = self._layer.gate(rows, None, True, False)
@@ -80,7 +80,7 @@ class _Parts:
         out = layer.experts(rows.reshape(layer.ep_size, layer.num_local_experts, -1, width))
         return state | {"rows": out.reshape(layer.ep_size * layer.num_local_experts, -1, width)}
 
-    def finish(self, state: State) -> Any:
+    def finish(self, state: State) -> Nest:
         shape = state["shape"]
         rows = state["rows"].reshape(-1, shape[-1])
         out = _sparse_decode(rows, state["slots"], state["weights"], state["slots"].shape[1]).reshape(shape)

@@ -130,12 +130,12 @@ class Experts(nn.Module):
         finally:
             self._whole.clear()
 
-    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
+    def _save_to_state_dict(self, destination: dict[str, Tensor], prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
         for name, tensor in self._whole.items():
             destination[prefix + name] = tensor
 
-    def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any) -> None:
+    def _load_from_state_dict(self, state_dict: dict[str, Tensor], prefix: str, *args: Any) -> None:
         for name, _ in self.named_parameters():
             given = state_dict.get(prefix + name)
             if given is not None and len(given) == self.num_experts:

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from deepspeed.pipe import LayerSpec
 from torch import Tensor, nn
 from torch.nn import functional
 
+from ..comm.nest import Nest
 from .block import DenseBlock, MoEBlock, joined, split
 from .config import MoEConfig
 
@@ -22,7 +21,7 @@ class TokenEmbedding(nn.Module):
         nn.init.normal_(self.table.weight, std=0.02)
         self._with_loss = config.balancing == "loss"
 
-    def forward(self, tokens: Tensor) -> Any:
+    def forward(self, tokens: Tensor) -> Nest:
         x = self.table(tokens)
         zero = x.new_zeros(1, dtype=torch.promote_types(x.dtype, torch.float32)) if self._with_loss else None
         return joined(x, zero)
@@ -36,7 +35,7 @@ class Head(nn.Module):
         self.norm = nn.RMSNorm(config.hidden)
         self.out = nn.Linear(config.hidden, config.vocabulary, bias=False)
 
-    def forward(self, state: Any) -> Any:
+    def forward(self, state: Nest) -> Nest:
         x, loss = split(state)
         return joined(self.out(self.norm(x)), loss)
 
@@ -58,7 +57,7 @@ def layers(config: MoEConfig, replica: int = 0) -> list[LayerSpec]:
     ]
 
 
-def loss(output: Any, labels: Tensor) -> Tensor:
+def loss(output: Nest, labels: Tensor) -> Tensor:
     """Mean cross entropy in nats a token, and the auxiliary losses of all blocks.
 
     Args:

@@ -10,7 +10,7 @@ from statistics import fmean, median
 
 from ..errors import PlanError
 from ..schedule.op import FB, I, atoms
-from ..schedule.orders.registry import SCHEDULES
+from ..schedule.orders.registry import KNOWN
 from ..schedule.placement import VEE, Placement
 from ..schedule.search.compare import compare, fastest
 from ..schedule.search.make_plan import make_plan
@@ -163,7 +163,7 @@ def _unbalanced(case: _Case) -> Finding | None:
 
 def _few_micro_batches(case: _Case) -> Finding | None:
     plan, cost = case.plan, max(rank.bubble for rank in case.pipeline)
-    if plan.schedule not in SCHEDULES:
+    if plan.schedule not in KNOWN:
         return None
     more = make_plan(plan.schedule, case.num_ranks, 2 * plan.num_micro, case.costs, optimize=True)
     gain = case.makespan - simulate(more, case.costs).makespan / 2

@@ -6,7 +6,7 @@ import os
 import resource
 import socket
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -43,7 +43,7 @@ class Job:
     rank: int
     replica: int
     device: torch.device
-    facts: Callable[[], dict[str, Any]]
+    facts: Callable[[], Mapping[str, object]]
 
 
 class Profiler:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import importlib
 from dataclasses import dataclass
-from typing import Any
+from types import ModuleType
 
 import torch
 
@@ -53,7 +53,7 @@ def apex_status() -> ApexStatus:
     return ApexStatus(wgrad, fused_adam, f"NVIDIA apex: {', '.join(parts)}.")
 
 
-def _load(name: str) -> Any:
+def _load(name: str) -> ModuleType | None:
     """The module, or None if it is absent or fails while it loads, as an extension built for another torch does."""
     try:
         return importlib.import_module(name)

@@ -8,11 +8,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
+
+from ..comm.nest import Nest
 
 FORWARD, BACKWARD = "forward", "backward"
 _DATA, _OUTPUT, _LOSS, _BORDER, _WEIGHTS = range(5)  # in the order in which a micro-batch meets them
@@ -63,11 +65,11 @@ class Borders:
         """A batch begins."""
         self._notes: list[tuple[int, int, int, Tensor]] = []  # kind, stage, micro-batch, sum of the tensor
 
-    def data(self, micro: int, inputs: Any) -> None:
+    def data(self, micro: int, inputs: Nest) -> None:
         """What stage 0 takes."""
         self._note_values(_DATA, 0, micro, inputs)
 
-    def output(self, stage: int, micro: int, output: Any) -> None:
+    def output(self, stage: int, micro: int, output: Nest) -> None:
         """What a stage passes on."""
         self._note_values(_OUTPUT, stage, micro, output)
 
@@ -88,7 +90,7 @@ class Borders:
             held = grad.coalesce().values() if grad.is_sparse else grad
             self._notes.append((_WEIGHTS, stage, micro, _sum(held)))
 
-    def _note_values(self, what: int, stage: int, micro: int, nest: Any) -> None:
+    def _note_values(self, what: int, stage: int, micro: int, nest: Nest) -> None:
         for tensor in (nest,) if isinstance(nest, Tensor) else pytree.tree_leaves(nest):
             if isinstance(tensor, Tensor) and tensor.is_floating_point() and tensor.itemsize > 1:
                 self._notes.append((what, stage, micro, _sum(tensor)))

@@ -9,13 +9,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
 import torch
 from torch.autograd.graph import GradientEdge, _engine_run_backward
 from torch.utils import _pytree as pytree
 
 from ..comm.meta import flatten
+from ..comm.nest import Nest
 from ..errors import ConfigError
 from .weight_grad import WeightGradStore
 
@@ -65,11 +65,11 @@ class StageChunk:
 
     def __init__(
         self,
-        module: Callable[[Any], Any],
+        module: Callable[[Nest], Nest],
         stage: int,
         *,
         is_last: bool,
-        loss_fn: Callable[..., Any] | None = None,
+        loss_fn: Callable[..., torch.Tensor] | None = None,
         store: WeightGradStore | None = None,
         overlap: bool = True,
         params: Iterable[torch.nn.Parameter] = (),
@@ -90,7 +90,7 @@ class StageChunk:
         """Activations held: micro-batches between F and W."""
         return len(self._alive.keys() | self._pending.keys())
 
-    def forward(self, micro: int, inputs: Any, labels: Any = None) -> Any:
+    def forward(self, micro: int, inputs: Nest, labels: Nest = None) -> Nest:
         """Run F.
 
         Returns:
@@ -103,7 +103,7 @@ class StageChunk:
         loss = self.loss_fn(output, labels) if self.loss_fn is not None else output
         return self._keep_loss(micro, leaves, loss)
 
-    def infer(self, inputs: Any) -> Any:
+    def infer(self, inputs: Nest) -> Nest:
         """Run F without keeping anything; the last stage returns its output, not the loss."""
         return self.module(inputs)
 
@@ -138,8 +138,15 @@ class StageChunk:
             closure()
 
     def overlapped(
-        self, micro: int, inputs: Any, labels: Any, other: StageChunk, back: int, grads: Any, scale: float
-    ) -> Any:
+        self,
+        micro: int,
+        inputs: Nest,
+        labels: Nest,
+        other: StageChunk,
+        back: int,
+        grads: list[torch.Tensor] | None,
+        scale: float,
+    ) -> tuple[Nest, list[torch.Tensor]]:
         """Run F of `micro` here together with the full backward of micro-batch `back` on `other`, with the module's
         own `overlapped_forward_backward` (the protocol of DeepSeek's DualPipe).
 
@@ -177,12 +184,12 @@ class StageChunk:
         self._alive.clear()
         self._pending.clear()
 
-    def _enter(self, inputs: Any) -> tuple[Any, list[torch.Tensor]]:
+    def _enter(self, inputs: Nest) -> tuple[Nest, list[torch.Tensor]]:
         if isinstance(inputs, torch.Tensor):  # the usual case, without the cost of a nest
             return (_inside(inputs), [inputs]) if inputs.requires_grad else (inputs, [])
         leaves: list[torch.Tensor] = []
 
-        def enter(value: Any) -> Any:
+        def enter(value: Nest) -> Nest:
             if not isinstance(value, torch.Tensor) or not value.requires_grad:
                 return value
             leaves.append(value)
@@ -190,7 +197,7 @@ class StageChunk:
 
         return pytree.tree_map(enter, inputs), leaves
 
-    def _keep(self, micro: int, leaves: list[torch.Tensor], output: Any) -> Any:
+    def _keep(self, micro: int, leaves: list[torch.Tensor], output: Nest) -> Nest:
         if isinstance(output, torch.Tensor) and output.requires_grad:  # the usual case
             outputs = [output] if self._keeps_outputs else []
             self._alive[micro] = Activation(leaves, [*outputs] or [_edge(output)], outputs=outputs)
@@ -242,7 +249,7 @@ class StageChunk:
         return [torch.zeros_like(leaf) if leaf.grad is None else leaf.grad for leaf in kept.leaves]
 
 
-def _no_loss(loss: Any) -> str | None:
+def _no_loss(loss: object) -> str | None:
     """What is wrong with a loss."""
     if not isinstance(loss, torch.Tensor):
         return f"a {type(loss).__name__}"
@@ -251,10 +258,10 @@ def _no_loss(loss: Any) -> str | None:
     return None if loss.requires_grad else "a tensor that needs no gradient"
 
 
-def as_leaves(value: Any) -> Any:
+def as_leaves(value: Nest) -> Nest:
     """Mark every received floating-point tensor of a nest as a leaf that collects a gradient."""
 
-    def mark(leaf: Any) -> Any:
+    def mark(leaf: Nest) -> Nest:
         if isinstance(leaf, torch.Tensor) and (leaf.is_floating_point() or leaf.is_complex()):
             leaf.requires_grad_()
         return leaf

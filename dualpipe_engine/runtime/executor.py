@@ -4,16 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Protocol
 
 import torch
 from torch.utils import _pytree as pytree
 
+from ..comm.nest import Nest
 from ..comm.p2p import Edges
 from ..errors import DualPipeError
 from ..schedule.op import FB, RECV_B, RECV_F, REDUCE, SEND_B, SEND_F, SENDS, STEP, B, F, I, Op, W
 from ..schedule.plan import Plan
-from ..schedule.progress import waiting
+from ..schedule.progress import blame_transfer, waiting
 from ..schedule.records import DATA, FLUSH, RECEIVE, SEND
 from .borders import Borders
 from .chunk import StageChunk, as_leaves
@@ -24,10 +25,10 @@ from .observer import Observer
 class Feed(Protocol):
     """Where the ends of the pipeline get their data."""
 
-    def inputs(self, micro: int) -> Any:
+    def inputs(self, micro: int) -> Nest:
         """What stage 0 takes for `micro`."""
 
-    def labels(self, micro: int) -> Any:
+    def labels(self, micro: int) -> Nest:
         """What the loss takes for `micro`."""
 
 
@@ -49,7 +50,7 @@ class BatchResult:
     """What the last stage made: losses (training) or outputs (inference) of the micro-batches that end on this rank."""
 
     losses: dict[int, torch.Tensor] = field(default_factory=dict)
-    outputs: dict[int, Any] = field(default_factory=dict)
+    outputs: dict[int, Nest] = field(default_factory=dict)
 
 
 class Executor:
@@ -118,10 +119,10 @@ class Executor:
         self._feed = feed
         self._train = train
         self._result = BatchResult()
-        self._inputs: dict[tuple[int, int], Any] = {}
-        self._outputs: dict[tuple[int, int], Any] = {}
+        self._inputs: dict[tuple[int, int], Nest] = {}
+        self._outputs: dict[tuple[int, int], Nest] = {}
         self._grads: dict[tuple[int, int], list[torch.Tensor]] = {}
-        self._unnoted: list[tuple[Callable[[int, int, Any], None], Op, Any]] = []
+        self._unnoted: list[tuple[Callable[[int, int, Nest], None], Op, Nest]] = []
         self._sent: set[tuple[int, int]] = set()  # outputs that have gone before their SEND_F
         self._in_tail = False
         drain: Drain | None = None
@@ -152,6 +153,8 @@ class Executor:
             position.op = None
         except BaseException as error:
             self._clear()
+            if position.awaits is not None:
+                blame_transfer(error)
             if getattr(error, "everywhere", False):
                 self._edges.flush()
                 self._edges.reset_shapes()
@@ -205,7 +208,7 @@ class Executor:
         holders = self._holders[stage]
         return holders[micro % len(holders)]
 
-    def _take_inputs(self, op: Op) -> Any:
+    def _take_inputs(self, op: Op) -> Nest:
         stage, micro = op.stage, op.micro
         if stage == 0:
             with self._observer.waiting(DATA, op):
@@ -236,13 +239,13 @@ class Executor:
         self._stop_if_failed()
         return grads
 
-    def _labels(self, op: Op) -> Any:
+    def _labels(self, op: Op) -> Nest:
         if op.stage != self._last:
             return None
         with self._observer.waiting(DATA, op):
             return self._feed.labels(op.micro)
 
-    def _prepare(self, op: Op) -> tuple[Any, Any]:
+    def _prepare(self, op: Op) -> tuple[Nest, Nest]:
         if self._on_micro is not None:
             self._on_micro(op.stage, op.micro)
         return self._take_inputs(op), self._labels(op)
@@ -254,7 +257,7 @@ class Executor:
             output = chunk.forward(op.micro, inputs, labels) if self._train else chunk.infer(inputs)
         self._pass_on(op, output, labels)
 
-    def _pass_on(self, op: Op, output: Any, labels: Any) -> None:
+    def _pass_on(self, op: Op, output: Nest, labels: Nest) -> None:
         stage, micro = op.stage, op.micro
         if stage < self._last:
             if self._neighbour(stage + 1, micro) == self._rank:
@@ -270,7 +273,7 @@ class Executor:
         else:
             self._result.outputs[micro] = (output, labels)
 
-    def _note_output(self, op: Op, output: Any) -> None:
+    def _note_output(self, op: Op, output: Nest) -> None:
         if self._borders is not None:
             self._unnoted.append((self._borders.output, op, output))
 

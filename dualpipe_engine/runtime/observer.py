@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 
@@ -12,6 +12,9 @@ from ..comm.tickets import Transfer
 from ..schedule.op import NONE, REDUCE, STEP, Op
 from ..schedule.records import OP, PHASE, REDUCTION, BatchRecord, Mark
 from ..schedule.timeline import Span
+
+Instant: TypeAlias = "float | torch.Event"
+"""Seconds of the host's monotonic clock or, on an accelerator, an event of the stream."""
 
 _NO_OP = Op(STEP, NONE, NONE)
 
@@ -35,7 +38,7 @@ class Observer:
         self._device = device
         self._on_host = device.type == "cpu"
         #: now: seconds, or an event that has been recorded on the current stream
-        self.now: Callable[[], Any] = time.monotonic if self._on_host else self._event
+        self.now: Callable[[], Instant] = time.monotonic if self._on_host else self._event
         self.nvtx = False
         self._profiled = False  # by torch.profiler or emit_nvtx, in this batch
         self._current: Op | None = None
@@ -47,7 +50,7 @@ class Observer:
         origin = None
         if not self._on_host:
             torch.accelerator.synchronize()
-            event = self.now()
+            event = self._event()
             event.synchronize()
             origin = (time.monotonic(), event)
         self._batch = Batch(origin)
@@ -82,7 +85,7 @@ class Observer:
         """
         return Stretch(self, kind, op)
 
-    def waited(self, kind: str, op: Op, start: Any) -> None:
+    def waited(self, kind: str, op: Op, start: Instant) -> None:
         """As `waiting`, for what began at `start` (a `now()`) and ends now; it costs less."""
         self._batch.stretches.append((kind, op, start, self.now()))
 
@@ -116,7 +119,7 @@ class Stretch:
 
     def __init__(self, observer: Observer, kind: str, op: Op) -> None:
         self._observer, self.kind, self.op = observer, kind, op
-        self.start: Any = None
+        self.start: Instant = 0.0
         self._range: Any = None
 
     def stop(self) -> None:
@@ -156,11 +159,11 @@ class Batch:
         origin: seconds of the host's monotonic clock, and an event of the same moment; None on the host.
     """
 
-    def __init__(self, origin: tuple[float, Any] | None) -> None:
+    def __init__(self, origin: tuple[float, torch.Event] | None) -> None:
         self._origin = origin
         self.stretches: list[tuple[str, Op, Any, Any]] = []
-        self.start: Any = None
-        self.end: Any = None
+        self.start: Instant | None = None
+        self.end: Instant | None = None
         self.transfers: list[Transfer] = []
 
     def resolve(self) -> BatchRecord:
@@ -177,8 +180,9 @@ class Batch:
             torch.accelerator.synchronize()
         return [transfer.resolved(self._origin) for transfer in transfers]
 
-    def _seconds(self, moment: Any) -> float:
-        if self._origin is None:
+    def _seconds(self, moment: Instant) -> float:
+        if isinstance(moment, (int, float)):
             return float(moment)
+        assert self._origin is not None
         zero, event = self._origin
         return zero + float(event.elapsed_time(moment)) / 1e3

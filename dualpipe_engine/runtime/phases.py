@@ -12,7 +12,9 @@ run, or wait, apart from the next.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, NamedTuple, Protocol, runtime_checkable
+from typing import NamedTuple, Protocol, runtime_checkable
+
+from ..comm.nest import Nest
 
 COMPUTE = "compute"
 COMM = "comm"
@@ -33,7 +35,7 @@ class Phase(NamedTuple):
 
     name: str
     kind: str
-    run: Callable[..., Any]
+    run: Callable[..., Nest]
 
 
 @runtime_checkable

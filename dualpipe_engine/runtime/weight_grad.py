@@ -13,11 +13,11 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from ..comm.nest import Nest
 from .weight_grad_mode import SplitMode
 from .weight_grad_ops import FusedWgrad, Linear
 from .weight_grad_split import Contribution, accumulate, split
@@ -193,10 +193,10 @@ class _Forward:
     def __init__(self, module: nn.Module) -> None:
         self._module = module
         self._own = "forward" in vars(module)
-        self._plain: Callable[..., Any] = module.forward
+        self._plain: Callable[..., Nest] = module.forward
         self.__wrapped__ = self._plain  # what inspect.signature reads
 
-    def __reduce__(self) -> Any:
+    def __reduce__(self) -> tuple[object, ...]:
         return _same, (self._plain,)
 
     def remove(self) -> None:
@@ -231,7 +231,7 @@ class _ScopedForward(_Forward):
         self._mode = mode
         self._stays = _has_matrix(module)
 
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+    def __call__(self, *args: Nest, **kwargs: Nest) -> Nest:
         if torch.compiler.is_compiling():
             return self._plain(*args, **kwargs)
         result, caught = self._mode.run(self._plain, args, kwargs)
@@ -266,5 +266,5 @@ def _has_matrix(module: nn.Module, recurse: bool = False) -> bool:
     return any(param.requires_grad and param.dim() > 1 for param in module.parameters(recurse))
 
 
-def _same(forward: Callable[..., Any]) -> Callable[..., Any]:
+def _same(forward: Callable[..., Nest]) -> Callable[..., Nest]:
     return forward

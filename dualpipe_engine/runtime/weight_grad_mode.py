@@ -7,14 +7,14 @@ modules that need it.
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Callable, Collection, Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
+from ..comm.nest import Nest
 from .weight_grad_ops import BatchMatMul, Conv, Einsum, Embedding, GroupedMatMul, Linear, MatMul, SplitOp
 from .weight_grad_split import Sink, split
 
@@ -33,7 +33,7 @@ class SplitMode(TorchFunctionMode):
         self._sink = sink
         self._local = threading.local()
 
-    def run(self, forward: Callable[..., Any], args: Any, kwargs: Any) -> tuple[Any, bool]:
+    def run(self, forward: Callable[..., Nest], args: tuple[Nest, ...], kwargs: dict[str, Nest]) -> tuple[Nest, bool]:
         """Call `forward` in the mode, which is entered unless it is active on this thread already.
 
         Returns:
@@ -49,7 +49,13 @@ class SplitMode(TorchFunctionMode):
         finally:
             self._local.frame = outer
 
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_function__(
+        self,
+        func: Callable[..., Nest],
+        types: Collection[type],
+        args: tuple[Nest, ...] = (),
+        kwargs: dict[str, Nest] | None = None,
+    ) -> Nest:
         kwargs = kwargs or {}
         parse = _PARSERS.get(func)
         if parse is not None and not torch.compiler.is_compiling():
@@ -78,7 +84,7 @@ class _Frame:
         return _top_hooks() is self._hooks or _top_hooks() == self._hooks
 
 
-def _top_hooks() -> Any:
+def _top_hooks() -> object:
     return torch._C._autograd._top_saved_tensors_default_hooks(False)
 
 
@@ -97,20 +103,24 @@ def _matmul(input: Tensor, other: Tensor, *, out: Tensor | None = None) -> Call 
 
 
 def _addmm(
-    input: Tensor, mat1: Tensor, mat2: Tensor, *, beta: float = 1, alpha: float = 1, out: Any = None
+    input: Tensor, mat1: Tensor, mat2: Tensor, *, beta: float = 1, alpha: float = 1, out: Tensor | None = None
 ) -> Call | None:
     return (MatMul(), mat1, mat2, input) if beta == alpha == 1 and out is None else None
 
 
 def _grouped_mm(
-    input: Tensor, mat2: Tensor, offs: Tensor | None = None, bias: Any = None, out_dtype: Any = None
+    input: Tensor,
+    mat2: Tensor,
+    offs: Tensor | None = None,
+    bias: Tensor | None = None,
+    out_dtype: torch.dtype | None = None,
 ) -> Call | None:
     if offs is None or bias is not None or out_dtype is not None or (input.dim(), mat2.dim()) != (2, 3):
         return None
     return GroupedMatMul(offs), input, mat2, None
 
 
-def _einsum(equation: Any, *operands: Any) -> Call | None:
+def _einsum(equation: object, *operands: Tensor) -> Call | None:
     if not isinstance(equation, str) or len(operands) != 2 or "->" not in equation:
         return None
     terms, _, out = equation.replace(" ", "").partition("->")
@@ -164,7 +174,7 @@ def _conv(spatial: int) -> Callable[..., Call | None]:
     return parse
 
 
-_PARSERS: dict[Any, Callable[..., Call | None]] = {
+_PARSERS: dict[object, Callable[..., Call | None]] = {
     F.linear: _linear,
     torch.addmm: _addmm,
     Tensor.addmm: _addmm,

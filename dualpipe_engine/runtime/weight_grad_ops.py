@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -200,10 +199,12 @@ class Conv(SplitOp):
         """A weight of arbitrary content; the gradient depends on its shape and layout alone."""
         return torch.empty_like(like, device=grad.device, dtype=grad.dtype)
 
-    def _geometry(self) -> tuple[Any, ...]:
+    def _geometry(self) -> tuple[Sequence[int], Sequence[int], Sequence[int], bool, list[int], int]:
         return self.stride, self.padding, self.dilation, False, [0] * len(self.stride), self.groups
 
-    def _backward(self, grad: Tensor, x: Tensor, weight: Tensor, bias_shape: Any, mask: list[bool]) -> Any:
+    def _backward(
+        self, grad: Tensor, x: Tensor, weight: Tensor, bias_shape: list[int] | None, mask: list[bool]
+    ) -> tuple[Tensor, Tensor, Tensor]:
         return torch.ops.aten.convolution_backward(grad, x, weight, bias_shape, *self._geometry(), mask)
 
 

@@ -14,12 +14,12 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, TypeAlias
 
 import torch
 from torch import Tensor, nn
 from torch.autograd import forward_ad
-from torch.autograd.graph import GradientEdge, _engine_run_backward
+from torch.autograd.graph import GradientEdge, Node, _engine_run_backward
 
 from .weight_grad_ops import FusedWgrad, SplitOp
 
@@ -103,16 +103,23 @@ def accumulate(contributions: list[Contribution], fused: FusedWgrad | None = Non
         _engine_run_backward(tuple(edges), tuple(grads), False, False, (), allow_unreachable=True, accumulate_grad=True)
 
 
+AutogradContext: TypeAlias = Any
+"""What torch gives the methods of a Function, which keep on it what they like."""
+
+AutogradNode: TypeAlias = Any
+"""A node of a graph; torch has no type for one that has a `variable`."""
+
+
 class _Late(torch.autograd.Function):
     """Makes weight gradients in its backward, so that autograd owns them alone, and need not copy what it keeps."""
 
     @staticmethod
-    def forward(ctx: Any, contributions: list[Contribution], *leaves: Tensor) -> Tensor:
+    def forward(ctx: AutogradContext, contributions: list[Contribution], *leaves: Tensor) -> Tensor:
         ctx.contributions = contributions
         return leaves[0].new_empty(())
 
     @staticmethod
-    def backward(ctx: Any, *_: Any) -> Any:
+    def backward(ctx: AutogradContext, *_: Tensor) -> tuple[Tensor | None, ...]:
         contributions: list[Contribution] = ctx.contributions
         grads: list[Tensor] = []
         contributions.reverse()
@@ -157,7 +164,7 @@ def _splittable(weight: Tensor) -> nn.Parameter | None:
     return param if type(param) is nn.Parameter and not param._backward_hooks else None
 
 
-def _source(node: Any) -> Tensor | None:
+def _source(node: Node | None) -> Tensor | None:
     """The leaf that a chain of views and casts starts from; None for any other graph."""
     while node is not None and _REPLAYABLE.fullmatch(node.name()):
         node = node.next_functions[0][0]
@@ -184,7 +191,13 @@ _KEYS = {"privateuseone": "PrivateUse1"}
 class _Split(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, op: SplitOp, param: nn.Parameter, sink: Sink
+        ctx: AutogradContext,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        op: SplitOp,
+        param: nn.Parameter,
+        sink: Sink,
     ) -> Tensor:
         ctx.save_for_backward(x, weight)
         ctx.bias_shape = None if bias is None else bias.shape
@@ -195,7 +208,7 @@ class _Split(torch.autograd.Function):
         return out.data if out._is_view() else out  # autograd lets nobody change a Function's view in place
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> Any:
+    def backward(ctx: AutogradContext, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, weight = ctx.saved_tensors
         need_x, need_weight, need_bias = ctx.needs_input_grad[:3]
         op: SplitOp = ctx.op
@@ -223,7 +236,7 @@ class _Split(torch.autograd.Function):
 _NOWHERE, _GRAD, _CALLER = "nowhere", "grad", "caller"
 
 
-def _destination(node: Any) -> str:
+def _destination(node: AutogradNode) -> str:
     """Where the backward that runs brings the gradient that goes into `node`: nowhere, as it is not asked for; to the
     `grad` of the parameter; or to the caller of `torch.autograd.grad`."""
     try:
@@ -240,12 +253,12 @@ class _IntoMainGrad(torch.autograd.Function):
     """A weight whose gradient, of a second differentiation, is added to the parameter's `main_grad` at once."""
 
     @staticmethod
-    def forward(ctx: Any, weight: Tensor, param: nn.Parameter) -> Tensor:
+    def forward(ctx: AutogradContext, weight: Tensor, param: nn.Parameter) -> Tensor:
         ctx.param = param
         return weight.view_as(weight)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> Any:
+    def backward(ctx: AutogradContext, grad: Tensor) -> tuple[Tensor | None, None]:
         node = ctx.next_functions[0][0]
         if _destination(node) != _GRAD:
             return grad, None
@@ -258,7 +271,7 @@ class _IntoMainGrad(torch.autograd.Function):
         return None, None
 
 
-def _put_off(ctx: Any, grad: Tensor, x: Tensor, weight: Tensor, joint: bool) -> bool:
+def _put_off(ctx: AutogradContext, grad: Tensor, x: Tensor, weight: Tensor, joint: bool) -> bool:
     """Leave a gradient for W, or add it to `main_grad`; False if autograd shall have it now."""
     sink: Sink = ctx.sink
     param: nn.Parameter = ctx.param

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import json
-from typing import Any
+from typing import Any, TypeAlias
+
+Json: TypeAlias = Any
+"""What a JSON text holds, until it is looked at."""
 
 
-def parse(text: str) -> Any:
+def parse(text: str) -> Json:
     """What a JSON text holds.
 
     Raises:

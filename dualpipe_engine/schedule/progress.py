@@ -52,9 +52,15 @@ class waiting:
 
     Whoever calls a collective, waits for a transfer or reads a tensor back (`item`, `tolist`, `float`) declares it: on
     an accelerator the wait shows in whatever reads the device next, which its stack does not tell from computation.
+
+    Args:
+        alone: whether nothing but the wait can fail in it, so that a RuntimeError is that of a transfer.
     """
 
-    __slots__ = ("_thread",)
+    __slots__ = ("_alone", "_thread")
+
+    def __init__(self, alone: bool = True) -> None:
+        self._alone = alone
 
     def __enter__(self) -> None:
         self._thread = thread = threading.get_ident()
@@ -64,6 +70,19 @@ class waiting:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         _waits[self._thread] -= 1
+        if self._alone:
+            blame_transfer(error)
+
+
+def blame_transfer(error: BaseException | None) -> None:
+    """Declare that an error came out of a wait for another rank; others than a RuntimeError (Ctrl-C) never do."""
+    if isinstance(error, RuntimeError):
+        error.of_transfer = True  # type: ignore[attr-defined]
+
+
+def of_transfer(error: BaseException) -> bool:
+    """Whether an error has been declared to come out of a wait for another rank."""
+    return getattr(error, "of_transfer", False)
 
 
 def is_waiting(thread: int) -> bool:

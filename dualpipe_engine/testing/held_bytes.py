@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 
 from ..schedule.jobs.memory import Memory
 
+Engine: TypeAlias = Any
+"""Ours, or DeepSpeed's own."""
 
-def held_bytes(engine: Any) -> Memory:
+
+def held_bytes(engine: Engine) -> Memory:
     """What this rank holds now for its trained parameters; reductions under way and activations are not counted."""
     optimizer = engine.optimizer
     params = [param for param in engine.module.parameters() if param.requires_grad]
@@ -27,7 +30,7 @@ def held_bytes(engine: Any) -> Memory:
     return Memory(_bytes(params), _bytes(gradients), _bytes([*masters, *states]), 0)
 
 
-def _bytes(tensors: list[Any]) -> int:
+def _bytes(tensors: Iterable[torch.Tensor | None]) -> int:
     """Bytes of tensors, each storage's part counted once."""
     spans: set[tuple[int, int]] = set()
     for tensor in tensors:
@@ -41,7 +44,7 @@ def _bytes(tensors: list[Any]) -> int:
 
 
 @contextmanager
-def gradient_watch(engine: Any) -> Iterator[list[int]]:
+def gradient_watch(engine: Engine) -> Iterator[list[int]]:
     """Record the bytes of gradients through the batches in the body: in our engine after each backward, each start of
     a reduction and when all have arrived, in DeepSpeed's own before it reduces, when all are there."""
     found: list[int] = []
@@ -61,8 +64,8 @@ def gradient_watch(engine: Any) -> Iterator[list[int]]:
             delattr(owner, name)
 
 
-def _watched(engine: Any, call: Any, found: list[int], before: bool) -> Any:
-    def watched(*args: Any) -> Any:
+def _watched(engine: Engine, call: Callable[..., object], found: list[int], before: bool) -> Callable[..., object]:
+    def watched(*args: object) -> object:
         if before:
             found.append(held_bytes(engine).gradients)
         result = call(*args)

@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Any
+from typing import NoReturn
 
 import torch
 import torch.distributed as dist
 from lightning.pytorch import LightningModule
 from torch import nn
+from torch.optim import Optimizer
 
+from dualpipe_engine.compat.deepseek import Nest
 from dualpipe_engine.errors import ConfigError
 
 from .refusals import refuse_layers
-from .stages import LocalStages
+from .stages import LayerEntry, LocalStages
 from .strategy import DualPipeStrategy
 
 
@@ -52,7 +54,7 @@ class DualPipeLightningModule(LightningModule):
 
     dualpipe_wrapper: LocalStages
 
-    def __init__(self, model: nn.Sequential | Iterable[Any], num_chunks: int) -> None:
+    def __init__(self, model: nn.Sequential | Iterable[LayerEntry], num_chunks: int) -> None:
         super().__init__()
         if num_chunks < 1:
             raise ConfigError(f"num_chunks must be at least 1, got {num_chunks}")
@@ -68,11 +70,11 @@ class DualPipeLightningModule(LightningModule):
                 raise ConfigError(f'{type(self).__name__} needs Trainer(strategy="dualpipe") on two or more devices')
             self.dualpipe_wrapper = LocalStages(self._layers, strategy.root_device, strategy.num_stages)
 
-    def criterion(self, outputs: Any, targets: Any) -> torch.Tensor:
+    def criterion(self, outputs: Nest, targets: Nest) -> torch.Tensor:
         """The loss of one micro-batch, a mean over its samples (scalar)."""
         raise NotImplementedError(f"{type(self).__name__} must define criterion(outputs, targets)")
 
-    def pipeline_step(self, batch: Any) -> torch.Tensor:
+    def pipeline_step(self, batch: Nest) -> torch.Tensor:
         """Run a batch; with gradients enabled, add its gradients to those of this device's parameters.
 
         Returns:
@@ -95,7 +97,7 @@ class DualPipeLightningModule(LightningModule):
         if pipe.is_last_rank:
             entering, leaving = leaving, entering
 
-        def loss_of_chunk(*values: Any) -> torch.Tensor:
+        def loss_of_chunk(*values: Nest) -> torch.Tensor:
             outputs, labels = values[: -len(targets)], values[-len(targets) :]
             loss = self.criterion(outputs[0] if len(outputs) == 1 else outputs, labels[0] if one_target else labels)
             return loss / parts
@@ -111,29 +113,29 @@ class DualPipeLightningModule(LightningModule):
         dist.all_reduce(total)
         return total.float()
 
-    def training_step(self, batch: Any, batch_idx: int) -> torch.Tensor:
+    def training_step(self, batch: Nest, batch_idx: int) -> torch.Tensor:
         loss = self.pipeline_step(batch)
         self.log("train_loss", loss, prog_bar=True)
         return loss
 
-    def validation_step(self, batch: Any, batch_idx: int) -> None:
+    def validation_step(self, batch: Nest, batch_idx: int) -> None:
         self.log("val_loss", self.pipeline_step(batch), prog_bar=True, batch_size=_rows(batch), sync_dist=True)
 
-    def test_step(self, batch: Any, batch_idx: int) -> None:
+    def test_step(self, batch: Nest, batch_idx: int) -> None:
         self.log("test_loss", self.pipeline_step(batch), batch_size=_rows(batch), sync_dist=True)
 
-    def predict_step(self, *args: Any, **kwargs: Any) -> Any:
+    def predict_step(self, *args: object, **kwargs: object) -> NoReturn:
         """
         Raises:
             ConfigError: outputs are on the device of the last stage alone.
         """
         raise ConfigError("predict is not there for a pipeline: load the checkpoint into the nn.Sequential and predict")
 
-    def optimizer_zero_grad(self, epoch: int, batch_idx: int, optimizer: Any) -> None:
+    def optimizer_zero_grad(self, epoch: int, batch_idx: int, optimizer: Optimizer) -> None:
         """Nothing: Lightning calls it after `training_step`, which has made the gradients; the strategy clears them."""
 
     def configure_gradient_clipping(
-        self, optimizer: Any, gradient_clip_val: float | None = None, gradient_clip_algorithm: str | None = None
+        self, optimizer: Optimizer, gradient_clip_val: float | None = None, gradient_clip_algorithm: str | None = None
     ) -> None:
         """Clip by the norm over all stages."""
         if gradient_clip_val and gradient_clip_algorithm != "value":
@@ -148,17 +150,21 @@ _UNTIED = (
 )
 
 
-def _layers_of(model: Any) -> dict[str, nn.Module]:
+def _layers_of(model: nn.Module | Iterable[LayerEntry]) -> dict[str, nn.Module]:
     if isinstance(model, nn.Module) and not isinstance(model, (nn.Sequential, nn.ModuleList)):
         raise ConfigError(
             f"model must be an nn.Sequential or a list of layers, so that it can be cut into stages, got "
             f"{type(model).__name__}"
         )
-    parts = model._modules if isinstance(model, nn.Module) else {str(index): each for index, each in enumerate(model)}
+    parts: dict[str, LayerEntry] = (
+        model._modules if isinstance(model, nn.Module) else {str(index): each for index, each in enumerate(model)}
+    )
     for name, each in parts.items():
         if hasattr(each, "tied_weight_attr"):
             raise ConfigError(f"layer {name} is a TiedLayerSpec: {_UNTIED}")
-    layers: dict[str, Any] = {name: each.build() if hasattr(each, "build") else each for name, each in parts.items()}
+    layers: dict[str, LayerEntry] = {
+        name: each.build() if hasattr(each, "build") else each for name, each in parts.items()
+    }
     owners: dict[int, str] = {}
     for name, layer in layers.items():
         if not isinstance(layer, nn.Module):
@@ -169,6 +175,6 @@ def _layers_of(model: Any) -> dict[str, nn.Module]:
     return layers
 
 
-def _rows(batch: Any) -> int:
+def _rows(batch: Nest) -> int:
     inputs = batch[0][0] if isinstance(batch[0], (tuple, list)) else batch[0]
     return len(inputs)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from lightning.pytorch import LightningModule
 from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch import nn
 from torch.nn.modules.batchnorm import _NormBase
@@ -30,7 +31,9 @@ def refuse_layers(layers: dict[str, nn.Module]) -> None:
                 )
 
 
-def refuse_hooks(module: Any, base: type, callbacks: list[Any], optimizers: list[Any], precision: Any) -> None:
+def refuse_hooks(
+    module: LightningModule, base: type, callbacks: list[Any], optimizers: list[Any], precision: object
+) -> None:
     """Refuse hooks, optimizers and precisions that would have no effect, or another one.
 
     Args:

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 import torch.distributed as dist
 from torch import nn
 
-from dualpipe_engine.compat.deepseek import DualPipe
+from dualpipe_engine.compat.deepseek import DualPipe, Nest
 from dualpipe_engine.errors import ConfigError
+
+LayerEntry: TypeAlias = Any
+"""Of the list that a user gives: a module, or a LayerSpec of DeepSpeed."""
 
 
 class Stage(nn.Module):
@@ -21,7 +24,7 @@ class Stage(nn.Module):
         for name, layer in layers.items():
             self.add_module(name, layer)
 
-    def forward(self, *inputs: Any) -> Any:
+    def forward(self, *inputs: Nest) -> Nest:
         value = inputs[0] if len(inputs) == 1 else inputs
         for layer in self.children():
             value = layer(value)

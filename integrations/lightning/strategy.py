@@ -7,12 +7,15 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from lightning.fabric.strategies.registry import _StrategyRegistry
 from lightning.fabric.utilities.optimizer import _optimizer_to_device
+from lightning.pytorch import Trainer
 from lightning.pytorch.strategies import DDPStrategy, StrategyRegistry
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.utils.data import RandomSampler
 
+from dualpipe_engine.compat.deepseek import Nest
 from dualpipe_engine.errors import CheckpointError, ConfigError
 
 from .refusals import refuse_hooks
@@ -54,14 +57,14 @@ class DualPipeStrategy(DDPStrategy):
     def distributed_sampler_kwargs(self) -> dict[str, Any]:
         return {"num_replicas": self.world_size // self.num_stages, "rank": self.global_rank // self.num_stages}
 
-    def process_dataloader(self, dataloader: Any) -> Any:
+    def process_dataloader(self, dataloader: object) -> object:
         """All devices of a pipeline read the same samples: a loader that shuffles gets one seed for all of them."""
         sampler = getattr(dataloader, "sampler", None)
         if isinstance(sampler, RandomSampler) and sampler.generator is None:
             sampler.generator = torch.Generator().manual_seed(self.broadcast(torch.initial_seed()))
         return dataloader
 
-    def setup(self, trainer: Any) -> None:
+    def setup(self, trainer: Trainer) -> None:
         if self.num_stages == self.world_size:
             trainer._accelerator_connector.use_distributed_sampler = False  # all devices read all samples
         super(DDPStrategy, self).setup(trainer)  # DDP's own would make the stages of all devices equal
@@ -71,10 +74,10 @@ class DualPipeStrategy(DDPStrategy):
             self.lightning_module, DualPipeLightningModule, trainer.callbacks, self.optimizers, self.precision_plugin
         )
 
-    def _setup_model(self, model: nn.Module) -> Any:
+    def _setup_model(self, model: nn.Module) -> nn.Module:
         return model
 
-    def training_step(self, *args: Any, **kwargs: Any) -> Any:
+    def training_step(self, *args: Any, **kwargs: Any) -> Nest:
         trainer = self.lightning_module.trainer
         if trainer.fit_loop.epoch_loop.batch_idx % trainer.accumulate_grad_batches == 0:
             for optimizer in self.optimizers:
@@ -84,8 +87,10 @@ class DualPipeStrategy(DDPStrategy):
     def backward(self, closure_loss: Tensor, optimizer: Optimizer | None, *args: Any, **kwargs: Any) -> Tensor:
         return closure_loss
 
-    def optimizer_step(self, optimizer: Optimizer, closure: Callable[[], Any], model: Any = None, **kwargs: Any) -> Any:
-        def closure_and_sum() -> Any:
+    def optimizer_step(
+        self, optimizer: Optimizer, closure: Callable[[], Nest], model: nn.Module | None = None, **kwargs: Any
+    ) -> Nest:
+        def closure_and_sum() -> Nest:
             result = closure()
             self.lightning_module.dualpipe_wrapper.sum_mirrored_gradients()
             return result
@@ -115,7 +120,7 @@ class DualPipeStrategy(DDPStrategy):
             _optimizer_to_device(optimizer, self.root_device)
 
     @classmethod
-    def register_strategies(cls, strategy_registry: Any) -> None:
+    def register_strategies(cls, strategy_registry: _StrategyRegistry) -> None:
         strategy_registry.register(cls.strategy_name, cls, description="DualPipe pipeline over all devices")
 
 

@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 
 from dualpipe_engine.errors import ConfigError
+
+Model: TypeAlias = Any
+"""A model of transformers, or a PEFT model around one."""
+Batch: TypeAlias = dict[str, Any]
+"""What a collator of a Trainer returns: tensors [rows, ...] by the names of the model's inputs."""
 
 
 def rows_of(batch: Mapping[str, Any]) -> int:

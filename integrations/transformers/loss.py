@@ -12,19 +12,27 @@ for two numbers of items.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Callable, Mapping
+from typing import Any, TypeAlias
 
 import torch
 from transformers.modeling_outputs import SequenceClassifierOutput
 
+from dualpipe_engine.comm.nest import Nest
 from dualpipe_engine.errors import ConfigError
+
+from .batches import Model
 
 IGNORED = -100
 Micro = tuple[dict[str, Any], Any]
+Loss = Callable[[Nest, Nest], torch.Tensor]
+Computing: TypeAlias = Any
+"""A `DualPipeTrainer`, whose module imports this one."""
 
 
-def with_weights(micros: list[dict[str, Any]], items: Any, replicas: int = 1, shifted: bool = False) -> list[Micro]:
+def with_weights(
+    micros: list[dict[str, Any]], items: torch.Tensor | int | None, replicas: int = 1, shifted: bool = False
+) -> list[Micro]:
     """Micro-batches as pairs (inputs, what the loss needs).
 
     Args:
@@ -60,11 +68,11 @@ class TrainerLoss:
         own: the model's own loss of (output, labels); None: it is not known.
     """
 
-    def __init__(self, trainer: Any, model: Any, own: Any) -> None:
+    def __init__(self, trainer: Computing, model: Model, own: Loss | None) -> None:
         self._trainer, self._model, self._own = trainer, model, own
         self._is_sum: bool | None = trainer.loss_is_scaled_for_ga
 
-    def __call__(self, output: Any, labels: tuple[dict[str, Any], torch.Tensor]) -> torch.Tensor:
+    def __call__(self, output: Nest, labels: tuple[dict[str, Any], torch.Tensor]) -> torch.Tensor:
         inputs, numbers = labels
         count, micros, share = numbers.tolist()
         if count != count:
@@ -73,14 +81,14 @@ class TrainerLoss:
             self._is_sum = self._ask(output, inputs, count)
         return self._of(output, inputs, count) * (micros if self._is_sum else share)
 
-    def _of(self, output: Any, inputs: dict[str, Any], count: float | None) -> torch.Tensor:
+    def _of(self, output: Nest, inputs: dict[str, Any], count: float | None) -> torch.Tensor:
         trainer, stand_in = self._trainer, StandIn(self._model, self._own, output, inputs)
         with trainer._alone(), trainer.compute_loss_context_manager():
             loss = trainer.compute_loss(stand_in, dict(inputs), num_items_in_batch=count)
         return loss
 
     @torch.no_grad()
-    def _ask(self, output: Any, inputs: dict[str, Any], count: float) -> bool | None:
+    def _ask(self, output: Nest, inputs: dict[str, Any], count: float) -> bool | None:
         """Whether the loss is divided by the number of items; None: not seen, since it is zero."""
         once, twice = (float(self._of(output, inputs, number)) for number in (count, 2 * count))
         near = 1e-3 * abs(once)
@@ -104,10 +112,10 @@ class StandIn:
         inputs: of the micro-batch.
     """
 
-    def __init__(self, model: Any, own: Any, output: Any, inputs: Mapping[str, Any]) -> None:
+    def __init__(self, model: Model, own: Loss | None, output: Nest, inputs: Mapping[str, Any]) -> None:
         self._model, self._own, self._output, self._inputs = model, own, output, inputs
 
-    def __call__(self, *args: Any, **given: Any) -> SequenceClassifierOutput:
+    def __call__(self, *args: object, **given: object) -> SequenceClassifierOutput:
         """
         Raises:
             ConfigError: the inputs are not those of the micro-batch.
@@ -124,7 +132,7 @@ class StandIn:
             loss = self._loss(labels, given.get("num_items_in_batch"))
         return SequenceClassifierOutput(loss=loss, logits=self._output)
 
-    def _loss(self, labels: Any, items: Any) -> Any:
+    def _loss(self, labels: Nest, items: object) -> torch.Tensor:
         text = type(self._model).__name__
         if items is not None and text.endswith(("ForCausalLM", "LMHeadModel")):
             size = self._model.config.get_text_config().vocab_size
@@ -135,5 +143,5 @@ class StandIn:
             raise ConfigError(f"the loss of {text} is not known: override compute_loss, or give a compute_loss_func")
         return self._own(self._output, labels)
 
-    def __getattr__(self, name: str) -> Any:
+    def __getattr__(self, name: str) -> object:
         return getattr(self._model, name)

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import inspect
+from collections.abc import Callable
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from .refusals import refuse_state
+
+if TYPE_CHECKING:
+    from dualpipe_engine.engine.engine import DualPipeEngine
 
 
 class OptimizerView(torch.optim.Optimizer):
@@ -20,7 +24,7 @@ class OptimizerView(torch.optim.Optimizer):
         engine: the DualPipeEngine.
     """
 
-    def __init__(self, engine: Any) -> None:
+    def __init__(self, engine: DualPipeEngine) -> None:
         self._engine = engine
         super().__init__([torch.zeros(1, requires_grad=True)], {})
         self.defaults = {key: value for key, value in self.param_groups[0].items() if key != "params"}
@@ -38,7 +42,7 @@ class OptimizerView(torch.optim.Optimizer):
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Of the base class; groups are those of the engine."""
 
-    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+    def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]
         pass
 
     def zero_grad(self, set_to_none: bool = True) -> None:

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
-from transformers import Trainer
+from transformers import Trainer, TrainingArguments
 
 from dualpipe_engine.errors import ConfigError
 
@@ -15,7 +13,7 @@ OWN_LOOP = ("galore", "apollo", "lomo", "schedule_free", "layerwise")
 WHOLE_WEIGHTS = ("adafactor", "8bit", "4bit", "bnb", "stable_adamw", "torchao")
 
 
-def refuse_arguments(args: Any) -> None:
+def refuse_arguments(args: TrainingArguments) -> None:
     """Refuse arguments that would have no effect, or another one.
 
     Raises:
@@ -38,7 +36,7 @@ def refuse_arguments(args: Any) -> None:
         raise ConfigError("gradient_accumulation_steps must be 1: raise num_chunks and per_device_train_batch_size")
 
 
-def refuse_hooks(trainer: Any) -> None:
+def refuse_hooks(trainer: Trainer) -> None:
     """Refuse what a subclass or an argument of the Trainer changes without an effect here.
 
     Raises:

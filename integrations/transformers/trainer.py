@@ -7,22 +7,28 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
 from accelerate.data_loader import prepare_data_loader
-from transformers import Trainer
-from transformers.trainer_utils import EvalLoopOutput
+from torch.utils.data import DataLoader
+from transformers import Trainer, TrainingArguments
+from transformers.trainer_utils import EvalLoopOutput, TrainOutput
 
 import dualpipe_engine
-from dualpipe_engine.adapters import gather_state_dict, get_model_adapter
+from dualpipe_engine.adapters import ModelAdapter, gather_state_dict, get_model_adapter
 from dualpipe_engine.errors import CheckpointError, ConfigError
 
-from .batches import rows_of, split_batch
+from .batches import Batch, Model, rows_of, split_batch
 from .loss import TrainerLoss, with_weights
 from .optimizer import OptimizerView, rebuilt
 from .refusals import refuse_arguments, refuse_hooks, refuse_optimizer
+
+if TYPE_CHECKING:
+    from deepspeed.pipe import PipelineModule
+
+    from dualpipe_engine.engine.engine import DualPipeEngine
 
 ENGINE_TAG = "engine"  #: folder of the engine's own state in a Trainer's checkpoint
 SCHEDULER = "scheduler.pt"
@@ -57,10 +63,12 @@ class DualPipeTrainer(Trainer):
         ConfigError: the arguments do not fit a pipeline; the message says what to change.
     """
 
+    lr_scheduler: Any
+
     def __init__(
         self,
-        model: Any = None,
-        args: Any = None,
+        model: Model = None,
+        args: TrainingArguments | None = None,
         *positional: Any,
         num_chunks: int = 8,
         schedule: str = "dualpipe",
@@ -69,7 +77,7 @@ class DualPipeTrainer(Trainer):
         enable_profiling: bool = False,
         **options: Any,
     ) -> None:
-        self._engine: Any = None
+        self._engine: DualPipeEngine | None = None
         self._num_chunks, self._schedule = num_chunks, schedule
         self._extra = dict(deepspeed_config or {})
         self._profiling = enable_profiling
@@ -88,7 +96,7 @@ class DualPipeTrainer(Trainer):
 
     # -- the engine ----------------------------------------------------------------------------------------------
 
-    def _make_engine(self) -> Any:
+    def _make_engine(self) -> DualPipeEngine:
         """The engine; built at the first use. Collective."""
         if self._engine is not None:
             return self._engine
@@ -138,7 +146,7 @@ class DualPipeTrainer(Trainer):
             "pipeline": pipeline,
         }
 
-    def _batch_loss(self, adapter: Any) -> TrainerLoss:
+    def _batch_loss(self, adapter: ModelAdapter) -> TrainerLoss:
         try:
             own = adapter.loss_fn
         except ConfigError:
@@ -151,7 +159,9 @@ class DualPipeTrainer(Trainer):
         """Whether the model is a causal language model, whose labels are those of the tokens before."""
         return type(_base_model(self.model)).__name__.endswith(("ForCausalLM", "LMHeadModel"))
 
-    def _make_optimizer(self, module: Any, configuration: dict[str, Any]) -> tuple[Any, list[dict[str, Any]]]:
+    def _make_optimizer(
+        self, module: PipelineModule, configuration: dict[str, Any]
+    ) -> tuple[Any, list[dict[str, Any]]]:
         """What makes the optimizer, and the groups of this rank's parameters: the user's optimizer, what an overridden
         `create_optimizer` makes, or the class that the arguments name."""
         low = any(configuration.get(name, {}).get("enabled") for name in ("bf16", "fp16"))
@@ -169,7 +179,7 @@ class DualPipeTrainer(Trainer):
         refuse_optimizer(kind.__name__, in_parts)
         return partial(kind, **options), self._parameter_groups(module)
 
-    def _parameter_groups(self, module: Any) -> list[dict[str, Any]]:
+    def _parameter_groups(self, module: PipelineModule) -> list[dict[str, Any]]:
         """The Trainer's groups, with and without weight decay, over this rank's layers."""
         decayed = set(self.get_decay_parameter_names(module))
         groups: list[dict[str, Any]] = [
@@ -183,11 +193,13 @@ class DualPipeTrainer(Trainer):
 
     # -- what the Trainer's loop calls ---------------------------------------------------------------------------
 
-    def _wrap_model(self, model: Any, training: bool = True, dataloader: Any = None) -> Any:
+    def _wrap_model(self, model: Model, training: bool = True, dataloader: DataLoader | None = None) -> _Pipeline:
         self._make_engine()
         return _Pipeline(self.model)
 
-    def _prepare_for_training(self, max_steps: int, train_dataloader: Any, resume_from_checkpoint: Any) -> Any:
+    def _prepare_for_training(
+        self, max_steps: int, train_dataloader: DataLoader, resume_from_checkpoint: str | None
+    ) -> tuple[_Pipeline, DataLoader]:
         engine = self._make_engine()
         if self._created_lr_scheduler:
             self.lr_scheduler = None
@@ -204,7 +216,9 @@ class DualPipeTrainer(Trainer):
         self.callback_handler.train_dataloader = train_dataloader
         return self.model_wrapped, train_dataloader
 
-    def training_step(self, model: Any, inputs: Any, num_items_in_batch: Any = None) -> torch.Tensor:
+    def training_step(
+        self, model: Model, inputs: Batch, num_items_in_batch: torch.Tensor | int | None = None
+    ) -> torch.Tensor:
         engine = self._make_engine()
         micros = split_batch(self._prepare_inputs(inputs), self._num_chunks)
         if engine.gradient_accumulation_steps() != len(micros):
@@ -213,7 +227,7 @@ class DualPipeTrainer(Trainer):
         loss: torch.Tensor = engine.train_batch(iter(labelled))
         return loss.detach().clone().to(self.args.device)
 
-    def _get_num_items_in_batch(self, batch_samples: list[Any], device: torch.device) -> Any:
+    def _get_num_items_in_batch(self, batch_samples: list[Batch], device: torch.device) -> torch.Tensor | int | None:
         """Labels that count, over the replicas: all ranks of a pipeline hold the same batch."""
         with self._alone():
             items = super()._get_num_items_in_batch(batch_samples, device)
@@ -223,18 +237,18 @@ class DualPipeTrainer(Trainer):
         dist.all_reduce(total, group=self._make_engine()._replica_group)
         return total
 
-    def _clip_grad_norm(self, model: Any) -> Any:
+    def _clip_grad_norm(self, model: Model) -> float | None:
         return self._get_grad_norm(model)
 
-    def _get_grad_norm(self, model: Any, grad_norm: Any = None) -> Any:
+    def _get_grad_norm(self, model: Model, grad_norm: float | None = None) -> float | None:
         """Of the step just taken, before clipping, which the engine has done."""
         found = self._make_engine().get_global_grad_norm()
         return None if found is None else float(found)
 
-    def get_total_train_batch_size(self, args: Any) -> int:
+    def get_total_train_batch_size(self, args: TrainingArguments) -> int:
         return self._train_batch_size * self._replicas
 
-    def _get_dataloader(self, *args: Any, **kwargs: Any) -> Any:
+    def _get_dataloader(self, *args: Any, **kwargs: Any) -> DataLoader:
         """As the Trainer's, sharded over the replicas only; evaluation is not sharded."""
         shards = (self._replicas, self._replica()) if kwargs.get("is_training", False) else (1, 0)
         prepare = self.accelerator.prepare
@@ -247,7 +261,7 @@ class DualPipeTrainer(Trainer):
     def _replica(self) -> int:
         return int(self._make_engine().data_rank) if self._replicas > 1 else 0
 
-    def _prepare_loader(self, shards: int, shard: int, loader: Any) -> Any:
+    def _prepare_loader(self, shards: int, shard: int, loader: DataLoader) -> DataLoader:
         settings = self.accelerator.dataloader_config
         return prepare_data_loader(
             loader,
@@ -280,13 +294,13 @@ class DualPipeTrainer(Trainer):
         return super().evaluation_loop(*args, **kwargs)
 
     def prediction_step(
-        self, model: Any, inputs: Any, prediction_loss_only: bool, ignore_keys: list[str] | None = None
+        self, model: Model, inputs: Batch, prediction_loss_only: bool, ignore_keys: list[str] | None = None
     ) -> tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]:
         engine = self._make_engine()
         inputs = self._prepare_inputs(inputs)
         micros = split_batch(inputs, self._num_chunks)
         self._rows = rows_of(inputs)
-        labels = tuple(inputs.get(name) for name in self.label_names)
+        labels: Any = tuple(inputs.get(name) for name in self.label_names)
         labelled = bool(labels) and all(each is not None for each in labels)
         items = None
         if labelled:
@@ -298,7 +312,7 @@ class DualPipeTrainer(Trainer):
             return engine.eval_batch(iter(weighted), num_micro_batches=count).detach(), None, None
         outputs = engine.eval_batch(iter(weighted), compute_loss=False, reduce_output=None, num_micro_batches=count)
         source = engine.place.pipeline[engine.place.ends[0]]
-        box = [outputs if engine.global_rank == source else None]
+        box: list[Any] = [outputs if engine.global_rank == source else None]
         dist.broadcast_object_list(box, src=source, group=engine._pipeline_group)
         logits = torch.cat(box[0])
         if not labelled:
@@ -324,7 +338,7 @@ class DualPipeTrainer(Trainer):
             torch.save(self.lr_scheduler.state_dict(), Path(output_dir, SCHEDULER))
         dist.barrier()
 
-    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Model = None) -> None:
         """Nothing yet: weights come with the engine's state, once there is an engine."""
 
     def _load_engine(self, folder: str, weights_only: bool = False) -> None:
@@ -341,7 +355,7 @@ class DualPipeTrainer(Trainer):
     def _load_best_model(self) -> None:
         self._load_engine(self.state.best_model_checkpoint, weights_only=True)
 
-    def train(self, *args: Any, **kwargs: Any) -> Any:
+    def train(self, *args: Any, **kwargs: Any) -> TrainOutput:
         """As the Trainer's."""
         if not self._profiling:
             return super().train(*args, **kwargs)
@@ -358,10 +372,10 @@ class DualPipeTrainer(Trainer):
 class _Pipeline:
     """What the Trainer's loop holds as its wrapped model: the engine does the work."""
 
-    def __init__(self, model: Any) -> None:
+    def __init__(self, model: Model) -> None:
         self._model = model
 
-    def __getattr__(self, name: str) -> Any:
+    def __getattr__(self, name: str) -> Any:  # noqa: ANN401
         return getattr(self._model, name)
 
     def train(self, mode: bool = True) -> _Pipeline:
@@ -377,12 +391,12 @@ class _Pipeline:
         pass
 
 
-def _base_model(model: Any) -> Any:
+def _base_model(model: Model) -> Model:
     """The model within a PEFT model, whose layers hold the adapters."""
     return model.get_base_model() if hasattr(model, "get_base_model") else model
 
 
-def _whole_names(model: Any, state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+def _whole_names(model: Model, state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """Names of the base model's weights in a PEFT model."""
     base = _base_model(model)
     if base is model:

@@ -131,6 +131,55 @@ def test_an_error_of_nccl_is_one_of_communication(watch):
     assert watch._lifeline.failed[0][1] is True
 
 
+def failing(message="Connection closed by peer"):
+    raise RuntimeError(message)
+
+
+def waits():
+    with waiting():
+        failing()
+
+
+def waits_and_tells():
+    try:
+        waits()
+    except RuntimeError as error:
+        raise PipelineRuntimeError("pipeline rank 0, op 0F0") from error
+
+
+def steps():
+    with waiting(alone=False):
+        failing("the optimizer's own")
+
+
+def interrupted():
+    with waiting():
+        raise KeyboardInterrupt
+
+
+def collective_of_torch():
+    dist.all_reduce(torch.zeros(2, dtype=torch.float8_e4m3fn))  # which gloo does not know
+
+
+@pytest.mark.parametrize(
+    ("run", "error", "of_transfer"),
+    [
+        (waits, RuntimeError, True),
+        (waits_and_tells, PipelineRuntimeError, True),
+        (collective_of_torch, RuntimeError, True),
+        (failing, RuntimeError, False),
+        (steps, RuntimeError, False),
+        (interrupted, KeyboardInterrupt, False),
+    ],
+)
+def test_an_error_of_a_transfer_is_told_by_its_declared_wait(watch, run, error, of_transfer):
+    """Wherever the code is that waits; and no other error."""
+    watch._lifeline.decided.set()
+    with pytest.raises(error), watch.section("train_batch"):
+        run()
+    assert [comm for _, comm in watch._lifeline.failed] == [of_transfer]
+
+
 def test_the_deadline_holds_though_abort_and_output_hang(watch, monkeypatch):
     """An abort waits for a device that hangs, and stderr may be a pipe that nobody reads."""
     ended, forever = threading.Event(), threading.Event()

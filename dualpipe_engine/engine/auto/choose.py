@@ -19,6 +19,7 @@ from deepspeed.runtime.keep_in_fp32 import keep_in_fp32_pattern
 from deepspeed.utils import logger
 from torch.utils.data import DataLoader, IterableDataset
 
+from ...comm.nest import Nest
 from ...errors import ConfigError
 from ...schedule.placement import BIDIRECTIONAL, LINEAR, VEE, Placement
 from ...schedule.plain_json import parse
@@ -26,6 +27,7 @@ from ...schedule.search.compare import Row, best_of, compare
 from ...schedule.search.job_costs import Measurement
 from ...schedule.timing.bound import plan_bound
 from ..config import DualPipeConfig
+from ..given import Collate, Dataset, Settings
 from ..placing.grid import Place
 from ..placing.partition import layer_name
 from ..placing.stages import set_activation_checkpointing
@@ -37,11 +39,11 @@ DEFAULT_FILE = "dualpipe_costs.json"  #: in the working directory
 
 def job_costs(
     module: PipelineModule,
-    settings: dict[str, Any],
+    settings: Settings,
     config: DualPipeConfig,
     num_micro: int,
-    training_data: Any = None,
-    collate_fn: Callable[[Any], Any] | None = None,
+    training_data: Dataset | None = None,
+    collate_fn: Collate | None = None,
 ) -> Measurement | None:
     """What is known of the job's costs: from the file of an earlier start, else measured now where the schedule is
     "auto". Collective over all ranks; every rank returns the same.
@@ -125,11 +127,11 @@ def print_choice(rows: list[Row], measured: Measurement, num_micro: int) -> None
 
 def _measure(
     module: PipelineModule,
-    settings: dict[str, Any],
+    settings: Settings,
     config: DualPipeConfig,
     job: dict[str, str],
     num_micro: int,
-    next_batch: Callable[[], Any],
+    next_batch: Callable[[], Nest],
 ) -> Measurement:
     grid = module._grid
     ranks = grid.pipe_parallel_size
@@ -157,7 +159,7 @@ def _measure(
     return Measurement(costs, ranks, len(module._layer_specs), reduction, state, memory, job)
 
 
-def _cast(module: PipelineModule, settings: dict[str, Any], dtype: torch.dtype | None) -> None:
+def _cast(module: PipelineModule, settings: Settings, dtype: torch.dtype | None) -> None:
     """Cast the module with DeepSpeed's own hands, as its engine does in any case, for a second time then: parameters,
     and buffers only where "data_types" asks for it."""
     if dtype is None:
@@ -169,7 +171,7 @@ def _cast(module: PipelineModule, settings: dict[str, Any], dtype: torch.dtype |
 
 
 def _memory(
-    module: PipelineModule, settings: dict[str, Any], place: Place, numel: int, dtype: torch.dtype
+    module: PipelineModule, settings: Settings, place: Place, numel: int, dtype: torch.dtype
 ) -> tuple[dict[str, int], int]:
     """For each placement the bytes that the fullest rank has yet to allocate for weights, gradients and Adam's state,
     and nine tenths of the bytes that are free on the fullest device."""
@@ -199,15 +201,13 @@ def _memory(
     return {name: max(state[name] for state, _ in all_ranks) for name in mine}, min(f for _, f in all_ranks) * 9 // 10
 
 
-def _micro_size(settings: dict[str, Any], num_micro: int, replicas: int) -> int:
+def _micro_size(settings: Settings, num_micro: int, replicas: int) -> int:
     """Samples of a micro-batch."""
     size = settings.get("train_micro_batch_size_per_gpu")
     return size if isinstance(size, int) else settings["train_batch_size"] // (num_micro * replicas)
 
 
-def _describe(
-    module: PipelineModule, settings: dict[str, Any], config: DualPipeConfig, micro_size: int
-) -> dict[str, str]:
+def _describe(module: PipelineModule, settings: Settings, config: DualPipeConfig, micro_size: int) -> dict[str, str]:
     """What the costs depend on, in words."""
     shapes: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(shapes, [(name, tuple(p.shape), p.requires_grad) for name, p in module.named_parameters()])
@@ -246,12 +246,12 @@ def _stored(path: Path) -> Measurement | None:
     return None if box[0] is None else Measurement.from_dict(parse(box[0]), str(path))
 
 
-def _micro_batches(dataset: Any, size: int, collate_fn: Callable[[Any], Any] | None) -> Callable[[], Any]:
+def _micro_batches(dataset: Dataset, size: int, collate_fn: Collate | None) -> Callable[[], Nest]:
     """Reads the first micro-batches of a dataset, again and again."""
     if not isinstance(dataset, IterableDataset) and len(dataset) < size:
         raise ConfigError(f"the training data holds {len(dataset)} samples, less than a micro-batch of {size}")
 
-    def endless() -> Iterator[Any]:
+    def endless() -> Iterator[Nest]:
         while True:
             yield from DataLoader(dataset, batch_size=size, collate_fn=collate_fn, drop_last=True)
 

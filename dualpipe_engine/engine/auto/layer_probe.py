@@ -5,7 +5,6 @@ from __future__ import annotations
 import time
 from functools import partial
 from statistics import median
-from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -13,8 +12,10 @@ from deepspeed.accelerator import get_accelerator
 from deepspeed.pipe import PipelineModule
 from torch.utils import _pytree as pytree
 
+from ...comm.nest import Nest
 from ...errors import ConfigError
 from ...schedule.placement import LINEAR, Placement
+from ..given import LayerFunction
 from ..placing.balance import of_all_layers
 from ..placing.experts import connected_experts
 from ..placing.grid import Place, set_device
@@ -22,7 +23,7 @@ from ..placing.module import PlacedModule
 from ..placing.partition import same_random_state
 
 
-def measure_layers(module: PipelineModule, batch: Any, repeats: int = 5) -> list[float]:
+def measure_layers(module: PipelineModule, batch: Nest, repeats: int = 5) -> list[float]:
     """Seconds that forward and backward of each layer take on one micro-batch. Collective over all ranks.
 
     Every rank runs its layers, one at a time, on what the rank before it computed; the last layer includes the loss.
@@ -49,7 +50,7 @@ def measure_layers(module: PipelineModule, batch: Any, repeats: int = 5) -> list
         first, last = place.rank == 0, place.rank == module.num_stages - 1
         start = int(module.parts[module.stage_id])
         buffers = {name: buffer.detach().clone() for name, buffer in module.named_buffers()}
-        box: list[Any] = [batch[0]]
+        box: list[Nest] = [batch[0]]
         if not first:
             dist.recv_object_list(box, place.pipeline[place.rank - 1])
         x = _moved(box[0], device)
@@ -74,8 +75,8 @@ def measure_layers(module: PipelineModule, batch: Any, repeats: int = 5) -> list
 
 
 def _run(
-    module: PipelineModule, layer: Any, x: Any, labels: tuple[Any, ...], input_gradient: bool
-) -> tuple[float, Any]:
+    module: PipelineModule, layer: LayerFunction, x: Nest, labels: tuple[Nest, ...], input_gradient: bool
+) -> tuple[float, Nest]:
     """Seconds of one forward and backward, and the output."""
     kept = {param: param.grad for param in module.parameters()}
     for param in kept:
@@ -95,13 +96,13 @@ def _run(
     return seconds, pytree.tree_map(lambda leaf: leaf.detach() if isinstance(leaf, torch.Tensor) else leaf, y)
 
 
-def _input(value: Any, gradient: bool) -> Any:
+def _input(value: Nest, gradient: bool) -> Nest:
     """A copy that layers may work on in place, so no leaf; with a gradient where it can have one."""
     if not isinstance(value, torch.Tensor):
         return value
     return value.detach().requires_grad_(gradient and value.is_floating_point()).clone()
 
 
-def _moved(value: Any, device: torch.device) -> Any:
+def _moved(value: Nest, device: torch.device) -> Nest:
     value = tuple(value) if isinstance(value, list) else value
     return pytree.tree_map(lambda leaf: leaf.to(device) if isinstance(leaf, torch.Tensor) else leaf, value)

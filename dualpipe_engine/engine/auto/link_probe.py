@@ -11,10 +11,11 @@ import torch.distributed as dist
 from deepspeed.accelerator import get_accelerator
 from deepspeed.runtime.pipe.topology import PipelineParallelGrid
 
-from ...comm.transport import GroupTransport
+from ...comm.transport import Transport
 from ...runtime.observer import Observer
 from ...schedule.op import NONE, STEP, Op
 from ...schedule.placement import BIDIRECTIONAL, LINEAR, VEE
+from ...schedule.progress import waiting
 from ..placing.grid import MirrorTopology, Place
 
 REPEATS = 5  #: timed, after one that warms up
@@ -23,7 +24,7 @@ LARGEST = 1 << 24  #: elements of a reduction that is timed; the time of a large
 
 
 def transfer_seconds(
-    place: Place, transport: GroupTransport, sizes: Sequence[int], device: torch.device, timeout_s: float
+    place: Place, transport: Transport, sizes: Sequence[int], device: torch.device, timeout_s: float
 ) -> float:
     """Seconds of the slowest hop between neighbours of the pipeline: half a median round trip.
 
@@ -45,11 +46,14 @@ def transfer_seconds(
         out = torch.zeros(max(1, sizes[edge]), dtype=torch.uint8, device=device)
         back = torch.empty_like(out)
 
-        def round_trip(leads: bool = leads, peer: int = peer, out: Any = out, back: Any = back) -> None:
+        def round_trip(
+            leads: bool = leads, peer: int = peer, out: torch.Tensor = out, back: torch.Tensor = back
+        ) -> None:
             for mine in (leads, not leads):
                 tensor = out if leads == mine else back
                 ticket = transport.send(tensor, peer, 0) if mine else transport.recv(tensor, peer, 0)
-                ticket.wait(timeout_s)
+                with waiting():
+                    ticket.wait(timeout_s)
 
         slowest = max(slowest, _timed(round_trip, device) / 2)
     return slowest
@@ -97,7 +101,7 @@ def _reduction(group: dist.ProcessGroup, copies: int, numel: int, dtype: torch.d
     return _timed(lambda: dist.all_reduce(tensor, group=group), device) * numel / tensor.numel()
 
 
-def _timed(action: Callable[[], Any], device: torch.device) -> float:
+def _timed(action: Callable[[], object], device: torch.device) -> float:
     """Median seconds of `action`; on an accelerator between events of the stream that waits for it, where the host has
     queued one after the other, as in training."""
     clock = Observer(0, device)

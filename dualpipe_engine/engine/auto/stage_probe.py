@@ -10,15 +10,16 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 from deepspeed.pipe import PipelineModule
 
 from ...comm.device import side_stream
+from ...comm.nest import Nest
 from ...comm.p2p import Edges
-from ...comm.transport import GroupTransport
+from ...comm.transports import open_transport
 from ...runtime.chunk import StageChunk
 from ...runtime.executor import Executor
 from ...runtime.observer import Observer
@@ -26,6 +27,7 @@ from ...runtime.weight_grad import WeightGradStore, install, uninstall
 from ...schedule.orders.paired import paired_plan
 from ...schedule.passes.lower import lower
 from ...schedule.plan import Plan
+from ...schedule.progress import waiting
 from ...schedule.search.make_plan import make_plan
 from ...schedule.timeline import Span, Timeline
 from ...schedule.timing.costs import CostModel
@@ -37,13 +39,14 @@ from ..placing.partition import same_random_state
 from ..placing.stages import has_phases, make_chunk, needs_input_gradient
 from .link_probe import transfer_seconds
 
+Gathered = TypeVar("Gathered")
 BATCHES = 3  #: measured, after one that warms up
 
 
 def stage_costs(
     module: PipelineModule,
     place: Place,
-    next_batch: Callable[[], Any],
+    next_batch: Callable[[], Nest],
     num_micro: int,
     *,
     device: torch.device,
@@ -83,47 +86,55 @@ def stage_costs(
             overlap=overlap,
         )
         saved = _SavedBytes(chunk, module)
-        transport = GroupTransport(
-            place.pipeline,
-            stage,
-            module._grid.pp_proc_group,
-            device,
-            edges=place.placement.edges(),
-            timeout_s=timeout_s,
-        )
+        with waiting():
+            group, edges_of = module._grid.pp_proc_group, place.placement.edges()
+            transport = open_transport(place.pipeline, stage, group, device, edges=edges_of, timeout_s=timeout_s)
         edges = Edges(transport, device, timeout_s, dynamic_shape=module.dynamic_shape)
-        observer = Observer(stage, device)
-        executor = Executor(stage, {stage: chunk}, edges, observer)
-        side = side_stream(device)
-        spans: list[Span] = []
-
-        def run(plan: Plan) -> None:
-            lowered = lower(plan)
-            for number in range(BATCHES + 1):
-                dist.barrier()
-                feed = BatchFeed(
-                    place, num_micro, next_batch, device, side=side, input_gradient=needs_input_gradient(module)
-                )
-                executor.run(lowered, feed)
-                if number:
-                    spans.extend(observer.spans())
-
+        bench = _Bench(module, place, chunk, edges, device)
         try:
-            run(make_plan("zb1p" if split_backward else "1f1b", ranks, num_micro))
+            bench.run(make_plan("zb1p" if split_backward else "1f1b", ranks, num_micro), next_batch)
             if any(_from_all(chunk.brings_overlap)):
-                run(paired_plan(ranks, num_micro))
+                bench.run(paired_plan(ranks, num_micro), next_batch)
         finally:
             uninstall(view)
-        sizes: list[Any] = [None] * ranks
-        dist.all_gather_object(sizes, edges.message_bytes(stage), group=module._grid.pp_proc_group)
+        sizes: list[int] = [0] * ranks
+        dist.all_gather_object(sizes, edges.message_bytes(stage), group=group)
         hop = transfer_seconds(place, transport, sizes, device, timeout_s)
         dist.barrier()  # nobody takes from a rank that has gone on
         transport.close()
-    mine = measured_costs([Timeline(ranks, spans)], ranks).at(stage)
-    return _same_on_all(place, mine, saved.total, hop)
+    return _same_on_all(place, measured_costs([Timeline(ranks, bench.spans)], ranks).at(stage), saved.total, hop)
 
 
-def _from_all(value: Any) -> list[Any]:
+class _Bench:
+    """Runs plans on one stage of the linear cut.
+
+    Attributes:
+        spans: of the ops that were measured.
+    """
+
+    def __init__(
+        self, module: PipelineModule, place: Place, chunk: StageChunk, edges: Edges, device: torch.device
+    ) -> None:
+        self._module, self._place, self._device = module, place, device
+        self._observer = Observer(place.rank, device)
+        self._executor = Executor(place.rank, {place.rank: chunk}, edges, self._observer)
+        self._side = side_stream(device)
+        self.spans: list[Span] = []
+
+    def run(self, plan: Plan, next_batch: Callable[[], Nest]) -> None:
+        """Run a plan once to warm up, and `BATCHES` times."""
+        lowered, gradient = lower(plan), needs_input_gradient(self._module)
+        for number in range(BATCHES + 1):
+            dist.barrier()
+            feed = BatchFeed(
+                self._place, plan.num_micro, next_batch, self._device, side=self._side, input_gradient=gradient
+            )
+            self._executor.run(lowered, feed)
+            if number:
+                self.spans.extend(self._observer.spans())
+
+
+def _from_all(value: Gathered) -> list[Gathered]:
     found: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(found, value)
     return found
@@ -155,7 +166,7 @@ class _SavedBytes:
         self._seen = {param.untyped_storage().data_ptr() for param in module.parameters()}
         forward = chunk.forward
 
-        def counted(*args: Any) -> Any:
+        def counted(*args: Nest) -> Nest:
             vars(chunk).pop("forward")
             with torch.autograd.graph.saved_tensors_hooks(self._count, lambda tensor: tensor):
                 return forward(*args)

@@ -10,6 +10,8 @@ import torch
 import torch.distributed as dist
 from deepspeed.pipe import PipelineModule
 
+from ...comm.nest import Nest
+
 
 class AdditionalLosses:
     """Adds up what the module reports after the loss of each micro-batch.
@@ -27,13 +29,13 @@ class AdditionalLosses:
         self._reports = method is not PipelineModule.get_additional_losses
         self._sums: dict[str, torch.Tensor] = {}
 
-    def watch(self, loss_fn: Callable[..., Any] | None) -> Callable[..., Any] | None:
+    def watch(self, loss_fn: Callable[..., torch.Tensor] | None) -> Callable[..., torch.Tensor] | None:
         """`loss_fn`, followed by a look at what the module reports."""
         if not self._reports:
             return loss_fn
 
-        def watched(output: Any, *labels: Any) -> Any:
-            loss = output if loss_fn is None else loss_fn(output, *labels)
+        def watched(output: Nest, *labels: Nest) -> torch.Tensor:
+            loss: torch.Tensor = output if loss_fn is None else loss_fn(output, *labels)
             for name, value in (self._module.get_additional_losses() or {}).items():
                 value = value.detach().double()
                 self._sums[name] = self._sums[name] + value if name in self._sums else value

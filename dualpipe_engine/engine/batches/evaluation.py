@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any
 
 import torch
 import torch.distributed as dist
 from deepspeed.runtime.activation_checkpointing import checkpointing as ds_checkpointing
 from deepspeed.runtime.torch_autocast import autocast_if_enabled
 
+from ...comm.nest import Nest
 from ...errors import ConfigError, raised_everywhere
 from ...faults.watch import watched
 from ...runtime.executor import BatchResult
@@ -21,16 +21,18 @@ from .recovery import Recovery
 class Evaluation(Recovery, Loading):
     """The part of `DualPipeEngine` that evaluates."""
 
+    data_iterator: Iterator[Nest] | None
+
     @watched
     def eval_batch(
         self,
-        data_iter: Iterator[Any],
+        data_iter: Iterator[Nest],
         return_logits: bool = False,
         compute_loss: bool = True,
         reduce_output: str | None = "avg",
         bcast_loss: bool = True,
         num_micro_batches: int | None = None,
-    ) -> Any:
+    ) -> Nest:
         """Run the forward of one batch, without gradients.
 
         Args:
@@ -55,7 +57,7 @@ class Evaluation(Recovery, Loading):
         with self._attempt(), torch.no_grad(), autocast_if_enabled(self):
             result, losses, mean = self._run_eval(data_iter, num_micro, compute_loss, reduce_output == "avg")
             self.module.micro_offset += num_micro
-            value: Any = mean
+            value: Nest = mean
             if mean is None:
                 value = self._eval_value(losses if compute_loss else result, num_micro, reduce_output)
         if not self.module.training:
@@ -74,7 +76,7 @@ class Evaluation(Recovery, Loading):
             view.training = mode
 
     def _run_eval(
-        self, data_iter: Iterator[Any], num_micro: int, compute_loss: bool, average: bool
+        self, data_iter: Iterator[Nest], num_micro: int, compute_loss: bool, average: bool
     ) -> tuple[BatchResult, BatchResult, torch.Tensor | None]:
         """Outputs, losses in place of outputs, and the mean loss over all ranks; the latter two if they are wanted.
 
@@ -106,14 +108,14 @@ class Evaluation(Recovery, Loading):
         self.watch.raise_failed()
         return result, BatchResult(outputs={m: (loss, None) for m, loss in losses.items()}), mean if averaged else None
 
-    def _eval_value(self, result: BatchResult, num_micro: int, reduce: str | None) -> Any:
+    def _eval_value(self, result: BatchResult, num_micro: int, reduce: str | None) -> Nest:
         shared = self._share_outputs(result, list(range(num_micro)))
         if not self.place.reads_labels:
             return None
         outputs = [shared[micro] for micro in range(num_micro)]
         return outputs if reduce is None else self._reduce_outputs(outputs, reduce, micro_batches=num_micro)
 
-    def _share_outputs(self, result: BatchResult, micros: list[int]) -> dict[int, Any]:
+    def _share_outputs(self, result: BatchResult, micros: list[int]) -> dict[int, Nest]:
         """Give the outputs of `micros` to every rank that holds the last stage; None on the others."""
         placement, last = self.plan.placement, self.plan.placement.num_stages - 1
         shared = dict.fromkeys(micros)

@@ -8,19 +8,19 @@ memory beside the computation, one micro-batch ahead of their use.
 from __future__ import annotations
 
 import zlib
-from collections.abc import Callable, Iterable, Mapping
-from typing import Any
+from collections.abc import Callable, Mapping
 
 import numpy as np
 import torch
 from torch.utils import _pytree as pytree
 
 from ...comm.device import on_stream
+from ...comm.nest import Nest
 from ...errors import ConfigError
 from ..placing.grid import Place
 
 #: A value on the device or on its way there; the event behind the copy, before which it holds no data.
-_Copy = tuple[Any, torch.Event | None]
+_Copy = tuple[Nest, torch.Event | None]
 
 
 class BatchFeed:
@@ -40,7 +40,7 @@ class BatchFeed:
         self,
         place: Place,
         num_micro: int,
-        next_batch: Callable[[], Any],
+        next_batch: Callable[[], Nest],
         device: torch.device,
         *,
         side: torch.Stream | None = None,
@@ -63,13 +63,13 @@ class BatchFeed:
         self._labels: dict[int, _Copy] = {}
         self.checksum = 0
 
-    def inputs(self, micro: int) -> Any:
+    def inputs(self, micro: int) -> Nest:
         return self._take(self._inputs, micro)
 
-    def labels(self, micro: int) -> Any:
+    def labels(self, micro: int) -> Nest:
         return self._take(self._labels, micro)
 
-    def _take(self, held: dict[int, _Copy], micro: int) -> Any:
+    def _take(self, held: dict[int, _Copy], micro: int) -> Nest:
         self._read_until(micro)
         value, arrived = held.pop(micro)
         if arrived is not None:
@@ -98,7 +98,7 @@ class BatchFeed:
             if self._leaves[direction]:
                 self._labels[number] = self._start(batch[1], copy=False)
 
-    def _start(self, value: Any, copy: bool) -> _Copy:
+    def _start(self, value: Nest, copy: bool) -> _Copy:
         """Begin to move a value onto the device."""
         side = self._side
         if side is None or any(_is_on_device(leaf) for leaf in pytree.tree_leaves(value)):
@@ -106,10 +106,10 @@ class BatchFeed:
         with on_stream(side):
             return self._move(value, copy), side.record_event()
 
-    def _move(self, value: Any, copy: bool) -> Any:
+    def _move(self, value: Nest, copy: bool) -> Nest:
         """Onto the device; inputs as a copy, because layers may work in place. Lists become tuples, as in DeepSpeed."""
 
-        def move(leaf: Any) -> Any:
+        def move(leaf: Nest) -> Nest:
             if not isinstance(leaf, torch.Tensor):
                 return leaf
             leaf = leaf.detach()
@@ -126,11 +126,11 @@ class BatchFeed:
         return pytree.tree_map(move, tuple(value) if isinstance(value, list) else value)
 
 
-def _is_on_device(leaf: Any) -> bool:
+def _is_on_device(leaf: object) -> bool:
     return isinstance(leaf, torch.Tensor) and leaf.device.type != "cpu"
 
 
-def _follow(value: Any, arrived: torch.Event) -> None:
+def _follow(value: Nest, arrived: torch.Event) -> None:
     """Let the current stream wait for a copy to the device; the host does not."""
     for leaf in pytree.tree_leaves(value):
         if isinstance(leaf, torch.Tensor):  # the memory belongs to the stream of the copy
@@ -139,7 +139,7 @@ def _follow(value: Any, arrived: torch.Event) -> None:
             leaf.record_stream(current)
 
 
-def _check_batch(batch: Any, micro: int) -> None:
+def _check_batch(batch: Nest, micro: int) -> None:
     """Refuse what is no pair of inputs and labels.
 
     Raises:
@@ -159,7 +159,7 @@ def _check_batch(batch: Any, micro: int) -> None:
         )
 
 
-def _checksum(batch: Iterable[Any], start: int) -> int:
+def _checksum(batch: Nest, start: int) -> int:
     for leaf in pytree.tree_leaves(batch):
         if isinstance(leaf, torch.Tensor):
             raw = leaf.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes()

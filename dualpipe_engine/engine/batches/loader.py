@@ -4,15 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from itertools import islice
-from typing import Any
 
 import torch.distributed as dist
 from deepspeed.runtime.constants import ROUTE_TRAIN
 from deepspeed.runtime.dataloader import RepeatingLoader
 from deepspeed.runtime.pipe.engine import PipelineEngine
-from torch.utils.data import DistributedSampler, IterableDataset
+from torch.utils.data import DistributedSampler, IterableDataset, Sampler
 
+from ...comm.nest import Nest
 from ...errors import ConfigError
+from ..given import Dataset, Loader
 from ..placing.grid import Place
 from ..placing.stages import needs_input_gradient
 from .feed import BatchFeed, check_same_stream
@@ -27,7 +28,7 @@ class ResumableSampler(DistributedSampler):
 
     start = 0
 
-    def __init__(self, dataset: Any, replicas: int, replica: int) -> None:
+    def __init__(self, dataset: Dataset, replicas: int, replica: int) -> None:
         super().__init__(dataset, num_replicas=replicas, rank=replica, shuffle=False)
 
     def __iter__(self) -> Iterator[int]:
@@ -44,14 +45,14 @@ class ResumableLoader(RepeatingLoader):
         batch_size: samples of a micro-batch.
     """
 
-    def __init__(self, loader: Any, sampler: ResumableSampler, batch_size: int) -> None:
+    def __init__(self, loader: Loader, sampler: ResumableSampler, batch_size: int) -> None:
         self._sampler = sampler
         self._batch_size = batch_size
         self._seen = 0  # samples of this replica in this pass
-        self.data_iter: Iterator[Any]
+        self.data_iter: Iterator[Nest]
         super().__init__(loader)
 
-    def __next__(self) -> Any:
+    def __next__(self) -> Nest:
         try:
             batch = next(self.data_iter)
         except StopIteration:
@@ -74,16 +75,16 @@ class ResumableLoader(RepeatingLoader):
 class Loading(PipelineEngine):
     """The part of `DualPipeEngine` that reads data, on the ranks at the ends of the pipeline."""
 
-    data_iterator: Iterator[Any] | None
+    data_iterator: Iterator[Nest] | None
     place: Place
 
-    def set_dataloader(self, loader: Any) -> None:
+    def set_dataloader(self, loader: Loader) -> None:
         """Read batches of training from `loader`, on the ranks that read data."""
         if self.place.feeds:
             self.training_dataloader = loader
             self.data_iterator = iter(loader)
 
-    def set_dataiterator(self, iterator: Iterator[Any]) -> None:
+    def set_dataiterator(self, iterator: Iterator[Nest]) -> None:
         """Read batches from `iterator`, on the ranks that read data."""
         if self.place.feeds:
             self.training_dataloader = None
@@ -91,13 +92,13 @@ class Loading(PipelineEngine):
 
     def deepspeed_io(
         self,
-        dataset: Any,
+        dataset: Dataset,
         batch_size: int | None = None,
         route: str = ROUTE_TRAIN,
         pin_memory: bool = True,
-        data_sampler: Any = None,
-        **options: Any,
-    ) -> Any:
+        data_sampler: Sampler[int] | None = None,
+        **options: object,
+    ) -> Loader:
         """DeepSpeed's loader, of the share of a dataset that this replica has: both ends of a pipeline read the same.
 
         Args:
@@ -109,7 +110,7 @@ class Loading(PipelineEngine):
             )
         return super().deepspeed_io(dataset, batch_size, route, pin_memory, data_sampler, **options)
 
-    def _build_data_iter(self, dataset: Any) -> None:
+    def _build_data_iter(self, dataset: Dataset) -> None:
         sampler = ResumableSampler(dataset, self.data_replicas, self.data_rank)
         loader = self.deepspeed_io(dataset, data_sampler=sampler)
         self.set_dataloader(ResumableLoader(loader, sampler, self.micro_batch_size))
@@ -135,6 +136,6 @@ class Loading(PipelineEngine):
         self._checked_stream = True
         if len(self.place.ends) < 2:
             return
-        sums: list[Any] = [None] * len(self.place.pipeline)
+        sums = [0] * len(self.place.pipeline)
         dist.all_gather_object(sums, feed.checksum, group=self._pipeline_group)
         check_same_stream({rank: sums[rank] for rank in self.place.ends})

@@ -9,6 +9,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from ...schedule.progress import waiting
+
 
 class Total(NamedTuple):
     """Of one batch, the same on every rank but for `pipeline_loss`; scalar tensors.
@@ -81,7 +83,8 @@ class Totals:
         """The sums. Collective over all ranks at the first call after `start`."""
         if self._total is None:
             with torch.no_grad():
-                self._work.wait()
+                with waiting():
+                    self._work.wait()
                 pipeline_loss = self._sums[0] / self._num_micro
                 means = torch.stack([pipeline_loss, *self._sums[1:]])
                 if self._replicas is not None:

@@ -10,13 +10,14 @@ import zipfile
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path, PurePath
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from deepspeed.utils import logger
 
 from ...errors import CheckpointError
 from ...schedule.plain_json import parse
+from ..given import CheckpointEngine
 
 PARTIAL = ".partial"  #: ending of a folder that is being written
 DESCRIPTION = "dualpipe.json"  #: in the folder of a checkpoint: the layers, for `dualpipe export`
@@ -148,7 +149,11 @@ def damages(paths: Iterable[Path]) -> list[str]:
     return [found for found in map(damage, paths) if found]
 
 
-def peek(path: Path, weights_only: bool = False) -> Any:
+Content: TypeAlias = Any
+"""What a file of `torch.save` holds."""
+
+
+def peek(path: Path, weights_only: bool = False) -> Content:
     """Load a file without reading its tensors before they are used.
 
     Args:
@@ -178,7 +183,7 @@ def naming(path: str | Path) -> Iterator[None]:
 
 
 @contextmanager
-def naming_reads(reader: Any) -> Iterator[None]:
+def naming_reads(reader: CheckpointEngine) -> Iterator[None]:
     """Let every `reader.load(path, ...)` within the body name the file that it fails on; those of layers hold weights,
     and nothing else of them is unpickled.
 
@@ -187,7 +192,7 @@ def naming_reads(reader: Any) -> Iterator[None]:
     """
     load = reader.load
 
-    def named(path: str, *args: Any, **kwargs: Any) -> Any:
+    def named(path: str, *args: Any, **kwargs: Any) -> Content:
         with naming(path):
             if PurePath(path).name.startswith("layer_"):
                 return torch.load(path, *args, **kwargs, weights_only=True)

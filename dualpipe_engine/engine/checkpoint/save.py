@@ -19,6 +19,7 @@ import torch.distributed as dist
 from deepspeed.utils import logger
 
 from ...errors import CheckpointError
+from ..given import CheckpointEngine
 from .files import publish, saved_by, settle, unfinished, write_text
 from .lock import FolderLock
 from .sums import merge_parts, part_path
@@ -50,7 +51,7 @@ class Save:
 
     def __init__(
         self,
-        serializer: Any,
+        serializer: CheckpointEngine,
         top: Path,
         tag: str,
         job: str,
@@ -167,7 +168,7 @@ class Save:
 
     # -- agreement -----------------------------------------------------------------------------------------------
 
-    def _on_first(self, function: Callable[..., Any], *args: Any) -> None:
+    def _on_first(self, function: Callable[..., object], *args: object) -> None:
         """Run on rank 0 while the others wait for what comes of it."""
         error = None
         if dist.get_rank() == 0:

@@ -11,7 +11,9 @@ from typing import Any
 import torch.distributed as dist
 from deepspeed.utils import logger
 
+from ...comm.nest import Nest
 from ...errors import CheckpointError, ConfigError
+from ..given import CheckpointEngine
 from ..placing.experts import has_experts
 from ..placing.partition import same_random_state
 from .checks import LAYOUT, CheckpointChecks
@@ -35,7 +37,7 @@ class Checkpoints(CheckpointChecks):
     """The part of `DualPipeEngine` that saves and loads."""
 
     _data_state: dict[str, Any] | None = None  # of the loader, until there is one
-    checkpoint_engine: Any
+    checkpoint_engine: CheckpointEngine
     _pending: Save | None = None  # what is being written in the background
     #: Gives the `client_state` of a checkpoint that a signal asks for.
     client_state_on_signal: Callable[[], dict[str, Any]] | None = None
@@ -185,7 +187,7 @@ class Checkpoints(CheckpointChecks):
         load_optimizer_states: bool = True,
         load_lr_scheduler_states: bool = True,
         load_module_only: bool = False,
-        custom_load_fn: Any = None,
+        custom_load_fn: Callable[..., object] | None = None,
     ) -> tuple[str | None, dict[str, Any] | None]:
         """Load a checkpoint of this engine or of stock DeepSpeed, as DeepSpeed does. Collective over all ranks.
 
@@ -243,7 +245,7 @@ class Checkpoints(CheckpointChecks):
                 'set "zero_optimization": {"stage": 1} to save checkpoints'
             )
 
-    def set_dataiterator(self, iterator: Iterator[Any]) -> None:
+    def set_dataiterator(self, iterator: Iterator[Nest]) -> None:
         super().set_dataiterator(iterator)
         self._resume_data()
 

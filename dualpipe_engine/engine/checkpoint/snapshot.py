@@ -8,10 +8,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ...comm.nest import Nest
+
 _PLAIN = (int, float, complex, str, bytes, type(None), torch.dtype, torch.device, torch.Size)
 
 
-def snapshot(value: Any) -> Any:
+def snapshot(value: Nest) -> Nest:
     """A copy of a nest, with its tensors in host memory; those that share memory do so in the copy, too.
 
     Args:
@@ -27,7 +29,7 @@ class _Copier:
         self._copies: dict[int, Any] = {}  # by address of the original
         self._storages: dict[tuple[torch.device, int, int], torch.UntypedStorage] = {}
 
-    def copied(self, value: Any) -> Any:
+    def copied(self, value: Nest) -> Nest:
         if isinstance(value, _PLAIN):
             return value
         if id(value) not in self._copies:
@@ -35,7 +37,7 @@ class _Copier:
             self._copies[id(value)] = self._new(value)
         return self._copies[id(value)]
 
-    def _new(self, value: Any) -> Any:
+    def _new(self, value: Nest) -> Nest:
         if isinstance(value, Tensor):
             return self._tensor(value)
         if isinstance(value, dict):

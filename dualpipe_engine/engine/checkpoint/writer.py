@@ -7,6 +7,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from ...comm.nest import Nest
+from ..given import CheckpointEngine
 from .files import sync
 from .snapshot import snapshot
 from .sums import Sums, file_sum, write_part
@@ -26,15 +28,15 @@ class Writer:
         error: the first one; None as long as all goes well.
     """
 
-    def __init__(self, serializer: Any, background: bool = False) -> None:
+    def __init__(self, serializer: CheckpointEngine, background: bool = False) -> None:
         self._serializer, self._background = serializer, background
         self._files: dict[Path, Callable[[], Any] | None] = {}  # and what writes them; None: they are there
         self.error: str | None = None
 
-    def __getattr__(self, name: str) -> Any:
+    def __getattr__(self, name: str) -> Any:  # noqa: ANN401
         return getattr(self._serializer, name)
 
-    def attempt(self, function: Callable[..., Any], *args: Any, **kwargs: Any) -> None:
+    def attempt(self, function: Callable[..., object], *args: object, **kwargs: object) -> None:
         """Call a function that writes, unless writing has failed before."""
         if self.error is None:
             try:
@@ -45,14 +47,14 @@ class Writer:
     def makedirs(self, path: str, exist_ok: bool = False) -> None:
         self.attempt(self._serializer.makedirs, path, exist_ok=exist_ok)
 
-    def save(self, state_dict: Any, path: str) -> None:
+    def save(self, state_dict: object, path: str) -> None:
         """Write a file, or hold a copy of it, after which the state may change."""
         self.attempt(self._hold if self._background else self._save, state_dict, path)
 
-    def _hold(self, state_dict: Any, path: str) -> None:
+    def _hold(self, state_dict: Nest, path: str) -> None:
         self._files[Path(path)] = partial(self._serializer.save, snapshot(state_dict), path)
 
-    def _save(self, state_dict: Any, path: str) -> None:
+    def _save(self, state_dict: Nest, path: str) -> None:
         self._files[Path(path)] = None
         self._serializer.save(state_dict, path)
 

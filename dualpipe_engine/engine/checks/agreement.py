@@ -11,6 +11,7 @@ from deepspeed.pipe import LayerSpec, PipelineModule, TiedLayerSpec
 from deepspeed.runtime.pipe.topology import PipelineParallelGrid
 
 from ...errors import ConfigError, DualPipeError
+from ..given import LayerEntry, Settings
 from .fingerprint import ATTRIBUTE, fingerprint
 
 #: Keys of the DeepSpeed configuration that say what is written down, not what is computed, and the one that scripts put
@@ -151,7 +152,7 @@ def _slice(grid: PipelineParallelGrid) -> str:
     return f" of slice {grid.get_slice_parallel_rank()}" if grid.get_slice_parallel_world_size() > 1 else ""
 
 
-def _flat(section: dict[str, Any], path: str = "") -> Iterator[tuple[str, Any]]:
+def _flat(section: Settings, path: str = "") -> Iterator[tuple[str, object]]:
     for key, value in section.items():
         if isinstance(value, dict) and value:
             yield from _flat(value, f"{path}{key}.")
@@ -159,13 +160,13 @@ def _flat(section: dict[str, Any], path: str = "") -> Iterator[tuple[str, Any]]:
             yield path + str(key), value
 
 
-def _kind(spec: Any) -> str:
+def _kind(spec: LayerEntry) -> str:
     if isinstance(spec, LayerSpec):
         return getattr(spec.typename, "__qualname__", str(spec.typename))
     return getattr(spec, "__qualname__", type(spec).__qualname__)
 
 
-def _layer(spec: Any) -> str:
+def _layer(spec: LayerEntry) -> str:
     """A layer as text that does not depend on the process: its kind and the plain ones of its arguments."""
     if not isinstance(spec, LayerSpec):
         return _kind(spec)

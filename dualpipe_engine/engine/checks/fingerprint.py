@@ -5,7 +5,6 @@ from __future__ import annotations
 import types
 from collections.abc import Iterable
 from functools import partial
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -17,7 +16,7 @@ ATTRIBUTE = " attribute "
 """In the name of each fact about an attribute, which replicas may set as they like."""
 
 
-def fingerprint(layer: Any, name: str) -> dict[str, str]:
+def fingerprint(layer: object, name: str) -> dict[str, str]:
     """Facts of a layer: classes of its modules, hooks, attributes; shape, dtype, hooks and `requires_grad` of tensors.
 
     Args:
@@ -61,15 +60,15 @@ def _tensor(tensor: Tensor) -> str:
     return found + (f", hooks {_names(hooks)}" if tensor.is_leaf and hooks else "")
 
 
-def _names(functions: Iterable[Any]) -> str:
+def _names(functions: Iterable[object]) -> str:
     return ", ".join(map(text, functions))
 
 
-def _name(kind: Any) -> str:
+def _name(kind: type | types.FunctionType) -> str:
     return f"{kind.__module__}.{kind.__qualname__}"
 
 
-def text(value: Any, depth: int = 2) -> str:
+def text(value: object, depth: int = 2) -> str:
     """A value as text: plain ones as they are, others by their kind."""
     if isinstance(value, _PLAIN):
         return repr(value)
@@ -81,7 +80,7 @@ def text(value: Any, depth: int = 2) -> str:
         return _name(value)
     if isinstance(value, Tensor):
         return _tensor(value)
-    if depth and type(value) in (list, tuple):
+    if depth and (type(value) is list or type(value) is tuple):
         return f"[{', '.join(text(each, depth - 1) for each in value)}]"
     if depth and type(value) is dict:
         return f"{{{', '.join(f'{text(key, 0)}: {text(each, depth - 1)}' for key, each in value.items())}}}"

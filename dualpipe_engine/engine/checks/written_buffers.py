@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import zlib
-from typing import Any, NoReturn
+from typing import Any, NoReturn, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -44,6 +44,9 @@ def check_statistics(module: PipelineModule, placement: Placement) -> None:
         if isinstance(part, _NormBase) and part.running_mean is not None
     ]
     raise_everywhere(wrong[:1])
+
+
+Gathered = TypeVar("Gathered")
 
 
 class WrittenBuffers:
@@ -112,7 +115,7 @@ class WrittenBuffers:
                 f"of the micro-batches, change it half as often: {_REMEDY}"
             )
 
-    def _gather(self, mine: Any) -> list[Any]:
+    def _gather(self, mine: Gathered) -> list[Gathered]:
         found: list[Any] = [None] * dist.get_world_size(self._pipeline)
         dist.all_gather_object(found, mine, group=self._pipeline)
         return found

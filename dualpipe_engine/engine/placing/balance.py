@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -15,6 +15,8 @@ from ...schedule.plan import Plan
 from ...schedule.timing.costs import UNIT
 from ..config import PAIRS, DualPipeConfig
 from .partition import check_layers, cut_layers
+
+Gathered = TypeVar("Gathered")
 
 
 def stage_bounds(module: PipelineModule, plan: Plan, config: DualPipeConfig) -> list[int]:
@@ -95,7 +97,7 @@ def _matrix_parameters(module: PipelineModule, layer: int) -> int:
     return sum(param.numel() for param in counted.values() if param.dim() > 1)
 
 
-def of_all_layers(module: PipelineModule, mine: dict[int, Any]) -> list[Any]:
+def of_all_layers(module: PipelineModule, mine: dict[int, Gathered]) -> list[Gathered]:
     """What the ranks of this pipeline know of their layers, in the order of the layers."""
     found: list[Any] = [None] * module._grid.pipe_parallel_size
     dist.all_gather_object(found, mine, group=module._grid.pp_proc_group)

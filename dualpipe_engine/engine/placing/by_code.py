@@ -8,14 +8,17 @@ import marshal
 import pickle
 import sys
 import types
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from torch import nn
 from torch.nn.utils import parametrize
 
+Reduced: TypeAlias = Any
+"""What `__reduce__` returns: a function, its arguments and what follows; or NotImplemented."""
 
-def reduced(value: Any) -> Any:
+
+def reduced(value: object) -> Reduced:
     """What `reducer_override` of a pickler returns; NotImplemented for what pickle does by itself."""
     if isinstance(value, types.FunctionType):
         return NotImplemented if _importable(value) else _function(value)
@@ -37,7 +40,7 @@ def reduced(value: Any) -> Any:
     return NotImplemented
 
 
-def _importable(value: Any) -> bool:
+def _importable(value: type | types.FunctionType) -> bool:
     """Whether the name of a function or class leads to it."""
     found: Any = sys.modules.get(getattr(value, "__module__", None) or "")
     for name in value.__qualname__.split("."):
@@ -45,7 +48,7 @@ def _importable(value: Any) -> bool:
     return found is value
 
 
-def _function(value: types.FunctionType) -> Any:
+def _function(value: types.FunctionType) -> Reduced:
     module = sys.modules.get(value.__module__ or "")
     if module is None or vars(module) is not value.__globals__:
         raise pickle.PicklingError(f"the function {value.__qualname__} is of no module")
@@ -69,7 +72,7 @@ def _make_function(code: bytes, module: str, name: str, cells: int) -> types.Fun
     return made
 
 
-def _set_function(function: types.FunctionType, state: Any) -> None:
+def _set_function(function: types.FunctionType, state: tuple[Any, ...]) -> None:
     closure, defaults, keyword_defaults, attributes, qualname = state
     for own, given in zip(function.__closure__ or (), closure or (), strict=True):
         _set_cell(own, _contents(given))
@@ -82,23 +85,23 @@ def _make_cell() -> types.CellType:
     return types.CellType()
 
 
-def _bind(function: Any, owner: Any) -> types.MethodType:
+def _bind(function: types.FunctionType, owner: object) -> types.MethodType:
     return types.MethodType(function, owner)
 
 
-def _contents(cell: types.CellType) -> tuple[Any, ...]:
+def _contents(cell: types.CellType) -> tuple[object, ...]:
     try:
         return (cell.cell_contents,)
     except ValueError:  # empty
         return ()
 
 
-def _set_cell(cell: types.CellType, contents: tuple[Any, ...]) -> None:
+def _set_cell(cell: types.CellType, contents: tuple[object, ...]) -> None:
     if contents:
         cell.cell_contents = contents[0]
 
 
-def _local_class(value: type) -> Any:
+def _local_class(value: type) -> Reduced:
     base = next(each for each in value.__mro__[1:] if _importable(each))
     if _found_classes(base, value.__module__, value.__qualname__) != [value]:
         raise pickle.PicklingError(f"the class {value.__qualname__} has no name that leads to it")
@@ -122,7 +125,7 @@ def _found_classes(base: type, module: str, qualname: str) -> list[type]:
     return found
 
 
-def _empty(kind: type) -> Any:
+def _empty(kind: type) -> object:
     return kind.__new__(kind)  # type: ignore[call-overload]
 
 
@@ -133,5 +136,5 @@ def _set_parametrized(module: nn.Module, state: dict[str, Any]) -> None:
         parametrize._inject_property(module, name)
 
 
-def _load_script(data: bytes) -> Any:
+def _load_script(data: bytes) -> torch.jit.ScriptModule:
     return torch.jit.load(io.BytesIO(data))

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from ..checks.agreement import raise_everywhere
 from ..checks.fingerprint import difference, fingerprint, text
+from ..given import LayerEntry, LayerFunction
 from .blocks import Shape
 from .counterparts import counterparts, own_objects
 from .grid import Place
@@ -36,7 +37,7 @@ class Layer(NamedTuple):
         module: what is registered: the layer's own module, or that of its tie; None for a plain function.
     """
 
-    function: Any
+    function: LayerFunction
     module: nn.Module | None
 
 
@@ -144,7 +145,7 @@ def _moved(
     return arrived
 
 
-def _release(layer: Layer, spec: Any, held: Mapping[int, Layer]) -> None:
+def _release(layer: Layer, spec: LayerEntry, held: Mapping[int, Layer]) -> None:
     """Give back the memory of a layer that trains elsewhere, whoever still refers to its parameters.
 
     Args:
@@ -176,7 +177,7 @@ def _packed(
         packed = pack(tuple(content.items()), context)
     except Exception:
         for number, layer in layers.items():
-            if reason := _obstacle(tuple(layer), number, context):
+            if reason := _obstacle((layer.function, layer.module), number, context):
                 content[number] = tuple(_tensors(layer).items())
                 if not isinstance(module._layer_specs[number], (LayerSpec, nn.Module)):
                     wrong.append(f"layer {number} cannot be carried to pipeline rank {target}: {reason}")
@@ -264,7 +265,7 @@ def _tensors(layer: Layer) -> dict[str, Tensor]:
     return {} if module is None else dict(module.named_parameters()) | dict(module.named_buffers())
 
 
-def _rebuilt(spec: Any, tensors: Mapping[str, Tensor]) -> Layer:
+def _rebuilt(spec: LayerEntry, tensors: Mapping[str, Tensor]) -> Layer:
     """Built from its specification, with the tensors of the original."""
     with same_random_state():
         built: nn.Module = spec.build() if isinstance(spec, LayerSpec) else spec
@@ -279,7 +280,7 @@ def _rebuilt(spec: Any, tensors: Mapping[str, Tensor]) -> Layer:
 # -- what stands in the way ------------------------------------------------------------------------------------------
 
 
-def _obstacle(layer: tuple[Any, nn.Module | None], number: int, context: Context) -> str | None:
+def _obstacle(layer: tuple[LayerFunction, nn.Module | None], number: int, context: Context) -> str | None:
     """Why a layer cannot be packed, and what of it; None if it can."""
     try:
         pack((layer,), context)
@@ -293,7 +294,7 @@ def _obstacle(layer: tuple[Any, nn.Module | None], number: int, context: Context
     return None
 
 
-def _part_of(value: Any, context: Context) -> tuple[str, Exception] | None:
+def _part_of(value: object, context: Context) -> tuple[str, Exception] | None:
     try:
         pack((value,), context)
     except Exception as error:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -13,19 +14,19 @@ from torch import Tensor, nn
 
 from ..checks.fingerprint import text
 from .grid import Place
-from .portable import Context
+from .portable import Context, Key
 
 
-def own_objects(module: PipelineModule, placed: Place) -> dict[Any, Any]:
+def own_objects(module: PipelineModule, placed: Place) -> dict[Key, object]:
     """Objects that every rank has its own of: the module and what its specifications name. Collective over the ranks of
     a pipeline.
 
     An argument of one LayerSpec alone counts if it looks the same on all ranks: it may have been changed with its
     layer.
     """
-    found: dict[Any, Any] = {}
+    found: dict[Key, object] = {}
     uses: Counter[int] = Counter()
-    arguments: dict[Any, Any] = {}
+    arguments: dict[Key, object] = {}
     for number, spec in enumerate(module._layer_specs):
         if isinstance(spec, LayerSpec):
             found["kind", number] = spec.typename
@@ -51,7 +52,7 @@ _CARRIED = (nn.Module, Tensor, int, float, complex, str, bytes, list, dict, set,
 
 
 def counterparts(
-    module: PipelineModule, own: dict[Any, Any], placed: Place, device: torch.device, other: int
+    module: PipelineModule, own: Mapping[Key, object], placed: Place, device: torch.device, other: int
 ) -> Context:
     """The context for layers that go to or come from the pipeline rank `other`.
 
@@ -62,11 +63,11 @@ def counterparts(
     topology = module._grid.topology()
     mine, theirs = placed.rank, other
 
-    def key_of(group: Any) -> Any:
+    def key_of(group: dist.ProcessGroup) -> Key:
         ranks = tuple(dist.get_process_group_ranks(group))
         return _moved(ranks, topology, mine, theirs), _alike(ranks).index(group)
 
-    def group_of(key: Any) -> Any:
+    def group_of(key: Key) -> dist.ProcessGroup | None:
         ranks, index = key
         alike = _alike(ranks)
         return alike[index] if index < len(alike) else None
@@ -74,7 +75,7 @@ def counterparts(
     return Context(own, device, key_of, group_of)
 
 
-def _alike(ranks: tuple[int, ...]) -> list[Any]:
+def _alike(ranks: tuple[int, ...]) -> list[dist.ProcessGroup]:
     """The process groups of some ranks, in the order in which they were made."""
     known = dist.distributed_c10d._world.pg_group_ranks
     return [group for group, members in known.items() if tuple(sorted(members)) == tuple(sorted(ranks))]

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import partial
-from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -21,6 +20,7 @@ from ...errors import ConfigError
 from ...schedule.placement import Placement
 from ..checks.agreement import raise_everywhere
 from ..checks.fingerprint import difference, fingerprint
+from ..given import CheckpointEngine, LayerFunction
 from .carry import Layer, carry
 from .experts import whole_experts
 from .grid import Place, deepspeed_grid, position_of
@@ -43,7 +43,9 @@ class PlacedModule(PipelineModule):
     def ckpt_layer_path(self, ckpt_dir: str, local_layer_idx: int) -> str:
         return super().ckpt_layer_path(ckpt_dir, self.dualpipe_layers[local_layer_idx] - self._local_start)
 
-    def save_state_dict(self, save_dir: str, checkpoint_engine: Any, exclude_frozen_params: bool = False) -> None:
+    def save_state_dict(
+        self, save_dir: str, checkpoint_engine: CheckpointEngine, exclude_frozen_params: bool = False
+    ) -> None:
         """As DeepSpeed's; the layer files hold the experts of all ranks, and layer 1 has a file even if it has no
         weights, because DeepSpeed's universal converter knows pipelines by it."""
         first = self._grid.data_parallel_id == 0
@@ -112,14 +114,14 @@ def place(module: PipelineModule, placement: Placement, bounds: Sequence[int]) -
     return placed
 
 
-def _register(module: PipelineModule, layers: dict[int, Layer]) -> list[Any]:
+def _register(module: PipelineModule, layers: dict[int, Layer]) -> list[LayerFunction]:
     """Let `module` hold `layers` and no others; returns what a stage calls."""
     numbered = {str(layer) for layer in range(len(module._layer_specs))}
     for name in [name for name in module._modules if name in numbered]:
         delattr(module, name)
     module.tied_modules = nn.ModuleDict()
     module.tied_weight_attrs = {}
-    functions: list[Any] = []
+    functions: list[LayerFunction] = []
     for number, layer in layers.items():
         spec = module._layer_specs[number]
         if isinstance(spec, TiedLayerSpec):
@@ -133,7 +135,7 @@ def _register(module: PipelineModule, layers: dict[int, Layer]) -> list[Any]:
     return functions
 
 
-def _register_tied(module: PipelineModule, number: int, spec: TiedLayerSpec, layer: Layer) -> Any:
+def _register_tied(module: PipelineModule, number: int, spec: TiedLayerSpec, layer: Layer) -> LayerFunction:
     """A tied layer shares the weights that are tied with the first one of its key, and keeps what else it has: as a
     module of its own, under its number, unless that is nothing."""
     assert layer.module is not None

@@ -20,6 +20,7 @@ from torch import nn
 
 from ..checks.agreement import raise_everywhere
 from ..checks.fingerprint import text
+from ..given import Optimizer, ParamEntry, ParamGroup, Scheduler
 
 PLACEHOLDER = "nothing_to_train"
 """Start of the names of parameters that stand where a rank trains none, always 0: DeepSpeed's optimizers need one in
@@ -62,7 +63,7 @@ class _Group(NamedTuple):
     """
 
     key: tuple[str, int]
-    options: dict[str, Any]
+    options: ParamGroup
     names: list[str]
 
 
@@ -87,19 +88,19 @@ class GroupMap:
     def __init__(
         self,
         model: PipelineModule,
-        parameters: Iterable[Any] | None,
-        optimizer: Any,
-        pipeline: Any,
-        scheduler: Any = None,
+        parameters: Iterable[ParamEntry] | None,
+        optimizer: Optimizer,
+        pipeline: dist.ProcessGroup,
+        scheduler: Scheduler = None,
     ) -> None:
         self._model = model
         self._optimizer = optimizer
         self._own = isinstance(optimizer, torch.optim.Optimizer)
-        given: list[Any] | None = None if parameters is None else list(parameters)
+        given: list[ParamEntry] | None = None if parameters is None else list(parameters)
         if self._own:
             given = optimizer.param_groups
         flat = not given or not any(isinstance(group, dict) for group in given)
-        self._groups: list[dict[str, Any]] | None = [{"params": given}] if given and flat else given
+        self._groups: list[ParamGroup] | None = [{"params": given}] if given and flat else given
         wrong: list[str] = []
         if self._own and optimizer.state:
             wrong.append("the optimizer has taken steps already: pass a fresh one to initialize")
@@ -140,7 +141,7 @@ class GroupMap:
             seen[said] += 1
         return groups
 
-    def _placed(self) -> list[dict[str, Any]]:
+    def _placed(self) -> list[ParamGroup]:
         """All groups, with the parameters of this rank, of which each has one that trains."""
         held: dict[str, list[tuple[str, nn.Parameter]]] = {}
         spare = []
@@ -150,7 +151,7 @@ class GroupMap:
             else:
                 held.setdefault(getattr(param, _NAME, name), []).append((name, param))
         order = {name: number for number, (name, _) in enumerate(self._model.named_parameters())}
-        groups: list[dict[str, Any]] = []
+        groups: list[ParamGroup] = []
         for group in self._merged.values():
             found = [pair for name in dict.fromkeys(group.names) for pair in held.get(name, ())]
             found.sort(key=lambda pair: order[pair[0]])
@@ -164,7 +165,7 @@ class GroupMap:
             groups[0]["param_names"].append(pair[0])
         return groups
 
-    def apply(self) -> tuple[Any, list[Any] | None]:
+    def apply(self) -> tuple[Optimizer, list[ParamEntry] | None]:
         """What to give DeepSpeed: the optimizer, the user's own over the parameters of this rank; and the parameters,
         None where none were given."""
         if self._groups is None:
@@ -185,7 +186,7 @@ class GroupMap:
 
 
 def check_dtypes(
-    model: PipelineModule, optimizer: Any, parameters: list[Any] | None, settings: DeepSpeedConfig
+    model: PipelineModule, optimizer: Optimizer, parameters: list[ParamEntry] | None, settings: DeepSpeedConfig
 ) -> None:
     """Refuse what ZeRO would turn into another dtype: it lays the parameters of a group end to end. Collective over all
     ranks.
@@ -203,7 +204,7 @@ def check_dtypes(
         return
     if isinstance(optimizer, torch.optim.Optimizer):
         parameters = optimizer.param_groups
-    given: list[Any] = list(model.parameters()) if parameters is None else parameters
+    given: list[ParamEntry] = list(model.parameters()) if parameters is None else parameters
     names = {param: name for name, param in model.named_parameters()}
     wrong = []
     for group in given if isinstance(given[0], dict) else [{"params": given}]:

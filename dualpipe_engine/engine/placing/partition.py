@@ -5,7 +5,6 @@ from __future__ import annotations
 import random
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
 
 import numpy as np
 import torch
@@ -15,6 +14,7 @@ from deepspeed.runtime import utils as ds_utils
 from torch import nn
 
 from ...errors import ConfigError
+from ..given import LayerEntry
 
 
 def stage_of_layer(parts: Sequence[int], layer: int) -> int:
@@ -56,7 +56,7 @@ def check_layers(module: PipelineModule, num_stages: int) -> None:
         )
 
 
-def layer_name(layer: Any) -> str:
+def layer_name(layer: LayerEntry) -> str:
     """Class or function of an entry of the layer list."""
     if isinstance(layer, LayerSpec):
         return str(layer.typename.__name__)

@@ -15,13 +15,14 @@ import types
 from bisect import bisect_right
 from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor, nn
+from torch.distributed import ProcessGroup
 
 from .blocks import Shape, in_block, to_blocks
-from .by_code import reduced
+from .by_code import Reduced, reduced
 
 _PLAIN = (int, float, complex, str, bytes, bool, type(None), torch.dtype, torch.Size)
 _BY_NAME = (
@@ -30,6 +31,10 @@ _BY_NAME = (
 )
 """Kinds of objects that are carried, or that pickle finds by name."""
 _OF_EVERY_MODULE = frozenset(vars(nn.Module()))
+
+
+Key: TypeAlias = Any
+"""Stands in a pickle for what a process has of its own: a name, or a tuple of plain values."""
 
 
 class Context:
@@ -46,24 +51,24 @@ class Context:
 
     def __init__(
         self,
-        own: Mapping[Any, Any],
+        own: Mapping[Key, object],
         device: torch.device,
-        group_key: Callable[[Any], Any] = lambda group: None,
-        group_of: Callable[[Any], Any] = lambda key: None,
+        group_key: Callable[[ProcessGroup], Key] = lambda group: None,
+        group_of: Callable[[Key], ProcessGroup | None] = lambda key: None,
     ) -> None:
         self._own = own
         self.device = device
         self.group_key, self.group_of = group_key, group_of
-        self._keys: dict[int, Any] = {}
+        self._keys: dict[int, Key] = {}
         for key, value in own.items():
             self._keys.setdefault(id(value), key)
 
-    def key_of(self, value: Any) -> Any:
+    def key_of(self, value: object) -> Key:
         """The key of an object that belongs to this process, or None."""
         key = self._keys.get(id(value))
         return self._globals.get(id(value)) if key is None and not isinstance(value, _BY_NAME) else key
 
-    def value_of(self, key: Any) -> Any:
+    def value_of(self, key: Key) -> object:
         """The object that this process has for a key."""
         return vars(sys.modules[key[1]])[key[2]] if key[0] == "global" else self._own[key]
 
@@ -109,7 +114,7 @@ class Packed(NamedTuple):
     owners: list[int]
 
 
-def pack(values: Sequence[Any], context: Context) -> Packed:
+def pack(values: Sequence[object], context: Context) -> Packed:
     """Take values apart; what several of them hold stays one object.
 
     Raises:
@@ -135,14 +140,14 @@ def unpack(data: bytes, shapes: list[Shape], blocks: list[Tensor], context: Cont
 
 
 class _Pickler(pickle.Pickler):
-    def __init__(self, file: Any, context: Context) -> None:
+    def __init__(self, file: io.BytesIO, context: Context) -> None:
         super().__init__(file, protocol=5)
         self._context = context
         self.tensors: list[Tensor] = []
-        self._kept: list[Any] = []  # so that no id is used twice
+        self._kept: list[object] = []  # so that no id is used twice
         self._parts: set[int] = set()  # what modules and tensors keep their parts in
 
-    def persistent_id(self, value: Any) -> Any:
+    def persistent_id(self, value: object) -> tuple[object, ...] | None:
         if type(value) in _PLAIN or id(value) in self._parts:
             return None
         if type(value) is _Ref:
@@ -162,10 +167,10 @@ class _Pickler(pickle.Pickler):
             return ("device",)
         return None
 
-    def reducer_override(self, value: Any) -> Any:
+    def reducer_override(self, value: object) -> Reduced:
         return self._tensor(value) if isinstance(value, Tensor) else reduced(value)
 
-    def _tensor(self, value: Tensor) -> Any:
+    def _tensor(self, value: Tensor) -> Reduced:
         kind = type(value)
         if (kind is not Tensor and not isinstance(value, nn.Parameter)) or value.layout != torch.strided:
             return NotImplemented  # it knows what it is made of
@@ -187,12 +192,12 @@ class _Pickler(pickle.Pickler):
 
 
 class _Unpickler(pickle.Unpickler):
-    def __init__(self, file: Any, context: Context, tensors: list[Tensor]) -> None:
+    def __init__(self, file: io.BytesIO, context: Context, tensors: list[Tensor]) -> None:
         super().__init__(file)
         self._context = context
         self._tensors = tensors
 
-    def persistent_load(self, pid: Any) -> Any:
+    def persistent_load(self, pid: Key) -> object:
         kind, *rest = pid
         if kind == "tensor":
             return self._tensors[rest[0]]
@@ -215,7 +220,7 @@ def _make_tensor(kind: type[Tensor], memory: Tensor, trained: bool) -> Tensor:
     return torch.Tensor._make_subclass(kind, memory, trained)  # type: ignore[no-any-return]
 
 
-def _set_tensor(tensor: Tensor, state: Any) -> None:
+def _set_tensor(tensor: Tensor, state: tuple[dict[str, Any], Any, Any, Tensor | None]) -> None:
     attributes, hooks, after, grad = state
     vars(tensor).update(attributes)
     if hooks:

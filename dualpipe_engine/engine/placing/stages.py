@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from functools import partial
 from typing import Any
 
@@ -11,10 +11,12 @@ from deepspeed.pipe import PipelineModule
 from deepspeed.runtime.activation_checkpointing import checkpointing
 from torch import nn
 
+from ...comm.nest import Nest
 from ...comm.tickets import Transfer
 from ...runtime.chunk import StageChunk
 from ...runtime.overlap import PhasedChunk, phases_of
 from ...runtime.phases import Phased
+from ..given import LayerFunction, Settings
 from .module import PlacedModule
 
 
@@ -45,7 +47,7 @@ def needs_input_gradient(module: PipelineModule) -> bool:
     )
 
 
-def set_activation_checkpointing(module: PipelineModule, section: Mapping[str, Any]) -> None:
+def set_activation_checkpointing(module: PipelineModule, section: Settings) -> None:
     """Apply what the "pipeline" section says of activation checkpointing."""
     if section.get("use_reentrant") is False:
         module.activation_checkpoint_func = checkpointing.non_reentrant_checkpoint
@@ -75,7 +77,7 @@ def make_chunk(
         return StageChunk(_runnable(view), stage, **options)
     recomputed = view.activation_checkpoint_interval > 0
 
-    def recompute(layer: Any) -> bool:
+    def recompute(layer: LayerFunction) -> bool:
         return recomputed and view._is_checkpointable([layer])
 
     return PhasedChunk(view, stage, phases_of(view.forward_funcs, recompute), timeout_s, log, **options)
@@ -88,7 +90,7 @@ def has_phases(module: PipelineModule) -> bool:
     return not own and not module.seed_layers and any(isinstance(layer, Phased) for layer in module.forward_funcs)
 
 
-def _runnable(view: PipelineModule) -> Any:
+def _runnable(view: PipelineModule) -> LayerFunction:
     """The stage as its chunk runs it: the view, its layers alone where its forward does no more than call them, or its
     only layer where that brings `overlapped_forward_backward`."""
     functions = view.forward_funcs
@@ -107,7 +109,7 @@ class _Layers:
         # Shared with the module that the user holds, who may hang something in later.
         self._hooks = (view._forward_pre_hooks, view._forward_hooks, view._backward_pre_hooks, view._backward_hooks)
 
-    def __call__(self, inputs: Any) -> Any:
+    def __call__(self, inputs: Nest) -> Nest:
         if any(self._hooks):
             return self._view(inputs)
         for layer in self._layers:
@@ -115,7 +117,7 @@ class _Layers:
         return inputs
 
 
-def params_of(functions: Iterable[Any]) -> set[nn.Parameter]:
+def params_of(functions: Iterable[LayerFunction]) -> set[nn.Parameter]:
     """Parameters of layers: modules, functions bound to one (a TiedLayerSpec's `forward_fn`), methods of one."""
     found: set[nn.Parameter] = set()
     for function in functions:

@@ -8,7 +8,8 @@ import torch
 import torch.distributed as dist
 
 from ...errors import ConfigError
-from ..context import Context, Optimizer
+from ..context import Context
+from ..given import Optimizer
 from ..placing.param_groups import PLACEHOLDER
 
 

@@ -14,7 +14,8 @@ import torch.distributed as dist
 from deepspeed.runtime.zero.stage_1_and_2 import GradPartitionBufferGroup
 from torch import Tensor, nn
 
-from ..context import Context, Optimizer
+from ..context import Context
+from ..given import Optimizer
 from .freezing import TrainedParams
 from .interface import StageParams
 from .norm import norm_of

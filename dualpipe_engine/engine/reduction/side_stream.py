@@ -4,12 +4,44 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 
 import torch
 import torch.distributed as dist
 
 from ...runtime.observer import Observer, Stretch
+from ...schedule.progress import waiting
+
+
+class _Beside:
+    """A stream of an accelerator, beside the computation."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._stream = torch.cuda.Stream(device)
+
+    @contextmanager
+    def behind(self, tensors: Sequence[torch.Tensor]) -> Iterator[None]:
+        """Run the body on the stream, after what the current one has been given; it may read `tensors`, which the
+        caller may drop at once."""
+        self._stream.wait_stream(torch.cuda.current_stream())
+        for tensor in tensors:
+            tensor.record_stream(self._stream)
+        with torch.cuda.stream(self._stream):
+            yield
+
+    def rejoin(self) -> None:
+        """Let the current stream wait for it."""
+        torch.cuda.current_stream().wait_stream(self._stream)
+
+
+class _InTurn:
+    """In its place on the CPU, which does one thing after the other."""
+
+    def behind(self, tensors: Sequence[torch.Tensor]) -> AbstractContextManager[None]:
+        return nullcontext()
+
+    def rejoin(self) -> None:
+        pass
 
 
 class Lane:
@@ -25,7 +57,7 @@ class Lane:
 
     def __init__(self, device: torch.device, observer: Observer) -> None:
         self._observer = observer
-        self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+        self._stream: _Beside | _InTurn = _Beside(device) if device.type == "cuda" else _InTurn()
         self._open: deque[tuple[dist.Work | None, torch.Tensor, Callable[[], None], Stretch]] = deque()
 
     @property
@@ -33,18 +65,10 @@ class Lane:
         """What the collectives under way work on."""
         return [buffer for _, buffer, _, _ in self._open]
 
-    @contextmanager
-    def behind(self, tensors: Sequence[torch.Tensor]) -> Iterator[None]:
+    def behind(self, tensors: Sequence[torch.Tensor]) -> AbstractContextManager[None]:
         """Run the body on the lane's stream, after what the current stream has been given; it may read `tensors`,
         which the caller may drop at once."""
-        if self._stream is None:
-            yield
-            return
-        self._stream.wait_stream(torch.cuda.current_stream())
-        for tensor in tensors:
-            tensor.record_stream(self._stream)
-        with torch.cuda.stream(self._stream):
-            yield
+        return self._stream.behind(tensors)
 
     def post(self, work: dist.Work | None, buffer: torch.Tensor, done: Callable[[], None]) -> None:
         """Remember a collective.
@@ -66,8 +90,7 @@ class Lane:
         """Wait for everything, and let the current stream wait for the lane's."""
         while self._open:
             self._finish()
-        if self._stream is not None:
-            torch.cuda.current_stream().wait_stream(self._stream)
+        self._stream.rejoin()
 
     def clear(self) -> None:
         """Forget what a failed batch has left."""
@@ -77,6 +100,7 @@ class Lane:
         work, _, done, stretch = self._open.popleft()
         with self.behind(()):
             if work is not None:
-                work.wait()
+                with waiting():
+                    work.wait()
             done()
             stretch.stop()

@@ -83,7 +83,7 @@ class GradientTail:
         self._watch.check()
         self._watch.raise_failed()
         self._finite.before_step(context.steps.done() + 1)
-        with waiting():
+        with waiting(alone=False):  # the user's optimizer may fail, too
             context.steps.step()
             rebalance(context.module, context.groups.copies)
 

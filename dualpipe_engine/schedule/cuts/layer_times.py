@@ -7,7 +7,6 @@ import re
 from collections.abc import Sequence
 from math import isfinite
 from pathlib import Path
-from typing import Any
 
 from ...errors import ConfigError
 from ..plain_json import parse
@@ -46,7 +45,7 @@ def parse_layer_costs(text: str) -> list[float]:
     """
     if text.endswith(".json"):
         return read_layer_costs(text)
-    times: list[Any] = []
+    times: list[float | None] = []
     for part in text.split(","):
         match = re.fullmatch(r"([^x]+)(?:x([1-9]\d{0,5}))?", part)
         try:
@@ -56,7 +55,7 @@ def parse_layer_costs(text: str) -> list[float]:
     return check_layer_costs(times, repr(text))
 
 
-def check_layer_costs(data: Any, source: str) -> list[float]:
+def check_layer_costs(data: object, source: str) -> list[float]:
     """The times, if they are some; `source` stands in the error.
 
     Raises:
@@ -67,5 +66,5 @@ def check_layer_costs(data: Any, source: str) -> list[float]:
     return [float(value) for value in data]
 
 
-def _is_time(value: Any) -> bool:
+def _is_time(value: object) -> bool:
     return isinstance(value, (int, float)) and not isinstance(value, bool) and isfinite(value) and value >= 0

@@ -51,7 +51,12 @@ KNOWN = {
     "vhalf": Schedule(VEE, vhalf.generate, True, vhalf.cap, any_cap=True, by_cap=True),
     "vmin": Schedule(VEE, vmin.generate, True, vmin.cap, any_cap=True, by_cap=True),
 }
-SCHEDULES = tuple(KNOWN)
+SCHEDULES = tuple(KNOWN)  #: those of the package
+
+
+def register_schedule(name: str, schedule: Schedule) -> None:
+    """Let a name stand for a schedule: in the configuration, for `auto`, and wherever a plan is made by name."""
+    KNOWN[name] = schedule
 
 
 def placement_of(schedule: str, num_ranks: int) -> Placement:
@@ -70,6 +75,6 @@ def known_schedule(schedule: str) -> Schedule:
         PlanError: the name is unknown.
     """
     if schedule not in KNOWN:
-        near = get_close_matches(schedule, SCHEDULES, n=1, cutoff=0.0)[0]
-        raise PlanError(f"unknown schedule {schedule!r}: did you mean {near!r}? There are {', '.join(SCHEDULES)}")
+        near = get_close_matches(schedule, KNOWN, n=1, cutoff=0.0)[0]
+        raise PlanError(f"unknown schedule {schedule!r}: did you mean {near!r}? There are {', '.join(KNOWN)}")
     return KNOWN[schedule]

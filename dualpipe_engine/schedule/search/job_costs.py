@@ -11,7 +11,7 @@ from typing import Any
 
 from ...errors import ConfigError, PlanError
 from ..placement import Placement
-from ..plain_json import parse
+from ..plain_json import Json, parse
 from ..timing.costs import CostModel
 
 VERSION = 1
@@ -98,7 +98,7 @@ class Measurement:
         return cls.from_dict(data, str(path))
 
     @classmethod
-    def from_dict(cls, data: Any, name: str) -> Measurement:
+    def from_dict(cls, data: Json, name: str) -> Measurement:
         """Parse what `to_json` made; `name` stands in errors.
 
         Raises:

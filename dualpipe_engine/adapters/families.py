@@ -1,0 +1,62 @@
+"""Families: what is known of models by the names of their classes, beyond what a probe forward shows."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+from torch import nn
+
+from ..errors import ConfigError
+from .losses import LossFn, PretrainedModel, of_classes, of_rows, of_tokens
+
+
+class Family(NamedTuple):
+    """Models that are used alike.
+
+    Args:
+        endings: of the names of their classes.
+        loss: from a model, which has a `config`, to its own loss.
+        embeds_only: whether token ids are for the embedding alone; of other models they travel to every stage.
+        routed: those (`config.model_type`) whose auxiliary loss over routers is that of `routed.Routing`.
+    """
+
+    endings: tuple[str, ...]
+    loss: Callable[[PretrainedModel], LossFn]
+    embeds_only: bool = False
+    routed: tuple[str, ...] = ()
+
+
+#: The first that fits counts.
+FAMILIES = [
+    Family(("ForCausalLM", "LMHeadModel"), of_tokens, embeds_only=True, routed=("gpt_oss", "mixtral", "qwen3_moe")),
+    Family(("ForMaskedLM",), of_rows, embeds_only=True),
+    Family(("ForTokenClassification",), of_rows),
+    Family(("ForImageClassification", "ForSequenceClassification"), of_classes),
+]
+
+
+def register_family(family: Family) -> None:
+    """Let adapters know more models; what is registered last comes first."""
+    FAMILIES.insert(0, family)
+
+
+def family_of(model: nn.Module) -> Family | None:
+    """The family of a model; None if its class is of none."""
+    name = type(model).__name__
+    return next((family for family in FAMILIES if name.endswith(family.endings)), None)
+
+
+def own_loss(model: nn.Module) -> LossFn:
+    """The loss that the model's forward computes from its logits.
+
+    Raises:
+        ConfigError: it is not known.
+    """
+    family = family_of(model)
+    if family is None or getattr(model, "config", None) is None:
+        raise ConfigError(
+            f"the loss of {type(model).__name__} is not known: give the PipelineModule a loss_fn(output, labels) of "
+            "your own"
+        )
+    return family.loss(model)
