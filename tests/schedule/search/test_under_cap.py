@@ -25,7 +25,8 @@ def case(seed: int) -> tuple[int, int, CostModel, int]:
     costs = CostModel(*(draw.uniform(0.3, 2) for _ in range(3)), comm=draw.choice([0.0, 0.0, 0.1, 0.3]))
     if draw.random() < 0.3:  # a head that takes longer
         costs = CostModel(*((each,) * (2 * ranks - 1) + (1.5 * each,) for each in (costs.f, costs.i, costs.w)))
-    return ranks, micros, costs, draw.randint(KNOWN["vmin"].default_cap(ranks), max(2 * ranks - 1, 2))
+    most = 2 * ranks - 1
+    return ranks, micros, costs, draw.randint(min(KNOWN["vmin"].default_cap(ranks), most), most)
 
 
 def check(seed: int) -> None:
