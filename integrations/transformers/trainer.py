@@ -333,10 +333,18 @@ class DualPipeTrainer(Trainer):
             self.push_to_hub(commit_message="Model save", revision=self.args.hub_revision)
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
-        self._make_engine().save_checkpoint(output_dir, tag=ENGINE_TAG)
+        engine = self._make_engine()
+        engine.save_checkpoint(output_dir, tag=ENGINE_TAG)
+        if self.args.save_total_limit or self.args.push_to_hub:  # older ones are deleted next, or this one is sent
+            engine.wait_for_checkpoint()
         if self.args.should_save:
             torch.save(self.lr_scheduler.state_dict(), Path(output_dir, SCHEDULER))
         dist.barrier()
+
+    def _finalize_training(self, *args: object, **kwargs: object) -> TrainOutput:
+        """As the Trainer's, when the last checkpoint is on the disk."""
+        self._make_engine().wait_for_checkpoint()
+        return super()._finalize_training(*args, **kwargs)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Model = None) -> None:
         """Nothing yet: weights come with the engine's state, once there is an engine."""
