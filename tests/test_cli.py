@@ -211,7 +211,7 @@ def test_pictures_need_no_torch(tmp_path):
     assert (done.returncode, done.stderr) == (0, "")
 
 
-@pytest.mark.parametrize("ending", ["table", "json", "csv"])
+@pytest.mark.parametrize("ending", ["table", *(pytest.param(each, marks=pytest.mark.all) for each in ("json", "csv"))])
 def test_139_202_ops_take_in_proportion_no_longer_than_a_sixteenth(ending):
     seconds = []
     for micros in ("128", "2048"):

@@ -108,7 +108,7 @@ def stream(seed=3):
         yield {"input_ids": tokens, "attention_mask": mask}, tokens
 
 
-def train(name, schedule, ranks, micros, steps=3, folder=None, save=None):
+def train(name, schedule, ranks, micros, steps=2, folder=None, save=None):
     """Train under a schedule; the losses, and the gathered weights on rank 0."""
     from deepspeed.pipe import PipelineModule
 
@@ -132,10 +132,12 @@ def train(name, schedule, ranks, micros, steps=3, folder=None, save=None):
     losses = [float(engine.train_batch(data)) for _ in range(steps)]
     if save is not None:
         engine.save_checkpoint(save)
-    return {"losses": losses, "weights": gather_state_dict(engine)}
+    found = {"losses": losses, "weights": gather_state_dict(engine)}
+    engine.destroy()
+    return found
 
 
-def train_whole(name, micros, steps=3):
+def train_whole(name, micros, steps=2):
     """The oracle: the whole model in one process."""
     model = model_of(config_of(name))
     optimizer = torch.optim.Adam(model.parameters(), lr=0.01, eps=EPS)

@@ -51,7 +51,7 @@ def report(folder, schedule, ranks, replicas=1, lengths=(5,)):
 
     engine.optimizer.step = watched
     losses, additional, data = [], [], training.stream(replica)
-    for length in lengths * 3:
+    for length in lengths * (3 if len(lengths) == 1 else 1):
         batch = [next(data) for _ in range(3)]
         engine.reset_activation_shape()
         losses.append(float(engine.train_batch(iter([tuple(part[:, :length] for part in each) for each in batch]))))

@@ -27,7 +27,7 @@ def stock(ranks, tmp_path_factory):
         ("dualpipe", {"ranks": 4}),
         ("dualpipe", {"ranks": 2, "replicas": 2}),
         ("zb1p", {"ranks": 2, "replicas": 2}),
-        ("dualpipev", {"ranks": 4}),
+        pytest.param("dualpipev", {"ranks": 4}, marks=pytest.mark.all),
     ],
 )
 def test_reports_like_stock(ranks, stock, tmp_path, schedule, shape):

@@ -73,18 +73,24 @@ def results(text):
 
 
 def test_unedited_script_trains_like_stock(ranks, tmp_path):
-    ours = launch(tmp_path, True, {"schedule": "dualpipe"})
-    assert ours.returncode == 0, ours.stderr[-3000:]
-    assert [name for name, _ in results(ours.stdout)] == ["DualPipeEngine"] * 2
-    (stock, _) = ranks.run(2, training.train, config=training.settings(4), ranks=2)
-    assert json.loads(results(ours.stdout)[0][1]) == pytest.approx(stock["losses"], rel=1e-5)
+    found = ranks.run(2, run_here, words=write(tmp_path, {"schedule": "dualpipe"}))
+    (stock, _) = ranks.run(2, training.train, config=training.settings(4), ranks=2, steps=3)
+    for code, out, error in found:
+        assert code == 0, error
+        [(name, losses)] = results(out)
+        assert name == "DualPipeEngine"
+        assert json.loads(losses) == pytest.approx(stock["losses"], rel=1e-5)
 
 
 @pytest.mark.all
-def test_stock_ignores_a_schedule(tmp_path):
-    stock = launch(tmp_path, False, {"schedule": "dualpipe"})
-    assert stock.returncode == 0, stock.stderr[-3000:]
-    assert [name for name, _ in results(stock.stdout)] == ["PipelineEngine"] * 2
+@pytest.mark.parametrize(("module", "expected"), [(True, "DualPipeEngine"), (False, "PipelineEngine")])
+def test_under_the_launcher(tmp_path, module, expected):
+    """Stock DeepSpeed ignores a schedule."""
+    done = launch(tmp_path, module, {"schedule": "dualpipe"})
+    assert done.returncode == 0, done.stderr[-3000:]
+    found = results(done.stdout)
+    assert [name for name, _ in found] == [expected] * 2
+    assert len({losses for _, losses in found}) == 1
 
 
 def test_without_a_schedule_stock_deepspeed_runs(ranks, tmp_path):

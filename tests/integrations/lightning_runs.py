@@ -76,10 +76,10 @@ def data(rows, seed, batch=16, **sampled):
     return DataLoader(rows, batch_size=batch, sampler=sampler)
 
 
-def train(kind, folder, devices, seed=0, steps=20, resume=None, accumulate=1, strategy=None, batch=16):
-    """Fit over epochs of 10 batches, the last one of 8 rows, with validation in each."""
+def train(kind, folder, devices, seed=0, steps=8, resume=None, accumulate=1, strategy=None, batch=16):
+    """Fit over epochs of 4 batches, the last one of 8 rows, with validation in each."""
     module = {"stock": Stock, "piped": Piped}[kind](chain(seed), 0.02)
-    checkpoint = ModelCheckpoint(dirpath=folder, filename="at{step}", every_n_train_steps=10, save_top_k=-1)
+    checkpoint = ModelCheckpoint(dirpath=folder, filename="at{step}", every_n_train_steps=4, save_top_k=-1)
     trainer = Trainer(
         accelerator="cpu",
         devices=devices,
@@ -96,7 +96,7 @@ def train(kind, folder, devices, seed=0, steps=20, resume=None, accumulate=1, st
     trainer.losses = []
     # The sampler that Lightning would put in shuffles the training data.
     sampled = strategy.distributed_sampler_kwargs if strategy else {}
-    trainer.fit(module, data(152, 1, batch, **sampled), data(40, 2, batch), ckpt_path=resume)
+    trainer.fit(module, data(56, 1, batch, **sampled), data(40, 2, batch), ckpt_path=resume)
     found = {"losses": trainer.losses, "val": float(trainer.callback_metrics["val_loss"]), "step": trainer.global_step}
     found["lr"] = trainer.optimizers[0].param_groups[0]["lr"]
     found["files"] = sorted(path.name for path in Path(folder).glob("*.ckpt"))

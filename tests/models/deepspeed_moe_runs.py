@@ -57,7 +57,7 @@ def loss(output, labels):
     return nn.functional.cross_entropy(output[0].flatten(0, 1), labels.flatten()) + output[1].sum()
 
 
-def train(settings, phased, ranks=2, replicas=2, steps=4):
+def train(settings, phased, ranks=2, replicas=2, steps=3):
     import training
 
     import dualpipe_engine
@@ -75,4 +75,6 @@ def train(settings, phased, ranks=2, replicas=2, steps=4):
     data = training.stream(replica)
     losses = [float(engine.train_batch(data)) for _ in range(steps)]
     transfers = {transfer.name for transfer in getattr(engine, "_transfers", ())}
-    return {"losses": losses, "replica": replica, "weights": training.weights(engine), "transfers": transfers}
+    found = {"losses": losses, "replica": replica, "weights": training.weights(engine), "transfers": transfers}
+    engine.destroy()
+    return found

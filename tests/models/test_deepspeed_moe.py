@@ -2,28 +2,31 @@
 
 from __future__ import annotations
 
-import sys
-from pathlib import Path
-
 import deepspeed_moe_runs
 import pytest
 import torch
-
-sys.path.append(str(Path(__file__).parents[1] / "engine"))
 import training
 
 
-@pytest.mark.parametrize("zero", [0, 1])
-def test_moe_layers_of_deepspeed_train_like_stock(ranks, zero):
-    def run(schedule, phased=False):
-        settings = training.settings(4, 2, zero=zero, schedule=schedule, clip=0.0)
-        settings["scheduler"]["params"]["warmup_num_steps"] = 1
-        return ranks.run(4, deepspeed_moe_runs.train, settings=settings, phased=phased)
+@pytest.fixture(scope="module")
+def trained(ranks):
+    """Rank by rank, for each ZeRO stage, schedule (None: stock) and way to run a block."""
+    cases = {}
+    for zero in (0, 1):
+        for schedule, phased in ((None, False), ("dualpipe", False), ("dualpipe", True)):
+            settings = training.settings(4, 2, zero=zero, schedule=schedule, clip=0.0)
+            settings["scheduler"]["params"]["warmup_num_steps"] = 1
+            cases[zero, schedule, phased] = {"settings": settings, "phased": phased}
+    found = ranks.run(4, training.each, call=deepspeed_moe_runs.train, cases=cases)
+    return lambda *case: [rank[case] for rank in found]
 
-    stock = run(None)
+
+@pytest.mark.parametrize("zero", [0, 1])
+def test_moe_layers_of_deepspeed_train_like_stock(trained, zero):
+    stock = trained(zero, None, False)
     expected = {(rank["replica"], name): value for rank in stock for name, value in rank["weights"].items()}
     for phased in (False, True):
-        for rank in run("dualpipe", phased):
+        for rank in trained(zero, "dualpipe", phased):
             assert rank["losses"] == pytest.approx(stock[0]["losses"], rel=1e-5)
             assert rank["losses"][-1] < rank["losses"][0]
             assert ({"dispatch", "combine"} <= rank["transfers"]) == phased

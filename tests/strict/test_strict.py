@@ -52,7 +52,7 @@ def test_forgiven_by_other_rules(on_twin):
 
 
 @pytest.mark.parametrize("eager", [True, False], ids=["eager", "lazy"])
-@pytest.mark.parametrize("world", [2, 3, 4, 8])
+@pytest.mark.parametrize("world", [2, 3, *(pytest.param(world, marks=pytest.mark.all) for world in (4, 8))])
 def test_transport(on_twin, world, eager):
     assert on_twin(world, strict_runs.transport, eager, in_flight=4) == [True] * world
     assert on_twin.hub.communicators <= 1 + 2 * (world - 1)

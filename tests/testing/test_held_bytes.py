@@ -8,20 +8,26 @@ import pytest
 ZERO = [(0, "fp32"), (1, "fp32"), (2, "fp32"), (0, "bf16"), (1, "bf16"), (2, "bf16")]
 
 
+REPLICAS = {"ranks": 2, "replicas": 2}
+
+
 @pytest.mark.parametrize(
-    ("schedule", "shape"),
+    ("schedule", "shape", "zero"),
     [
-        ("dualpipe", {"ranks": 4}),
-        ("dualpipe", {"ranks": 2, "replicas": 2}),
-        ("dualpipev", {"ranks": 2, "replicas": 2}),
-        (None, {"ranks": 2, "replicas": 2}),
+        ("dualpipe", {"ranks": 4}, ZERO[1:4]),
+        ("dualpipe", REPLICAS, ZERO[-2:]),
+        ("dualpipev", REPLICAS, ZERO[1:4]),
+        (None, REPLICAS, [ZERO[1], ZERO[3]]),
+        pytest.param("dualpipe", {"ranks": 4}, ZERO, marks=pytest.mark.all),
+        pytest.param("dualpipe", REPLICAS, ZERO, marks=pytest.mark.all),
+        pytest.param("dualpipev", REPLICAS, ZERO, marks=pytest.mark.all),
+        pytest.param(None, REPLICAS, [each for each in ZERO if each[0] < 2], marks=pytest.mark.all),
     ],
 )
-def test_computed_bytes_are_measured(ranks, schedule, shape):
+def test_computed_bytes_are_measured(ranks, schedule, shape, zero):
     cases = {
-        f"ZeRO-{zero} {precision}": {"zero": zero, "precision": precision, "schedule": schedule, **shape}
-        for zero, precision in ZERO
-        if schedule or zero < 2
+        f"ZeRO-{stage} {precision}": {"zero": stage, "precision": precision, "schedule": schedule, **shape}
+        for stage, precision in zero
     }
     for rank in ranks.run(4, memory_runs.many, cases=cases):
         for name, (measured, computed, waiting) in rank.items():

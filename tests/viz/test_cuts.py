@@ -32,7 +32,9 @@ def test_table_shows_the_gain(capsys):
     assert rows["dualpipe"] == ["> dualpipe", "153.6", "117.3", "23.6%", "19 23x6 3"]
 
 
-@pytest.mark.parametrize("more", [[], ["--optimize", "--costs", "1,1,1,2.25", "--comm", "0.05"]])
+@pytest.mark.parametrize(
+    "more", [[], pytest.param(["--optimize", "--costs", "1,1,1,2.25", "--comm", "0.05"], marks=pytest.mark.all)]
+)
 def test_json_can_be_simulated_again(capsys, tmp_path, more):
     path = tmp_path / "layers.json"
     weights = parse_layer_costs(LAYERS)

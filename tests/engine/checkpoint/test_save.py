@@ -6,6 +6,7 @@ import fcntl
 import json
 import random
 import threading
+from pathlib import Path
 
 import pytest
 import save_runs as runs
@@ -38,22 +39,26 @@ def test_a_save_in_the_background_is_that_of_a_plain_one(ranks, tmp_path):
     assert names[0] == names[1] and FILES in names[0]
 
 
-@pytest.mark.parametrize("sections", [{}, ASYNC], ids=["plain", "async"])
-@pytest.mark.parametrize("lost", [0, 1])
-def test_a_save_that_fails_costs_nothing_but_the_save(ranks, tmp_path, sections, lost):
-    found = ranks.run(
-        2,
-        runs.failing_save,
-        config=config(**sections),
-        ranks=2,
-        folder=str(tmp_path),
-        lost=lost,
-        background=bool(sections),
-    )
-    for error, losses, path in found:
-        assert f"is not saved, and what was saved before stands: rank {lost}: OSError: [Errno 28]" in error
-        assert losses == found[0][1] and path.endswith("first/mp_rank_00_model_states.pt")
-    assert sorted(path.name for path in tmp_path.iterdir() if path.is_dir()) == ["again", "first"]
+def test_a_save_that_fails_costs_nothing_but_the_save(ranks, tmp_path):
+    cases = {
+        (lost, name): {
+            "config": config(**sections),
+            "ranks": 2,
+            "folder": str(tmp_path / f"{lost} {name}"),
+            "lost": lost,
+            "background": bool(sections),
+        }
+        for lost in (0, 1)
+        for name, sections in (("plain", {}), ("async", ASYNC))
+    }
+    everyone = ranks.run(2, training.each, call=runs.failing_save, cases=cases)
+    for (lost, name), case in cases.items():
+        found = [rank[lost, name] for rank in everyone]
+        for error, losses, path in found:
+            assert f"is not saved, and what was saved before stands: rank {lost}: OSError: [Errno 28]" in error
+            assert losses == found[0][1] and path.endswith("first/mp_rank_00_model_states.pt")
+        folders = sorted(path.name for path in Path(case["folder"]).iterdir() if path.is_dir())
+        assert folders == ["again", "first"]
 
 
 def test_a_folder_that_cannot_be_written_is_told_on_all_ranks(ranks, tmp_path):

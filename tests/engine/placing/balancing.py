@@ -49,7 +49,7 @@ def make_module(ranks, method, replicas=1):
     )
 
 
-def train(config, ranks, method="uniform", steps=6):
+def train(config, ranks, method="uniform", steps=2):
     import dualpipe_engine
 
     module = make_module(ranks, method)
@@ -58,13 +58,15 @@ def train(config, ranks, method="uniform", steps=6):
     start = training.weights(engine)
     data = training.stream(0)
     losses = [float(engine.train_batch(data)) for _ in range(steps)]
-    return {
+    found = {
         "losses": losses,
         "parts": [int(part) for part in engine.module.parts],
         "built": built,
         "start": start,
         "weights": training.weights(engine),
     }
+    engine.destroy()
+    return found
 
 
 def measure(ranks, replicas, path):

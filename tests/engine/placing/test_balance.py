@@ -20,15 +20,20 @@ PLACEMENTS = {"dualpipe": BIDIRECTIONAL, "1f1b": LINEAR, "zbv": VEE}
 
 
 @pytest.fixture(scope="module")
-def stock(ranks):
-    return ranks.run(4, balancing.train, config=training.settings(8), ranks=4)
+def trained(ranks):
+    """Stock (schedule None) and ours, rank by rank."""
+    cases = {None: {"config": training.settings(8), "ranks": 4}}
+    for schedule in PLACEMENTS:
+        config = training.settings(8, schedule=schedule, partition_method="pairs")
+        cases[schedule] = {"config": config, "ranks": 4}
+    found = ranks.run(4, training.each, call=balancing.train, cases=cases)
+    return lambda schedule: [rank[schedule] for rank in found]
 
 
 @pytest.mark.parametrize("schedule", PLACEMENTS)
-def test_balanced_cuts_train_like_stock(ranks, stock, schedule):
+def test_balanced_cuts_train_like_stock(trained, schedule):
     """The PipelineModule was built with equal layer counts; layers that move bring their weights."""
-    config = training.settings(8, schedule=schedule, partition_method="pairs")
-    ours = ranks.run(4, balancing.train, config=config, ranks=4)
+    stock, ours = trained(None), trained(schedule)
     parts = ours[0]["parts"]
     assert all(rank["parts"] == parts for rank in ours)
     placement = Placement(PLACEMENTS[schedule], 4)

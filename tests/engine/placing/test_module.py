@@ -8,18 +8,29 @@ import training
 from ranks import RankError
 
 
+@pytest.fixture(scope="module")
+def built(ranks):
+    """Rank by rank, for each schedule, `seed_layers` and way to cut."""
+    cases = {
+        (schedule, seed, method): {"ranks": 4, "schedule": schedule, "seed_layers": seed, "method": method}
+        for schedule in ("dualpipe", "dualpipev")
+        for seed, method in ((False, "parameters"), (True, "uniform"), (False, "type:block"))
+    }
+    return ranks.run(4, training.each, call=training.built_weights, cases=cases)
+
+
 @pytest.mark.parametrize("schedule", ["dualpipe", "dualpipev"])
 @pytest.mark.parametrize(("seed_layers", "method"), [(False, "parameters"), (True, "uniform"), (False, "type:block")])
-def test_weights_survive_bit_for_bit(ranks, schedule, seed_layers, method):
-    found = ranks.run(4, training.built_weights, ranks=4, schedule=schedule, seed_layers=seed_layers, method=method)
-    built = {name: value for rank in found for name, value in rank["before"].items()}
+def test_weights_survive_bit_for_bit(built, schedule, seed_layers, method):
+    found = [rank[schedule, seed_layers, method] for rank in built]
+    before = {name: value for rank in found for name, value in rank["before"].items()}
     for number, rank in enumerate(found):
         assert rank["class"] == "PipelineModule"
         assert rank["same_random_state"]
-        assert set(rank["names"]) <= built.keys()
+        assert set(rank["names"]) <= before.keys()
         for name, value in rank["after"].items():
-            assert torch.equal(value, built[name]), f"rank {number}: {name}"
-    assert {name for rank in found for name in rank["names"]} == built.keys()
+            assert torch.equal(value, before[name]), f"rank {number}: {name}"
+    assert {name for rank in found for name in rank["names"]} == before.keys()
     if schedule == "dualpipe":
         assert [rank["stages"] for rank in found] == [(0, 3), (1, 2), (1, 2), (0, 3)]
         assert found[0]["names"] == found[3]["names"]
@@ -28,16 +39,16 @@ def test_weights_survive_bit_for_bit(ranks, schedule, seed_layers, method):
         assert len(found[0]["parts"]) == 9
 
 
-@pytest.mark.parametrize("how", ["groups", "list", "optimizer"])
-def test_parameter_groups_follow_their_parameters(ranks, how):
-    found = ranks.run(4, training.grouped, ranks=4, how=how)
-    for rank in found:
+def test_parameter_groups_follow_their_parameters(ranks):
+    cases = {how: {"ranks": 4, "how": how} for how in ("groups", "list", "optimizer")}
+    everyone = ranks.run(4, training.each, call=training.grouped, cases=cases)
+    for rank, first in ((rank[how], everyone[0][how]) for rank in everyone for how in cases):
         assert sorted(name for group in rank["groups"] for name in group) == rank["all"]
-        if how != "list":
+        if rank["how"] != "list":
             assert rank["decay"] == [0.5, 0.0]
             assert all(("norm" in name or "bias" in name or name == "10.weight") for name in rank["groups"][1])
             assert len(rank["groups"]) == 2
-        assert rank["losses"] == found[0]["losses"]
+        assert rank["losses"] == first["losses"]
 
 
 def test_different_data_at_the_ends_is_refused(ranks):

@@ -7,39 +7,69 @@ import torch
 import training
 import zero_runs
 
-SETTINGS = [(0, "fp32"), (0, "bf16"), (1, "fp32"), (1, "bf16")]
+#: name -> pipeline ranks, micro-batches, replicas, ZeRO stage, precision, schedule
+CASES = {
+    f"{pp} x {micros}, ZeRO-{zero}, {precision}": (pp, micros, 1, zero, precision, "dualpipe")
+    for pp, micros, settings in (
+        (2, 1, [(0, "fp32"), (1, "fp32"), (1, "bf16")]),
+        (4, 3, [(0, "fp32"), (0, "bf16"), (1, "fp32"), (1, "bf16")]),
+        (4, 8, [(0, "bf16"), (1, "fp32")]),
+        (4, 11, [(0, "fp32"), (1, "bf16")]),
+    )
+    for zero, precision in settings
+}
+REPLICAS = {
+    f"replicas of {schedule}, ZeRO-{zero}": (2, 3, 2, zero, "fp32", schedule)
+    for schedule in ("dualpipe", "zb1p")
+    for zero in (0, 1)
+}
+TIED = {f"tied across ranks, {precision}": (4, 3, 1, 1, precision, "1f1b") for precision in ("fp32", "bf16")}
 
 
-@pytest.mark.parametrize(("zero", "precision"), SETTINGS)
-@pytest.mark.parametrize(("pp", "micros"), [(2, 1), (4, 3), (4, 8), (4, 11)])
-def test_same_training_as_reducing_after_the_schedule(ranks, pp, micros, zero, precision):
+def given(pp, micros, replicas, zero, precision, schedule):
+    return {"config": training.settings(micros, replicas, zero, precision, schedule), "ranks": pp, "replicas": replicas}
+
+
+@pytest.fixture(scope="module")
+def both(ranks):
+    """The trainings under the tail and after the schedule, rank by rank; what has as many ranks shares a start."""
+    runs, every = {}, CASES | REPLICAS | TIED
+
+    def of(name):
+        world = every[name][0] * every[name][2]
+        if world not in runs:
+            cases = {name: given(*case) for name, case in every.items() if case[0] * case[2] == world}
+            runs[world] = ranks.run(world, training.each, call=zero_runs.both_ways, cases=cases)
+        return [rank[name] for rank in runs[world]]
+
+    return of
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_same_training_as_reducing_after_the_schedule(both, name):
     """Bit for bit: two copies are added up in either way."""
-    config = training.settings(micros, 1, zero, precision, "dualpipe")
-    found = ranks.run(pp, zero_runs.both_ways, config=config, ranks=pp)
-    for rank in found:
+    _, micros, *_, precision, _ = CASES[name]
+    for rank in both(name):
         tail, after = rank["tail"], rank["after"]
         assert after["kind"] == "AfterSchedule" != tail["kind"]
         if (precision, micros) == ("bf16", 1):
             continue  # there DeepSpeed's norm forgets the rank without a backward
         assert tail["losses"] == after["losses"]
-        for name, value in tail["weights"].items():
-            assert torch.equal(value, after["weights"][name]), name
+        for key, value in tail["weights"].items():
+            assert torch.equal(value, after["weights"][key]), key
 
 
-@pytest.mark.parametrize(("schedule", "zero"), [("dualpipe", 0), ("dualpipe", 1), ("zb1p", 0), ("zb1p", 1)])
-def test_with_replicas(ranks, schedule, zero):
-    config = training.settings(3, 2, zero, "fp32", schedule)
-    for rank in ranks.run(4, zero_runs.both_ways, config=config, ranks=2, replicas=2):
+@pytest.mark.parametrize("name", REPLICAS)
+def test_with_replicas(both, name):
+    for rank in both(name):
         assert rank["tail"]["losses"] == pytest.approx(rank["after"]["losses"], rel=1e-6)
-        for name, value in rank["tail"]["weights"].items():
-            torch.testing.assert_close(value, rank["after"]["weights"][name], rtol=1e-4, atol=1e-6)
+        for key, value in rank["tail"]["weights"].items():
+            torch.testing.assert_close(value, rank["after"]["weights"][key], rtol=1e-4, atol=1e-6)
 
 
-@pytest.mark.parametrize("precision", ["fp32", "bf16"])
-def test_weights_tied_across_ranks_stay_equal(ranks, precision):
-    config = training.settings(3, 1, 1, precision, "1f1b")
-    found = ranks.run(4, zero_runs.both_ways, config=config, ranks=4)
-    copies = [value for rank in found for name, value in rank["tail"]["weights"].items() if "tied" in name]
+@pytest.mark.parametrize("name", TIED)
+def test_weights_tied_across_ranks_stay_equal(both, name):
+    copies = [value for rank in both(name) for key, value in rank["tail"]["weights"].items() if "tied" in key]
     assert len(copies) == 2
     assert torch.equal(*copies)
 

@@ -175,9 +175,12 @@ def mutants(plan):
                 yield False, f"swap {rank}:{i},{j}", replaced(swapped)
 
 
-@pytest.mark.parametrize("lowered", [False, True])
-def test_every_mutation_that_changes_meaning_is_refused(lowered):
-    plan = make_plan("dualpipe", 4, 8)
+@pytest.mark.parametrize(
+    ("lowered", "micros", "many"),
+    [(False, 8, 500), (True, 4, 400), pytest.param(True, 8, 1500, marks=pytest.mark.all)],
+)
+def test_every_mutation_that_changes_meaning_is_refused(lowered, micros, many):
+    plan = make_plan("dualpipe", 4, micros)
     if lowered:
         plan = lower(plan)
     refused = accepted = 0
@@ -196,7 +199,7 @@ def test_every_mutation_that_changes_meaning_is_refused(lowered):
         else:
             assert passed == is_sound(mutant, lowered), what
         refused, accepted = refused + (not passed), accepted + passed
-    assert refused > (1500 if lowered else 500)
+    assert refused > many
     assert accepted > 0
 
 
