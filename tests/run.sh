@@ -31,4 +31,4 @@ echo "== mypy"
 python -m mypy
 echo "== pytest"
 # A file's tests run in one process, so that what they share is made once; two files at a time hide each other's waits.
-python -m pytest -n logical --maxprocesses 8 --dist loadfile "${ORDER[@]}" "$@"
+python -m pytest -n logical --maxprocesses 8 --dist loadfile --no-loadscope-reorder "${ORDER[@]}" "$@"
