@@ -48,7 +48,7 @@ def test_flips_that_are_refused(ranks, start, on_ranks, config, text):
     errors = caught.value.errors
     assert sorted(errors) == [0, 1]
     assert all(text in error[1] for error in errors.values())
-    assert any(error[1].startswith("requires_grad of 0.a.weight") for error in errors.values())
+    assert any("requires_grad of 0.a.weight" in error[1] for error in errors.values())
 
 
 def test_buffers_that_forwards_write(ranks):
