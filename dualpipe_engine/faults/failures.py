@@ -65,6 +65,9 @@ class Failures:
         rank: global rank.
         world: number of ranks.
         send: sends a message to a rank; any thread may call it.
+
+    Attributes:
+        found: by number, the failures of batches that are not over here.
     """
 
     def __init__(self, rank: int, world: int, send: Callable[[int, dict[str, Any]], None]) -> None:
@@ -72,7 +75,7 @@ class Failures:
         self._others = set(range(world)) - {rank}
         self._lock = threading.Lock()
         self._batch = 0
-        self._known: dict[int, Failure] = {}
+        self.found: dict[int, Failure] = {}
         self._heard: dict[int, set[int]] = {}  # batch -> ranks, on rank 0
         self._settled: set[int] = set()
         self._own: tuple[Exception, str] | None = None
@@ -87,14 +90,14 @@ class Failures:
     def end(self) -> None:
         """It is over, on all ranks."""
         with self._lock:
-            self._known.pop(self._batch, None)
+            self.found.pop(self._batch, None)
             self._heard.pop(self._batch, None)
             self._settled.discard(self._batch)
 
     @property
     def known(self) -> bool:
         """Whether the batch has failed somewhere."""
-        return self._batch in self._known
+        return self._batch in self.found
 
     def tell(self, error: Exception, where: str) -> None:
         """The batch fails here."""
@@ -126,7 +129,7 @@ class Failures:
 
     def error(self) -> Exception | None:
         """What this rank is to raise, an error that all ranks raise; None: the batch has not failed."""
-        failure = self._known.get(self._batch)
+        failure = self.found.get(self._batch)
         if failure is None:
             return None
         error: Exception = failure.error()
@@ -141,7 +144,7 @@ class Failures:
 
     def open(self) -> Failure | None:
         """The failure of a batch that is not over on this rank."""
-        return next(iter(self._known.values()), None)
+        return next(iter(self.found.values()), None)
 
     def obey(self, source: int, message: dict[str, Any]) -> None:
         """A message of another rank."""
@@ -150,7 +153,7 @@ class Failures:
             if self._rank == 0:
                 self._relay(failure)
             else:
-                self._known[failure.batch] = failure
+                self.found[failure.batch] = failure
                 self._send(0, {"heard": failure.batch})
         elif "heard" in message:
             self._hear(message["heard"], source)
@@ -160,9 +163,9 @@ class Failures:
     def _relay(self, failure: Failure) -> None:
         """On rank 0: the first one of a batch counts."""
         with self._lock:
-            if failure.batch in self._known:
+            if failure.batch in self.found:
                 return
-            self._known[failure.batch] = failure
+            self.found[failure.batch] = failure
             self._heard[failure.batch] = set()
         for rank in self._others:
             self._send(rank, {"failed": asdict(failure)})

@@ -9,7 +9,7 @@ import threading
 import time
 import traceback
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from functools import wraps
 from multiprocessing.util import Finalize
@@ -110,6 +110,11 @@ class Watch:
     def batch_failed(self) -> bool:
         """Whether the batch has failed on a rank, so that nothing is to be made of what comes from others."""
         return self._lifeline.failures.known
+
+    @property
+    def failures(self) -> Mapping[int, object]:
+        """Failures of batches that are not over; a live view, empty as long as all goes well."""
+        return self._lifeline.failures.found
 
     def fail_batch(self, error: Exception | None, where: str = "") -> None:
         """The batch fails on this rank; return when all ranks know, and are about to bring it to its end.

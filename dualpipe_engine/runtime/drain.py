@@ -18,6 +18,10 @@ class Failing(Protocol):
     """Who knows of batches that fail."""
 
     @property
+    def failures(self) -> Mapping[int, object]:
+        """A live view, which is empty as long as all goes well: a look at it costs an op nothing."""
+
+    @property
     def batch_failed(self) -> bool:
         """Whether the batch has failed on a rank."""
 

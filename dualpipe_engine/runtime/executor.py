@@ -89,6 +89,7 @@ class Executor:
         self._on_micro = on_micro
         self._borders = borders
         self._failing = failing
+        self._failures: Mapping[int, object] = {} if failing is None else failing.failures
         self.scale = 1.0
         self._handlers: dict[str, Callable[[Op], None]] = {
             F: self._forward,
@@ -139,7 +140,8 @@ class Executor:
                     if drain is not None:
                         drain.run(op)
                         continue
-                    self._stop_if_failed()
+                    if self._failures:
+                        self._stop_if_failed()
                     if self._unnoted and op.kind not in SENDS:
                         self._note()
                     self._handlers[op.kind](op)
@@ -223,7 +225,8 @@ class Executor:
             start = self._observer.now()
             inputs = self._edges.wait_forward(stage, micro)
             self._observer.waited(RECEIVE, op, start)
-            self._stop_if_failed()
+            if self._failures:
+                self._stop_if_failed()
         return as_leaves(inputs) if self._train else inputs
 
     def _take_grads(self, op: Op) -> list[torch.Tensor] | None:
@@ -236,7 +239,8 @@ class Executor:
         start = self._observer.now()
         grads = self._edges.wait_backward(stage, micro)
         self._observer.waited(RECEIVE, op, start)
-        self._stop_if_failed()
+        if self._failures:
+            self._stop_if_failed()
         return grads
 
     def _labels(self, op: Op) -> Nest:
