@@ -54,6 +54,8 @@ class Filling:
             while not moments and weights and not tickets.done():
                 weights.popleft()()
         tickets.wait(self._timeout_s)
+        if self._measuring and self._measured is not None:
+            self._measured.waited()
 
     def _fill(self, ends: list[Moment], weights: Weights) -> None:
         """Before a wait for transfers that end at `ends`."""
@@ -87,7 +89,11 @@ class _Measurement:
         start, self._last = self._last, _now()
         self._ran[weight] = (start, self._last)
 
+    def waited(self) -> None:
+        self._last = _now()  # behind the transfers' ends
+
     def happened(self) -> bool:
+        """Whether all of its moments have."""
         return bool(self._last.query())
 
     def into(self, gaps: dict[int, float], costs: dict[int, float]) -> None:

@@ -16,11 +16,12 @@ class Device:
 
     def __init__(self):
         self.now = 0.0
+        self.seen = float("inf")  # how far it has come while the host looks
         self.events = 0
 
     def event(self):
         self.events += 1
-        return Event(self.now)
+        return Event(self, self.now)
 
     def work(self, seconds):
         self.now += seconds
@@ -30,17 +31,18 @@ class Device:
 
 
 class Event:
-    def __init__(self, at):
-        self.at = at
+    def __init__(self, device, at):
+        self.device, self.at = device, at
 
     def query(self):
-        return True
+        return self.at <= self.device.seen
 
     def elapsed_time(self, later):
+        assert self.query() and later.query(), "as CUDA says: not ready"
         return 1e3 * (later.at - self.at)
 
     def since(self, earlier):
-        return self.at - earlier.at
+        return earlier.elapsed_time(self) / 1e3
 
 
 class Transfer:
@@ -62,7 +64,7 @@ class Transfer:
         return None
 
     def moments(self):
-        return None if self.device is None else (Event(0.0), Event(self.end), None, None)
+        return None if self.device is None else (Event(self.device, 0.0), Event(self.device, self.end), None, None)
 
 
 def tickets(transfer, leads_on=False):
@@ -119,6 +121,18 @@ def test_later_pairs_are_measured_now_and_then(device):
         pair(device, found)
         counts.append(device.events > before)
     assert all(counts[:FIRST]) and [at for at, on in enumerate(counts) if on][FIRST:] == [ONE_IN, 2 * ONE_IN]
+
+
+def test_a_pair_whose_last_transfer_is_under_way_is_not_looked_at(device):
+    """The computation has come to the last wait, and the host to the next pair, while the transfer goes on."""
+    found = Filling(1.0)
+    pair(device, found, weights=())
+    device.seen = device.now - 1.0
+    pair(device, found)
+    assert not found._gaps
+    device.seen = float("inf")
+    pair(device, found)
+    assert found._gaps
 
 
 def test_where_the_host_sees_the_end_it_decides(device):
