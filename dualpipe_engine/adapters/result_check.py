@@ -77,14 +77,12 @@ def _others(model: nn.Module, probe: Mapping[str, Any]) -> dict[str, Any]:
     def other(key: str, value: Nest) -> Nest:
         if not isinstance(value, torch.Tensor):
             return value
-        if value.is_floating_point() and config is not None:
-            shape = (2, *value.shape[1:])
-            return torch.randn(shape, generator=generator).to(value.device, value.dtype)
         if value.is_floating_point():
-            return torch.randn(value.shape, generator=generator).to(value.device, value.dtype)
+            shape = value.shape if config is None else (2, *value.shape[1:])
+            return torch.randn(shape, generator=generator).to(value.device, value.dtype)
         if key == "input_ids" and config is not None:
             most = min(40, config.get_text_config().vocab_size)
-            return torch.randint(3, most, (2, 6), generator=generator).to(value.device)
+            return torch.randint(min(3, most - 1), most, (2, 6), generator=generator).to(value.device)
         return value
 
     return {key: other(key, value) for key, value in probe.items()}
