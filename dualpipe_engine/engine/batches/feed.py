@@ -48,7 +48,7 @@ class BatchFeed:
         fingerprint: bool = False,
     ) -> None:
         placement, last = place.placement, place.placement.num_stages - 1
-        self._directions = placement.num_directions
+        self._feeds, self._directions = place.feeds, placement.num_directions
         # by direction: whether its inputs enter here, and whether its labels are needed here
         self._enters = [placement.rank(0, direction) == place.rank for direction in range(self._directions)]
         self._leaves = [placement.rank(last, direction) == place.rank for direction in range(self._directions)]
@@ -80,7 +80,7 @@ class BatchFeed:
 
     def drain(self) -> None:
         """Read what is left of the batch, so that both ends leave the stream at the same place."""
-        if any(self._enters) or any(self._leaves):
+        if self._feeds:
             self._read_until(self._num_micro - 1)
 
     def _read_until(self, micro: int) -> None:
