@@ -65,12 +65,10 @@ def refuse_hooks(
         raise ConfigError('precision="16-mixed" scales losses that this strategy does not see: use "bf16-mixed" or 32')
     for name in BACKWARD:
         if getattr(type(module), name) is not getattr(base, name):
-            raise ConfigError(
-                f"{type(module).__name__}.{name} would not be called: gradients come out of training_step"
-            )
+            raise ConfigError(f"{type(module).__name__}.{name} has no place here: gradients come out of training_step")
         for callback in callbacks:
             if hasattr(callback, name) and is_overridden(name, callback):
                 raise ConfigError(
-                    f"{type(callback).__name__}.{name} would not be called: gradients come out of training_step; use "
+                    f"{type(callback).__name__}.{name} has no place here: gradients come out of training_step; use "
                     "on_before_optimizer_step"
                 )
