@@ -46,16 +46,6 @@ def register_transport(backend: str, make: MakeTransport) -> None:
     _ADDED[backend] = make
 
 
-def open_transport(
-    ranks: Sequence[int],
-    rank: int,
-    group: dist.ProcessGroup,
-    device: torch.device,
-    log: list[StreamTicket] | None = None,
-    *,
-    edges: Iterable[Pair],
-    timeout_s: float,
-) -> PipelineTransport:
-    """The transport of one rank, of the kind that is registered for the group's backend; see `GroupTransport`."""
-    make = _ADDED.get(dist.get_backend(group), GroupTransport)
-    return make(ranks, rank, group, device, log, edges=edges, timeout_s=timeout_s)
+def transport_of(group: dist.ProcessGroup) -> MakeTransport:
+    """What makes the transport of a rank of a pipeline: of the kind that is registered for the group's backend."""
+    return _ADDED.get(dist.get_backend(group), GroupTransport)

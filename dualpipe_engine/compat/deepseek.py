@@ -17,7 +17,7 @@ from ..comm.communicators import matches_by_tag, open_pairs
 from ..comm.nest import Nest
 from ..comm.p2p import Edges
 from ..comm.transport import Transport
-from ..comm.transports import PipelineTransport, open_transport
+from ..comm.transports import PipelineTransport, transport_of
 from ..errors import ConfigError
 from ..runtime.executor import Executor
 from ..runtime.observer import Observer
@@ -326,7 +326,7 @@ def _connect(
     if sorted(mapping) != list(range(size)):
         raise ConfigError(f"rank_mapping must hold each of 0..{size - 1} once, got {mapping}")
     ranks = [dist.get_global_rank(group, mapping.index(position)) for position in range(size)]
-    transport = open_transport(
+    transport = transport_of(group)(
         ranks, mapping[dist.get_rank(group)], group, _device_of(modules), edges=edges, timeout_s=TIMEOUT_S
     )
     return ranks, transport, group

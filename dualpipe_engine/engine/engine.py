@@ -20,7 +20,7 @@ from ..comm.nest import Nest
 from ..comm.p2p import Edges
 from ..comm.stream import StreamTicket
 from ..comm.tickets import Transfer
-from ..comm.transports import open_transport
+from ..comm.transports import transport_of
 from ..errors import ConfigError, raised_everywhere
 from ..faults.watch import Watch, watched
 from ..runtime.apex_support import apex_status
@@ -224,7 +224,7 @@ class DualPipeEngine(LifeCycle, Evaluation, Measuring, Reporting, Checkpoints, L
         timeout = self.dualpipe_config.p2p_timeout_s
         self._transported: list[StreamTicket] = []  # of the last batch, between stages
         with waiting():  # it connects the ends of its edges
-            self._transport = transport = open_transport(
+            self._transport = transport = transport_of(self._pipeline_group)(
                 self.place.pipeline,
                 self.place.rank,
                 self._pipeline_group,

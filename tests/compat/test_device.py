@@ -18,7 +18,7 @@ def test_transport_has_the_device_of_the_modules(monkeypatch, make, ranks):
         def __init__(self, *args, edges, **kwargs):
             made.append((args[3], edges))
 
-    monkeypatch.setattr(deepseek, "open_transport", Transport)
+    monkeypatch.setattr(deepseek, "transport_of", lambda group: Transport)
     monkeypatch.setattr(dist, "is_initialized", lambda: True)
     monkeypatch.setattr(dist, "get_world_size", lambda group: ranks)
     monkeypatch.setattr(dist, "get_rank", lambda group=None: 0)

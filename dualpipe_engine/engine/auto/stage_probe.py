@@ -19,7 +19,7 @@ from deepspeed.pipe import PipelineModule
 from ...comm.device import side_stream
 from ...comm.nest import Nest
 from ...comm.p2p import Edges
-from ...comm.transports import open_transport
+from ...comm.transports import transport_of
 from ...runtime.chunk import StageChunk
 from ...runtime.executor import Executor
 from ...runtime.observer import Observer
@@ -88,7 +88,7 @@ def stage_costs(
         saved = _SavedBytes(chunk, module)
         with waiting():
             group, edges_of = module._grid.pp_proc_group, place.placement.edges()
-            transport = open_transport(place.pipeline, stage, group, device, edges=edges_of, timeout_s=timeout_s)
+            transport = transport_of(group)(place.pipeline, stage, group, device, edges=edges_of, timeout_s=timeout_s)
         edges = Edges(transport, device, timeout_s, dynamic_shape=module.dynamic_shape)
         bench = _Bench(module, place, chunk, edges, device)
         try:
