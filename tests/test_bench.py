@@ -21,7 +21,7 @@ def report():
     with pytest.MonkeyPatch.context() as patch:
         patch.syspath_prepend(BENCH)
         patch.setitem(sys.modules, "ranks", SimpleNamespace(run_ranks=None))  # the tests' own `ranks` has another
-        return importlib.import_module("report")
+        yield importlib.import_module("report")
 
 
 def test_planner_rows_count_the_ops_of_their_plans(report):
