@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import nullcontext
-from typing import Any
+from typing import Protocol
 
 import torch
 import torch.distributed as dist
@@ -53,24 +53,46 @@ def exchange(
     """
     if group.size() == 1:
         return rows
-    route = (group, tickets, stream or shared_stream(rows.device))
-    return _Exchange.apply(rows, tuple(send), tuple(receive), ready, *route)
+    stream = stream or shared_stream(rows.device)
+    return _Exchange.apply(rows, tuple(send), tuple(receive), ready, group, tickets, stream)
+
+
+class _Kept(Protocol):
+    """What a forward leaves to its backward."""
+
+    splits: tuple[Sequence[int], Sequence[int]]
+    route: tuple[dist.ProcessGroup, Tickets | None, SharedStream]
 
 
 class _Exchange(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, rows: Tensor, send: Any, receive: Any, ready: bool, *route: Any) -> Tensor:
-        ctx.splits, ctx.route = (receive, send), route
-        return _post(rows, send, receive, ready, *route)
+    def forward(
+        ctx: _Kept,
+        rows: Tensor,
+        send: Sequence[int],
+        receive: Sequence[int],
+        ready: bool,
+        group: dist.ProcessGroup,
+        tickets: Tickets | None,
+        stream: SharedStream,
+    ) -> Tensor:
+        ctx.splits, ctx.route = (receive, send), (group, tickets, stream)
+        return _post(rows, send, receive, ready, group, tickets, stream)
 
     @staticmethod
-    def backward(ctx: Any, *grads: Any) -> Any:
+    def backward(ctx: _Kept, grad: Tensor) -> tuple[Tensor | None, ...]:
         send, receive = ctx.splits
-        return _post(grads[0], send, receive, False, *ctx.route), None, None, None, None, None, None
+        return _post(grad, send, receive, False, *ctx.route), None, None, None, None, None, None
 
 
 def _post(
-    rows: Tensor, send: Any, receive: Any, ready: bool, group: Any, tickets: Tickets | None, stream: SharedStream
+    rows: Tensor,
+    send: Sequence[int],
+    receive: Sequence[int],
+    ready: bool,
+    group: dist.ProcessGroup,
+    tickets: Tickets | None,
+    stream: SharedStream,
 ) -> Tensor:
     ready = ready and rows.is_contiguous() and rows.device.type != "cpu"
     rows = rows.contiguous()
