@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import nullcontext
+from functools import partial
 from typing import Protocol
 
 import torch
@@ -16,7 +17,6 @@ import torch.distributed as dist
 from torch import Tensor
 
 from ..schedule.progress import waiting
-from .device import on_stream, pinned_empty
 from .stream import SharedStream, shared_stream
 from .tickets import Moments, Tickets
 
@@ -97,7 +97,7 @@ def _post(
     ready = ready and rows.is_contiguous() and rows.device.type != "cpu"
     rows = rows.contiguous()
     # What the current stream frees may still be in use there: memory for what does not wait for it is another stream's.
-    with on_stream(stream.side) if ready and stream.side is not None else nullcontext():
+    with stream.side.running() if ready else nullcontext():
         out = rows.new_empty((sum(receive), *rows.shape[1:]))
     what = f"all-to-all of group rank {group.rank()}"
     ticket = stream.posts.all_to_all(group, out, rows, receive, send, what, not ready)
@@ -145,20 +145,7 @@ class Counts:
         """Bring the numbers to the host: of a MoE layer, forward and backward, the one wait of the host for the device.
         The copy follows the exchange alone, while the device goes on with what it has been given before."""
         self._ticket.wait(timeout_s)
-        side = self._stream.side
-        if side is None:
-            self._read(self.both)
-            return
-        landed = pinned_empty(self.both.shape, self.both.dtype)
-        with on_stream(side):
-            self._ticket.wait(timeout_s)
-            landed.copy_(self.both, non_blocking=True)
-            copied = side.record_event()
-        copied.synchronize()
-        self._read(landed)
-
-    def _read(self, both: Tensor) -> None:
-        sent, received = both.tolist()
+        sent, received = self._stream.side.to_host(self.both, partial(self._ticket.wait, timeout_s)).tolist()
         self.send, self.receive = [sum(each) for each in sent], [sum(each) for each in received]
         self.expected = [sum(each) for each in zip(*received, strict=True)]
 
