@@ -22,7 +22,8 @@ from ..comm.stream import StreamTicket
 from ..comm.tickets import Transfer
 from ..comm.transports import transport_of
 from ..errors import ConfigError, raised_everywhere
-from ..faults.watch import Watch, watched
+from ..faults.watch import Watch
+from ..faults.watched import watched
 from ..runtime.apex_support import apex_status
 from ..runtime.chunk import StageChunk
 from ..runtime.executor import Executor

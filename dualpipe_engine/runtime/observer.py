@@ -138,7 +138,7 @@ class Stretch:
                 self._range = _NvtxRange
         self.start = observer.now()
 
-    def __exit__(self, *error: Any) -> None:
+    def __exit__(self, *error: object) -> None:
         self.stop()
         if self._range is not None:
             self._range.__exit__(*error)
@@ -148,7 +148,7 @@ class Stretch:
 
 class _NvtxRange:
     @staticmethod
-    def __exit__(*error: Any) -> None:
+    def __exit__(*error: object) -> None:
         torch.cuda.nvtx.range_pop()
 
 
