@@ -33,7 +33,7 @@ from ..placing.grid import Place
 from ..placing.partition import layer_name
 from ..placing.stages import set_activation_checkpointing
 from .link_probe import reduction_seconds
-from .stage_probe import stage_costs
+from .stage_probe import probe_stages
 
 DEFAULT_FILE = "dualpipe_costs.json"  #: in the working directory
 
@@ -142,7 +142,7 @@ def _measure(
         logger.info(f'"schedule": "auto" measures {ranks} stages on {device}')
     _cast(module, settings, {"bf16": torch.bfloat16, "fp16": torch.half}.get(job["precision"]))
     set_activation_checkpointing(module, settings.get("pipeline", {}))
-    costs = stage_costs(
+    costs = probe_stages(
         module,
         place,
         next_batch,

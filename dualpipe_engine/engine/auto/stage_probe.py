@@ -42,7 +42,7 @@ from .link_probe import transfer_seconds
 BATCHES = 3  #: measured, after one that warms up
 
 
-def stage_costs(
+def probe_stages(
     module: PipelineModule,
     place: Place,
     next_batch: Callable[[], Nest],

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import zlib
 from collections.abc import Iterator, Sequence
-from typing import Any
 
 from deepspeed.pipe import LayerSpec, PipelineModule, TiedLayerSpec
 from deepspeed.runtime.pipe.topology import PipelineParallelGrid
@@ -64,7 +63,7 @@ def agree_on_schedule(error: DualPipeError | None, schedule: str) -> None:
         )
 
 
-def agree_on_job(settings: dict[str, Any], module: PipelineModule) -> None:
+def agree_on_job(settings: Settings, module: PipelineModule) -> None:
     """Compare the configuration and the layers of all ranks. Collective over all ranks.
 
     Arguments of layers are compared within each pipeline: replicas that share experts and slices of one model differ
