@@ -168,9 +168,9 @@ class Batch:
 
     def resolve(self) -> BatchRecord:
         """The record in seconds of the host's monotonic clock; waits for the accelerator."""
-        found = self.on_clock(self.transfers)
+        transfers = self.on_clock(self.transfers)
         marks = [Mark(kind, op, self._seconds(start), self._seconds(end)) for kind, op, start, end in self.stretches]
-        marks += [Mark(PHASE, _NO_OP, t.posted, t.finished, t.name, t.waited) for t in found]
+        marks += [Mark(PHASE, _NO_OP, t.posted, t.finished, t.name, t.waited) for t in transfers]
         start = 0.0 if self.start is None else self._seconds(self.start)
         return BatchRecord(start, start if self.end is None else self._seconds(self.end), marks)
 

@@ -159,9 +159,9 @@ class PhasedChunk(StageChunk):
         backward = other._backward_steps(back, grads, scale, weights)
         filling = self._fillings.setdefault(other.stage, Filling(self._timeout_s))
         filling.begin()
-        output, found = interleave(forward, backward, partial(filling.wait, weights=weights))
+        output, input_grads = interleave(forward, backward, partial(filling.wait, weights=weights))
         _run_all(weights)
-        return output, found
+        return output, input_grads
 
     def clear(self) -> None:
         super().clear()
@@ -200,30 +200,30 @@ class PhasedChunk(StageChunk):
         with self._keeping_back(weights):
             self._run_backward(last, grads, scale)
         leaves = last.leaves
-        found: Grads = [leaf.grad for leaf in leaves]
+        back: Grads = [leaf.grad for leaf in leaves]
         for phase, segment in zip(reversed(self._phases[:-1]), reversed(segments), strict=True):
             leaves = segment.leaves
-            given = [(edge, grad) for edge, grad in zip(segment.edges, found, strict=True) if grad is not None]
+            given = [(edge, grad) for edge, grad in zip(segment.edges, back, strict=True) if grad is not None]
             edges = [edge for edge, _ in given if not isinstance(edge, int)]
             of_edges = [grad for edge, grad in given if not isinstance(edge, int)]
             if phase.kind == COMPUTE:
                 with self._keeping_back(weights):
                     if edges:
                         torch.autograd.backward(edges, of_edges)
-                found = [leaf.grad for leaf in leaves]
+                back = [leaf.grad for leaf in leaves]
                 continue
-            found = [None] * len(leaves)
+            back = [None] * len(leaves)
             if segment.travels_back:
                 yield None
                 # `grad` hands over what the phase has posted; `backward` would copy it before it has arrived.
                 if edges:
-                    found = list(torch.autograd.grad(edges, leaves, of_edges, allow_unused=True))
+                    back = list(torch.autograd.grad(edges, leaves, of_edges, allow_unused=True))
                 yield segment.tickets
             for edge, grad in given:
                 if isinstance(edge, int):
-                    before = found[edge]
-                    found[edge] = grad if before is None else before + grad
-        return [torch.zeros_like(leaf) if grad is None else grad for leaf, grad in zip(leaves, found, strict=True)]
+                    before = back[edge]
+                    back[edge] = grad if before is None else before + grad
+        return [torch.zeros_like(leaf) if grad is None else grad for leaf, grad in zip(leaves, back, strict=True)]
 
     @contextmanager
     def _keeping_back(self, weights: Weights) -> Iterator[None]:
