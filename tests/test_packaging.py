@@ -33,7 +33,7 @@ FOREIGN = {
     "runtime": {"torch"},
     "profiling": {"rich"},
     "page": {"plotly"},
-    "models": {"torch", "deepspeed"},
+    "models": {"torch", "deepspeed", "transformers", "safetensors"},
     "engine": {"torch", "deepspeed", "pydantic", "numpy", "safetensors"},
     "adapters": {"torch", "deepspeed", "transformers", "safetensors"},
     "compat": {"torch"},
