@@ -31,7 +31,8 @@ _HEADER = _MAX_TENSORS - 1
 
 
 def _tag(kind: int, stage: int, micro: int, index: int) -> int:
-    return ((micro * 1024 + stage % 1024) * 2 + kind) * _MAX_TENSORS + index
+    """Below 2^30, as a tag has 31 bits; no two messages under way are 8192 micro-batches apart."""
+    return ((micro % 8192 * 1024 + stage % 1024) * 2 + kind) * _MAX_TENSORS + index
 
 
 @dataclass(slots=True)
@@ -108,7 +109,10 @@ class Edges:
         """The tensors of an output, after a header where the receiver cannot know them."""
         tensors, meta = flatten(output)
         if len(tensors) > _HEADER:
-            raise OutputError(f"stage {stage} passes on {len(tensors)} tensors, more than {_HEADER}")
+            raise OutputError(
+                f"stage {stage} passes on {len(tensors)} tensors in micro-batch {micro}, a message holds {_HEADER}: "
+                "let its last layer join some of them"
+            )
         before = self._sent.get(stage)
         if self._dynamic or before is None:
             header = encode(meta).to(self._device)

@@ -151,9 +151,9 @@ class Watch:
 
     def _leave(self) -> None:
         """At the end of the process."""
-        error = getattr(sys, "last_value", None)
+        error = _uncaught()
         told = getattr(error, "everywhere", False) or self._lifeline.text is not None
-        if isinstance(error, BaseException) and not told:
+        if error is not None and not told:
             self._lifeline.fail("".join(traceback.format_exception(error)))
         self.close()
 
@@ -349,6 +349,13 @@ def _behind(reports: dict[int, Message]) -> int:
     if rank in busy or not busy:
         return rank
     return max(busy, key=lambda each: reports[each]["age"])
+
+
+def _uncaught() -> BaseException | None:
+    """The error that ends this process: of a script, of a function that multiprocessing has started, or of one that
+    torch's `spawn` has, which leaves by `sys.exit`."""
+    error = getattr(sys, "last_value", None) or sys.exc_info()[1]
+    return error.__context__ if isinstance(error, SystemExit) else error
 
 
 Value = TypeVar("Value")
