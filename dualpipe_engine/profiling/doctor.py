@@ -84,16 +84,7 @@ class _Case:
     @cached_property
     def cut(self) -> CostModel:
         """Costs of the model cut into as many stages as there are ranks."""
-        if self.plan.placement.parts == 1:
-            return self.costs
-
-        def joined(value: float | tuple[float, ...]) -> float | tuple[float, ...]:
-            if not isinstance(value, tuple):
-                return 2 * value
-            return tuple(value[at] + value[at + 1] for at in range(0, len(value), 2))
-
-        fb = None if self.costs.fb is None else joined(self.costs.fb)
-        return replace(self.costs, f=joined(self.costs.f), i=joined(self.costs.i), w=joined(self.costs.w), fb=fb)
+        return self.costs.joined(self.plan.placement.parts)
 
     @cached_property
     def slowness(self) -> dict[int, float]:
@@ -165,7 +156,10 @@ def _few_micro_batches(case: _Case) -> Finding | None:
     plan, cost = case.plan, max(rank.bubble for rank in case.pipeline)
     if plan.schedule not in KNOWN:
         return None
-    more = make_plan(plan.schedule, case.num_ranks, 2 * plan.num_micro, case.costs, optimize=True)
+    stages = plan.placement.stages_per_rank
+    more = make_plan(
+        plan.schedule, case.num_ranks, 2 * plan.num_micro, case.costs, optimize=True, stages_per_rank=stages
+    )
     gain = case.makespan - simulate(more, case.costs).makespan / 2
     if cost < 0.15 * case.step or gain < 0.05 * case.step:
         return None
@@ -205,7 +199,8 @@ def _halved(case: _Case) -> CostModel:
 
 def _other_schedule(case: _Case) -> Finding | None:
     split = case.profile.facts.get("weight_split") != 0
-    rows = compare(case.num_ranks, case.plan.num_micro, case.cut, split_backward=split)
+    stages = case.plan.placement.stages_per_rank
+    rows = compare(case.num_ranks, case.plan.num_micro, case.cut, split_backward=split, stages_per_rank=stages)
     first = fastest(rows)
     # A second copy of the parameters must be worth it, as `_overlap` has it for those who run one.
     near = [row for row in rows if first is not None and row.total <= first.total + SAME * case.step]
@@ -237,8 +232,9 @@ def _exposed_communication(case: _Case) -> Finding | None:
         )
     else:
         advice = (
-            "Use larger micro-batches or bf16 activations, and a schedule with one stage a rank (zbv and dualpipev "
-            'send twice as often); layers with phases() hide their own transfers under "dualpipe" and "dualpipev".'
+            "Use larger micro-batches or bf16 activations, and a schedule with one stage a rank (with more of them "
+            'micro-batches are sent more often); layers with phases() hide their own transfers under "dualpipe" and '
+            '"dualpipev".'
         )
     gain = case.makespan - simulate(case.plan, replace(case.costs, comm=0.0)).makespan
     return Finding(

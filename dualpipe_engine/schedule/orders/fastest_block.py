@@ -91,7 +91,7 @@ def under(num_ranks: int, num_micro: int, cap: int, schedule: str) -> Plan:
     Raises:
         PlanError: a count is below 1.
     """
-    check_size(Placement(VEE, num_ranks).num_ranks, num_micro)
+    check_size(Placement(VEE, num_ranks), num_micro)
     worth = WORTH if schedule == "vhalf" and num_micro < num_ranks and num_ranks >= MANY_RANKS else 0.0
     search = FastestBlock(num_ranks, min(num_micro, 3 * num_ranks), UNIT, worth=worth)
     search.try_cap(cap)

@@ -9,7 +9,6 @@ from ...errors import PlanError
 from ..gc_paused import collector_paused
 from ..orders.registry import known_schedule
 from ..passes.rewrite import join, pair_up, safe_fuse, unpair, wfill
-from ..placement import Placement
 from ..plan import Plan, check_size
 from ..timing.costs import UNIT, CostModel
 from ..timing.simulate import peak_activations, simulate
@@ -28,6 +27,7 @@ def make_plan(
     optimize: bool = False,
     activation_cap: int | None = None,
     split_backward: bool = True,
+    stages_per_rank: int | None = None,
 ) -> Plan:
     """Make the compute ops of a schedule.
 
@@ -43,14 +43,15 @@ def make_plan(
             order holds with many micro-batches, PP + 1 for "dualpipe". "zbv", "vhalf" and "vmin" have a plan for every
             cap from 2; with `optimize` a larger cap never makes it slower.
         split_backward: False: only full backwards, for models that cannot split them into I and W.
+        stages_per_rank: stages that a rank holds, for "interleaved" and "interleaved_zb" (None: 2).
 
     Raises:
-        PlanError: the name is unknown, the rank count does not fit the schedule, the costs are for another number of
-            stages, or no plan keeps within the cap.
+        PlanError: the name is unknown, the rank count or the stages a rank do not fit the schedule, the costs are for
+            another number of stages, or no plan keeps within the cap.
     """
-    known = known_schedule(schedule)
-    check_size(num_ranks, num_micro)
-    placement = Placement(known.placement, num_ranks)
+    known = known_schedule(schedule, stages_per_rank)
+    placement = known.on(num_ranks)
+    check_size(placement, num_micro)
     costs.check(placement.num_stages)
     reference = known.generate(num_ranks, num_micro)
     if not split_backward:
