@@ -14,6 +14,7 @@ from dualpipe_engine.schedule.op import COMPUTE, FB, RECV_B, RECV_F, SEND_B, SEN
 from dualpipe_engine.schedule.orders.registry import KNOWN, SCHEDULES, placement_of
 from dualpipe_engine.schedule.passes.lower import forward_only, lower
 from dualpipe_engine.schedule.search.make_plan import make_plan
+from dualpipe_engine.schedule.search.under_cap import LEAST_CAP
 
 AHEAD = 1  # what GroupTransport sets without tags
 KINDS = {  # of steps, and the rules for each; what finishes with few hardware queues does with more
@@ -41,6 +42,14 @@ def plans(ranks, micros, optimize=False, stages=None):
             yield from placements.values()
 
 
+def capped(ranks, micros):
+    """Of ZB-V under every cap."""
+    for pp in ranks:
+        for micro in micros:
+            for cap in range(LEAST_CAP, 2 * pp):
+                yield lower(make_plan("zbv", pp, micro, activation_cap=cap))
+
+
 def steps_of(plan, ahead=AHEAD, **kind):
     return [host_steps(plan, rank, ahead, **kind) for rank in range(len(plan.programs))]
 
@@ -62,6 +71,7 @@ def test_no_plan_is_stuck():
     check(plans((2, 3, 4, 8), (1, 2, 5, 12)))
     check(plans((2, 4), (3, 8), optimize=True))
     check(plans((2, 3), (2, 5), stages=3))
+    check(capped((2, 4), (3, 8)))
 
 
 @pytest.mark.all
@@ -69,7 +79,9 @@ def test_no_plan_is_stuck():
 def test_no_plan_of_any_size_is_stuck(pp):
     check(plans([pp], range(1, 41)))
     for stages in (1, 3, 4):
-        check(plans([pp], range(1, 41, 3), stages=stages))
+        check(plans([pp], range(1, 41, 3 if pp <= 6 else 13), stages=stages))
+    if pp <= 8:
+        check(capped([pp], range(3, 41, 7)))
     if pp <= 6:
         check(plans([pp], range(1, 41, 6), optimize=True))
 
