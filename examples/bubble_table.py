@@ -3,14 +3,15 @@
     python examples/bubble_table.py [--ranks 8] [--micro-batches 20]
 
 Formulas: DeepSeek-V3 report (arXiv 2412.19437), table 2. The bubble is the largest idle time of any rank. DualPipe runs
-as many micro-batches over both directions as the others over one; vee placements cut the model into twice as many
-stages of half the cost.
+as many micro-batches over both directions as the others over one; placements with several stages a rank cut the model
+into as many times the stages. Interleaved 1F1B: arXiv 2104.04473, section 2.2.
 """
 
 from __future__ import annotations
 
 import argparse
 
+from dualpipe_engine.schedule.orders.interleaved import STAGES
 from dualpipe_engine.schedule.search.compare import compare
 from dualpipe_engine.schedule.timing.costs import CostModel
 
@@ -40,6 +41,7 @@ def formula(schedule: str, ranks: int, costs: CostModel) -> str:
         "zb1p": (ranks - 1) * (f + b - 2 * w),
         "dualpipe": (ranks / 2 - 1) * (fb + b - 3 * w),
         "dualpipev": (ranks / 2 - 1) * (fb + b - 3 * w),
+        "interleaved": (ranks - 1) * (f + b) / STAGES,
     }
     return f"{values[schedule]:.2f}" if schedule in values else "-"
 

@@ -12,7 +12,8 @@ GPUs if there are two or more, else on 4 CPU processes. Results go to runs/RUN: 
 a Chrome trace viewer or with `dualpipe draw`), schedule.svg, report.html (a page to look at) and a checkpoint.
 
   --model NAME     gpt (default), or moe: a mixture-of-experts transformer, two replicas of the pipeline share experts
-  --schedule NAME  dualpipe (default), dualpipev, zb1p, zbv, vhalf, vmin, 1f1b, or 1f1b-deepspeed for DeepSpeed's own engine
+  --schedule NAME  dualpipe (default), dualpipev, zb1p, zbv, vhalf, vmin, 1f1b, interleaved, interleaved_zb, or
+                   1f1b-deepspeed for DeepSpeed's own engine
   --steps N        training steps (default 120)
   --name RUN       name of the results folder (default: the schedule; of moe with a prefix)
   --resume         go on from the last checkpoint of runs/RUN, for N more steps

@@ -11,7 +11,8 @@ from typing import Any, TypeAlias
 
 from ..errors import ConfigError
 from ..schedule.cuts.layer_times import parse_layer_costs
-from ..schedule.orders.registry import SCHEDULES, placement_of
+from ..schedule.orders.interleaved import STAGES
+from ..schedule.orders.registry import KNOWN, SCHEDULES, placement_of
 from ..schedule.passes.verify import verify
 from ..schedule.plan import Plan
 from ..schedule.search.job_costs import Measurement
@@ -25,8 +26,8 @@ _FILES = (".csv", ".json")
 
 _COSTS_HELP = (
     "time of a forward, of the input part and of the weight part of a backward, and of an overlapped F&B pair, on 1/N "
-    "of the model (rank count N; schedules with two stages a rank run it as two halves). Any unit: all times shown are "
-    "in that unit. Without FB, pairs take F+I+W: no overlap (default: 1,1,1,3). Or the file that "
+    "of the model (rank count N; schedules with more stages a rank run it in parts). Any unit: all times shown are in "
+    "that unit. Without FB, pairs take F+I+W: no overlap (default: 1,1,1,3). Or the file that "
     '"schedule": "auto" measured'
 )
 
@@ -39,7 +40,14 @@ def add_schedule(parser: argparse.ArgumentParser) -> list[argparse.Action]:
         "(stage, micro-batch) activations that a rank may hold (default: what the schedule is known for); zbv, vhalf "
         "and vmin keep any from 2"
     )
-    return [*work, parser.add_argument("--activation-cap", type=whole, metavar="K", help=cap)]
+    return [*work, parser.add_argument("--activation-cap", type=whole, metavar="K", help=cap), add_stages(parser)]
+
+
+def add_stages(parser: argparse.ArgumentParser) -> argparse.Action:
+    """Stages a rank, of the schedules that take any number."""
+    names = " and ".join(name for name, each in KNOWN.items() if each.with_stages is not None)
+    stages = f"stages that a rank holds under {names} (default: {STAGES}); the others have a fixed number"
+    return parser.add_argument("--stages-per-rank", type=whole, metavar="V", help=stages)
 
 
 def add_work(parser: argparse.ArgumentParser, plan_file: bool) -> list[argparse.Action]:
@@ -133,14 +141,17 @@ def make(args: argparse.Namespace) -> tuple[Plan, CostModel]:
         ):
             if asked not in (None, found):
                 raise ConfigError(f"{args.schedule} is a plan with {option} {found}, not {asked}: leave {option} out")
-        if args.optimize:
-            raise ConfigError(f"{args.schedule} is a finished plan: leave --optimize out")
+        for option, given in (("--optimize", args.optimize), ("--stages-per-rank", args.stages_per_rank is not None)):
+            if given:
+                raise ConfigError(f"{args.schedule} is a finished plan: leave {option} out")
         costs = costs.for_placement(plan.placement)
     else:
         if args.ranks is None or args.micro_batches is None:
             raise ConfigError(f"schedule {args.schedule!r} needs --ranks N and --micro-batches M")
-        costs = costs.for_placement(placement_of(args.schedule, args.ranks))
-        plan = make_plan(args.schedule, args.ranks, args.micro_batches, costs, args.optimize, args.activation_cap)
+        stages = args.stages_per_rank
+        costs = costs.for_placement(placement_of(args.schedule, args.ranks, stages))
+        shape = args.ranks, args.micro_batches
+        plan = make_plan(args.schedule, *shape, costs, args.optimize, args.activation_cap, stages_per_rank=stages)
     verify(plan, activation_cap=args.activation_cap)
     return plan, costs
 

@@ -12,7 +12,7 @@ from ..schedule.passes.verify import verify
 from ..schedule.search.compare import compare, fastest
 from ..schedule.timing.bound import plan_bound
 from ..schedule.timing.costs import CostModel
-from .arguments import Commands, add_work, finite, layer_costs, print_json, refuse, work
+from .arguments import Commands, add_stages, add_work, finite, layer_costs, print_json, refuse, work
 from .job import add_job, estimate_job
 
 _LAYERS_HELP = (
@@ -33,6 +33,7 @@ def add_compare(commands: Commands, shape: dict[str, Any]) -> None:
         parser.add_argument("--activation-cap", type=finite, metavar="K", help=cap),
         parser.add_argument("--layer-costs", type=layer_costs, metavar="T,T,..", help=_LAYERS_HELP),
     ]
+    add_stages(parser)
     parser.add_argument("--format", choices=("table", "json"), default="table", help="default: table")
     estimated = add_job(parser)
     parser.set_defaults(run=partial(_run, simulated, estimated))
@@ -55,7 +56,8 @@ def _run(simulated: list[argparse.Action], estimated: list[argparse.Action], arg
     if args.layer_costs is not None:
         _compare_cuts(args, costs)
         return
-    rows = compare(args.ranks, args.micro_batches, costs, args.activation_cap, args.optimize, job=job)
+    shape = args.ranks, args.micro_batches
+    rows = compare(*shape, costs, args.activation_cap, args.optimize, job=job, stages_per_rank=args.stages_per_rank)
     for row in rows:
         if row.plan:
             verify(row.plan)
@@ -95,12 +97,13 @@ def _compare_cuts(args: argparse.Namespace, costs: CostModel) -> None:
     from ..viz.terminal import wide_console
 
     layers = args.layer_costs
-    rows = compare_cuts(layers, args.ranks, args.micro_batches, costs, args.activation_cap, args.optimize)
+    shape = args.ranks, args.micro_batches
+    rows = compare_cuts(layers, *shape, costs, args.activation_cap, args.optimize, args.stages_per_rank)
     for cut in (cut for row in rows for cut in (row.equal, row.best) if cut):
         verify(cut.plan)
     if args.format == "table":
         title = f"{len(layers)} layers, {args.ranks} ranks, {args.micro_batches} micro-batches"
         wide_console().print(cut_table(rows, title))
         return
-    shape = {"ranks": args.ranks, "micro_batches": args.micro_batches, "layers": len(layers)}
-    print_json({**shape, "schedules": cut_data(rows)})
+    sizes = {"ranks": args.ranks, "micro_batches": args.micro_batches, "layers": len(layers)}
+    print_json({**sizes, "schedules": cut_data(rows)})

@@ -39,7 +39,7 @@ def estimate_job(args: argparse.Namespace) -> None:
     sequences = 1 if args.micro_batch_size is None else args.micro_batch_size
     counts = (args.gpus, args.ranks, args.expert_parallel, args.micro_batches, sequences)
     job = make_job(model, *counts, args.sequence_length, not args.no_fp8)
-    rows = estimate(model, job, hardware)
+    rows = estimate(model, job, hardware, args.stages_per_rank)
     if args.format == "json":
         print_json(estimate_data(rows, model, job, hardware))
         return

@@ -12,7 +12,7 @@ from ..errors import ConfigError
 from ..schedule.jobs.memory import compare_memory, training_of
 from ..schedule.placement import MOST_RANKS
 from ..schedule.plain_json import parse
-from .arguments import Commands, finite, whole
+from .arguments import Commands, add_stages, finite, whole
 
 _DESCRIPTION = """\
 Bytes of weights, gradients, optimizer state and activations on each rank for every schedule, beside stock 1F1B
@@ -42,6 +42,7 @@ def add_memory(commands: Commands, shape: dict[str, Any]) -> None:
         "--micro-batches", type=whole, metavar="M", help="micro-batches (default: the gradient_accumulation_steps)"
     )
     parser.add_argument("--replicas", type=whole, default=1, metavar="D", help="data-parallel pipelines (default: 1)")
+    add_stages(parser)
     parser.add_argument("--format", choices=("table", "json"), default="table", help="json has every rank's bytes")
     parser.set_defaults(run=_run)
 
@@ -77,7 +78,8 @@ def _run(args: argparse.Namespace) -> None:
         raise ConfigError(f"--ranks and --replicas start at 1, and a pipeline has at most {MOST_RANKS:,} ranks")
     params = args.params_per_stage
     params = params * args.ranks if len(params) == 1 else params
-    rows = compare_memory(training_of(config), args.ranks, micro, params, args.activation_bytes, args.replicas)
+    stages = args.stages_per_rank
+    rows = compare_memory(training_of(config), args.ranks, micro, params, args.activation_bytes, args.replicas, stages)
     if args.format == "json":
         shape = {"ranks": args.ranks, "micro_batches": micro, "replicas": args.replicas}
         sys.stdout.write(json.dumps({**shape, "schedules": memory_data(rows)}) + "\n")

@@ -8,6 +8,7 @@ from typing import Any
 
 from ..schedule.passes.lower import lower
 from ..schedule.passes.verify import verify
+from ..schedule.plan import placement_data
 from ..schedule.timing.bound import plan_bound
 from ..schedule.timing.simulate import peak_activations, simulate
 from .arguments import Commands, add_schedule, make, print_json, title_of
@@ -39,8 +40,7 @@ def _run(args: argparse.Namespace) -> None:
         print_json(
             {
                 "schedule": plan.schedule,
-                "placement": plan.placement.name,
-                "ranks": plan.placement.num_ranks,
+                **placement_data(plan.placement),
                 "micro_batches": plan.num_micro,
                 "makespan": timeline.makespan,
                 "bubble": timeline.bubble(),

@@ -11,8 +11,8 @@ from deepspeed.runtime.config import DeepSpeedConfig
 from deepspeed.runtime.tensor_parallel.init_utils import load_ds_config
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from ..errors import ConfigError
-from ..schedule.orders.registry import KNOWN
+from ..errors import ConfigError, PlanError
+from ..schedule.orders.registry import KNOWN, known_schedule
 from .given import Settings
 from .keys import refuse_keys
 
@@ -32,7 +32,7 @@ DEEPSPEED_KEYS = frozenset(
     )
 )
 #: Keys of ours that somebody relies on: they are not to be passed over.
-_PROMISES = ("activation_cap", "check_twins", "check_finite", "save_on_signal", "save_folder")
+_PROMISES = ("stages_per_rank", "activation_cap", "check_twins", "check_finite", "save_on_signal", "save_folder")
 
 
 class DualPipeConfig(BaseModel):
@@ -51,6 +51,8 @@ class DualPipeConfig(BaseModel):
     """Run I and W apart. "auto" and true: wherever a layer's weights allow it; false: full backwards only."""
     overlap: Literal["auto"] | bool = "auto"
     """Run F&B pairs through a stage's own `overlapped_forward_backward`; false runs F, then B."""
+    stages_per_rank: int | None = Field(default=None, ge=1)
+    """Stages that a rank holds under "interleaved" and "interleaved_zb", which take any number; null: 2."""
     activation_cap: int | None = Field(default=None, ge=1)
     """Most stage activations a rank may hold; null is the schedule's own bound."""
     p2p_timeout_s: float = Field(default=600.0, gt=0, le=1e7)
@@ -169,9 +171,18 @@ def _check_signal(config: DualPipeConfig) -> None:
 
 
 def _check_schedule(config: DualPipeConfig) -> None:
-    if config.is_stock or config.schedule in (*KNOWN, AUTO):
+    stages = config.stages_per_rank
+    if config.is_stock or config.schedule == AUTO:
+        return
+    if config.schedule in KNOWN:
+        try:
+            known_schedule(config.schedule, stages)
+        except PlanError as error:
+            raise ConfigError(f'"stages_per_rank": {stages}: {error}') from None
         return
     if config.plan_file is not None:
+        if stages is not None:
+            raise ConfigError('a plan file has its own number of stages a rank: leave "stages_per_rank" out')
         if not config.plan_file.is_file():
             raise ConfigError(f'"schedule": there is no plan file {config.schedule}')
         return

@@ -53,10 +53,11 @@ def make_lowered_plan(config: DualPipeConfig, num_ranks: int, num_micro: int, co
             config.schedule,
             num_ranks,
             num_micro,
-            costs.for_placement(placement_of(config.schedule, num_ranks)),
+            costs.for_placement(placement_of(config.schedule, num_ranks, config.stages_per_rank)),
             optimize=config.optimize,
             activation_cap=config.activation_cap,
             split_backward=config.split_backward is not False,
+            stages_per_rank=config.stages_per_rank,
         )
     return lowered_plan(plan, config)
 

@@ -79,8 +79,8 @@ class Surface(PipelineEngine):
 
     @property
     def reads_labels(self) -> bool:
-        """Whether this rank reads labels and computes losses; in a bidirectional pipeline both ends do, and where a
-        rank has two stages the first rank does."""
+        """Whether this rank reads labels and computes losses; in a bidirectional pipeline both ends do, and where the
+        stages come back to the first rank it does."""
         return self.place.reads_labels
 
     @property

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from ..profiling.doctor import costs_by_rank
 from ..profiling.profile import Profile
 from ..schedule.orders.registry import KNOWN
 from ..schedule.search.compare import Row, compare
@@ -20,7 +19,7 @@ def what_if(profile: Profile) -> list[Row]:
     Makespans are simulated with transfers for as long as they took.
     """
     plan, ranks = profile.plan, profile.plan.placement.num_ranks
-    costs = costs_by_rank(profile)
+    costs = profile.costs.joined(plan.placement.parts)
     split = profile.facts.get("weight_split") != 0
     optimize = plan.num_ops <= OPS
     rows = compare(ranks, plan.num_micro, costs, optimize=optimize, split_backward=split)

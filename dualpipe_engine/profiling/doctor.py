@@ -50,21 +50,6 @@ def diagnose(profile: Profile) -> list[Finding]:
     return sorted(found, key=lambda finding: -finding.cost)
 
 
-def costs_by_rank(profile: Profile) -> CostModel:
-    """The measured costs of the model cut into as many stages as there are ranks."""
-    costs = profile.costs
-    if profile.plan.placement.parts == 1:
-        return costs
-
-    def joined(value: float | tuple[float, ...]) -> float | tuple[float, ...]:
-        if not isinstance(value, tuple):
-            return 2 * value
-        return tuple(value[at] + value[at + 1] for at in range(0, len(value), 2))
-
-    fb = None if costs.fb is None else joined(costs.fb)
-    return replace(costs, f=joined(costs.f), i=joined(costs.i), w=joined(costs.w), fb=fb)
-
-
 class _Case:
     """A profile with what several checks need."""
 
@@ -99,7 +84,7 @@ class _Case:
     @cached_property
     def cut(self) -> CostModel:
         """Costs of the model cut into as many stages as there are ranks."""
-        return costs_by_rank(self.profile)
+        return self.costs.joined(self.plan.placement.parts)
 
     @cached_property
     def slowness(self) -> dict[int, float]:
@@ -171,7 +156,10 @@ def _few_micro_batches(case: _Case) -> Finding | None:
     plan, cost = case.plan, max(rank.bubble for rank in case.pipeline)
     if plan.schedule not in KNOWN:
         return None
-    more = make_plan(plan.schedule, case.num_ranks, 2 * plan.num_micro, case.costs, optimize=True)
+    stages = plan.placement.stages_per_rank
+    more = make_plan(
+        plan.schedule, case.num_ranks, 2 * plan.num_micro, case.costs, optimize=True, stages_per_rank=stages
+    )
     gain = case.makespan - simulate(more, case.costs).makespan / 2
     if cost < 0.15 * case.step or gain < 0.05 * case.step:
         return None
@@ -211,7 +199,8 @@ def _halved(case: _Case) -> CostModel:
 
 def _other_schedule(case: _Case) -> Finding | None:
     split = case.profile.facts.get("weight_split") != 0
-    rows = compare(case.num_ranks, case.plan.num_micro, case.cut, split_backward=split)
+    stages = case.plan.placement.stages_per_rank
+    rows = compare(case.num_ranks, case.plan.num_micro, case.cut, split_backward=split, stages_per_rank=stages)
     first = fastest(rows)
     # A second copy of the parameters must be worth it, as `_overlap` has it for those who run one.
     near = [row for row in rows if first is not None and row.total <= first.total + SAME * case.step]
@@ -243,8 +232,9 @@ def _exposed_communication(case: _Case) -> Finding | None:
         )
     else:
         advice = (
-            "Use larger micro-batches or bf16 activations, and a schedule with one stage a rank (zbv and dualpipev "
-            'send twice as often); layers with phases() hide their own transfers under "dualpipe" and "dualpipev".'
+            "Use larger micro-batches or bf16 activations, and a schedule with one stage a rank (with more of them "
+            'micro-batches are sent more often); layers with phases() hide their own transfers under "dualpipe" and '
+            '"dualpipev".'
         )
     gain = case.makespan - simulate(case.plan, replace(case.costs, comm=0.0)).makespan
     return Finding(

@@ -13,13 +13,13 @@ from typing import Any
 
 from ..errors import PlanError
 from .op import COMM, COMPUTE, Op, atoms
-from .placement import BIDIRECTIONAL, LINEAR, VEE, Placement
+from .placement import BIDIRECTIONAL, LINEAR, LOOP, VEE, Placement
 from .plain_json import parse
 
-MOST = 10_000_000  #: micro-batches times ranks of the largest plan
+MOST = 20_000_000  #: micro-batches times stages of the largest plan
 
 
-def check_size(num_ranks: int, num_micro: int) -> None:
+def check_size(placement: Placement, num_micro: int) -> None:
     """Before a plan is made: whether it can be held and walked through.
 
     Raises:
@@ -27,8 +27,8 @@ def check_size(num_ranks: int, num_micro: int) -> None:
     """
     if num_micro < 1:
         raise PlanError(f"a plan needs at least one micro-batch, got {num_micro}")
-    if num_ranks * num_micro > MOST:
-        raise PlanError(f"a plan is too large: ranks x micro-batches may be {MOST:,} at most")
+    if placement.num_stages * num_micro > MOST:
+        raise PlanError(f"a plan is too large: stages x micro-batches may be {MOST:,} at most")
 
 
 @dataclass(frozen=True)
@@ -48,7 +48,7 @@ class Plan:
     schedule: str = field(default="custom", compare=False)
 
     def __post_init__(self) -> None:
-        check_size(self.placement.num_ranks, self.num_micro)
+        check_size(self.placement, self.num_micro)
         if len(self.programs) != self.placement.num_ranks:
             raise PlanError(f"{len(self.programs)} programs for {self.placement.num_ranks} ranks")
 
@@ -66,7 +66,7 @@ class Plan:
 
     def digest(self) -> str:
         """SHA-256 over placement, micro-batch count and all ops; equal plans have equal digests in every process."""
-        sha = hashlib.sha256(f"{self.placement.name} {self.placement.num_ranks} {self.num_micro}".encode())
+        sha = hashlib.sha256(f"{self.placement.key} {self.placement.num_ranks} {self.num_micro}".encode())
         for program in self.programs:
             sha.update(b"\n")
             sha.update(" ".join(map(str, program)).encode())
@@ -97,8 +97,7 @@ class Plan:
         return json.dumps(
             {
                 "schedule": self.schedule,
-                "placement": self.placement.name,
-                "ranks": self.placement.num_ranks,
+                **placement_data(self.placement),
                 "micro_batches": self.num_micro,
                 "programs": self.texts(),
             }
@@ -119,8 +118,10 @@ class Plan:
         if not isinstance(rows, list) or not all(isinstance(row, list) for row in rows):
             raise PlanError('not a plan: "programs" must be a list of lists of op text')
         programs = _parse(rows)
-        name = data.get("placement")
-        placement = Placement(name, len(programs)) if name else _infer_placement(programs)
+        name, per_rank = data.get("placement"), data.get("stages_per_rank")
+        if per_rank is not None and type(per_rank) is not int:
+            raise PlanError(f'"stages_per_rank" must be a whole number, got {per_rank!r}')
+        placement = Placement(name, len(programs), per_rank) if name else _infer_placement(programs)
         num_micro = data.get("micro_batches", _count_micro(programs))
         if not isinstance(num_micro, int):
             raise PlanError(f'"micro_batches" must be a whole number, got {num_micro!r}')
@@ -141,6 +142,14 @@ class Plan:
             return readers[path.suffix](path.read_text())
         except (OSError, ValueError) as error:
             raise PlanError(f"{path}: {error}") from None
+
+
+def placement_data(placement: Placement) -> dict[str, Any]:
+    """A placement's part of a plan's JSON."""
+    data: dict[str, Any] = {"placement": placement.name, "ranks": placement.num_ranks}
+    if placement.stages_per_rank is not None:
+        data["stages_per_rank"] = placement.stages_per_rank
+    return data
 
 
 def _parse(rows: Iterable[Iterable[Any]]) -> tuple[tuple[Op, ...], ...]:
@@ -167,15 +176,16 @@ def _infer_placement(programs: tuple[tuple[Op, ...], ...]) -> Placement:
         if op.kind in COMPUTE
         for part in atoms(op)
     }
-    for name in (LINEAR, VEE, BIDIRECTIONAL):
-        if name == BIDIRECTIONAL and len(programs) % 2:
-            continue
-        placement = Placement(name, len(programs))
-        if {stage for stage, _, _ in found} == set(range(placement.num_stages)) and all(
+    stages, size = {stage for stage, _, _ in found}, len(programs)
+    fitting = [Placement(LINEAR, size), Placement(VEE, size)]
+    fitting += [Placement(BIDIRECTIONAL, size)] if size % 2 == 0 else []
+    fitting += [Placement(LOOP, size, len(stages) // size)] if len(stages) >= size else []
+    for placement in fitting:
+        if stages == set(range(placement.num_stages)) and all(
             placement.rank_of(stage, micro) == rank for stage, micro, rank in found
         ):
             return placement
     raise PlanError(
         "the stages of this plan fit no placement: rank r must run stage r (linear), stage r for even and PP-1-r for "
-        "odd micro-batches (bidirectional), or stages r and 2*PP-1-r (vee)"
+        "odd micro-batches (bidirectional), stages r and 2*PP-1-r (vee), or stages r, PP+r, 2*PP+r, ... (loop)"
     )

@@ -5,9 +5,10 @@ from __future__ import annotations
 from typing import Any, NamedTuple
 
 from ..schedule.op import COMM, COMPUTE, FB, REDUCE, STEP, B, F, I, Op, W, atoms
+from ..schedule.placement import VEE, Placement
 from ..schedule.timeline import Span, Timeline
 
-#: kind -> (meaning, background of the rank's first stage, background of its second stage)
+#: kind -> (meaning, background of the rank's first stage, background of its others)
 PALETTE = {
     F: ("forward", "#ffc857", "#dc7a12"),
     B: ("backward", "#7fcb8b", "#2c8a50"),
@@ -21,7 +22,7 @@ PAIR_SHARE = 1 / 3  #: part of an overlapped pair that is drawn as forward, as i
 
 
 class Cell(NamedTuple):
-    """A coloured box: `second` says that the rank runs it for its second stage (reverse direction, or way back)."""
+    """A coloured box: `second` says that the rank runs it for another than its first stage."""
 
     rank: int
     kind: str
@@ -32,7 +33,7 @@ class Cell(NamedTuple):
 
 
 def is_second(op: Op, rank: int) -> bool:
-    """Whether `op` belongs to the second stage of `rank`; every placement gives rank r stage r first."""
+    """Whether `op` belongs to another than the first stage of `rank`; every placement gives rank r stage r first."""
     return op.stage >= 0 and op.stage != rank
 
 
@@ -124,8 +125,14 @@ def kinds_of(timeline: Timeline) -> list[str]:
 
 
 def second_note(timeline: Timeline) -> str:
-    """What the second shade means: the way back of a vee, the reverse direction, or nothing (one stage a rank)."""
-    if not any(is_second(part, span.rank) for span in timeline.spans for part in atoms(span.op)):
+    """What the second shade means: the way back of a vee, the later rounds of a loop, the reverse direction, or nothing
+    (one stage a rank)."""
+    held = {(part.stage, span.rank) for span in timeline.spans for part in atoms(span.op) if part.stage >= 0}
+    if all(stage == rank for stage, rank in held):
         return ""
-    stages = 1 + max(part.stage for span in timeline.spans for part in atoms(span.op))
-    return "way back (stages of the second half)" if stages > timeline.num_ranks else "reverse direction"
+    if max(stage for stage, _ in held) < timeline.num_ranks:
+        return "reverse direction"
+    vee = Placement(VEE, timeline.num_ranks)
+    if all(stage < vee.num_stages and vee.rank(stage) == rank for stage, rank in held):
+        return "way back (stages of the second half)"
+    return "later stages of the rank"

@@ -311,7 +311,7 @@ class DualPipeTrainer(Trainer):
         if prediction_loss_only and labelled:
             return engine.eval_batch(iter(weighted), num_micro_batches=count).detach(), None, None
         outputs = engine.eval_batch(iter(weighted), compute_loss=False, reduce_output=None, num_micro_batches=count)
-        source = engine.place.pipeline[engine.place.ends[0]]
+        source = engine.place.has_outputs
         box: list[Any] = [outputs if engine.global_rank == source else None]
         dist.broadcast_object_list(box, src=source, group=engine._pipeline_group)
         logits = torch.cat(box[0])

@@ -11,9 +11,10 @@ from dualpipe_engine.comm.meta import HEADER_BYTES, encode, flatten
 from dualpipe_engine.comm.p2p import Edges
 from dualpipe_engine.errors import PlanError
 from dualpipe_engine.schedule.op import COMPUTE, FB, RECV_B, RECV_F, SEND_B, SEND_F, W, atoms
-from dualpipe_engine.schedule.orders.registry import SCHEDULES, placement_of
+from dualpipe_engine.schedule.orders.registry import KNOWN, SCHEDULES, placement_of
 from dualpipe_engine.schedule.passes.lower import forward_only, lower
 from dualpipe_engine.schedule.search.make_plan import make_plan
+from dualpipe_engine.schedule.search.under_cap import LEAST_CAP
 
 AHEAD = 1  # what GroupTransport sets without tags
 KINDS = {  # of steps, and the rules for each; what finishes with few hardware queues does with more
@@ -23,20 +24,30 @@ KINDS = {  # of steps, and the rules for each; what finishes with few hardware q
 }
 
 
-def plans(ranks, micros, optimize=False):
-    """Of every generator; each forward-only plan once."""
+def plans(ranks, micros, optimize=False, stages=None):
+    """Of every generator, or of those that take a number of stages a rank; each forward-only plan once."""
     for pp in ranks:
         for micro in micros:
             placements = {}
             for schedule in SCHEDULES:
+                if stages is not None and KNOWN[schedule].with_stages is None:
+                    continue
                 try:
-                    yield lower(make_plan(schedule, pp, micro, optimize=optimize))
+                    yield lower(make_plan(schedule, pp, micro, optimize=optimize, stages_per_rank=stages))
                 except PlanError:
                     assert (schedule, pp % 2) == ("dualpipe", 1)
                     continue
-                placement = placement_of(schedule, pp)
+                placement = placement_of(schedule, pp, stages)
                 placements[placement] = lower(forward_only(placement, micro), train=False)
             yield from placements.values()
+
+
+def capped(ranks, micros):
+    """Of ZB-V under every cap."""
+    for pp in ranks:
+        for micro in micros:
+            for cap in range(LEAST_CAP, 2 * pp):
+                yield lower(make_plan("zbv", pp, micro, activation_cap=cap))
 
 
 def steps_of(plan, ahead=AHEAD, **kind):
@@ -59,12 +70,18 @@ def check(found):
 def test_no_plan_is_stuck():
     check(plans((2, 3, 4, 8), (1, 2, 5, 12)))
     check(plans((2, 4), (3, 8), optimize=True))
+    check(plans((2, 3), (2, 5), stages=3))
+    check(capped((2, 4), (3, 8)))
 
 
 @pytest.mark.all
 @pytest.mark.parametrize("pp", range(2, 17))
 def test_no_plan_of_any_size_is_stuck(pp):
     check(plans([pp], range(1, 41)))
+    for stages in (1, 3, 4):
+        check(plans([pp], range(1, 41, 3 if pp <= 6 else 13), stages=stages))
+    if pp <= 8:
+        check(capped([pp], range(3, 41, 7)))
     if pp <= 6:
         check(plans([pp], range(1, 41, 6), optimize=True))
 
@@ -91,8 +108,10 @@ def test_connecting_is_no_circle(pp):
         edges = placement_of(schedule, pp).edges()
         rounds = rounds_of(edges)
         assert sorted(pair for each in rounds for pair in each) == sorted(edges)
-        assert len(edges) == 2 * (pp - 1)
-        assert len(rounds) <= 4
+        ring = (pp - 1, 0) in edges and pp > 2
+        assert len(edges) == 2 * (pp - 1 + ring)
+        assert len(rounds) <= 4 + 2 * (ring and pp % 2)
+        assert ring == (pp > 2 and KNOWN[schedule].with_stages is not None)
         for pairs in rounds:
             assert len({rank for pair in pairs for rank in pair}) == 2 * len(pairs)
 

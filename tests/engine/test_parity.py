@@ -21,6 +21,7 @@ FACTORS = {
     "split_backward": ["auto", False],
     "optimize": [True, False],
 }
+KEYS = ("split_backward", "optimize", "activation_cap", "stages_per_rank")  #: of the "pipeline" section
 RECOMPUTED = {"activation_checkpoint_interval": 1, "checkpointable_layers": ["Block"]}
 
 
@@ -39,7 +40,7 @@ def name_of(case):
 
 def case_of(row):
     """What `training.train` is given for a row."""
-    pipeline = {key: row[key] for key in ("split_backward", "optimize", "activation_cap") if key in row}
+    pipeline = {key: row[key] for key in KEYS if key in row}
     config = training.settings(row["micros"], row["replicas"], row["zero"], schedule=row["schedule"], **pipeline)
     more = {"module_kwargs": RECOMPUTED} if row["checkpointed"] else {}
     return {"config": config, "ranks": row["pp"], "replicas": row["replicas"], "tied": row["tied"], **more}

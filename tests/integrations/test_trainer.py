@@ -61,6 +61,14 @@ def test_replicas_share_the_batches(ranks, tmp_path):
     assert found[0]["steps"][8][0] < found[0]["steps"][1][0]
 
 
+@pytest.mark.all
+def test_stages_a_rank_are_a_key_of_the_configuration(ranks, oracle, tmp_path):
+    options = {"num_chunks": 4, "schedule": "interleaved_zb"}
+    options["deepspeed_config"] = {"pipeline": {"stages_per_rank": 2}}
+    ours = ranks.run(2, runs.train, folder=str(tmp_path), **options)
+    assert_same(ours[0], oracle)
+
+
 def test_lora_trains_and_saves_the_adapter(ranks, tmp_path):
     import peft
 

@@ -11,7 +11,7 @@ from plan_checks import check_plan
 from test_lower_verify import is_sound
 
 from dualpipe_engine.schedule.op import Op
-from dualpipe_engine.schedule.orders.registry import SCHEDULES, placement_of
+from dualpipe_engine.schedule.orders.registry import KNOWN, SCHEDULES, known_schedule, placement_of
 from dualpipe_engine.schedule.passes.lower import lower
 from dualpipe_engine.schedule.passes.verify import VerifyError, verify
 from dualpipe_engine.schedule.plan import Plan
@@ -31,9 +31,10 @@ def plans(draw, most_ranks=8, most_micros=20):
     f, i, w = draw(seconds), draw(seconds), draw(seconds)
     pair = draw(st.floats(max(f, i + w), f + i + w))
     costs = CostModel(f, i, w, pair, comm=draw(st.sampled_from([0.0, 0.1, 0.5])))
-    costs = costs.for_placement(placement_of(schedule, ranks))
+    stages = draw(st.sampled_from([None, 1, 3])) if KNOWN[schedule].with_stages else None
+    costs = costs.for_placement(placement_of(schedule, ranks, stages))
     micros, optimize, split = draw(st.integers(1, most_micros)), draw(st.booleans()), draw(st.booleans())
-    return make_plan(schedule, ranks, micros, costs, optimize, split_backward=split), costs
+    return make_plan(schedule, ranks, micros, costs, optimize, split_backward=split, stages_per_rank=stages), costs
 
 
 @given(plans())
@@ -43,7 +44,9 @@ def test_generated_plans_are_sound(found):
     lowered = lower(plan)
     verify(lowered)
     assert simulate(plan, costs).makespan >= plan_bound(plan, costs) * (1 - 1e-9)
-    assert max(peak_activations(plan)) <= 2 * plan.placement.num_ranks + 1
+    placement = plan.placement
+    known = known_schedule(plan.schedule, placement.stages_per_rank)
+    assert max(peak_activations(plan)) <= known.default_cap(placement.num_ranks)
     assert Plan.from_json(lowered.to_json()).digest() == lowered.digest()
     assert Plan.from_csv(lowered.to_csv()).programs == lowered.programs
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import socket
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -22,7 +22,8 @@ from torch.utils.data import DataLoader, IterableDataset
 from ...comm.from_all import from_all
 from ...comm.nest import Nest
 from ...errors import ConfigError
-from ...schedule.placement import BIDIRECTIONAL, LINEAR, VEE, Placement
+from ...schedule.orders.registry import placements_on
+from ...schedule.placement import LINEAR, Placement
 from ...schedule.plain_json import parse
 from ...schedule.search.compare import Row, best_of, compare
 from ...schedule.search.job_costs import Measurement
@@ -107,9 +108,11 @@ def choose(config: DualPipeConfig, measured: Measurement, num_micro: int) -> tup
         config.optimize,
         config.split_backward is not False,
         job=measured,
+        stages_per_rank=config.stages_per_rank,
     )
     best = best_of(rows)
-    return config.model_copy(update={"schedule": best.schedule, "activation_cap": best.cap}), rows
+    chosen = {"schedule": best.schedule, "activation_cap": best.cap, "stages_per_rank": best.stages_per_rank}
+    return config.model_copy(update=chosen), rows
 
 
 def print_choice(rows: list[Row], measured: Measurement, num_micro: int) -> None:
@@ -155,8 +158,9 @@ def _measure(
     trained = [param for param in module.parameters() if param.requires_grad]
     numel = sum(param.numel() for param in trained)
     dtype = trained[0].dtype if trained else torch.float32
-    reduction = reduction_seconds(grid, place, numel, dtype)
-    state, memory = _memory(module, settings, place, numel, dtype)
+    placements = placements_on(ranks, len(module._layer_specs))
+    reduction = reduction_seconds(grid, place, numel, dtype, placements)
+    state, memory = _memory(settings, place, numel, dtype, placements)
     return Measurement(costs, ranks, len(module._layer_specs), reduction, state, memory, job)
 
 
@@ -172,7 +176,7 @@ def _cast(module: PipelineModule, settings: Settings, dtype: torch.dtype | None)
 
 
 def _memory(
-    module: PipelineModule, settings: Settings, place: Place, numel: int, dtype: torch.dtype
+    settings: Settings, place: Place, numel: int, dtype: torch.dtype, placements: Sequence[Placement]
 ) -> tuple[dict[str, int], int]:
     """For each placement the bytes that the fullest rank has yet to allocate for weights, gradients and Adam's state,
     and nine tenths of the bytes that are free on the fullest device."""
@@ -181,21 +185,17 @@ def _memory(
     stages = from_all((socket.gethostname(), place.pipeline, place.rank, numel))
     if accelerator.device_name() == "cpu":  # the ranks of a host share it
         free //= sum(host == socket.gethostname() for host, *_ in stages)
-    sizes = {rank: size for _, pipeline, rank, size in stages if pipeline == place.pipeline}
+    sizes = [size for _, size in sorted((rank, size) for _, line, rank, size in stages if line == place.pipeline)]
     partitioned = settings.get("zero_optimization", {}).get("stage", 0) > 0
     low = dtype.itemsize < 4
 
-    def bytes_of(held: int, copies: int, built: int) -> int:
+    def bytes_of(placement: Placement) -> int:
+        held, copies = placement.held(sizes, place.rank), placement.num_directions * place.replicas
         gradients = held * (4 + (dtype.itemsize if low else 0))
         optimizer = held * (8 + (4 if low else 0)) // (copies if partitioned else 1)
-        return built * dtype.itemsize + gradients + optimizer
+        return max(0, held - numel) * dtype.itemsize + gradients + optimizer
 
-    mirror = sizes[len(place.pipeline) - 1 - place.rank]
-    states = {
-        LINEAR: bytes_of(numel, place.replicas, 0),
-        VEE: bytes_of((numel + mirror) // 2, place.replicas, 0),
-        BIDIRECTIONAL: bytes_of(numel + mirror, 2 * place.replicas, mirror),
-    }
+    states = {placement.key: bytes_of(placement) for placement in placements}
     of_ranks = from_all((states, free))
     most = {name: max(each[name] for each, _ in of_ranks) for name in states}
     return most, min(room for _, room in of_ranks) * 9 // 10

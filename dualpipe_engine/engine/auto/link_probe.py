@@ -14,7 +14,7 @@ from ...comm.from_all import from_all
 from ...comm.transport import Transport
 from ...runtime.observer import Observer
 from ...schedule.op import NONE, STEP, Op
-from ...schedule.placement import BIDIRECTIONAL, LINEAR, VEE
+from ...schedule.placement import Placement
 from ...schedule.progress import waiting
 from ..placing.grid import MirrorTopology, Place
 
@@ -59,7 +59,9 @@ def transfer_seconds(
     return slowest
 
 
-def reduction_seconds(grid: PipelineParallelGrid, place: Place, numel: int, dtype: torch.dtype) -> dict[str, float]:
+def reduction_seconds(
+    grid: PipelineParallelGrid, place: Place, numel: int, dtype: torch.dtype, placements: Sequence[Placement]
+) -> dict[str, float]:
     """For each placement the seconds that reducing the gradients of a rank's stages takes, on the slowest rank.
 
     Collective over all ranks.
@@ -69,19 +71,22 @@ def reduction_seconds(grid: PipelineParallelGrid, place: Place, numel: int, dtyp
         place: this rank's place on the linear placement.
         numel: elements of the gradients of this rank's stage.
         dtype: in which they are reduced.
+        placements: of the same ranks.
     """
     device = torch.device(get_accelerator().current_device_name())
     stages = from_all((place.pipeline, place.rank, numel))
-    sizes = {rank: size for pipeline, rank, size in stages if pipeline == place.pipeline}
-    seconds = {LINEAR: _reduction(grid.dp_proc_group, place.replicas, numel, dtype, device)}
-    seconds[VEE] = seconds[LINEAR]  # halves of two stages
-    ranks = len(place.pipeline)
-    if ranks % 2 == 0:
-        both = numel + sizes[ranks - 1 - place.rank]
+    sizes = [size for _, size in sorted((rank, size) for line, rank, size in stages if line == place.pipeline)]
+    alone = _reduction(grid.dp_proc_group, place.replicas, numel, dtype, device)
+    seconds = {}
+    for placement in placements:
+        if placement.num_directions == 1:
+            seconds[placement.key] = alone  # its stages are parts of several
+            continue
         groups = [(dist.new_group(members), members) for members in _twins(grid)]
-        copies = next(group for group, members in groups if dist.get_rank() in members)
-        seconds[BIDIRECTIONAL] = _reduction(copies, 2 * place.replicas, both, dtype, device)
-        dist.destroy_process_group(copies)
+        mirrored = next(group for group, members in groups if dist.get_rank() in members)
+        copies, held = placement.num_directions * place.replicas, placement.held(sizes, place.rank)
+        seconds[placement.key] = _reduction(mirrored, copies, held, dtype, device)
+        dist.destroy_process_group(mirrored)
     seconds_of_ranks = from_all(seconds)
     return {name: max(each[name] for each in seconds_of_ranks) for name in seconds}
 

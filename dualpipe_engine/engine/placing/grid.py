@@ -88,6 +88,11 @@ class Place:
         return self.placement.num_stages - 1 in self.stages
 
     @property
+    def has_outputs(self) -> int:
+        """Global rank, of this pipeline, that has the outputs of all micro-batches after an evaluation."""
+        return self.pipeline[self.placement.rank(self.placement.num_stages - 1)]
+
+    @property
     def ends(self) -> tuple[int, ...]:
         """Pipeline ranks that read data."""
         last = self.placement.num_stages - 1

@@ -14,6 +14,7 @@ from math import inf, isfinite
 
 from ...errors import PlanError
 from ..placement import Placement
+from .spread import spread
 
 _UNITS = 1 << 20  # weights are rounded to this part of their sum: sums of integers compare exactly
 
@@ -51,7 +52,7 @@ def balanced_cuts(weights: Sequence[float], placement: Placement, slacks: Sequen
     The load of a rank is the sum over the stages that it holds. Exact for weights rounded to a millionth of their sum.
     Even means: for `linear` the sum of the squares of stage loads is the least; for the mirrored placements no border,
     and no border together with its mirrored one, can move by a layer and lower the sum of the squares of all stage and
-    rank loads.
+    rank loads. For any other placement see `spread`, which need not find the least.
 
     Args, Returns (each), Raises: see `balance_pairs`.
     """
@@ -60,9 +61,14 @@ def balanced_cuts(weights: Sequence[float], placement: Placement, slacks: Sequen
         raise PlanError(f"times of layers must be finite and not negative, got {list(weights)}")
     total = sum(weights)
     units = [round(weight / total * _UNITS) for weight in weights] if total else [1] * len(weights)
-    if len(placement.stages_of(0)) == 1:
-        return [tuple(cut) for cut in _cut_stages(units, placement.num_stages, slacks)]
-    return [tuple(_even(cut, units)) for cut in _cut_pairs(units, placement.num_stages // 2, slacks)]
+    stages = placement.num_stages
+    held = [placement.stages_of(rank) for rank in range(placement.num_ranks)]
+    if all(len(each) == 1 for each in held):
+        return [tuple(cut) for cut in _cut_stages(units, stages, slacks)]
+    if all(len(each) == 2 and sum(each) == stages - 1 for each in held):
+        return [tuple(_even(cut, units)) for cut in _cut_pairs(units, stages // 2, slacks)]
+    (even,) = _cut_stages(units, stages, (0.0,))
+    return [tuple(cut) for cut in spread(even, units, placement, slacks)]
 
 
 def stage_loads(weights: Sequence[float], bounds: Sequence[int]) -> list[float]:

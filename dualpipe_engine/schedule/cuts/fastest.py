@@ -12,7 +12,7 @@ from functools import partial
 from itertools import pairwise
 
 from ...errors import PlanError
-from ..orders.registry import SCHEDULES, placement_of
+from ..orders.registry import with_stages
 from ..placement import LINEAR, Placement
 from ..plan import Plan
 from ..search.make_plan import make_plan
@@ -131,6 +131,7 @@ def compare_cuts(
     costs: CostModel,
     activation_cap: float | None = None,
     optimize: bool = True,
+    stages_per_rank: int | None = None,
 ) -> list[CutRow]:
     """Every schedule with equal layer counts and with the best cut.
 
@@ -141,17 +142,19 @@ def compare_cuts(
         costs: see `costs_of_cut`.
         activation_cap: see `search.compare.compare`.
         optimize: see `make_plan`.
+        stages_per_rank: of the schedules that take any number; None: their own.
 
     Raises:
         PlanError: see `costs_of_cut`.
     """
     costs_of_cut(weights, (0, len(weights)), costs)
     rows = []
-    for schedule in SCHEDULES:
+    for schedule, known in with_stages(stages_per_rank).items():
         try:
-            placement = placement_of(schedule, num_ranks)
-            cap = None if activation_cap is None else int(activation_cap * placement.num_stages / num_ranks)
-            plan_for = partial(make_plan, schedule, num_ranks, num_micro, optimize=optimize, activation_cap=cap)
+            placement, stages = known.on(num_ranks), known.stages_per_rank
+            cap = None if activation_cap is None else int(activation_cap * placement.parts)
+            make = partial(make_plan, schedule, num_ranks, num_micro, stages_per_rank=stages)
+            plan_for = partial(make, optimize=optimize, activation_cap=cap)
             equal = _simulated(equal_counts(len(weights), placement.num_stages), weights, costs, plan_for)
             rows.append(CutRow(schedule, equal, best_cut(weights, placement, costs, plan_for)))
         except PlanError as error:

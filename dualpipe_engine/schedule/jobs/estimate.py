@@ -13,7 +13,7 @@ from math import gcd
 
 from ...errors import ConfigError, PlanError
 from ..cuts.balanced import balance_pairs
-from ..orders.registry import SCHEDULES, placement_of
+from ..orders.registry import with_stages
 from ..placement import Placement
 from ..search.make_plan import make_plan
 from ..timing.costs import CostModel
@@ -209,14 +209,14 @@ def state_bytes(model: ModelShape, placement: Placement, job: Job, hardware: Har
     return round(most), slowest
 
 
-def estimate(model: ModelShape, job: Job, hardware: Hardware) -> list[Estimate]:
-    """Every schedule on the same job."""
+def estimate(model: ModelShape, job: Job, hardware: Hardware, stages_per_rank: int | None = None) -> list[Estimate]:
+    """Every schedule on the same job; `stages_per_rank` of those that take any number."""
     found = []
-    for schedule in SCHEDULES:
+    for schedule, known in with_stages(stages_per_rank).items():
         try:
-            placement = placement_of(schedule, job.ranks)
+            placement, stages = known.on(job.ranks), known.stages_per_rank
             costs = stage_costs(model, placement, job, hardware)
-            plan = make_plan(schedule, job.ranks, job.micro_batches, costs, optimize=True)
+            plan = make_plan(schedule, job.ranks, job.micro_batches, costs, optimize=True, stages_per_rank=stages)
         except PlanError as error:
             found.append(Estimate(schedule, str(error)))
             continue

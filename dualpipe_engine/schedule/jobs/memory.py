@@ -24,7 +24,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from ...errors import ConfigError, PlanError
-from ..orders.registry import SCHEDULES, placement_of
+from ..orders.registry import SCHEDULES, with_stages
 from ..placement import Placement
 from ..search.make_plan import make_plan
 from ..timing.costs import CostModel
@@ -164,6 +164,7 @@ def compare_memory(
     params: Sequence[int],
     activation_bytes: int = 0,
     replicas: int = 1,
+    stages_per_rank: int | None = None,
 ) -> list[MemoryRow]:
     """Stock 1F1B, then every schedule in its reference order.
 
@@ -171,9 +172,10 @@ def compare_memory(
         training: what is kept for a parameter.
         num_ranks: pipeline ranks PP.
         num_micro: micro-batches of one pipeline per batch.
-        params: parameters of each 1/PP of the model; `vee` placements cut each in two.
+        params: parameters of each 1/PP of the model; placements with more stages a rank cut each into parts.
         activation_bytes: what one micro-batch keeps alive on 1/PP of the model.
         replicas: data-parallel replicas of the pipeline.
+        stages_per_rank: of the schedules that take any number; None: their own.
 
     Raises:
         ConfigError: `params` are for another number of ranks.
@@ -182,12 +184,15 @@ def compare_memory(
         raise ConfigError(f"parameters of {len(params)} stages were given for {num_ranks} pipeline ranks")
     costs = CostModel(activation_bytes=activation_bytes)
     rows = []
+    known = with_stages(stages_per_rank)
     for name in (STOCK, *SCHEDULES):
         schedule = "1f1b" if name == STOCK else name
         try:
-            placement = placement_of(schedule, num_ranks)
+            stages = known[schedule].stages_per_rank
+            placement = known[schedule].on(num_ranks)
             placed = costs.for_placement(placement)
-            peaks = peak_bytes(make_plan(schedule, num_ranks, num_micro, placed), placed)
+            plan = make_plan(schedule, num_ranks, num_micro, placed, stages_per_rank=stages)
+            peaks = peak_bytes(plan, placed)
         except PlanError as error:
             rows.append(MemoryRow(name, reason=str(error)))
             continue
@@ -197,6 +202,5 @@ def compare_memory(
 
 
 def _of_stages(params: Sequence[int], placement: Placement) -> list[int]:
-    if placement.parts == 1:
-        return list(params)
-    return [half for number in params for half in (number // 2, number - number // 2)]
+    parts = placement.parts
+    return [(number + part) // parts for number in params for part in range(parts)]

@@ -13,10 +13,6 @@ from ..timing.costs import UNIT, CostModel
 from .blocks import HALF, Block, block, widest, widths
 
 TRIED = 6  #: orders of each cap
-#: From so many ranks on some orders of fewer micro-batches do not run through with a single hardware queue and one
-#: receive ahead; those of V-Half's own block do in every size tried (up to 16 ranks and 40 micro-batches). So its plan
-#: leaves that block only for so large a part of the time.
-MANY_RANKS, WORTH = 12, 0.012
 
 
 class FastestBlock:
@@ -27,7 +23,6 @@ class FastestBlock:
         num_micro: micro-batches that are simulated.
         costs: costs of the 2 PP stages.
         split: False: full backwards only.
-        worth: what another block must save before V-Half's own, which is tried last, is left.
     """
 
     _plan: Plan
@@ -35,11 +30,9 @@ class FastestBlock:
     _cap: int
     _way: Way
 
-    def __init__(
-        self, num_ranks: int, num_micro: int, costs: CostModel, split: bool = True, worth: float = 0.0
-    ) -> None:
+    def __init__(self, num_ranks: int, num_micro: int, costs: CostModel, split: bool = True) -> None:
         self._num_ranks, self._num_micro, self._costs, self._split = num_ranks, num_micro, costs, split
-        self._makespan, self._worth = inf, worth
+        self._makespan = inf
         self._blocks: dict[int, Block] = {}
         self._half = Block((HALF,) * (num_ranks - 1))
         self._orders: dict[Block, Squeezer] = {}
@@ -47,11 +40,10 @@ class FastestBlock:
     def try_cap(self, cap: int) -> None:
         """Squeeze some blocks under a cap of 2 activations or more."""
         for found, way in self._tried(cap):
-            limit = self._makespan * (1 + self._worth if found is self._half else 1)
             if found not in self._orders:
                 self._orders[found] = Squeezer(found.plan(self._num_micro), self._costs, self._split)
-            squeezed = self._orders[found].run(cap, way, limit)
-            if squeezed is not None and squeezed.makespan < limit:
+            squeezed = self._orders[found].run(cap, way, self._makespan)
+            if squeezed is not None and squeezed.makespan < self._makespan:
                 self._plan, self._makespan = squeezed
                 self._block, self._cap, self._way = found, cap, way
 
@@ -91,8 +83,7 @@ def under(num_ranks: int, num_micro: int, cap: int, schedule: str) -> Plan:
     Raises:
         PlanError: a count is below 1.
     """
-    check_size(Placement(VEE, num_ranks).num_ranks, num_micro)
-    worth = WORTH if schedule == "vhalf" and num_micro < num_ranks and num_ranks >= MANY_RANKS else 0.0
-    search = FastestBlock(num_ranks, min(num_micro, 3 * num_ranks), UNIT, worth=worth)
+    check_size(Placement(VEE, num_ranks), num_micro)
+    search = FastestBlock(num_ranks, min(num_micro, 3 * num_ranks), UNIT)
     search.try_cap(cap)
     return replace(search.plan(num_micro), schedule=schedule)

@@ -17,8 +17,10 @@ def lower(plan: Plan, *, train: bool = True) -> Plan:
 
     A send stands right after the op that makes its tensor. The receives of a directed edge (source rank to destination
     rank) are posted in exactly the order of the source's sends, because p2p transfers carry no tags. Each is posted as
-    late as that order allows, but before the compute op that precedes its consumer, so that the transfer can run under
-    that op. Neighbour stages on one rank hand over locally, without transfers.
+    late as that order allows, but before the F or backward that precedes its consumer, so that the transfer can run
+    under that op. A W in between does not count: the other end may have to send before it goes on, and two ranks that
+    pass on to each other (PP = 2, `loop`) would each wait for the other's receive. Neighbour stages on one rank hand
+    over locally, without transfers.
 
     `REDUCE` of a stage follows the last weight gradient of that stage on the rank. Ranks that hold copies of the same
     stages reduce with each other, so both list the stages in one order and the earlier one may have to wait. `STEP` is
@@ -77,16 +79,27 @@ def _transfers(plan: Plan) -> tuple[_Slots, _Slots]:
                 if neighbour != rank:
                     sends[rank][index].append(send)
                     arriving[rank, neighbour].append(arrival)
+    befores = [_before(program) for program in plan.programs]
     posts: _Slots = [defaultdict(list) for _ in plan.programs]
     for (_, rank), receives in sorted(arriving.items()):
-        latest = len(plan.programs[rank])
+        latest, under = len(plan.programs[rank]), befores[rank]
         slots = []
         for receive in reversed(receives):
-            latest = min(latest, max(consumer[receive] - 1, 0))
+            latest = min(latest, under[consumer[receive]])
             slots.append(latest)
         for receive, slot in zip(receives, reversed(slots), strict=True):
             posts[rank][slot].append(receive)
     return sends, posts
+
+
+def _before(program: tuple[Op, ...]) -> list[int]:
+    """For each op the index of the one before it that is no W, 0 where there is none."""
+    found, latest = [], 0
+    for index, op in enumerate(program):
+        found.append(latest)
+        if op.kind != W:
+            latest = index
+    return found
 
 
 def _reduces(plan: Plan) -> _Slots:

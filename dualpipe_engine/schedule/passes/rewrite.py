@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
+from typing import NamedTuple
 
 from ..op import FB, B, F, I, Op, W, atoms, pair
 from ..plan import Plan
@@ -70,6 +71,13 @@ def join(plan: Plan) -> Plan:
     return _rewrite(plan, lambda program: (whole(op) for op in program if op.kind != W))
 
 
+class Timed(NamedTuple):
+    """A plan and its simulated makespan."""
+
+    plan: Plan
+    makespan: float
+
+
 def wfill(plan: Plan, costs: CostModel, cap: int | None = None, theta: float = 0.0) -> Plan:
     """Keep the order of forwards and backwards, and place the W anew: into idle gaps, first in, first out.
 
@@ -86,6 +94,11 @@ def wfill(plan: Plan, costs: CostModel, cap: int | None = None, theta: float = 0
     Raises:
         PlanError: the plan cannot complete.
     """
+    return timed_wfill(plan, costs, cap, theta).plan
+
+
+def timed_wfill(plan: Plan, costs: CostModel, cap: int | None = None, theta: float = 0.0) -> Timed:
+    """`wfill`, with the makespan under the same costs."""
 
     def split(program: Iterable[Op]) -> Iterable[Op]:
         return (Op(I, op.stage, op.micro) if op.kind == B else op for op in program if op.kind != W)
@@ -113,8 +126,11 @@ def wfill(plan: Plan, costs: CostModel, cap: int | None = None, theta: float = 0
                 alive[rank] -= 1
 
     clocks.run(skeleton.programs, before=drain)
-    done = ([span.op for span in spans] for spans in clocks.spans)
-    return replace(plan, programs=tuple((*ops, *queue) for ops, queue in zip(done, pending, strict=True)))
+    for rank, queue in enumerate(pending):
+        for op in queue:
+            clocks.issue(rank, op)
+    programs = tuple(tuple(span.op for span in spans) for spans in clocks.spans)
+    return Timed(replace(plan, programs=programs), max(clocks.now))
 
 
 def safe_fuse(plan: Plan, costs: CostModel) -> Plan:

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from math import inf
 
 from ...errors import PlanError
-from ..orders.registry import KNOWN
+from ..orders.registry import with_stages
 from ..placement import Placement
 from ..plan import Plan
 from ..timing.costs import UNIT, CostModel
@@ -32,6 +32,7 @@ class Row:
         memory: bytes that the fullest rank needs beside what it has; None where they are unknown.
         cap: the limit of activations that the plan was made for, in those of the placement's own stages; None: the
             schedule's own.
+        stages_per_rank: what the plan was made with; None: the schedule has a fixed number.
         plan: the plan, or None.
     """
 
@@ -45,6 +46,7 @@ class Row:
     reduction: float = 0.0
     memory: int | None = None
     cap: int | None = None
+    stages_per_rank: int | None = None
     plan: Plan | None = None
 
     @property
@@ -61,6 +63,7 @@ def compare(
     optimize: bool = True,
     split_backward: bool = True,
     job: Measurement | None = None,
+    stages_per_rank: int | None = None,
     schedules: Collection[str] | None = None,
 ) -> list[Row]:
     """Every schedule on the same model, batch and ranks.
@@ -68,38 +71,41 @@ def compare(
     Args:
         num_ranks: pipeline ranks PP.
         num_micro: micro-batches of the batch.
-        costs: costs of the model cut into PP stages; `vee` placements run each of them as two halves.
+        costs: costs of the model cut into PP stages; placements with more stages a rank run each of them in parts.
         activation_cap: limit of every rank in activations of a full stage; an activation of a `vee` stage is half of
             one. None: the default of each schedule.
         optimize: see `make_plan`.
         split_backward: see `make_plan`.
         job: adds the reduction of gradients and the limits of memory and layers; its costs are not read.
+        stages_per_rank: of the schedules that take any number; None: their own.
         schedules: names of those to compare; None: all.
 
     Raises:
-        PlanError: the costs are for another number of stages.
+        PlanError: the costs are for another number of stages, or `stages_per_rank` is no such number.
     """
     costs.check(num_ranks)
     rows = []
-    for schedule, known in KNOWN.items():
+    for schedule, known in with_stages(stages_per_rank).items():
         if schedules is not None and schedule not in schedules:
             continue
-        cap = None if activation_cap is None else int(activation_cap * known.parts)
+        stages = known.stages_per_rank
         try:
-            placement = Placement(known.placement, num_ranks)
+            placement = known.on(num_ranks)
             placed = costs.for_placement(placement)
+            cap = None if activation_cap is None else int(activation_cap * placement.parts)
             cap = _within(job, placement, cap, known.default_cap(num_ranks))
-            plan = make_plan(schedule, num_ranks, num_micro, placed, optimize, cap, split_backward)
+            plan = make_plan(schedule, num_ranks, num_micro, placed, optimize, cap, split_backward, stages)
         except PlanError as error:
             rows.append(Row(schedule, False, str(error), known.copies))
             continue
         timeline = simulate(plan, placed)
-        peak = max(peak_activations(plan)) / known.parts
-        row = Row(schedule, True, "", known.copies, timeline.makespan, max(timeline.bubble()), peak, cap=cap, plan=plan)
+        peak = max(peak_activations(plan)) / placement.parts
+        row = Row(schedule, True, "", known.copies, timeline.makespan, max(timeline.bubble()), peak)
+        row = replace(row, cap=cap, stages_per_rank=stages, plan=plan)
         if job is not None:
-            state = job.state_bytes.get(placement.name, 0)
+            state = job.state_bytes.get(placement.key, 0)
             memory = state + max(peak_bytes(plan, placed))
-            row = replace(row, reduction=job.reduction.get(placement.name, 0.0), memory=memory)
+            row = replace(row, reduction=job.reduction.get(placement.key, 0.0), memory=memory)
         rows.append(row)
     return rows
 
@@ -134,13 +140,14 @@ def best(
     optimize: bool = True,
     split_backward: bool = True,
     job: Measurement | None = None,
+    stages_per_rank: int | None = None,
 ) -> Row:
     """The fastest feasible row of `compare`, with the reason in a sentence; ties go to less memory.
 
     Raises:
         PlanError: no schedule is feasible.
     """
-    rows = compare(num_ranks, num_micro, costs, activation_cap, optimize, split_backward, job)
+    rows = compare(num_ranks, num_micro, costs, activation_cap, optimize, split_backward, job, stages_per_rank)
     return best_of(rows)
 
 

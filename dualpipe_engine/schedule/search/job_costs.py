@@ -25,8 +25,10 @@ class Measurement:
         costs: seconds and bytes of each stage of the linear cut.
         ranks: pipeline ranks.
         layers: layers of the model; a placement with more stages than layers is impossible.
-        reduction: placement name -> seconds that reducing the gradients of a rank's stages over their copies takes.
-        state_bytes: placement name -> bytes of weights, gradients and optimizer state that a rank has yet to allocate.
+        reduction: `key` of a placement -> seconds that reducing the gradients of a rank's stages over their copies
+            takes.
+        state_bytes: `key` of a placement -> bytes of weights, gradients and optimizer state that a rank has yet to
+            allocate.
         memory_bytes: bytes that were free on the device when `state_bytes` was taken; None: unknown.
         job: what was measured, so that a file is not used for another job.
     """
@@ -52,7 +54,7 @@ class Measurement:
         Raises:
             PlanError: these alone do not fit.
         """
-        state = self.state_bytes.get(placement.name)
+        state = self.state_bytes.get(placement.key)
         if self.memory_bytes is None or state is None:
             return None
         size = self.costs.for_placement(placement).activation_bytes

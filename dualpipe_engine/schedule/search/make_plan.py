@@ -8,8 +8,7 @@ from dataclasses import replace
 from ...errors import PlanError
 from ..gc_paused import collector_paused
 from ..orders.registry import known_schedule
-from ..passes.rewrite import join, pair_up, safe_fuse, unpair, wfill
-from ..placement import Placement
+from ..passes.rewrite import join, pair_up, safe_fuse, timed_wfill, unpair
 from ..plan import Plan, check_size
 from ..timing.costs import UNIT, CostModel
 from ..timing.simulate import peak_activations, simulate
@@ -28,6 +27,7 @@ def make_plan(
     optimize: bool = False,
     activation_cap: int | None = None,
     split_backward: bool = True,
+    stages_per_rank: int | None = None,
 ) -> Plan:
     """Make the compute ops of a schedule.
 
@@ -43,14 +43,15 @@ def make_plan(
             order holds with many micro-batches, PP + 1 for "dualpipe". "zbv", "vhalf" and "vmin" have a plan for every
             cap from 2; with `optimize` a larger cap never makes it slower.
         split_backward: False: only full backwards, for models that cannot split them into I and W.
+        stages_per_rank: stages that a rank holds, for "interleaved" and "interleaved_zb" (None: 2).
 
     Raises:
-        PlanError: the name is unknown, the rank count does not fit the schedule, the costs are for another number of
-            stages, or no plan keeps within the cap.
+        PlanError: the name is unknown, the rank count or the stages a rank do not fit the schedule, the costs are for
+            another number of stages, or no plan keeps within the cap.
     """
-    known = known_schedule(schedule)
-    check_size(num_ranks, num_micro)
-    placement = Placement(known.placement, num_ranks)
+    known = known_schedule(schedule, stages_per_rank)
+    placement = known.on(num_ranks)
+    check_size(placement, num_micro)
     costs.check(placement.num_stages)
     reference = known.generate(num_ranks, num_micro)
     if not split_backward:
@@ -63,12 +64,12 @@ def make_plan(
         cap = min(cap, own)
     split = split_backward and known.splits
     varied = optimize and not (known.by_cap or (known.any_cap and cap < own))
-    plans = list(_candidates(reference, costs, cap, split)) if varied else [reference]
-    fitting = [plan for plan in plans if max(peak_activations(plan)) <= cap]
+    plans = _candidates(reference, costs, cap, split) if varied else [(reference, None)]
+    fitting = [each for each in plans if max(peak_activations(each[0])) <= cap]
     searched = known.by_cap or (known.any_cap and activation_cap is not None)
     if searched and cap >= LEAST_CAP and (optimize or not fitting):
         found = under_cap(num_ranks, num_micro, costs if optimize else UNIT, cap, split)
-        fitting.append(replace(safe_fuse(found, costs) if optimize else found, schedule=schedule))
+        fitting.append((replace(safe_fuse(found, costs) if optimize else found, schedule=schedule), None))
     if not fitting:
         smallest = LEAST_CAP if known.any_cap else _smallest_cap(reference, costs, optimize, split)
         raise PlanError(
@@ -76,24 +77,25 @@ def make_plan(
             f"activations on some rank: the smallest cap that works is {smallest}"
         )
     if len(fitting) == 1:
-        return fitting[0]
-    plan = min(fitting, key=lambda candidate: simulate(candidate, costs).makespan)
+        return fitting[0][0]
+    plan, _ = min(fitting, key=lambda each: simulate(each[0], costs).makespan if each[1] is None else each[1])
     return plan if plan is reference else safe_fuse(plan, costs)
 
 
 def _smallest_cap(reference: Plan, costs: CostModel, optimize: bool, split: bool) -> int:
-    tight = _candidates(reference, costs, 1, split) if optimize else [reference]
-    return min(max(peak_activations(plan)) for plan in tight)
+    tight = _candidates(reference, costs, 1, split) if optimize else [(reference, None)]
+    return min(max(peak_activations(plan)) for plan, _ in tight)
 
 
-def _candidates(reference: Plan, costs: CostModel, cap: int, split: bool) -> Iterator[Plan]:
+def _candidates(reference: Plan, costs: CostModel, cap: int, split: bool) -> Iterator[tuple[Plan, float | None]]:
+    """Variants, with the makespan of those that have been simulated."""
     thetas = (THETAS[:1] if reference.num_ops > MANY_OPS else THETAS) if split else ()
-    yield reference
+    yield reference, None
     for order in _orders(reference, costs):
         for theta in thetas:
-            yield wfill(order, costs, cap, theta)
+            yield timed_wfill(order, costs, cap, theta)
         if order != reference:
-            yield order
+            yield order, None
 
 
 def _orders(reference: Plan, costs: CostModel) -> Iterable[Plan]:

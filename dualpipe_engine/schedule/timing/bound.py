@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from math import floor
 
 from ..plan import Plan
@@ -25,25 +26,33 @@ def lower_bound(num_ranks: int, num_micro: int, costs: CostModel, cap: int | Non
     Raises:
         PlanError: the costs are for another number of stages.
     """
-    costs.check(num_ranks)
-    stages = [costs.at(stage) for stage in range(num_ranks)]
-    f, i, w, fb = (min(column) for column in zip(*stages, strict=True))
-    bound = sum(stage[0] + stage[1] for stage in stages) + stages[0][2]  # one micro-batch there and back
-    for h in range((num_ranks + 1) // 2):
-        start, first, rest = h * f, num_ranks * f + h * i, h * f + num_ranks * i + w
-        # Forwards beyond those that fit before `first` gain nothing.
-        most = min(num_micro, floor((first - start) / f) + 1 if f else num_micro, num_micro if cap is None else cap)
-        least = min(_work(a, num_micro, (f, i + w, fb), (start, first, rest)) for a in range(1, most + 1))
-        bound = max(bound, least, start + num_micro * min(fb, f + i + w))
-    return bound
+    return _bound(num_ranks, range((num_ranks + 1) // 2), num_micro, costs, cap)
 
 
 def plan_bound(plan: Plan, costs: CostModel, cap: int | None = None) -> float:
     """`lower_bound` for any plan with the placement of `plan`; `costs` are those of its stages.
 
-    A `vee` of PP ranks is one half of a bidirectional pipeline of 2 PP ranks with twice the micro-batches.
+    A rank of `parts` stages has as many times the work, and its h is the distance of its stages from the nearer end.
     """
-    return lower_bound(plan.placement.num_stages, plan.num_micro * plan.placement.parts, costs, cap)
+    placement = plan.placement
+    ends = [(min(stages), max(stages)) for stages in map(placement.stages_of, range(placement.num_ranks))]
+    distances = sorted({min(first, placement.num_stages - 1 - last) for first, last in ends})
+    return _bound(placement.num_stages, distances, plan.num_micro * placement.parts, costs, cap)
+
+
+def _bound(num_stages: int, distances: Iterable[int], num_micro: int, costs: CostModel, cap: int | None) -> float:
+    """The bound of ranks at these distances, each with `num_micro` forwards and backwards."""
+    costs.check(num_stages)
+    stages = [costs.at(stage) for stage in range(num_stages)]
+    f, i, w, fb = (min(column) for column in zip(*stages, strict=True))
+    bound = sum(stage[0] + stage[1] for stage in stages) + stages[0][2]  # one micro-batch there and back
+    for h in distances:
+        start, first, rest = h * f, num_stages * f + h * i, h * f + num_stages * i + w
+        # Forwards beyond those that fit before `first` gain nothing.
+        most = min(num_micro, floor((first - start) / f) + 1 if f else num_micro, num_micro if cap is None else cap)
+        least = min(_work(a, num_micro, (f, i + w, fb), (start, first, rest)) for a in range(1, most + 1))
+        bound = max(bound, least, start + num_micro * min(fb, f + i + w))
+    return bound
 
 
 def _work(ahead: int, num_micro: int, costs: tuple[float, float, float], times: tuple[float, float, float]) -> float:

@@ -90,7 +90,7 @@ class CostModel:
     def for_placement(self, placement: Placement) -> CostModel:
         """The same model cut for `placement`, where `self` describes it cut into `placement.num_ranks` stages.
 
-        `vee` cuts each of these stages into two equal halves; the other placements change nothing.
+        Each of these stages is cut into `placement.parts` equal parts.
 
         Raises:
             PlanError: the costs are for another number of stages.
@@ -98,17 +98,25 @@ class CostModel:
         self.check(placement.num_ranks)
         if placement.parts == 1:
             return self
-        size = self.activation_bytes
+        size, parts = self.activation_bytes, placement.parts
         return replace(
             self,
-            f=_halves(self.f),
-            i=_halves(self.i),
-            w=_halves(self.w),
-            fb=None if self.fb is None else _halves(self.fb),
-            activation_bytes=tuple((n + 1) // 2 for n in size for _ in range(2))
+            f=_cut(self.f, parts),
+            i=_cut(self.i, parts),
+            w=_cut(self.w, parts),
+            fb=None if self.fb is None else _cut(self.fb, parts),
+            activation_bytes=tuple(-(-n // parts) for n in size for _ in range(parts))
             if isinstance(size, tuple)
-            else (size + 1) // 2,
+            else -(-size // parts),
         )
+
+    def joined(self, parts: int) -> CostModel:
+        """The reverse of `for_placement`, without bytes: the costs of the model cut into one `parts`-th of the stages.
+
+        Of a cost that is one number for all stages the same is true of the joined ones.
+        """
+        f, i, w = _join(self.f, parts), _join(self.i, parts), _join(self.w, parts)
+        return replace(self, f=f, i=i, w=w, fb=None if self.fb is None else _join(self.fb, parts), activation_bytes=1)
 
 
 UNIT = CostModel()  #: f = i = w = 1, no overlap, transfers for nothing
@@ -122,5 +130,11 @@ def _overlap(f: float, i: float, w: float, fb: float) -> float:
     return fb / (f + i + w) if f + i + w else 1.0
 
 
-def _halves(value: PerStage) -> PerStage:
-    return tuple(part / 2 for part in value for _ in range(2)) if isinstance(value, tuple) else value / 2
+def _cut(value: PerStage, parts: int) -> PerStage:
+    return tuple(each / parts for each in value for _ in range(parts)) if isinstance(value, tuple) else value / parts
+
+
+def _join(value: PerStage, parts: int) -> PerStage:
+    if not isinstance(value, tuple):
+        return parts * value
+    return tuple(sum(value[at : at + parts]) for at in range(0, len(value), parts))

@@ -7,7 +7,7 @@ from itertools import pairwise
 
 from ...errors import PlanError
 from ..gc_paused import collector_paused
-from ..op import COMPUTE, GRADIENTS, B, F, I, Op, W, atoms
+from ..op import COMPUTE, FB, GRADIENTS, B, F, I, Op, W, atoms
 from ..placement import Placement
 from ..plan import Plan
 from ..timeline import Span, Timeline
@@ -161,7 +161,18 @@ def peak_activations(plan: Plan) -> list[int]:
     Held from the start of F to the end of W (or of a full B). On a `vee` placement each is half the size of one of a
     `linear` or `bidirectional` placement of the same model.
     """
-    return _peaks(plan, lambda stage: 1)
+    peaks = []
+    for program in _compute(plan):
+        alive = peak = 0
+        for kind, _, _, parts in program:
+            if kind in (F, FB):
+                alive += 1
+                if alive > peak:
+                    peak = alive
+            if kind in GRADIENTS or (kind == FB and parts[1].kind == B):
+                alive -= 1
+        peaks.append(peak)
+    return peaks
 
 
 def peak_bytes(plan: Plan, costs: CostModel) -> list[int]:
@@ -172,7 +183,17 @@ def peak_bytes(plan: Plan, costs: CostModel) -> list[int]:
     """
     costs.check(plan.placement.num_stages)
     size = costs.activation_bytes
-    return _peaks(plan, lambda stage: size[stage] if isinstance(size, tuple) else size)
+    sizes = size if isinstance(size, tuple) else (size,) * plan.placement.num_stages
+    peaks = []
+    for program in _compute(plan):
+        alive = peak = 0
+        for op in program:
+            parts = atoms(op)
+            alive += sum(sizes[part.stage] for part in parts if part.kind == F)
+            peak = max(peak, alive)
+            alive -= sum(sizes[part.stage] for part in parts if part.kind in GRADIENTS)
+        peaks.append(peak)
+    return peaks
 
 
 def held_over_time(timeline: Timeline) -> list[list[tuple[float, int]]]:
@@ -195,19 +216,6 @@ def held_over_time(timeline: Timeline) -> list[list[tuple[float, int]]]:
             points.append((time, alive))
         result.append([*points, (timeline.makespan, alive)])
     return result
-
-
-def _peaks(plan: Plan, size: Callable[[int], int]) -> list[int]:
-    peaks = []
-    for program in _compute(plan):
-        alive = peak = 0
-        for op in program:
-            parts = atoms(op)
-            alive += sum(size(part.stage) for part in parts if part.kind == F)
-            peak = max(peak, alive)
-            alive -= sum(size(part.stage) for part in parts if part.kind in GRADIENTS)
-        peaks.append(peak)
-    return peaks
 
 
 def _compute(plan: Plan) -> Sequence[Sequence[Op]]:

@@ -52,7 +52,7 @@ def test_the_simulated_best_is_taken(setting):
             plan = make_plan(schedule, ranks, micros, costs.for_placement(placement), optimize=True)
         except (PlanError, AssertionError):
             continue
-        steps[schedule] = simulate(plan, costs.for_placement(placement)).makespan + reduction.get(placement.name, 0.0)
+        steps[schedule] = simulate(plan, costs.for_placement(placement)).makespan + reduction.get(placement.key, 0.0)
     assert steps[config.schedule] == min(steps.values())
 
 
@@ -69,7 +69,7 @@ def test_reduction_and_layers_change_the_choice():
 
 def test_memory_bounds_the_choice():
     costs = CostModel(1, 1, 1, 2.25, 0.1, activation_bytes=10)
-    state = {"linear": 100, "bidirectional": 200, "vee": 100}
+    state = {"linear": 100, "bidirectional": 200, "vee": 100, "loop of 2": 100}
 
     def rows(memory):
         measured = Measurement(costs, 8, 64, state_bytes=state, memory_bytes=memory)
@@ -96,6 +96,7 @@ def test_auto_measures_once_and_trains_as_the_schedule_it_took(ranks, tmp_path, 
     assert all(seconds > 0 for seconds in (*measured.costs.f, *measured.costs.i, *measured.costs.w))
     assert measured.costs.comm > 0 and min(measured.costs.activation_bytes) > 0
     assert measured.reduction["linear"] == 0 < measured.reduction["bidirectional"]
+    assert measured.state_bytes.keys() == measured.reduction.keys() >= {"linear", "vee", "loop of 2", "loop of 3"}
 
     second = ranks.run(4, auto_runs.start, path=path, data=False)
     assert {rank["measured"] for rank in second} == {0}

@@ -99,6 +99,7 @@ def test_a_comparison_takes_a_schedule_under_a_cap() -> None:
 
 def test_auto_takes_a_schedule_that_fits_into_the_memory() -> None:
     costs = CostModel(activation_bytes=10)
-    job = Measurement(costs, 4, 64, state_bytes={"linear": 100, "bidirectional": 200, "vee": 100}, memory_bytes=120)
+    state = {"linear": 100, "bidirectional": 200, "vee": 100, "loop of 2": 100}
+    job = Measurement(costs, 4, 64, state_bytes=state, memory_bytes=120)
     found = best(4, 8, costs, job=job)
     assert found.cap == 4 and found.memory <= 120 and max(peak_activations(found.plan)) <= 4
