@@ -14,13 +14,13 @@ from __future__ import annotations
 
 from collections import defaultdict, deque
 from dataclasses import dataclass, field
-from typing import Any
 
 import torch
 
 from ..errors import OutputError
 from ..schedule.progress import Position
 from .meta import HEADER_BYTES, MessageMeta, TensorMeta, block_of, decode, encode, flatten
+from .nest import Nest
 from .tickets import Ticket
 from .transport import Transport
 
@@ -88,7 +88,7 @@ class Edges:
         self._sent.clear()
         self._known.clear()
 
-    def send_forward(self, stage: int, micro: int, output: Any, dst: int) -> None:
+    def send_forward(self, stage: int, micro: int, output: Nest, dst: int) -> None:
         """Send the output of `stage` for `micro` (any nest, see `meta`) to pipeline rank `dst`.
 
         Raises:
@@ -104,7 +104,7 @@ class Edges:
         self._owed[stage, micro] = self._sent[stage].differentiable
         self._send_all([tensor.detach() for tensor in tensors], dst, tag)
 
-    def _announce(self, stage: int, micro: int, output: Any, dst: int) -> list[torch.Tensor]:
+    def _announce(self, stage: int, micro: int, output: Nest, dst: int) -> list[torch.Tensor]:
         """The tensors of an output, after a header where the receiver cannot know them."""
         tensors, meta = flatten(output)
         if len(tensors) > _HEADER:
@@ -164,7 +164,7 @@ class Edges:
         """Ask for the output gradients of `stage` for `micro` from pipeline rank `src`."""
         self._ask(Inbound(BACKWARD, stage, micro, src, stage + 1))
 
-    def wait_forward(self, stage: int, micro: int) -> Any:
+    def wait_forward(self, stage: int, micro: int) -> Nest:
         """The input of `stage` for `micro`, in the sender's nest."""
         inbound = self._finish((FORWARD, stage, micro))
         assert inbound.message is not None

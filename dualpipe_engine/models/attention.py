@@ -24,7 +24,8 @@ class GroupedQueryAttention(nn.Module):
     def __init__(self, config: MoEConfig) -> None:
         super().__init__()
         self.heads, self.kv_heads = config.heads, config.kv_heads or config.heads
-        self.head, self.rotary, self.scale = config.head, Rotary(config), _softmax_scale(config, config.head)
+        self.head, self.scale = config.head, _softmax_scale(config, config.head)
+        self.rotary = Rotary(config.theta, config.interleaved, config.yarn)
         self.query = nn.Linear(config.hidden, self.heads * self.head, bias=False)
         self.key = nn.Linear(config.hidden, self.kv_heads * self.head, bias=False)
         self.value = nn.Linear(config.hidden, self.kv_heads * self.head, bias=False)
@@ -49,7 +50,7 @@ class LatentAttention(nn.Module):
         super().__init__()
         self.heads, self.head, self.kv_rank, self.turned = config.heads, config.head, config.kv_rank, config.rotary
         self.value_head = config.head if config.value_head is None else config.value_head
-        self.rotary = Rotary(config)
+        self.rotary = Rotary(config.theta, config.interleaved, config.yarn)
         self.scale = _softmax_scale(config, self.head + self.turned)
         eps = None if config.norm_eps is None else LATENT_EPS
         queries = self.heads * (self.head + self.turned)

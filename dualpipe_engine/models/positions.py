@@ -4,15 +4,11 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
 from ..errors import ConfigError
-
-if TYPE_CHECKING:
-    from .config import MoEConfig
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -83,12 +79,14 @@ class Rotary(nn.Module):
     """Turns pairs of values by angles that grow with the position.
 
     Args:
-        config: its `theta`, `interleaved` and `yarn`.
+        theta: base of the frequencies.
+        interleaved: whether neighbours are the pairs, or the first half is paired with the second.
+        yarn: how positions reach beyond the length of pre-training; None: they do not.
     """
 
-    def __init__(self, config: MoEConfig) -> None:
+    def __init__(self, theta: float, interleaved: bool, yarn: Yarn | None) -> None:
         super().__init__()
-        self.theta, self.interleaved, self.yarn = config.theta, config.interleaved, config.yarn
+        self.theta, self.interleaved, self.yarn = theta, interleaved, yarn
 
     def forward(self, x: Tensor) -> Tensor:
         """Turn `x [batch, heads, length, width]`; the first of each pair go before the second ones."""

@@ -50,6 +50,21 @@ def diagnose(profile: Profile) -> list[Finding]:
     return sorted(found, key=lambda finding: -finding.cost)
 
 
+def costs_by_rank(profile: Profile) -> CostModel:
+    """The measured costs of the model cut into as many stages as there are ranks."""
+    costs = profile.costs
+    if profile.plan.placement.parts == 1:
+        return costs
+
+    def joined(value: float | tuple[float, ...]) -> float | tuple[float, ...]:
+        if not isinstance(value, tuple):
+            return 2 * value
+        return tuple(value[at] + value[at + 1] for at in range(0, len(value), 2))
+
+    fb = None if costs.fb is None else joined(costs.fb)
+    return replace(costs, f=joined(costs.f), i=joined(costs.i), w=joined(costs.w), fb=fb)
+
+
 class _Case:
     """A profile with what several checks need."""
 
@@ -84,16 +99,7 @@ class _Case:
     @cached_property
     def cut(self) -> CostModel:
         """Costs of the model cut into as many stages as there are ranks."""
-        if self.plan.placement.parts == 1:
-            return self.costs
-
-        def joined(value: float | tuple[float, ...]) -> float | tuple[float, ...]:
-            if not isinstance(value, tuple):
-                return 2 * value
-            return tuple(value[at] + value[at + 1] for at in range(0, len(value), 2))
-
-        fb = None if self.costs.fb is None else joined(self.costs.fb)
-        return replace(self.costs, f=joined(self.costs.f), i=joined(self.costs.i), w=joined(self.costs.w), fb=fb)
+        return costs_by_rank(self.profile)
 
     @cached_property
     def slowness(self) -> dict[int, float]:

@@ -31,10 +31,11 @@ def model(**changes):
     return nn.Sequential(*[spec.build() for spec in layers(config(**changes))]).double()
 
 
-@pytest.mark.parametrize("changes", [{}, {"interleaved": True, "yarn": Yarn(factor=40, length=8)}])
-def test_rotary_products_depend_on_distance_alone(changes):
+@pytest.mark.parametrize(("interleaved", "yarn"), [(False, None), (True, Yarn(factor=40, length=8))])
+def test_rotary_products_depend_on_distance_alone(interleaved, yarn):
     x, y = torch.randn(2, 6, dtype=torch.float64)
-    turned_x, turned_y = (Rotary(config(**changes))(each.expand(1, 1, 9, 6))[0, 0] for each in (x, y))
+    rotary = Rotary(10_000.0, interleaved, yarn)
+    turned_x, turned_y = (rotary(each.expand(1, 1, 9, 6))[0, 0] for each in (x, y))
     products = turned_x @ turned_y.T
     for distance in range(-8, 9):
         along = products.diagonal(distance)

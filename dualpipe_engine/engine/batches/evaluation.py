@@ -11,7 +11,7 @@ from deepspeed.runtime.torch_autocast import autocast_if_enabled
 
 from ...comm.nest import Nest
 from ...errors import ConfigError, raised_everywhere
-from ...faults.watch import watched
+from ...faults.watched import watched
 from ...runtime.executor import BatchResult
 from ...schedule.passes.lower import forward_only, lower
 from .loader import Loading

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
 from math import inf
 
@@ -61,6 +61,7 @@ def compare(
     optimize: bool = True,
     split_backward: bool = True,
     job: Measurement | None = None,
+    schedules: Collection[str] | None = None,
 ) -> list[Row]:
     """Every schedule on the same model, batch and ranks.
 
@@ -73,6 +74,7 @@ def compare(
         optimize: see `make_plan`.
         split_backward: see `make_plan`.
         job: adds the reduction of gradients and the limits of memory and layers; its costs are not read.
+        schedules: names of those to compare; None: all.
 
     Raises:
         PlanError: the costs are for another number of stages.
@@ -80,6 +82,8 @@ def compare(
     costs.check(num_ranks)
     rows = []
     for schedule, known in KNOWN.items():
+        if schedules is not None and schedule not in schedules:
+            continue
         cap = None if activation_cap is None else int(activation_cap * known.parts)
         try:
             placement = Placement(known.placement, num_ranks)
