@@ -62,8 +62,8 @@ def layers(config: MoEConfig, replica: int = 0) -> list[LayerSpec]:
     """The layers of the model, in order: embedding, blocks, head.
 
     With multi-token prediction there are between the last two the final norm, the embedding once more, for the tokens
-    ahead, and a block for each depth. Cut the stages so that these are in the last one: DualPipe, DualPipeV and ZB-V
-    have first and last stage on one rank, which then holds one embedding. Elsewhere two copies are tied.
+    ahead, and a block for each depth. DualPipe, DualPipeV and ZB-V have first and last stage on one rank, and these
+    layers in the last stage, so that the rank holds one embedding. Elsewhere two copies are tied.
 
     Args:
         config: sizes and choices.
@@ -78,14 +78,14 @@ def layers(config: MoEConfig, replica: int = 0) -> list[LayerSpec]:
     if not config.mtp_depth:
         return [LayerSpec(TokenEmbedding, config), *blocks, LayerSpec(Head, config)]
     tie = {"tied_weight_attr": "table.weight"}
-    return [
-        TiedLayerSpec(EMBEDDING, TokenEmbedding, config, **tie),
-        *blocks,
+    further = [
         LayerSpec(FinalNorm, config),
         TiedLayerSpec(EMBEDDING, TokenEmbedding, config, forward_fn=look_ahead, **tie),
         *[LayerSpec(MTPBlock, config, rank) for _ in range(config.mtp_depth)],
-        LayerSpec(Head, config),
     ]
+    for spec in further:
+        spec.with_next = True  # see `engine.placing.partition.kept_together`
+    return [TiedLayerSpec(EMBEDDING, TokenEmbedding, config, **tie), *blocks, *further, LayerSpec(Head, config)]
 
 
 def loss(output: Nest, labels: Tensor, mtp_weight: float = 0.3) -> Tensor:
