@@ -29,7 +29,7 @@ from sleeping import Times, lateness
 STOCK, AUTO, DEEPSEEK = "stock 1f1b", "auto", "DeepSeek dualpipe"
 PAIRED = (DEEPSEEK, "stock dualpipev")  #: they refuse fewer micro-batches than two a rank
 SOON_S = 0.05  #: from the announcement of a step to its start
-OURS = ("1f1b", "zb1p", "dualpipe", "dualpipev", "zbv", "vhalf", "vmin")
+OURS = ("1f1b", "interleaved", "zb1p", "interleaved_zb", "dualpipe", "dualpipev", "zbv", "vhalf", "vmin")
 
 
 def timed(step: Callable[[], Any], steps: int) -> float:
