@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Train a small GPT, or a mixture of experts, on text under DualPipe. Sets up everything on the first run.
+# Train a small GPT, or a small DeepSeek-V3, on text under DualPipe. Sets up everything on the first run.
 set -euo pipefail
 ROOT=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 
@@ -9,9 +9,9 @@ usage: bash examples/quickstart.sh [FOLDER] [--model gpt|moe] [--schedule NAME] 
 
 Trains a byte-level GPT on the text files in FOLDER (default: the source files of Python's standard library), on all
 GPUs if there are two or more, else on 4 CPU processes. Results go to runs/RUN: metrics.jsonl, trace.json (open it in
-a Chrome trace viewer or with `dualpipe draw`), schedule.svg and a checkpoint.
+a Chrome trace viewer or with `dualpipe draw`), schedule.svg, report.html (a page to look at) and a checkpoint.
 
-  --model NAME     gpt (default), or moe: a mixture-of-experts transformer, two replicas of the pipeline share experts
+  --model NAME     gpt (default), or moe: a small DeepSeek-V3 with multi-token prediction, experts shared by two replicas
   --schedule NAME  dualpipe (default), dualpipev, zb1p, zbv, vhalf, vmin, 1f1b, interleaved, interleaved_zb, or
                    1f1b-deepspeed for DeepSpeed's own engine
   --steps N        training steps (default 120)
@@ -39,6 +39,7 @@ while [ $# -gt 0 ]; do
     esac
 done
 
+EXTRAS=report
 # shellcheck disable=SC1091
 . "$ROOT/examples/setup_env.sh"
 cd "$ROOT"

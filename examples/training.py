@@ -21,10 +21,13 @@ from text import Windows, read_folder
 from torch.utils.data import DataLoader
 
 import dualpipe_engine
+from dualpipe_engine.page.html import save_page
+from dualpipe_engine.page.run import PROFILE, read_run
 from dualpipe_engine.schedule.op import COMPUTE
 from dualpipe_engine.schedule.timeline import Timeline
 from dualpipe_engine.schedule.timing.costs import UNIT
 from dualpipe_engine.schedule.timing.simulate import simulate
+from dualpipe_engine.utils import enable_profiling, get_profiler
 from dualpipe_engine.viz.chrome import write_chrome
 from dualpipe_engine.viz.figure import save_figure
 from dualpipe_engine.viz.overlap import hidden, notes
@@ -88,15 +91,15 @@ def train(engine: Any, data: Any, folder: Path, steps: int, console: Console | N
             seconds = time.perf_counter() - start
             progress.update(task, advance=1, loss=losses[-1], speed=tokens / seconds, step=seconds)
             if console is not None:
-                row = {"step": step, "loss": losses[-1], "seconds": seconds, "tokens_per_second": tokens / seconds}
-                log.write(json.dumps(row) + "\n")
+                row = {"step": step, "loss": losses[-1], "lr": engine.get_lr()[0], "seconds": seconds}
+                log.write(json.dumps(row | {"tokens_per_second": tokens / seconds}) + "\n")
     return losses
 
 
 def report(
     engine: Any, folder: Path, losses: list[float], evaluated: float, console: Console | None, name: str, rows: Rows
 ) -> None:
-    """The table at the end, the trace and the picture of the schedule."""
+    """The table at the end, the trace, the picture of the schedule and the page of the run."""
     table = Table(title=f"{name}: results in {folder}", show_header=False)
     table.add_row("schedule", engine.plan.schedule if hasattr(engine, "plan") else name)
     table.add_row("micro-batches a step", str(engine.gradient_accumulation_steps()))
@@ -106,6 +109,7 @@ def report(
     extra = rows(engine)
     if hasattr(engine, "timeline"):
         measured, transfers = engine.timeline(), engine.transfers()
+        get_profiler().save_to_file(PROFILE)
         simulated = engine.simulated(measured)
         if console is None:
             return
@@ -119,6 +123,8 @@ def report(
             table.add_row("weights with deferred gradients", f"{engine.weight_split.share:.0%}")
         write_chrome(folder / "trace.json", measured, title=name, notes=notes(transfers))
         save_figure(folder / "schedule.svg", simulate(engine.plan.compute_only(), UNIT), title=name)
+        save_page(folder / "report.html", read_run(folder))
+        table.add_row("a page to look at", str(folder / "report.html"))
     if console is not None:
         for row in extra:
             table.add_row(*row)
@@ -160,7 +166,10 @@ def run(
     engine, *_ = dualpipe_engine.initialize(model=module, config=settings, training_data=sample)
     folder = Path("runs") / (args.name or name)
     folder.mkdir(parents=True, exist_ok=True)
+    enable_profiling(log_dir=folder)
     console = Console() if torch.distributed.get_rank() == 0 else None
+    if console is not None:
+        (folder / "ds_config.json").write_text(json.dumps(settings, indent=2))
     data = batches(text[:cut], engine.train_micro_batch_size_per_gpu(), replica, seed=1)
     if args.resume:
         resume(engine, data, folder / "checkpoint")

@@ -117,7 +117,7 @@ def pinned_empty(shape, dtype):
     return out
 
 
-class Side:
+class Stream:
     """A stream whose events are counted when the host waits for them."""
 
     def record_event(self):

@@ -21,7 +21,7 @@ def report():
     with pytest.MonkeyPatch.context() as patch:
         patch.syspath_prepend(BENCH)
         patch.setitem(sys.modules, "ranks", SimpleNamespace(run_ranks=None))  # the tests' own `ranks` has another
-        return importlib.import_module("report")
+        yield importlib.import_module("report")
 
 
 def test_planner_rows_count_the_ops_of_their_plans(report):
@@ -47,6 +47,15 @@ def test_speedup_is_over_stock_with_as_many_micro_batches(report):
         )
     ]
     assert [row["speedup"] for row in report.beside_stock(found, 4)] == [1.0, 1.0, 2.0, 3.0]
+
+
+def test_contestants_are_chosen_by_words_of_their_names(report):
+    schedules = sys.modules["schedules"]
+    chosen = schedules.chosen("stock, ours zb")
+    assert chosen == ["stock 1f1b", "stock dualpipev", "ours zb1p", "ours zbv"]
+    assert schedules.chosen("") == schedules.names() and "ours auto" in schedules.names()
+    with pytest.raises(ValueError, match="--only: no name has nonsense; there are stock 1f1b, "):
+        schedules.chosen("stock,nonsense")
 
 
 def test_tables_json_and_png(report, tmp_path):

@@ -20,6 +20,7 @@ LAYERS = [
     "faults",
     "runtime",
     "profiling",
+    "page",
     "models",
     "engine",
     "adapters",
@@ -31,7 +32,8 @@ FOREIGN = {
     "faults": {"torch"},
     "runtime": {"torch"},
     "profiling": {"rich"},
-    "models": {"torch", "deepspeed"},
+    "page": {"plotly"},
+    "models": {"torch", "deepspeed", "transformers", "safetensors"},
     "engine": {"torch", "deepspeed", "pydantic", "numpy", "safetensors"},
     "adapters": {"torch", "deepspeed", "transformers", "safetensors"},
     "compat": {"torch"},
@@ -42,7 +44,7 @@ FOREIGN = {
 ABOVE = {
     "compat": {"schedule", "comm", "runtime", "compat", "integrations"},
     "testing": {"schedule"},
-    "cli": {"cli", "schedule", "viz", "profiling", "engine", "__version__"},
+    "cli": {"cli", "schedule", "viz", "profiling", "page", "engine", "__version__"},
 }
 #: Each room imports itself and rooms before it. Of the folders that have folders, the files on top are rooms where the
 #: order among them matters.
@@ -60,6 +62,7 @@ ROOMS = [
     "faults",
     "runtime",
     "profiling",
+    "page",
     "models",
     "engine.given",
     "engine.keys",

@@ -17,6 +17,7 @@ from .draw import add_draw
 from .export import add_export
 from .memory import add_memory
 from .plan import add_plan
+from .report import add_report
 
 _DESCRIPTION = """\
 Pipeline schedules as values: print one, draw one, compare all of them. Every plan is verified before it is shown.
@@ -36,6 +37,7 @@ examples:
   dualpipe draw --schedule dualpipe --ranks 8 --micro-batches 20 --out schedule.svg
   dualpipe draw trace.json
   dualpipe doctor dualpipe_profile.json
+  dualpipe report runs/dualpipe --out report.html
   dualpipe compare --ranks 8 --micro-batches 32 --costs 1,1,1,2.25 --optimize
   dualpipe compare --ranks 8 --micro-batches 32 --layer-costs 0.2,1x40,3
   dualpipe compare --model deepseek-v3 --gpus 2048 --hardware h800
@@ -66,7 +68,7 @@ def _parser() -> argparse.ArgumentParser:
     shape: dict[str, Any] = {"formatter_class": argparse.RawDescriptionHelpFormatter, "epilog": _EPILOG}
     parser = argparse.ArgumentParser(prog="dualpipe", description=_DESCRIPTION, **shape)
     parser.add_argument("--version", action="version", version=f"dualpipe_engine {__version__}")
-    commands = parser.add_subparsers(metavar="plan|draw|compare|memory|doctor|export", required=True)
-    for add in (add_plan, add_draw, add_compare, add_memory, add_doctor, add_export):
+    commands = parser.add_subparsers(metavar="plan|draw|compare|memory|doctor|report|export", required=True)
+    for add in (add_plan, add_draw, add_compare, add_memory, add_doctor, add_report, add_export):
         add(commands, shape)
     return parser

@@ -9,14 +9,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import nullcontext
-from typing import Any
+from functools import partial
+from typing import Protocol
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from ..schedule.progress import waiting
-from .device import on_stream, pinned_empty
 from .stream import SharedStream, shared_stream
 from .tickets import Moments, Tickets
 
@@ -53,29 +53,51 @@ def exchange(
     """
     if group.size() == 1:
         return rows
-    route = (group, tickets, stream or shared_stream(rows.device))
-    return _Exchange.apply(rows, tuple(send), tuple(receive), ready, *route)
+    stream = stream or shared_stream(rows.device)
+    return _Exchange.apply(rows, tuple(send), tuple(receive), ready, group, tickets, stream)
+
+
+class _Kept(Protocol):
+    """What a forward leaves to its backward."""
+
+    splits: tuple[Sequence[int], Sequence[int]]
+    route: tuple[dist.ProcessGroup, Tickets | None, SharedStream]
 
 
 class _Exchange(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, rows: Tensor, send: Any, receive: Any, ready: bool, *route: Any) -> Tensor:
-        ctx.splits, ctx.route = (receive, send), route
-        return _post(rows, send, receive, ready, *route)
+    def forward(
+        ctx: _Kept,
+        rows: Tensor,
+        send: Sequence[int],
+        receive: Sequence[int],
+        ready: bool,
+        group: dist.ProcessGroup,
+        tickets: Tickets | None,
+        stream: SharedStream,
+    ) -> Tensor:
+        ctx.splits, ctx.route = (receive, send), (group, tickets, stream)
+        return _post(rows, send, receive, ready, group, tickets, stream)
 
     @staticmethod
-    def backward(ctx: Any, *grads: Any) -> Any:
+    def backward(ctx: _Kept, grad: Tensor) -> tuple[Tensor | None, ...]:
         send, receive = ctx.splits
-        return _post(grads[0], send, receive, False, *ctx.route), None, None, None, None, None, None
+        return _post(grad, send, receive, False, *ctx.route), None, None, None, None, None, None
 
 
 def _post(
-    rows: Tensor, send: Any, receive: Any, ready: bool, group: Any, tickets: Tickets | None, stream: SharedStream
+    rows: Tensor,
+    send: Sequence[int],
+    receive: Sequence[int],
+    ready: bool,
+    group: dist.ProcessGroup,
+    tickets: Tickets | None,
+    stream: SharedStream,
 ) -> Tensor:
     ready = ready and rows.is_contiguous() and rows.device.type != "cpu"
     rows = rows.contiguous()
     # What the current stream frees may still be in use there: memory for what does not wait for it is another stream's.
-    with on_stream(stream.side) if ready and stream.side is not None else nullcontext():
+    with stream.side.running() if ready else nullcontext():
         out = rows.new_empty((sum(receive), *rows.shape[1:]))
     what = f"all-to-all of group rank {group.rank()}"
     ticket = stream.posts.all_to_all(group, out, rows, receive, send, what, not ready)
@@ -123,20 +145,7 @@ class Counts:
         """Bring the numbers to the host: of a MoE layer, forward and backward, the one wait of the host for the device.
         The copy follows the exchange alone, while the device goes on with what it has been given before."""
         self._ticket.wait(timeout_s)
-        side = self._stream.side
-        if side is None:
-            self._read(self.both)
-            return
-        landed = pinned_empty(self.both.shape, self.both.dtype)
-        with on_stream(side):
-            self._ticket.wait(timeout_s)
-            landed.copy_(self.both, non_blocking=True)
-            copied = side.record_event()
-        copied.synchronize()
-        self._read(landed)
-
-    def _read(self, both: Tensor) -> None:
-        sent, received = both.tolist()
+        sent, received = self._stream.side.to_host(self.both, partial(self._ticket.wait, timeout_s)).tolist()
         self.send, self.receive = [sum(each) for each in sent], [sum(each) for each in received]
         self.expected = [sum(each) for each in zip(*received, strict=True)]
 

@@ -63,8 +63,8 @@ def check_owner(path: Path) -> None:
     Raises:
         PermissionError: it is another user's, or all can write it.
     """
-    found = path.stat()
-    if found.st_uid not in (os.getuid(), 0) or found.st_mode & stat.S_IWOTH:
+    status = path.stat()
+    if status.st_uid not in (os.getuid(), 0) or status.st_mode & stat.S_IWOTH:
         raise PermissionError(
             f"{path} is another user's, or all can write it: remove it, or set TORCH_EXTENSIONS_DIR to your own folder"
         )

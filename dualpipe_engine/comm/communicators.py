@@ -128,7 +128,7 @@ def _can_split() -> bool:
     return world is not None and world.bound_device_id is not None and dist.get_backend(world) == "nccl"
 
 
-def _options(timeout: timedelta) -> Any:
+def _options(timeout: timedelta) -> dist.ProcessGroupNCCL.Options | None:
     """Of one group, never shared: torch writes the group's ranks, name and timeout into them."""
     if "nccl" not in dist.get_backend(dist.group.WORLD):
         return None
@@ -140,6 +140,6 @@ def _options(timeout: timedelta) -> Any:
     return options
 
 
-def _current(device: torch.device) -> AbstractContextManager[Any]:
+def _current(device: torch.device) -> AbstractContextManager[object]:
     """Object collectives put their tensors on the current device."""
     return nullcontext() if device.type == "cpu" else torch.get_device_module(device).device(device)

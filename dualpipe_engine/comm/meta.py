@@ -11,7 +11,7 @@ import dataclasses
 import io
 import math
 import pickle
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import accumulate
@@ -21,6 +21,7 @@ import torch
 from torch.utils import _pytree as pytree
 
 from ..errors import ConfigError, OutputError
+from .nest import Nest
 
 HEADER_BYTES = 4096
 _LENGTH_BYTES = 8
@@ -66,7 +67,7 @@ class MessageMeta:
     def differentiable(self) -> tuple[TensorMeta, ...]:
         return tuple(meta for meta in self.tensors if meta.differentiable)
 
-    def build(self, tensors: list[torch.Tensor]) -> Any:
+    def build(self, tensors: list[torch.Tensor]) -> Nest:
         """Put received tensors (one for each entry of `self.tensors`) back into the nest."""
         if self.spec is None:
             return tensors[0]
@@ -74,7 +75,7 @@ class MessageMeta:
         leaves = [next(stream) if isinstance(leaf, TensorMeta) else leaf for leaf in self.leaves]
         return pytree.tree_unflatten(leaves, self.spec)
 
-    def is_of(self, value: Any) -> bool:
+    def is_of(self, value: Nest) -> bool:
         """Whether `value` is a single tensor, and this is its description; the quick answer to the usual case."""
         if self.spec is not None or not isinstance(value, torch.Tensor):
             return False
@@ -108,7 +109,7 @@ def block_of(metas: Iterable[TensorMeta], device: torch.device) -> tuple[torch.T
     return block, tensors
 
 
-def flatten(value: Any) -> tuple[list[torch.Tensor], MessageMeta]:
+def flatten(value: Nest) -> tuple[list[torch.Tensor], MessageMeta]:
     """Split a stage output into its tensors and its meta.
 
     Raises:
@@ -132,7 +133,7 @@ def flatten(value: Any) -> tuple[list[torch.Tensor], MessageMeta]:
     return [leaf for leaf in leaves if isinstance(leaf, torch.Tensor)], MessageMeta(tuple(metas), spec)
 
 
-def _needs_gradient(leaf: Any) -> bool:
+def _needs_gradient(leaf: object) -> bool:
     parts = dataclasses.fields(leaf) if dataclasses.is_dataclass(leaf) else ()
     values = [*getattr(leaf, "__dict__", {}).values(), *(getattr(leaf, part.name, None) for part in parts)]
     return any(isinstance(value, torch.Tensor) and value.requires_grad for value in values)
@@ -162,7 +163,7 @@ def encode(meta: MessageMeta) -> torch.Tensor:
 class _Pickler(pickle.Pickler):
     """torch warns of a spec of a leaf that is made by its class, as pickle would."""
 
-    def reducer_override(self, value: Any) -> Any:
+    def reducer_override(self, value: object) -> tuple[Callable[..., object], tuple[int]]:
         leaf = isinstance(value, pytree.TreeSpec) and value.is_leaf()
         return (pytree.tree_structure, (0,)) if leaf else NotImplemented
 

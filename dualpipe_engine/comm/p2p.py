@@ -14,13 +14,13 @@ from __future__ import annotations
 
 from collections import defaultdict, deque
 from dataclasses import dataclass, field
-from typing import Any
 
 import torch
 
 from ..errors import OutputError
 from ..schedule.progress import Position
 from .meta import HEADER_BYTES, MessageMeta, TensorMeta, block_of, decode, encode, flatten
+from .nest import Nest
 from .tickets import Ticket
 from .transport import Transport
 
@@ -31,7 +31,8 @@ _HEADER = _MAX_TENSORS - 1
 
 
 def _tag(kind: int, stage: int, micro: int, index: int) -> int:
-    return ((micro * 1024 + stage % 1024) * 2 + kind) * _MAX_TENSORS + index
+    """Below 2^30, as a tag has 31 bits; no two messages under way are 8192 micro-batches apart."""
+    return ((micro % 8192 * 1024 + stage % 1024) * 2 + kind) * _MAX_TENSORS + index
 
 
 @dataclass(slots=True)
@@ -88,7 +89,7 @@ class Edges:
         self._sent.clear()
         self._known.clear()
 
-    def send_forward(self, stage: int, micro: int, output: Any, dst: int) -> None:
+    def send_forward(self, stage: int, micro: int, output: Nest, dst: int) -> None:
         """Send the output of `stage` for `micro` (any nest, see `meta`) to pipeline rank `dst`.
 
         Raises:
@@ -104,11 +105,14 @@ class Edges:
         self._owed[stage, micro] = self._sent[stage].differentiable
         self._send_all([tensor.detach() for tensor in tensors], dst, tag)
 
-    def _announce(self, stage: int, micro: int, output: Any, dst: int) -> list[torch.Tensor]:
+    def _announce(self, stage: int, micro: int, output: Nest, dst: int) -> list[torch.Tensor]:
         """The tensors of an output, after a header where the receiver cannot know them."""
         tensors, meta = flatten(output)
         if len(tensors) > _HEADER:
-            raise OutputError(f"stage {stage} passes on {len(tensors)} tensors, more than {_HEADER}")
+            raise OutputError(
+                f"stage {stage} passes on {len(tensors)} tensors in micro-batch {micro}, a message holds {_HEADER}: "
+                "let its last layer join some of them"
+            )
         before = self._sent.get(stage)
         if self._dynamic or before is None:
             header = encode(meta).to(self._device)
@@ -164,7 +168,7 @@ class Edges:
         """Ask for the output gradients of `stage` for `micro` from pipeline rank `src`."""
         self._ask(Inbound(BACKWARD, stage, micro, src, stage + 1))
 
-    def wait_forward(self, stage: int, micro: int) -> Any:
+    def wait_forward(self, stage: int, micro: int) -> Nest:
         """The input of `stage` for `micro`, in the sender's nest."""
         inbound = self._finish((FORWARD, stage, micro))
         assert inbound.message is not None

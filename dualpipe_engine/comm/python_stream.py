@@ -20,11 +20,17 @@ _IDLE_LOOKS = 10  #: in a row with nothing to do, then the watcher sleeps until 
 _FOREVER = timedelta(days=365)
 _CLOSED = "the communication stream was closed"
 
+#: Posts a transfer, given where it receives to and what it sends, None for the one it has not.
+_Launch = Callable[..., dist.Work]
+_LaneKey = tuple[str, dist.ProcessGroup, int]  #: kind, group, rank of the peer in it
+
 
 class Ticket:
     """See `comm.stream.StreamTicket`."""
 
-    def __init__(self, kind: str, what: str, size: int, sums: dict[str, int], kept: tuple[Any, ...]) -> None:
+    def __init__(
+        self, kind: str, what: str, size: int, sums: dict[str, int], kept: tuple[torch.Tensor | None, ...]
+    ) -> None:
         self.kind, self.what, self.size = kind, what, size
         self.posted_ns = time.monotonic_ns()
         self.finished_ns = self.waited_ns = 0
@@ -37,8 +43,8 @@ class Ticket:
         self.by_callback = False  # the process group calls `complete`
         self.work: Any = None
         self._kept: Any = kept
-        self._land: Callable[[], Any] | None = None
-        self._landed: Any = None
+        self._land: Callable[[], torch.Event] | None = None
+        self._landed: torch.Event | None = None
         self._error: str | None = None
         self._sums = sums
         self._claim = threading.Lock()
@@ -46,7 +52,7 @@ class Ticket:
         self._done = threading.Event()
         sums["posted"] += 1
 
-    def stage(self, land: Callable[[], Any]) -> None:
+    def stage(self, land: Callable[[], torch.Event]) -> None:
         """Call `land` when the transfer is done; it copies to the accelerator and returns the event behind that."""
         self._land = land
 
@@ -209,7 +215,7 @@ class CommStream:
             self._device = self._stream.device
         names = ("posted", "finished", "failed", "bytes", "flight_ns", "waited_ns")
         self._sums = {kind: dict.fromkeys(names, 0) for kind in ("send", "recv", "all_to_all")}
-        self._lanes: dict[tuple[str, Any, int], _Lane] = {}
+        self._lanes: dict[_LaneKey, _Lane] = {}
         self._native: deque[Ticket] = deque()
         self._lock = threading.Lock()
         self._changed = threading.Condition(self._lock)
@@ -233,8 +239,8 @@ class CommStream:
         what: str,
         behind: bool = True,
     ) -> Ticket:
-        def launch(to: Any, rows: Any) -> Any:
-            post: Any = getattr(group, "all_to_all_single", None) or group.alltoall_base  # renamed in torch 2.13
+        def launch(to: torch.Tensor, rows: torch.Tensor) -> dist.Work:
+            post: _Launch = getattr(group, "all_to_all_single", None) or group.alltoall_base  # renamed in torch 2.13
             return post(to, rows, list(receive), list(send))
 
         return self._post("all_to_all", group, rows, out, -1, what, launch, behind)
@@ -258,7 +264,7 @@ class CommStream:
         out: torch.Tensor | None,
         peer: int,
         what: str,
-        launch: Callable[[Any, Any], Any],
+        launch: _Launch,
         behind: bool = True,
     ) -> Ticket:
         counted = out if rows is None else rows
@@ -286,7 +292,7 @@ class CommStream:
                 self._keep((kind, group, peer), ticket)
         return ticket
 
-    def _keep(self, key: tuple[str, Any, int], ticket: Ticket) -> None:
+    def _keep(self, key: _LaneKey, ticket: Ticket) -> None:
         if key not in self._lanes:
             self._lanes[key] = _Lane()
         self._lanes[key].add(ticket)
@@ -316,17 +322,18 @@ class CommStream:
         self,
         ticket: Ticket,
         group: dist.ProcessGroup,
-        rows: Any,
-        out: Any,
-        launch: Callable[[Any, Any], Any],
+        rows: torch.Tensor | None,
+        out: torch.Tensor | None,
+        launch: _Launch,
         behind: bool,
-    ) -> Any:
+    ) -> dist.Work:
         stream = self._stream
         current = torch.accelerator.current_stream(self._device)
         produced = Moment(current if behind else stream)
         if behind:
             produced.block(stream)
         else:
+            assert out is not None
             out.record_stream(stream)
             out.record_stream(current)
         ticket.native = dist.get_backend(group) not in ("gloo", "mpi")
@@ -339,23 +346,25 @@ class CommStream:
                     work.wait()
                     ticket.ended = Moment(stream)
                 return work
-            host_rows = None if rows is None else torch.empty_like(rows, device="cpu", pin_memory=True)
-            if host_rows is not None:
+            host_rows = None
+            if rows is not None:
+                host_rows = torch.empty_like(rows, device="cpu", pin_memory=True)
                 host_rows.copy_(rows, non_blocking=True)
                 stream.record_event().synchronize()
-            host_out = None if out is None else torch.empty_like(out, device="cpu", pin_memory=True)
+        if out is None:
+            return launch(None, host_rows)
+        host_out = torch.empty_like(out, device="cpu", pin_memory=True)
 
-        def land() -> Any:
+        def land() -> torch.Event:
             with torch.no_grad(), on_stream(stream):
                 out.copy_(host_out, non_blocking=True)
                 return stream.record_event()
 
-        if out is not None:
-            ticket.stage(land)
+        ticket.stage(land)
         return launch(host_out, host_rows)
 
 
-def _error_of(future: Any) -> str | None:
+def _error_of(future: torch.futures.Future[object]) -> str | None:
     try:
         future.value()
     except Exception as error:

@@ -131,10 +131,10 @@ def shared_stream(device: torch.device) -> SharedStream:
     Raises:
         ConfigError: as `open_stream`.
     """
-    found = _SHARED.get(device)
-    if found is None:
-        found = _SHARED[device] = SharedStream(device)
-    return found
+    shared = _SHARED.get(device)
+    if shared is None:
+        shared = _SHARED[device] = SharedStream(device)
+    return shared
 
 
 @functools.cache

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Protocol
 
 from ..schedule.progress import waiting
 
@@ -75,7 +75,7 @@ class Transfer:
         """Seconds of the transfer that ran under something else."""
         return max(0.0, self.finished - self.posted - self.waited)
 
-    def resolved(self, origin: tuple[float, Any] | None) -> Transfer:
+    def resolved(self, origin: tuple[float, torch.Event] | None) -> Transfer:
         """The same with times of the device on the host's clock, once the device has finished.
 
         Args:

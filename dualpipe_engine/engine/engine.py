@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import OrderedDict
 from collections.abc import Iterable, Iterator
 
 import torch
@@ -13,7 +12,6 @@ from deepspeed.runtime.pipe.engine import TRAIN_BATCH_TIMER
 from deepspeed.runtime.pipe.topology import PipelineParallelGrid
 from deepspeed.runtime.torch_autocast import autocast_if_enabled
 from deepspeed.utils import logger
-from deepspeed.utils.timer import ThroughputTimer
 
 from ..comm.device import side_stream
 from ..comm.nest import Nest
@@ -22,7 +20,8 @@ from ..comm.stream import StreamTicket
 from ..comm.tickets import Transfer
 from ..comm.transports import transport_of
 from ..errors import ConfigError, raised_everywhere
-from ..faults.watch import Watch, watched
+from ..faults.watch import Watch
+from ..faults.watched import watched
 from ..runtime.apex_support import apex_status
 from ..runtime.chunk import StageChunk
 from ..runtime.executor import Executor
@@ -117,42 +116,6 @@ class DualPipeEngine(LifeCycle, Evaluation, Measuring, Reporting, Checkpoints, L
         self._init_recovery(bound or isinstance(self._tail.reduction, AfterSchedule))
         if self.training_data:
             self._build_data_iter(self.training_data)
-
-    def _init_pipeline_state(self, base_grid: PipelineParallelGrid) -> None:
-        """What the inherited methods of PipelineEngine read."""
-        self.enable_backward_allreduce = False
-        self.pipeline_enable_backward_allreduce = True
-        self.using_bf16_optimizer = type(self.optimizer) is BF16_Optimizer
-        self.grid = base_grid
-        self.global_rank = self.grid.get_global_rank()
-        self.num_stages = self.grid.pipe_parallel_size
-        self.stage_id = self.place.rank
-        self.prev_stage, self.next_stage = self.stage_id - 1, self.stage_id + 1
-        self.dynamic_shape, self.has_bool_tensors = self.module.dynamic_shape, False
-        self.has_attention_mask = False
-        self.is_pipe_parallel = self.place.placement.num_ranks > 1
-        self.is_data_parallel = self.place.replicas > 1
-        self.is_model_parallel = self.grid.model_parallel_size > 1
-        self.micro_batch_size = self.train_micro_batch_size_per_gpu()
-        self.micro_batches = self.gradient_accumulation_steps()
-        self.data_iterator: Iterator[Nest] | None = None
-        self.batch_fn = None
-        self.agg_train_loss: torch.Tensor | None = None
-        self.agg_additional_losses: OrderedDict[str, torch.Tensor] | None = None
-        self.dp_group_loss = torch.zeros((), device=self.device)
-        self._force_grad_boundary = False
-        self._checked_stream = False
-        self.batch_timer = ThroughputTimer(
-            self._config.timers_config,
-            batch_size=self.train_batch_size(),
-            logging_fn=self.tput_log,
-            monitor_memory=False,
-            steps_per_output=self.steps_per_print(),
-        )
-        # Stages run through views, whose hooks are these; the engine's own forward does not exist here.
-        self.module_forward_pre_hook.remove()
-        self.module_forward_post_hook.remove()
-        self.module.checkpoint_parallel_write_pipeline = self._config.checkpoint_parallel_write_pipeline
 
     def _configure_optimizer(self, client_optimizer: Optimizer, model_parameters: Iterable[ParamEntry] | None) -> None:
         """DeepSpeed's optimizers learn of experts from this flag, which it sets for layers of its own only; elsewhere
@@ -280,9 +243,9 @@ class DualPipeEngine(LifeCycle, Evaluation, Measuring, Reporting, Checkpoints, L
     def _make_finite_check(self) -> FiniteCheck:
         watched = None
         if self.dualpipe_config.check_finite:
-            held = self._context.params_of_stages()
+            by_stage = self._context.params_of_stages()
             params = list(self.module.parameters())
-            watched = {stage: [param for param in params if param in of_stage] for stage, of_stage in held.items()}
+            watched = {stage: [param for param in params if param in of_stage] for stage, of_stage in by_stage.items()}
         scaled = self.fp16_enabled() or self.torch_autocast_z0_gradscaler is not None
         place, totals = self.place, self.totals
         return FiniteCheck(

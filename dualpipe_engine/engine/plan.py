@@ -79,8 +79,8 @@ def agree(plan: Plan, device: torch.device) -> None:
     Raises:
         PlanError: the digests differ.
     """
-    mine = torch.tensor([int(plan.digest()[:15], 16)], dtype=torch.int64, device=device)
-    low, high = mine.clone(), mine.clone()
+    digest = torch.tensor([int(plan.digest()[:15], 16)], dtype=torch.int64, device=device)
+    low, high = digest.clone(), digest.clone()
     dist.all_reduce(low, op=dist.ReduceOp.MIN)
     dist.all_reduce(high, op=dist.ReduceOp.MAX)
     if not torch.equal(low, high):

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Any
-
-import torch.distributed as dist
 from deepspeed.runtime.pipe.engine import TRAIN_BATCH_TIMER, PipelineEngine
 from deepspeed.utils import logger
 
+from ..comm.from_all import from_all
 from .placing.grid import Place
 
 
@@ -18,11 +16,9 @@ class Reporting(PipelineEngine):
 
     def _report_split(self) -> None:
         """After the first batch, whose forwards show it: which share of the weights runs in W, and what does not."""
-        mine = None if self._store is None else str(self.weight_split)
-        found: list[Any] = [None] * len(self.place.pipeline)
-        dist.all_gather_object(found, mine, group=self._pipeline_group)
+        reports = from_all(None if self._store is None else str(self.weight_split), self._pipeline_group)
         if self.global_rank == 0:
-            for rank, report in enumerate(found):
+            for rank, report in enumerate(reports):
                 if report is not None:
                     logger.info(f"pipeline rank {rank}: {report}")
 

@@ -1,16 +1,23 @@
 """Surface: what a client of DeepSpeed's engine sees of a DualPipeEngine.
 
 A client is shown the pipeline that it has asked for: `grid`, `num_stages` and `stage_id` count the ranks of one
-pipeline, also where two of them hold the same stages. What cannot work is refused (`methods.REFUSED`).
+pipeline, also where two of them hold the same stages. The methods that the engine inherits see it too. What cannot work
+is refused (`methods.REFUSED`).
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections import OrderedDict
+from collections.abc import Callable, Iterator
 from typing import Any, NoReturn
 
+import torch
+from deepspeed.runtime.bf16_optimizer import BF16_Optimizer
 from deepspeed.runtime.pipe.engine import PipelineEngine
+from deepspeed.runtime.pipe.topology import PipelineParallelGrid
+from deepspeed.utils.timer import ThroughputTimer
 
+from ..comm.nest import Nest
 from ..errors import ConfigError, MissingAttributeError
 from .methods import REFUSED, REFUSED_ATTRIBUTES
 from .placing.grid import Place
@@ -20,6 +27,42 @@ class Surface(PipelineEngine):
     """The part of `DualPipeEngine` that answers clients."""
 
     place: Place
+
+    def _init_pipeline_state(self, base_grid: PipelineParallelGrid) -> None:
+        """What the inherited methods of PipelineEngine read."""
+        self.enable_backward_allreduce = False
+        self.pipeline_enable_backward_allreduce = True
+        self.using_bf16_optimizer = type(self.optimizer) is BF16_Optimizer
+        self.grid = base_grid
+        self.global_rank = self.grid.get_global_rank()
+        self.num_stages = self.grid.pipe_parallel_size
+        self.stage_id = self.place.rank
+        self.prev_stage, self.next_stage = self.stage_id - 1, self.stage_id + 1
+        self.dynamic_shape, self.has_bool_tensors = self.module.dynamic_shape, False
+        self.has_attention_mask = False
+        self.is_pipe_parallel = self.place.placement.num_ranks > 1
+        self.is_data_parallel = self.place.replicas > 1
+        self.is_model_parallel = self.grid.model_parallel_size > 1
+        self.micro_batch_size = self.train_micro_batch_size_per_gpu()
+        self.micro_batches = self.gradient_accumulation_steps()
+        self.data_iterator: Iterator[Nest] | None = None
+        self.batch_fn = None
+        self.agg_train_loss: torch.Tensor | None = None
+        self.agg_additional_losses: OrderedDict[str, torch.Tensor] | None = None
+        self.dp_group_loss = torch.zeros((), device=self.device)
+        self._force_grad_boundary = False
+        self._checked_stream = False
+        self.batch_timer = ThroughputTimer(
+            self._config.timers_config,
+            batch_size=self.train_batch_size(),
+            logging_fn=self.tput_log,
+            monitor_memory=False,
+            steps_per_output=self.steps_per_print(),
+        )
+        # Stages run through views, whose hooks are these; the engine's own forward does not exist here.
+        self.module_forward_pre_hook.remove()
+        self.module_forward_post_hook.remove()
+        self.module.checkpoint_parallel_write_pipeline = self._config.checkpoint_parallel_write_pipeline
 
     def __getattr__(self, name: str) -> Any:  # noqa: ANN401
         if name in REFUSED_ATTRIBUTES:

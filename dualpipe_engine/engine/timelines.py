@@ -5,11 +5,12 @@ from __future__ import annotations
 import socket
 import time
 from collections.abc import Sequence
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import torch.distributed as dist
 from deepspeed.runtime.pipe.engine import PipelineEngine
 
+from ..comm.from_all import from_all
 from ..comm.stream import transfer_of
 from ..profiling.profiler import Job, current_profiler
 from ..schedule.op import COMPUTE
@@ -42,20 +43,19 @@ class Measuring(PipelineEngine):
         rank = self.place.rank
         finished = [*self._transfers, *(t for t in map(transfer_of, self._transported) if t.finished)]
         on_clock = self._observer.on_clock(finished)
-        mine = [Hop(rank, t.name, t.posted, t.finished, t.waited, t.size) for t in on_clock]
+        hops = [Hop(rank, t.name, t.posted, t.finished, t.waited, t.size) for t in on_clock]
         return [
             hop._replace(start=hop.start - shift, end=hop.end - shift)
-            for shift, theirs in self._of_all_ranks(mine)
+            for shift, theirs in self._of_all_ranks(hops)
             for hop in theirs
         ]
 
-    def _of_all_ranks(self, mine: Sequence[Measured]) -> list[tuple[float, Sequence[Measured]]]:
+    def _of_all_ranks(self, measured: Sequence[Measured]) -> list[tuple[float, Sequence[Measured]]]:
         """What each rank of the pipeline has measured, with the seconds by which its clock is ahead of the first's."""
         dist.barrier(group=self._pipeline_group)
-        found: list[Any] = [None] * len(self.place.pipeline)
-        dist.all_gather_object(found, (socket.gethostname(), time.monotonic(), mine), group=self._pipeline_group)
-        host, zero, _ = found[0]
-        return [(0.0 if other == host else now - zero, theirs) for other, now, theirs in found]
+        of_ranks = from_all((socket.gethostname(), time.monotonic(), measured), self._pipeline_group)
+        host, zero, _ = of_ranks[0]
+        return [(0.0 if other == host else now - zero, theirs) for other, now, theirs in of_ranks]
 
     def simulated(self, measured: Timeline) -> Timeline:
         """The plan simulated with the costs that `measured` shows: what is left between the two is communication and

@@ -6,12 +6,16 @@ Over gloo it ends with an error. Over NCCL it ends as if the transfer were done,
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from contextlib import suppress
 from datetime import timedelta
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
+
+if TYPE_CHECKING:
+    from torch._C._distributed_c10d import Backend
 
 _NEVER_SENT = 2**31 - 1  #: tag of a message that nobody sends
 
@@ -39,9 +43,9 @@ def abort_groups() -> None:
             grouped._group_end()
 
 
-def _backends(group: dist.ProcessGroup) -> list[Any]:
+def _backends(group: dist.ProcessGroup) -> list[Backend]:
     """The backends of a group, one for each kind of device that it serves; none in a group of others."""
-    found: dict[int, Any] = {}
+    found: dict[int, Backend] = {}
     for device in getattr(group, "_device_types", ()):
         with suppress(Exception):
             backend = group._get_backend(device)
@@ -49,13 +53,14 @@ def _backends(group: dist.ProcessGroup) -> list[Any]:
     return list(found.values())
 
 
-def _break_gloo(backend: Any) -> None:
+def _break_gloo(backend: Backend) -> None:
     """gloo's own abort does nothing, but a receive that runs into its timeout closes the connections of its group."""
     for peer in range(backend.size()):
         if peer == backend.rank():
             continue
         try:
-            backend.recv([torch.empty(1)], peer, _NEVER_SENT).wait(timedelta(milliseconds=1))
+            post: Callable[..., dist.Work] = backend.recv  # type: ignore[attr-defined]  # torch types it of groups only
+            post([torch.empty(1)], peer, _NEVER_SENT).wait(timedelta(milliseconds=1))
         except RuntimeError as error:
             if "Timed out" in str(error):
                 return

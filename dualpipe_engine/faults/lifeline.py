@@ -29,7 +29,7 @@ import traceback
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, ParamSpec, TypeVar
 
 from .door import Door, Stranger, knock, own_names
 from .failures import Failures
@@ -39,6 +39,10 @@ ASK_S = 0.4  #: seconds from the cause to the first question, and between questi
 GONE, SILENT, LATE, FAILED, LEFT = "gone", "silent", "late", "failed", "left"
 BUFFER_BYTES = 1 << 20  #: of a message that a rank has begun to send; the texts in one are cut to far less
 Message = dict[str, Any]
+Address = tuple[list[str], int, bytes]  #: of rank 0: its names, the port of its door, and the key to it
+
+Args = ParamSpec("Args")
+Result = TypeVar("Result")
 
 
 @dataclass
@@ -73,7 +77,7 @@ class Lifeline:
         self,
         rank: int,
         world: int,
-        share: Callable[[Any], Any],
+        share: Callable[[Address | None], Address | None],
         patience_s: float,
         report: Callable[[], Message],
         verdict: Callable[[Message, dict[int, Message]], str],
@@ -109,7 +113,7 @@ class Lifeline:
         """Start the thread."""
         threading.Thread(target=self._run, name="dualpipe lifeline", daemon=True).start()
 
-    def _connect(self, share: Callable[[Any], Any]) -> None:
+    def _connect(self, share: Callable[[Address | None], Address | None]) -> None:
         master = os.environ.get("MASTER_ADDR")
         if self._rank == 0:
             if not self._missing:
@@ -118,7 +122,9 @@ class Lifeline:
             self._door = Door(self._selector, self._enter)
             share((own_names(master), self._door.port, self._door.key))
             return
-        names, port, key = share(None)
+        address = share(None)
+        assert address is not None
+        names, port, key = address
         hosts = dict.fromkeys([*names[:1], *([master] if master else []), *names])
         self._add(_Peer(knock(hosts, port, key, self._rank, self._patience), 0))
 
@@ -204,14 +210,14 @@ class Lifeline:
                 self._guarded(self._judge, now)
         self._guarded(self._finish)
 
-    def _select(self) -> list[Any]:
+    def _select(self) -> list[selectors.SelectorKey]:
         timeout = ASK_S / 2 if self._cause or (self._door is not None and self._door.busy) else self._interval
         return [key for key, _ in self._selector.select(min(timeout, self._interval))]
 
-    def _guarded(self, part: Callable[..., Any], *args: Any) -> Any:
+    def _guarded(self, part: Callable[Args, Result], *args: Args.args, **kwargs: Args.kwargs) -> Result | None:
         """Run a part of the thread's work. An error in it is this watch's own fault, and costs that part alone."""
         try:
-            return part(*args)
+            return part(*args, **kwargs)
         except Exception as error:
             text = "".join(traceback.format_exception(error))
             if not self._closed and text not in self._faults and len(self._faults) < 8:
@@ -232,7 +238,7 @@ class Lifeline:
             key.fileobj.close()  # type: ignore[union-attr]
         self._selector.close()
 
-    def _ready(self, key: Any, now: float) -> None:
+    def _ready(self, key: selectors.SelectorKey, now: float) -> None:
         if key.data is None:
             self._signalled(self._woken.recv(4096))
         elif isinstance(key.data, Door):

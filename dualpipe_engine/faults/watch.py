@@ -9,9 +9,8 @@ import threading
 import time
 import traceback
 import weakref
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from contextlib import suppress
-from functools import wraps
 from multiprocessing.util import Finalize
 from types import TracebackType
 from typing import Any, TypeVar
@@ -152,9 +151,9 @@ class Watch:
 
     def _leave(self) -> None:
         """At the end of the process."""
-        error = getattr(sys, "last_value", None)
+        error = _uncaught()
         told = getattr(error, "everywhere", False) or self._lifeline.text is not None
-        if isinstance(error, BaseException) and not told:
+        if error is not None and not told:
             self._lifeline.fail("".join(traceback.format_exception(error)))
         self.close()
 
@@ -304,20 +303,6 @@ class _Section:
         self._watch._exit(error)
 
 
-Method = TypeVar("Method", bound=Callable[..., Any])
-
-
-def watched(method: Method) -> Method:
-    """Run a method of the engine as a section of its watch."""
-
-    @wraps(method)
-    def run(self: Any, *args: Any, **kwargs: Any) -> Any:
-        with self.watch.section(method.__name__):
-            return method(self, *args, **kwargs)
-
-    return run  # type: ignore[return-value]
-
-
 def describe(cause: Message, reports: dict[int, Message]) -> str:
     """The sentence for people: who is lost and why, the op that it was expected to run, and who waits.
 
@@ -366,7 +351,17 @@ def _behind(reports: dict[int, Message]) -> int:
     return max(busy, key=lambda each: reports[each]["age"])
 
 
-def _share(value: Any) -> Any:
+def _uncaught() -> BaseException | None:
+    """The error that ends this process: of a script, of a function that multiprocessing has started, or of one that
+    torch's `spawn` has, which leaves by `sys.exit`."""
+    error = getattr(sys, "last_value", None) or sys.exc_info()[1]
+    return error.__context__ if isinstance(error, SystemExit) else error
+
+
+Value = TypeVar("Value")
+
+
+def _share(value: Value) -> Value:
     box = [value]
     dist.broadcast_object_list(box, src=0)
     return box[0]

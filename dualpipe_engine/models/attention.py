@@ -7,22 +7,15 @@ from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
 
 from .config import MoEConfig
+from .positions import Rotary
+
+#: Of the norms within latent attention, in all published models of DeepSeek, whatever that of the other norms is.
+LATENT_EPS = 1e-6
 
 
-def rotate(x: Tensor, theta: float) -> Tensor:
-    """Turn the pairs (x_i, x_{i + width/2}) by angles that grow with the position (RoFormer, arXiv 2104.09864).
-
-    Args:
-        x: [batch, heads, length, width].
-        theta: base of the frequencies.
-    """
-    half = x.shape[-1] // 2
-    precise = torch.promote_types(x.dtype, torch.float32)
-    frequency = theta ** (-torch.arange(half, device=x.device, dtype=precise) / half)
-    angle = torch.arange(x.shape[-2], device=x.device, dtype=precise)[:, None] * frequency
-    cos, sin = angle.cos().to(x.dtype), angle.sin().to(x.dtype)
-    first, second = x[..., :half], x[..., half:]
-    return torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1)
+def _softmax_scale(config: MoEConfig, width: int) -> float | None:
+    """Of products of queries and keys of that width; None: torch's default."""
+    return None if config.yarn is None else config.yarn.softmax_scale(width)
 
 
 class GroupedQueryAttention(nn.Module):
@@ -31,7 +24,8 @@ class GroupedQueryAttention(nn.Module):
     def __init__(self, config: MoEConfig) -> None:
         super().__init__()
         self.heads, self.kv_heads = config.heads, config.kv_heads or config.heads
-        self.head, self.theta = config.head, config.theta
+        self.head, self.scale = config.head, _softmax_scale(config, config.head)
+        self.rotary = Rotary(config.theta, config.interleaved, config.yarn)
         self.query = nn.Linear(config.hidden, self.heads * self.head, bias=False)
         self.key = nn.Linear(config.hidden, self.kv_heads * self.head, bias=False)
         self.value = nn.Linear(config.hidden, self.kv_heads * self.head, bias=False)
@@ -39,11 +33,11 @@ class GroupedQueryAttention(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         batch, length, _ = x.shape
-        query = rotate(self.query(x).view(batch, length, self.heads, self.head).transpose(1, 2), self.theta)
-        key = rotate(self.key(x).view(batch, length, self.kv_heads, self.head).transpose(1, 2), self.theta)
+        query = self.rotary(self.query(x).view(batch, length, self.heads, self.head).transpose(1, 2))
+        key = self.rotary(self.key(x).view(batch, length, self.kv_heads, self.head).transpose(1, 2))
         value = self.value(x).view(batch, length, self.kv_heads, self.head).transpose(1, 2)
         grouped = self.kv_heads != self.heads
-        mixed = scaled_dot_product_attention(query, key, value, is_causal=True, enable_gqa=grouped)
+        mixed = scaled_dot_product_attention(query, key, value, is_causal=True, scale=self.scale, enable_gqa=grouped)
         out: Tensor = self.out(mixed.transpose(1, 2).reshape(batch, length, self.heads * self.head))
         return out
 
@@ -54,26 +48,31 @@ class LatentAttention(nn.Module):
 
     def __init__(self, config: MoEConfig) -> None:
         super().__init__()
-        self.heads, self.head, self.rotary, self.theta = config.heads, config.head, config.rotary, config.theta
-        self.kv_rank = config.kv_rank
-        queries = self.heads * (self.head + self.rotary)
+        self.heads, self.head, self.kv_rank, self.turned = config.heads, config.head, config.kv_rank, config.rotary
+        self.value_head = config.head if config.value_head is None else config.value_head
+        self.rotary = Rotary(config.theta, config.interleaved, config.yarn)
+        self.scale = _softmax_scale(config, self.head + self.turned)
+        eps = None if config.norm_eps is None else LATENT_EPS
+        queries = self.heads * (self.head + self.turned)
         self.query: nn.Module = nn.Linear(config.hidden, queries, bias=False)
         if config.q_rank is not None:
             down = nn.Linear(config.hidden, config.q_rank, bias=False)
-            self.query = nn.Sequential(down, nn.RMSNorm(config.q_rank), nn.Linear(config.q_rank, queries, bias=False))
-        self.compress = nn.Linear(config.hidden, self.kv_rank + self.rotary, bias=False)
-        self.norm = nn.RMSNorm(self.kv_rank)
-        self.expand = nn.Linear(self.kv_rank, self.heads * 2 * self.head, bias=False)
-        self.out = nn.Linear(self.heads * self.head, config.hidden, bias=False)
+            norm = nn.RMSNorm(config.q_rank, eps)
+            self.query = nn.Sequential(down, norm, nn.Linear(config.q_rank, queries, bias=False))
+        self.compress = nn.Linear(config.hidden, self.kv_rank + self.turned, bias=False)
+        self.norm = nn.RMSNorm(self.kv_rank, eps)
+        self.expand = nn.Linear(self.kv_rank, self.heads * (self.head + self.value_head), bias=False)
+        self.out = nn.Linear(self.heads * self.value_head, config.hidden, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
         batch, length, _ = x.shape
         query = self.query(x).view(batch, length, self.heads, -1).transpose(1, 2)
-        query = torch.cat([query[..., : self.head], rotate(query[..., self.head :], self.theta)], dim=-1)
-        latent, position = self.compress(x).split([self.kv_rank, self.rotary], dim=-1)
-        position = rotate(position.unsqueeze(1), self.theta).expand(-1, self.heads, -1, -1)
-        expanded = self.expand(self.norm(latent)).view(batch, length, self.heads, 2 * self.head).transpose(1, 2)
+        query = torch.cat([query[..., : self.head], self.rotary(query[..., self.head :])], dim=-1)
+        latent, position = self.compress(x).split([self.kv_rank, self.turned], dim=-1)
+        position = self.rotary(position.unsqueeze(1)).expand(-1, self.heads, -1, -1)
+        expanded = self.expand(self.norm(latent)).view(batch, length, self.heads, -1).transpose(1, 2)
         key = torch.cat([expanded[..., : self.head], position], dim=-1)
-        mixed = scaled_dot_product_attention(query, key, expanded[..., self.head :], is_causal=True)
-        out: Tensor = self.out(mixed.transpose(1, 2).reshape(batch, length, self.heads * self.head))
+        value = expanded[..., self.head :]
+        mixed = scaled_dot_product_attention(query, key, value, is_causal=True, scale=self.scale)
+        out: Tensor = self.out(mixed.transpose(1, 2).reshape(batch, length, self.heads * self.value_head))
         return out

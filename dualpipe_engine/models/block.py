@@ -1,11 +1,12 @@
 """Transformer blocks: the dense one, and the one with experts, which offers phases.
 
-States between blocks are `[batch, length, hidden]`; where there is an auxiliary loss, pairs of that and the sum of the
-losses so far (`[1]`), which travels down the pipeline with the activations, so that its gradient travels up with
-theirs.
+States between blocks are `[batch, length, hidden]`, or with more than that tuples, see `Passed`. The sum of the
+auxiliary losses so far travels down the pipeline with the activations, so that its gradient travels up with theirs.
 """
 
 from __future__ import annotations
+
+from typing import NamedTuple
 
 import torch.distributed as dist
 from torch import Tensor, nn
@@ -26,14 +27,44 @@ def _attention(config: MoEConfig) -> nn.Module:
     return LatentAttention(config) if config.attention == "latent" else GroupedQueryAttention(config)
 
 
-def split(state: Nest) -> tuple[Tensor, Tensor | None]:
-    """A state between blocks as (hidden, auxiliary loss or None)."""
-    return state if isinstance(state, tuple) else (state, None)
+class Passed(NamedTuple):
+    """What passes from layer to layer.
+
+    Args:
+        x: [batch, length, hidden], the stream that the next block works on; after the head logits.
+        loss: [1], the sum of auxiliary losses; None: there is none.
+        tokens: [batch, length] int64, where embeddings of later tokens will be needed.
+        ahead: those embeddings, `[batch, length - k, hidden]` for each depth k of multi-token prediction to come.
+        done: [batch, length - k, hidden] for k from 0, finished streams of lower depths, which only the head works on;
+            after it logits of higher depths.
+    """
+
+    x: Tensor
+    loss: Tensor | None = None
+    tokens: Tensor | None = None
+    ahead: tuple[Tensor, ...] = ()
+    done: tuple[Tensor, ...] = ()
 
 
-def joined(x: Tensor, loss: Tensor | None) -> Nest:
+def split(state: Nest) -> Passed:
+    """A state between layers by its parts."""
+    return Passed(*state) if isinstance(state, tuple) else Passed(state)
+
+
+def joined(passed: Passed) -> Nest:
     """The inverse of `split`."""
-    return x if loss is None else (x, loss)
+    if passed.tokens is not None or passed.ahead or passed.done:
+        return tuple(passed)
+    return passed.x if passed.loss is None else (passed.x, passed.loss)
+
+
+def initialise(layer: nn.Module, config: MoEConfig) -> None:
+    """Draw the matrices of a new layer as `init_std` says, if it does."""
+    if config.init_std is None:
+        return
+    for part in layer.modules():
+        if isinstance(part, nn.Linear):
+            nn.init.normal_(part.weight, std=config.init_std)
 
 
 class DenseBlock(nn.Module):
@@ -41,14 +72,15 @@ class DenseBlock(nn.Module):
 
     def __init__(self, config: MoEConfig) -> None:
         super().__init__()
-        self.norm1, self.norm2 = nn.RMSNorm(config.hidden), nn.RMSNorm(config.hidden)
+        self.norm1, self.norm2 = (nn.RMSNorm(config.hidden, config.norm_eps) for _ in range(2))
         self.attention = _attention(config)
         self.mlp = FeedForward(config.hidden, config.dense_inner)
+        initialise(self, config)
 
     def forward(self, state: Nest) -> Nest:
-        x, loss = split(state)
-        x = x + self.attention(self.norm1(x))
-        return joined(x + self.mlp(self.norm2(x)), loss)
+        passed = split(state)
+        x = passed.x + self.attention(self.norm1(passed.x))
+        return joined(passed._replace(x=x + self.mlp(self.norm2(x))))
 
 
 class MoEBlock(nn.Module):
@@ -62,7 +94,7 @@ class MoEBlock(nn.Module):
     def __init__(self, config: MoEConfig, rank: int = 0) -> None:
         super().__init__()
         self.config = config
-        self.norm1, self.norm2 = nn.RMSNorm(config.hidden), nn.RMSNorm(config.hidden)
+        self.norm1, self.norm2 = (nn.RMSNorm(config.hidden, config.norm_eps) for _ in range(2))
         self.attention = _attention(config)
         self.router = Router(config)
         self.experts = Experts(config, rank)
@@ -71,6 +103,7 @@ class MoEBlock(nn.Module):
         )
         self.dispatcher: Dispatcher = AllToAll(None, config.experts)
         self.ep_size = config.expert_parallel
+        initialise(self, config)
 
     def set_deepspeed_parallelism(self, use_data_before_expert_parallel_: bool = False) -> None:
         """Called by DeepSpeed's engines when process groups can be had; ours has made them.
@@ -113,14 +146,16 @@ class MoEBlock(nn.Module):
         return self._finish(self._combine(self._compute(state), None))
 
     def _attend(self, state: Nest) -> State:
-        x, loss = split(state)
-        x = x + self.attention(self.norm1(x))
+        passed = split(state)
+        x = passed.x + self.attention(self.norm1(passed.x))
         normed = self.norm2(x)
-        routing = self.router(normed.flatten(0, 1))
+        routing = self.router(normed.flatten(0, 1), len(normed))
         ready = self.dispatcher.prepare(normed.flatten(0, 1), routing) | {"residual": x}
         if self.shared is not None:
             ready["normed"] = normed
-        return ready if loss is None else ready | {"loss": loss + routing.loss.to(loss.dtype)}
+        if passed.loss is not None:
+            passed = passed._replace(loss=passed.loss + routing.loss.to(passed.loss.dtype))
+        return ready | {"passed": passed[1:]}
 
     def _count(self, state: State, tickets: Tickets | None) -> State:
         return self.dispatcher.count(state, tickets)
@@ -141,4 +176,4 @@ class MoEBlock(nn.Module):
 
     def _finish(self, state: State) -> Nest:
         residual = state["residual"]
-        return joined(residual + self.dispatcher.finish(state).view_as(residual), state.get("loss"))
+        return joined(Passed(residual + self.dispatcher.finish(state).view_as(residual), *state["passed"]))

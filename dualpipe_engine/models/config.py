@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
 from ..errors import ConfigError
+from .positions import Yarn
+
+if TYPE_CHECKING:
+    from transformers import DeepseekV3Config
 
 
 @dataclass(frozen=True, kw_only=True)
 class MoEConfig:
-    """A decoder-only transformer with experts, after DeepSeek-V3 (arXiv 2412.19437, section 2.1).
+    """A decoder-only transformer with experts, after DeepSeek-V3 (arXiv 2412.19437, section 2).
 
     Args:
         vocabulary: tokens.
@@ -20,20 +25,32 @@ class MoEConfig:
         attention: "latent" (multi-head latent attention) or "grouped" (grouped-query attention).
         kv_heads: key and value heads of "grouped"; None for as many as `heads`.
         head: width of a head (of "latent": of the part without position).
+        value_head: width of a head's values, for "latent"; None for as wide as `head`.
         rotary: width of the part with position, for "latent".
+        interleaved: whether neighbours are the pairs that rotary positions turn, as in published weights of
+            DeepSeek-V3, or the first half is paired with the second.
+        yarn: how positions reach beyond the length of pre-training; None: they do not.
         kv_rank: width of the compressed keys and values of "latent".
         q_rank: width of the compressed queries of "latent"; None leaves queries uncompressed.
         theta: base of the rotary frequencies.
+        norm_eps: added to the mean square in the norms; None for torch's default, the machine epsilon.
+        init_std: standard deviation of fresh matrices; None for that of each kind of layer.
         dense_inner: inner width of the plain feed-forward layers.
         experts: routed experts of a block.
         top_k: experts that a token goes to.
         shared_experts: experts that every token goes to.
         expert_inner: inner width of an expert.
         expert_parallel: ranks that share the experts of a block; a divisor of the pipeline's replicas.
+        groups: groups of experts, such as those of one node; a token goes to experts of `kept_groups` of them only.
+        kept_groups: the best groups of a token, by the sum of their two highest biased scores.
         balancing: "bias" (sigmoid gate, auxiliary-loss-free) or "loss" (softmax gate, auxiliary loss).
         bias_rate: what one step adds to or takes from a bias.
-        loss_weight: factor on the auxiliary loss.
+        sequence_loss: factor on the balance loss of single sequences that goes along with "bias".
+        loss_weight: factor on the auxiliary loss of "loss".
         routed_scale: factor on the gate weights.
+        normalised: whether the gate weights of a token add up to 1 before that; None: where it has more than one
+            expert.
+        mtp_depth: further tokens that each position predicts, by one more block each (multi-token prediction).
 
     Raises:
         ConfigError: sizes do not fit together.
@@ -47,20 +64,30 @@ class MoEConfig:
     attention: str = "latent"
     kv_heads: int | None = None
     head: int = 32
+    value_head: int | None = None
     rotary: int = 16
+    interleaved: bool = False
+    yarn: Yarn | None = None
     kv_rank: int = 32
     q_rank: int | None = None
     theta: float = 10_000.0
+    norm_eps: float | None = None
+    init_std: float | None = None
     dense_inner: int = 512
     experts: int = 8
     top_k: int = 2
     shared_experts: int = 1
     expert_inner: int = 128
     expert_parallel: int = 1
+    groups: int = 1
+    kept_groups: int = 1
     balancing: str = "bias"
     bias_rate: float = 0.001
+    sequence_loss: float = 0.0
     loss_weight: float = 0.01
     routed_scale: float = 1.0
+    normalised: bool | None = None
+    mtp_depth: int = 0
 
     def __post_init__(self) -> None:
         for name, known in (("attention", ("latent", "grouped")), ("balancing", ("bias", "loss"))):
@@ -75,3 +102,47 @@ class MoEConfig:
         turning = "rotary" if self.attention == "latent" else "head"
         if getattr(self, turning) % 2:
             raise ConfigError(f"{turning} must be even, got {getattr(self, turning)}: rotary positions turn pairs")
+        if self.value_head is not None and self.attention != "latent":
+            raise ConfigError('value_head is for attention "latent": the values of "grouped" are as wide as head')
+        if self.sequence_loss and self.balancing != "bias":
+            raise ConfigError('sequence_loss goes along with balancing "bias": "loss" has loss_weight')
+        if self.mtp_depth < 0:
+            raise ConfigError(f"mtp_depth must be 0 or more, got {self.mtp_depth}")
+        self._check_groups()
+
+    def _check_groups(self) -> None:
+        if self.groups == 1 and self.kept_groups == 1:
+            return
+        size, left = divmod(self.experts, max(self.groups, 1))
+        if left or size < 2 or not 1 <= self.kept_groups <= self.groups:
+            raise ConfigError(
+                f"{self.groups} groups, of which {self.kept_groups} are kept, do not fit {self.experts} experts: "
+                "groups are equal, have two experts or more, and kept_groups is from 1 to groups"
+            )
+        if self.balancing != "bias":
+            raise ConfigError('groups are chosen by biased scores: balancing must be "bias"')
+        if self.kept_groups * size < self.top_k:
+            raise ConfigError(
+                f"{self.kept_groups} groups of {size} experts are too few for top_k {self.top_k}: raise kept_groups"
+            )
+
+    @property
+    def adds_loss(self) -> bool:
+        """Whether an auxiliary loss travels down the pipeline."""
+        return self.balancing == "loss" or self.sequence_loss > 0
+
+    @classmethod
+    def from_hf(cls, config: DeepseekV3Config, **choices: Any) -> MoEConfig:
+        """What a configuration of transformers' DeepSeek-V3 says.
+
+        Args:
+            config: the model's.
+            choices: fields that it says nothing of, such as `expert_parallel` and `sequence_loss`, or that shall
+                differ.
+
+        Raises:
+            ConfigError: it asks for something that these layers do not do; it is named.
+        """
+        from .hf_config import fields_of
+
+        return cls(**(fields_of(config) | choices))

@@ -10,7 +10,8 @@ Not run by the tests but against a stand-in: DeepEP needs several GPUs with NVLi
 from __future__ import annotations
 
 import weakref
-from typing import Any, Protocol
+from collections.abc import Callable, Sequence
+from typing import Any, Protocol, TypeAlias
 
 import torch
 import torch.distributed as dist
@@ -34,22 +35,40 @@ def deep_ep_available(group: dist.ProcessGroup) -> bool:
     return True
 
 
+Handle: TypeAlias = Any
+"""What DeepEP knows of a dispatch, and wants again for the way back: another object in each version."""
+
+
+class Event(Protocol):
+    """DeepEP's; streams can wait for it, but the host cannot ask it."""
+
+    def current_stream_wait(self) -> None: ...
+
+
+Grads = tuple[Tensor | None, ...]  #: one for each argument of the forward
+
+#: Rows, local experts (-1: of another rank), weights, rows of each expert, handle, event.
+Dispatched = tuple[Tensor, Tensor, Tensor, Sequence[int], Handle, Event]
+
+
 class Buffer(Protocol):
     """A buffer of DeepEP, of either version. All calls go on at once; their events tell when they are done."""
 
     def fit(self, rows: Tensor, top_k: int) -> None:
         """Make room for rows `[tokens, hidden]` like these. Collective when it has to."""
 
-    def layout(self, experts: Tensor, num_experts: int) -> dict[str, Any]:
+    def layout(self, experts: Tensor, num_experts: int) -> dict[str, object]:
         """What `dispatch` wants to know of `experts [tokens, top_k]`."""
 
-    def dispatch(self, rows: Tensor, weights: Tensor, layout: dict[str, Any]) -> tuple[Any, ...]:
-        """Rows, local experts (-1: of another rank), weights, rows of each expert, handle, event."""
+    def dispatch(self, rows: Tensor, weights: Tensor, layout: dict[str, object]) -> Dispatched:
+        """Send rows `[tokens, hidden]` with their weights `[tokens, top_k]`."""
 
-    def dispatch_again(self, rows: Tensor, handle: Any) -> tuple[Tensor, Any]:
+    def dispatch_again(self, rows: Tensor, handle: Handle) -> tuple[Tensor, Event]:
         """Other rows on the same way: rows, event."""
 
-    def combine(self, rows: Tensor, handle: Any, weights: Tensor | None = None) -> tuple[Tensor, Any, Any]:
+    def combine(
+        self, rows: Tensor, handle: Handle, weights: Tensor | None = None
+    ) -> tuple[Tensor, Tensor | None, Event]:
         """The way back, added up: rows, weights, event."""
 
 
@@ -73,7 +92,7 @@ class _First:
         rdma = max(config.get_rdma_buffer_size_hint(size, ranks) for config in configs)
         self._buffer = Buffer(self._group, nvlink, rdma)
 
-    def layout(self, experts: Tensor, num_experts: int) -> dict[str, Any]:
+    def layout(self, experts: Tensor, num_experts: int) -> dict[str, object]:
         per_rank, per_node, per_expert, inside, _ = self._buffer.get_dispatch_layout(experts, num_experts)
         return {
             "topk_idx": experts,
@@ -83,17 +102,19 @@ class _First:
             "num_tokens_per_expert": per_expert,
         }
 
-    def dispatch(self, rows: Tensor, weights: Tensor, layout: dict[str, Any]) -> tuple[Any, ...]:
+    def dispatch(self, rows: Tensor, weights: Tensor, layout: dict[str, object]) -> Dispatched:
         out, chosen, coming, sizes, handle, event = self._buffer.dispatch(
             rows, topk_weights=weights, async_finish=True, **layout
         )
         return out, chosen, coming, sizes, handle, event
 
-    def dispatch_again(self, rows: Tensor, handle: Any) -> tuple[Tensor, Any]:
+    def dispatch_again(self, rows: Tensor, handle: Handle) -> tuple[Tensor, Event]:
         out, _, _, _, _, event = self._buffer.dispatch(rows, handle=handle, async_finish=True)
         return out, event
 
-    def combine(self, rows: Tensor, handle: Any, weights: Tensor | None = None) -> tuple[Tensor, Any, Any]:
+    def combine(
+        self, rows: Tensor, handle: Handle, weights: Tensor | None = None
+    ) -> tuple[Tensor, Tensor | None, Event]:
         out, back, event = self._buffer.combine(rows, handle, topk_weights=weights, async_finish=True)
         return out, back, event
 
@@ -101,7 +122,7 @@ class _First:
 class _Second:
     """`deep_ep.EPBuffer`, or `ElasticBuffer` as it was called before."""
 
-    def __init__(self, group: dist.ProcessGroup, kind: Any) -> None:
+    def __init__(self, group: dist.ProcessGroup, kind: Callable[..., object]) -> None:
         self._group, self._kind = group, kind
         self._buffer: Any = None
         self._room = (0, 0, 0)
@@ -114,21 +135,23 @@ class _Second:
         self._room = tokens, hidden, top_k = needed
         self._buffer = self._kind(self._group, num_max_tokens_per_rank=tokens, hidden=hidden, num_topk=top_k)
 
-    def layout(self, experts: Tensor, num_experts: int) -> dict[str, Any]:
+    def layout(self, experts: Tensor, num_experts: int) -> dict[str, object]:
         return {"topk_idx": experts, "num_experts": num_experts}
 
-    def dispatch(self, rows: Tensor, weights: Tensor, layout: dict[str, Any]) -> tuple[Any, ...]:
+    def dispatch(self, rows: Tensor, weights: Tensor, layout: dict[str, object]) -> Dispatched:
         out, chosen, coming, handle, event = self._buffer.dispatch(
             rows, topk_weights=weights, async_with_compute_stream=True, **layout
         )
         return out, chosen, coming, handle.num_recv_tokens_per_expert_list, handle, event
 
-    def dispatch_again(self, rows: Tensor, handle: Any) -> tuple[Tensor, Any]:
+    def dispatch_again(self, rows: Tensor, handle: Handle) -> tuple[Tensor, Event]:
         options = {"num_sms": handle.num_sms, "async_with_compute_stream": True}
         out, _, _, _, event = self._buffer.dispatch(rows, handle=handle, **options)
         return out, event
 
-    def combine(self, rows: Tensor, handle: Any, weights: Tensor | None = None) -> tuple[Tensor, Any, Any]:
+    def combine(
+        self, rows: Tensor, handle: Handle, weights: Tensor | None = None
+    ) -> tuple[Tensor, Tensor | None, Event]:
         out, back, event = self._buffer.combine(rows, handle, topk_weights=weights, async_with_compute_stream=True)
         return out, back, event
 
@@ -218,10 +241,10 @@ class _Way:
 
     chosen: Tensor
     sizes: list[int]
-    handle: Any
+    handle: Handle
 
-    def __init__(self, layout: dict[str, Any]) -> None:
-        self.layout: dict[str, Any] = layout
+    def __init__(self, layout: dict[str, object]) -> None:
+        self.layout: dict[str, object] = layout
 
 
 class _Call:
@@ -233,26 +256,27 @@ class _Call:
     def begin(self, rows: Tensor) -> None:
         self._posted = Moment(torch.accelerator.current_stream(rows.device))
 
-    def end(self, event: Any, *kept: Any) -> None:
+    def end(self, event: Event, *kept: Tensor) -> None:
         ticket = _EventTicket(event, self._posted, self._shared.stream(kept[0].device), kept)
         if self._tickets is None:
             ticket.wait(0.0)
         else:
-            self._tickets.add(ticket, sum(each.nbytes for each in kept if isinstance(each, Tensor)))
+            self._tickets.add(ticket, sum(each.nbytes for each in kept))
 
 
 class _EventTicket:
     """A call under way.
 
     Args:
-        event: of DeepEP; streams can wait for it, but the host cannot ask it.
+        event: of DeepEP.
         posted: the moment before the call.
         seen: a stream that follows the event, to ask that.
         kept: tensors that live until somebody has waited.
     """
 
-    def __init__(self, event: Any, posted: Moment, seen: torch.Stream, kept: Any) -> None:
-        self._event, self._posted, self._kept = event, posted, kept
+    def __init__(self, event: Event, posted: Moment, seen: torch.Stream, kept: tuple[Tensor, ...]) -> None:
+        self._posted = posted
+        self._needed: tuple[Event, tuple[Tensor, ...]] | None = (event, kept)
         with on_stream(seen):
             event.current_stream_wait()
             self._finished = Moment(seen)
@@ -264,7 +288,7 @@ class _EventTicket:
         stopped = Moment(current)
         self._finished.block(current)
         self._stood = self._stood or (stopped, Moment(current))
-        self._event = self._kept = None
+        self._needed = None
 
     def done(self) -> bool:
         return self._finished.happened()
@@ -276,9 +300,16 @@ class _EventTicket:
         return (self._posted, self._finished, *(self._stood or (None, None)))
 
 
+class _Kept(Protocol):
+    """What a forward leaves to its backward."""
+
+    handle: Handle
+    call: _Call
+
+
 class _Dispatch(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, rows: Tensor, weights: Tensor, way: _Way, call: _Call) -> Any:
+    def forward(ctx: _Kept, rows: Tensor, weights: Tensor, way: _Way, call: _Call) -> tuple[Tensor, Tensor]:
         call.begin(rows)
         out, way.chosen, coming, sizes, way.handle, event = call.buffer.dispatch(rows, weights, way.layout)
         way.layout, way.sizes = {}, list(sizes)
@@ -287,8 +318,8 @@ class _Dispatch(torch.autograd.Function):
         return out, coming
 
     @staticmethod
-    def backward(ctx: Any, *grads: Any) -> Any:
-        rows, weights = grads[0].contiguous(), grads[1].float().contiguous()
+    def backward(ctx: _Kept, of_rows: Tensor, of_weights: Tensor) -> Grads:
+        rows, weights = of_rows.contiguous(), of_weights.float().contiguous()
         ctx.call.begin(rows)
         back, back_weights, event = ctx.call.buffer.combine(rows, ctx.handle, weights)
         ctx.call.end(event, rows, weights)
@@ -297,7 +328,7 @@ class _Dispatch(torch.autograd.Function):
 
 class _Combine(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, rows: Tensor, way: _Way, call: _Call) -> Tensor:
+    def forward(ctx: _Kept, rows: Tensor, way: _Way, call: _Call) -> Tensor:
         call.begin(rows)
         out, _, event = call.buffer.combine(rows, way.handle)
         call.end(event, rows)
@@ -305,8 +336,8 @@ class _Combine(torch.autograd.Function):
         return out
 
     @staticmethod
-    def backward(ctx: Any, *grads: Any) -> Any:
-        rows = grads[0].contiguous()
+    def backward(ctx: _Kept, grad: Tensor) -> Grads:
+        rows = grad.contiguous()
         ctx.call.begin(rows)
         back, event = ctx.call.buffer.dispatch_again(rows, ctx.handle)
         ctx.call.end(event, rows)

@@ -78,7 +78,8 @@ class Experts(nn.Module):
         for local in range(self.num_local):
             generator = torch.Generator().manual_seed(seed + rank * self.num_local + local)
             for param in (self.up, self.down):
-                drawn = torch.randn(param.shape[1:], generator=generator) * param.shape[1] ** -0.5
+                std = param.shape[1] ** -0.5 if config.init_std is None else config.init_std
+                drawn = torch.randn(param.shape[1:], generator=generator) * std
                 param.data[local].copy_(drawn)
         if self.ep_size > 1:
             for param in (self.up, self.down):  # what DeepSpeed knows experts by

@@ -18,7 +18,7 @@ class Routing(NamedTuple):
     Args:
         experts: [tokens, top_k] int64.
         weights: [tokens, top_k], factors on the outputs of the experts.
-        loss: [1], the weighted auxiliary loss; zero in evaluation and with bias-based balancing.
+        loss: [1], the weighted auxiliary loss; zero in evaluation and where there is none.
         counts: [experts] int64, how often each expert was chosen.
     """
 
@@ -38,10 +38,13 @@ class Router(nn.Module):
     """Top-k gate.
 
     "bias": sigmoid scores; a bias that only the choice sees falls where an expert has had more tokens than the mean,
-    and rises where it has had fewer (DeepSeek-V3 report, section 2.1.2). "loss": softmax scores, and the auxiliary
-    loss of the Switch Transformer (arXiv 2101.03961, equations 4 to 6) over the tokens of one micro-batch. The weights
-    of the chosen experts add up to `routed_scale`, except with one expert, where that would leave the gate without a
-    gradient.
+    and rises where it has had fewer (DeepSeek-V3 report, section 2.1.2), with `groups` among the experts of a token's
+    best groups, and with `sequence_loss` beside the balance loss of each sequence (its equations 17 to 20). "loss":
+    softmax scores, and the auxiliary loss of the Switch Transformer (arXiv 2101.03961, equations 4 to 6) over the
+    tokens of one micro-batch. The weights of the chosen experts add up to `routed_scale`, except with one expert, where
+    that would leave the gate without a gradient, unless `normalised` says otherwise.
+
+    Buffers stay in fp32 whatever the weights are cast to.
 
     Attributes:
         counts: [experts], tokens that this rank has sent to each expert since the last `rebalance`.
@@ -51,29 +54,31 @@ class Router(nn.Module):
     bias: Tensor
     counts: Tensor
     load: Tensor
+    _keep_in_fp32_modules_strict = ("bias", "counts", "load")  # DeepSpeed looks here when it casts buffers
 
     def __init__(self, config: MoEConfig) -> None:
         super().__init__()
         self.config = config
         self.weight = nn.Parameter(torch.empty(config.experts, config.hidden))
-        nn.init.normal_(self.weight, std=0.02)
+        nn.init.normal_(self.weight, std=0.02 if config.init_std is None else config.init_std)
         self.register_buffer("bias", torch.zeros(config.experts))
         self.register_buffer("counts", torch.zeros(config.experts), persistent=False)
         self.register_buffer("load", torch.zeros(config.experts), persistent=False)
 
-    def forward(self, x: Tensor) -> Routing:
-        """Route `x [tokens, hidden]`; gates are computed in fp32 at least."""
+    def forward(self, x: Tensor, sequences: int = 1) -> Routing:
+        """Route `x [tokens, hidden]`, one after another those of `sequences` of one length; gates are computed in fp32
+        at least."""
         config = self.config
         precise = torch.promote_types(x.dtype, torch.float32)
         logits = functional.linear(x.to(precise), self.weight.to(precise))
         if config.balancing == "bias":
             scores = logits.sigmoid()
-            experts = (scores + self.bias).topk(config.top_k, dim=-1).indices
+            experts = self._within_groups(scores + self.bias).topk(config.top_k, dim=-1).indices
         else:
             scores = logits.softmax(dim=-1)
             experts = scores.topk(config.top_k, dim=-1).indices
         weights = scores.gather(-1, experts)
-        if config.top_k > 1:
+        if config.top_k > 1 if config.normalised is None else config.normalised:
             weights = weights / weights.sum(dim=-1, keepdim=True)
         counts = count(experts, config.experts)
         # Recomputation, which is part of a backward, must not count again.
@@ -83,7 +88,29 @@ class Router(nn.Module):
         if config.balancing == "loss" and self.training:
             share = counts.to(precise) / experts.numel()
             loss = (config.loss_weight * config.experts * (share * scores.mean(dim=0)).sum()).view(1)
+        if config.sequence_loss and self.training:
+            loss = self._sequence_loss(scores.unflatten(0, (sequences, -1)))
         return Routing(experts, weights * config.routed_scale, loss, counts)
+
+    def _within_groups(self, biased: Tensor) -> Tensor:
+        """Biased scores `[tokens, experts]`, minus infinity outside of the groups that are kept."""
+        config = self.config
+        if config.kept_groups == config.groups:
+            return biased
+        grouped = biased.unflatten(-1, (config.groups, -1))
+        best = grouped.topk(2, dim=-1).values.sum(dim=-1).topk(config.kept_groups, dim=-1).indices
+        left_out = torch.ones_like(grouped[..., 0], dtype=torch.bool).scatter(-1, best, False)
+        return grouped.masked_fill(left_out.unsqueeze(-1), -torch.inf).flatten(-2)
+
+    def _sequence_loss(self, scores: Tensor) -> Tensor:
+        """Equations 17 to 20 for scores `[sequences, length, experts]`, the mean over the sequences, `[1]`.
+
+        An expert counts where its score is among the `top_k` highest, whatever biases and groups have chosen."""
+        config = self.config
+        chosen = torch.zeros_like(scores).scatter(-1, scores.topk(config.top_k, dim=-1).indices, 1.0)
+        often = chosen.mean(dim=1) * (config.experts / config.top_k)
+        share = (scores / scores.sum(dim=-1, keepdim=True)).mean(dim=1)
+        return (config.sequence_loss * (often * share).sum(dim=-1).mean()).view(1)
 
     @torch.no_grad()
     def rebalance(self, load: Tensor) -> None:

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import torch
-from deepspeed.pipe import LayerSpec
+from deepspeed.pipe import LayerSpec, TiedLayerSpec
 from torch import Tensor, nn
 from torch.nn import functional
 
 from ..comm.nest import Nest
-from .block import DenseBlock, MoEBlock, joined, split
+from .block import DenseBlock, MoEBlock, Passed, initialise, joined, split
 from .config import MoEConfig
+from .mtp import MTPBlock, look_ahead
+
+EMBEDDING = "embedding"  #: key of the tie, where later tokens are predicted
+_IGNORED = -100  # labels that do not count, as in torch's cross entropy
 
 
 class TokenEmbedding(nn.Module):
@@ -18,53 +22,93 @@ class TokenEmbedding(nn.Module):
     def __init__(self, config: MoEConfig) -> None:
         super().__init__()
         self.table = nn.Embedding(config.vocabulary, config.hidden)
-        nn.init.normal_(self.table.weight, std=0.02)
-        self._with_loss = config.balancing == "loss"
+        nn.init.normal_(self.table.weight, std=0.02 if config.init_std is None else config.init_std)
+        self._with_loss, self.depth = config.adds_loss, config.mtp_depth
 
     def forward(self, tokens: Tensor) -> Nest:
         x = self.table(tokens)
         zero = x.new_zeros(1, dtype=torch.promote_types(x.dtype, torch.float32)) if self._with_loss else None
-        return joined(x, zero)
+        return joined(Passed(x, zero, tokens if self.depth and self.training else None))
 
 
-class Head(nn.Module):
-    """The last state to logits `[batch, length, vocabulary]`."""
+class FinalNorm(nn.Module):
+    """The norm behind the last block, where more than the head needs its result."""
 
     def __init__(self, config: MoEConfig) -> None:
         super().__init__()
-        self.norm = nn.RMSNorm(config.hidden)
-        self.out = nn.Linear(config.hidden, config.vocabulary, bias=False)
+        self.norm = nn.RMSNorm(config.hidden, config.norm_eps)
 
     def forward(self, state: Nest) -> Nest:
-        x, loss = split(state)
-        return joined(self.out(self.norm(x)), loss)
+        passed = split(state)
+        return joined(passed._replace(x=self.norm(passed.x)))
+
+
+class Head(nn.Module):
+    """The last state to logits `[batch, length, vocabulary]`, and with multi-token prediction those of each depth."""
+
+    def __init__(self, config: MoEConfig) -> None:
+        super().__init__()
+        self.norm = nn.Identity() if config.mtp_depth else nn.RMSNorm(config.hidden, config.norm_eps)
+        self.out = nn.Linear(config.hidden, config.vocabulary, bias=False)
+        initialise(self, config)
+
+    def forward(self, state: Nest) -> Nest:
+        passed = split(state)
+        first, *later = [self.out(self.norm(x)) for x in (*passed.done, passed.x)]
+        return joined(Passed(first, passed.loss, done=tuple(later)))
 
 
 def layers(config: MoEConfig, replica: int = 0) -> list[LayerSpec]:
     """The layers of the model, in order: embedding, blocks, head.
+
+    With multi-token prediction there are between the last two the final norm, the embedding once more, for the tokens
+    ahead, and a block for each depth. DualPipe, DualPipeV and ZB-V have first and last stage on one rank, and these
+    layers in the last stage, so that the rank holds one embedding. Elsewhere two copies are tied.
 
     Args:
         config: sizes and choices.
         replica: data-parallel rank of this process in the user's topology, which says which experts it has.
     """
     rank = replica % config.expert_parallel
-    dense = config.dense_blocks
-    return [
-        LayerSpec(TokenEmbedding, config),
+    dense = min(config.dense_blocks, config.blocks)
+    blocks = [
         *[LayerSpec(DenseBlock, config) for _ in range(dense)],
         *[LayerSpec(MoEBlock, config, rank) for _ in range(config.blocks - dense)],
-        LayerSpec(Head, config),
     ]
+    if not config.mtp_depth:
+        return [LayerSpec(TokenEmbedding, config), *blocks, LayerSpec(Head, config)]
+    tie = {"tied_weight_attr": "table.weight"}
+    further = [
+        LayerSpec(FinalNorm, config),
+        TiedLayerSpec(EMBEDDING, TokenEmbedding, config, forward_fn=look_ahead, **tie),
+        *[LayerSpec(MTPBlock, config, rank) for _ in range(config.mtp_depth)],
+    ]
+    for spec in further:
+        spec.with_next = True  # see `engine.placing.partition.kept_together`
+    return [TiedLayerSpec(EMBEDDING, TokenEmbedding, config, **tie), *blocks, *further, LayerSpec(Head, config)]
 
 
-def loss(output: Nest, labels: Tensor) -> Tensor:
-    """Mean cross entropy in nats a token, and the auxiliary losses of all blocks.
+def loss(output: Nest, labels: Tensor, mtp_weight: float = 0.3) -> Tensor:
+    """Mean cross entropy in nats a token, the auxiliary losses of all blocks, and the losses of multi-token prediction.
+
+    Those of depth k are summed over the tokens that it predicts and divided by the number of all labels, as in equation
+    24 of the DeepSeek-V3 report.
 
     Args:
         output: of `Head`.
         labels: [batch, length].
+        mtp_weight: factor on the mean of the losses of all depths (equation 25).
     """
-    logits, auxiliary = split(output)
+    passed = split(output)
+    total = _cross_entropy(passed.x, labels, "mean")
+    if passed.done:
+        later = [_cross_entropy(logits, labels[:, k:], "sum") for k, logits in enumerate(passed.done, 1)]
+        total = total + mtp_weight / len(later) * sum(later) / (labels != _IGNORED).sum()
+    return total if passed.loss is None else total + passed.loss.squeeze(0)
+
+
+def _cross_entropy(logits: Tensor, labels: Tensor, reduction: str) -> Tensor:
     precise = torch.promote_types(logits.dtype, torch.float32)
-    total = functional.cross_entropy(logits.to(precise).flatten(0, 1), labels.flatten())
-    return total if auxiliary is None else total + auxiliary.squeeze(0)
+    return functional.cross_entropy(
+        logits.to(precise).flatten(0, 1), labels.flatten(), reduction=reduction, ignore_index=_IGNORED
+    )

@@ -87,8 +87,8 @@ class Borders:
         """A backward has added to the weight gradients of a stage."""
         grads = [param.grad for param in self._params.get(stage, ()) if param.grad is not None]
         for grad in grads:
-            held = grad.coalesce().values() if grad.is_sparse else grad
-            self._notes.append((_WEIGHTS, stage, micro, _sum(held)))
+            values = grad.coalesce().values() if grad.is_sparse else grad
+            self._notes.append((_WEIGHTS, stage, micro, _sum(values)))
 
     def _note_values(self, what: int, stage: int, micro: int, nest: Nest) -> None:
         for tensor in (nest,) if isinstance(nest, Tensor) else pytree.tree_leaves(nest):

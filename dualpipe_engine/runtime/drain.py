@@ -12,6 +12,7 @@ from typing import Protocol
 
 from ..comm.p2p import Edges
 from ..schedule.op import GRADIENTS, RECV_B, RECV_F, REDUCE, SEND_B, SEND_F, STEP, B, F, I, Op, atoms
+from .run_state import RunState
 
 
 class Failing(Protocol):
@@ -37,46 +38,42 @@ class Drain:
     """Of one rank's program.
 
     Args:
+        rank: position in the pipeline.
         edges: transfers.
         handlers: by kind of op, those of receives, reductions and the step.
-        neighbour: pipeline rank of (stage, micro-batch).
-        rank: position in the pipeline.
-        last: the last stage.
-        sent: outputs (stage, micro-batch) that have gone before their SEND_F.
+        state: of the run.
         accumulate: called as after every B and W of a stage.
     """
 
     def __init__(
         self,
+        rank: int,
         edges: Edges,
         handlers: Mapping[str, Callable[[Op], None]],
-        neighbour: Callable[[int, int], int],
-        rank: int,
-        last: int,
-        sent: set[tuple[int, int]],
+        state: RunState,
         accumulate: Callable[[int], None],
     ) -> None:
-        self._edges, self._handlers, self._neighbour = edges, handlers, neighbour
-        self._rank, self._last, self._sent, self._accumulate = rank, last, sent, accumulate
+        self._rank, self._edges, self._handlers = rank, edges, handlers
+        self._state, self._accumulate = state, accumulate
 
     def run(self, op: Op) -> None:
         """Do for an op, or for what has failed of it, what other ranks wait for."""
         if op.kind in (RECV_F, RECV_B, REDUCE, STEP):
             self._handlers[op.kind](op)
         elif op.kind == SEND_F:
-            if (op.stage, op.micro) not in self._sent:
-                self._edges.send_no_output(op.stage, op.micro, self._neighbour(op.stage + 1, op.micro))
+            if (op.stage, op.micro) not in self._state.sent:
+                self._edges.send_no_output(op.stage, op.micro, self._state.rank_of(op.stage + 1, op.micro))
         elif op.kind == SEND_B:
-            self._edges.send_no_grads(op.stage, op.micro, self._neighbour(op.stage - 1, op.micro))
+            self._edges.send_no_grads(op.stage, op.micro, self._state.rank_of(op.stage - 1, op.micro))
         else:
             for part in atoms(op):
                 self._compute_nothing(part)
 
     def _compute_nothing(self, op: Op) -> None:
         stage, micro = op.stage, op.micro
-        if op.kind == F and stage > 0 and self._neighbour(stage - 1, micro) != self._rank:
+        if op.kind == F and stage > 0 and self._state.rank_of(stage - 1, micro) != self._rank:
             self._edges.drop_forward(stage, micro)
-        if op.kind in (B, I) and stage < self._last and self._neighbour(stage + 1, micro) != self._rank:
+        if op.kind in (B, I) and stage < self._state.last and self._state.rank_of(stage + 1, micro) != self._rank:
             self._edges.drop_backward(stage, micro)
         if op.kind in GRADIENTS:
             self._accumulate(stage)

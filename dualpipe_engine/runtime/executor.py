@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
 from typing import Protocol
 
 import torch
@@ -20,16 +19,7 @@ from .borders import Borders
 from .chunk import StageChunk, as_leaves
 from .drain import BatchFailed, Drain, Failing
 from .observer import Observer
-
-
-class Feed(Protocol):
-    """Where the ends of the pipeline get their data."""
-
-    def inputs(self, micro: int) -> Nest:
-        """What stage 0 takes for `micro`."""
-
-    def labels(self, micro: int) -> Nest:
-        """What the loss takes for `micro`."""
+from .run_state import BatchResult, Feed, RunState
 
 
 class Tail(Protocol):
@@ -43,14 +33,6 @@ class Tail(Protocol):
 
     def step(self, losses: Mapping[int, torch.Tensor]) -> None:
         """Finish all reductions and step the optimizer; `losses` are those of the micro-batches that end here."""
-
-
-@dataclass
-class BatchResult:
-    """What the last stage made: losses (training) or outputs (inference) of the micro-batches that end on this rank."""
-
-    losses: dict[int, torch.Tensor] = field(default_factory=dict)
-    outputs: dict[int, Nest] = field(default_factory=dict)
 
 
 class Executor:
@@ -114,18 +96,7 @@ class Executor:
         Where batches may fail, such an error is raised by the tail's `step`, on all ranks; inference returns, and
         leaves that to the caller.
         """
-        self._plan = plan
-        self._last = plan.placement.num_stages - 1
-        self._holders = [plan.placement.replicas(stage) for stage in range(plan.placement.num_stages)]
-        self._feed = feed
-        self._train = train
-        self._result = BatchResult()
-        self._inputs: dict[tuple[int, int], Nest] = {}
-        self._outputs: dict[tuple[int, int], Nest] = {}
-        self._grads: dict[tuple[int, int], list[torch.Tensor]] = {}
-        self._unnoted: list[tuple[Callable[[int, int, Nest], None], Op, Nest]] = []
-        self._sent: set[tuple[int, int]] = set()  # outputs that have gone before their SEND_F
-        self._in_tail = False
+        self._state = state = RunState(plan.placement, feed, train)
         drain: Drain | None = None
         self._observer.start_batch()
         if self._borders is not None:
@@ -142,17 +113,20 @@ class Executor:
                         continue
                     if self._failures:
                         self._stop_if_failed()
-                    if self._unnoted and op.kind not in SENDS:
+                    if state.unnoted and op.kind not in SENDS:
                         self._note()
                     self._handlers[op.kind](op)
                 except Exception as error:
-                    if drain is not None or self._in_tail:
+                    if drain is not None or state.in_tail:
                         raise
                     drain = self._give_up(op, error)
                     drain.run(op)
             with self._observer.waiting(FLUSH), waiting():
                 self._edges.flush()
             position.op = None
+            if drain is not None:
+                self._clear()
+                self._edges.reset_shapes()
         except BaseException as error:
             self._clear()
             if position.awaits is not None:
@@ -163,16 +137,14 @@ class Executor:
             elif isinstance(error, DualPipeError):
                 raise self._placed(op, error) from error
             raise
-        if drain is not None:
-            self._clear()
-            self._edges.reset_shapes()
-        return self._result
+        finally:
+            del self._state
+        return state.result
 
     def _clear(self) -> None:
         for chunk in self._chunks.values():
             chunk.clear()
-        for held in (self._inputs, self._outputs, self._grads, self._unnoted):
-            held.clear()
+        self._state.clear()
 
     def _placed(self, op: Op, error: DualPipeError) -> DualPipeError:
         return type(error)(f"pipeline rank {self._rank}, op {op}: {error}")
@@ -198,44 +170,39 @@ class Executor:
         else:
             self._failing.fail_batch(error, where)
         self._clear()
-        return Drain(
-            self._edges, self._handlers, self._neighbour, self._rank, self._last, self._sent, self._accumulate_nothing
-        )
+        return Drain(self._rank, self._edges, self._handlers, self._state, self._accumulate_nothing)
 
     def _accumulate_nothing(self, stage: int) -> None:
         if self._tail is not None:
             self._tail.accumulate(stage)
 
-    def _neighbour(self, stage: int, micro: int) -> int:
-        holders = self._holders[stage]
-        return holders[micro % len(holders)]
-
     def _take_inputs(self, op: Op) -> Nest:
         stage, micro = op.stage, op.micro
         if stage == 0:
             with self._observer.waiting(DATA, op):
-                inputs = self._feed.inputs(micro)
+                inputs = self._state.feed.inputs(micro)
             if self._borders is not None:
                 self._borders.data(micro, inputs)
             return inputs
-        key = (stage, micro)
-        if key in self._inputs:
-            inputs = self._inputs.pop(key)
+        key, state = (stage, micro), self._state
+        if key in state.inputs:
+            inputs = state.inputs.pop(key)
         else:
             start = self._observer.now()
             inputs = self._edges.wait_forward(stage, micro)
             self._observer.waited(RECEIVE, op, start)
             if self._failures:
                 self._stop_if_failed()
-        return as_leaves(inputs) if self._train else inputs
+        return as_leaves(inputs) if state.train else inputs
 
     def _take_grads(self, op: Op) -> list[torch.Tensor] | None:
         stage, micro = op.stage, op.micro
-        if stage == self._last:
+        state = self._state
+        if stage == state.last:
             return None
         key = (stage, micro)
-        if key in self._grads:
-            return self._grads.pop(key)
+        if key in state.grads:
+            return state.grads.pop(key)
         start = self._observer.now()
         grads = self._edges.wait_backward(stage, micro)
         self._observer.waited(RECEIVE, op, start)
@@ -244,10 +211,10 @@ class Executor:
         return grads
 
     def _labels(self, op: Op) -> Nest:
-        if op.stage != self._last:
+        if op.stage != self._state.last:
             return None
         with self._observer.waiting(DATA, op):
-            return self._feed.labels(op.micro)
+            return self._state.feed.labels(op.micro)
 
     def _prepare(self, op: Op) -> tuple[Nest, Nest]:
         if self._on_micro is not None:
@@ -258,28 +225,28 @@ class Executor:
         inputs, labels = self._prepare(op)
         with self._observer.span(op):
             chunk = self._chunks[op.stage]
-            output = chunk.forward(op.micro, inputs, labels) if self._train else chunk.infer(inputs)
+            output = chunk.forward(op.micro, inputs, labels) if self._state.train else chunk.infer(inputs)
         self._pass_on(op, output, labels)
 
     def _pass_on(self, op: Op, output: Nest, labels: Nest) -> None:
-        stage, micro = op.stage, op.micro
-        if stage < self._last:
-            if self._neighbour(stage + 1, micro) == self._rank:
+        stage, micro, state = op.stage, op.micro, self._state
+        if stage < state.last:
+            if state.rank_of(stage + 1, micro) == self._rank:
                 self._note_output(op, output)
                 # A copy: the next stage may work in place on what this stage's backward still needs.
-                self._inputs[stage + 1, micro] = pytree.tree_map_only(torch.Tensor, torch.clone, output)
+                state.inputs[stage + 1, micro] = pytree.tree_map_only(torch.Tensor, torch.clone, output)
             else:
-                self._outputs[stage, micro] = output
-        elif self._train:
+                state.outputs[stage, micro] = output
+        elif state.train:
             if self._borders is not None:
                 self._borders.loss(stage, micro, output)
-            self._result.losses[micro] = output
+            state.result.losses[micro] = output
         else:
-            self._result.outputs[micro] = (output, labels)
+            state.result.outputs[micro] = (output, labels)
 
     def _note_output(self, op: Op, output: Nest) -> None:
         if self._borders is not None:
-            self._unnoted.append((self._borders.output, op, output))
+            self._state.unnoted.append((self._borders.output, op, output))
 
     def _backward(self, op: Op) -> None:
         grads = self._take_grads(op)
@@ -294,23 +261,24 @@ class Executor:
         self._pass_back(op, back)
 
     def _pass_back(self, op: Op, grads: list[torch.Tensor]) -> None:
-        stage, micro = op.stage, op.micro
-        local = stage > 0 and self._neighbour(stage - 1, micro) == self._rank
+        stage, micro, state = op.stage, op.micro, self._state
+        local = stage > 0 and state.rank_of(stage - 1, micro) == self._rank
         if local or stage == 0:
             self._note_grads(op, grads)
         if stage > 0:
             # A gradient that stays here is keyed by its consumer, one that travels by its producer.
-            self._grads[(stage - 1, micro) if local else (stage, micro)] = grads
+            state.grads[(stage - 1, micro) if local else (stage, micro)] = grads
 
     def _note_grads(self, op: Op, grads: list[torch.Tensor]) -> None:
         if self._borders is not None:
-            self._unnoted.append((self._borders.back, op, grads))
+            self._state.unnoted.append((self._borders.back, op, grads))
 
     def _note(self) -> None:
         """Note what the last op has passed on. Sends come first, since a neighbour may wait for them."""
-        for note, op, value in self._unnoted:
+        unnoted = self._state.unnoted
+        for note, op, value in unnoted:
             note(op.stage, op.micro, value)
-        self._unnoted.clear()
+        unnoted.clear()
 
     def _weight(self, op: Op) -> None:
         with self._observer.span(op):
@@ -331,37 +299,37 @@ class Executor:
             return
         self._forward(forward)
         # Nothing of the pair runs together, so the next stage need not wait for the backward half.
-        if (forward.stage, forward.micro) in self._outputs:
+        if (forward.stage, forward.micro) in self._state.outputs:
             self._send_forward(forward)
-            self._sent.add((forward.stage, forward.micro))
+            self._state.sent.add((forward.stage, forward.micro))
         self._backward(backward)
 
     def _send_forward(self, op: Op) -> None:
-        if (output := self._outputs.pop((op.stage, op.micro), None)) is not None:
+        if (output := self._state.outputs.pop((op.stage, op.micro), None)) is not None:
             start = self._observer.now()
-            self._edges.send_forward(op.stage, op.micro, output, self._neighbour(op.stage + 1, op.micro))
+            self._edges.send_forward(op.stage, op.micro, output, self._state.rank_of(op.stage + 1, op.micro))
             self._observer.waited(SEND, Op(SEND_F, op.stage, op.micro), start)
             self._note_output(op, output)
 
     def _send_backward(self, op: Op) -> None:
-        grads = self._grads.pop((op.stage, op.micro))
+        grads = self._state.grads.pop((op.stage, op.micro))
         start = self._observer.now()
-        self._edges.send_backward(op.stage, op.micro, grads, self._neighbour(op.stage - 1, op.micro))
+        self._edges.send_backward(op.stage, op.micro, grads, self._state.rank_of(op.stage - 1, op.micro))
         self._observer.waited(SEND, op, start)
         self._note_grads(op, grads)
 
     def _recv_forward(self, op: Op) -> None:
-        self._edges.post_forward(op.stage, op.micro, self._neighbour(op.stage - 1, op.micro))
+        self._edges.post_forward(op.stage, op.micro, self._state.rank_of(op.stage - 1, op.micro))
 
     def _recv_backward(self, op: Op) -> None:
-        self._edges.post_backward(op.stage, op.micro, self._neighbour(op.stage + 1, op.micro))
+        self._edges.post_backward(op.stage, op.micro, self._state.rank_of(op.stage + 1, op.micro))
 
     def _accumulate(self, op: Op) -> None:
         self._note_weights(op)
         if self._tail is not None:
-            self._in_tail = True
+            self._state.in_tail = True
             self._tail.accumulate(op.stage)
-            self._in_tail = False
+            self._state.in_tail = False
 
     def _note_weights(self, op: Op) -> None:
         if self._borders is not None:
@@ -369,14 +337,14 @@ class Executor:
 
     def _reduce(self, op: Op) -> None:
         if self._tail is not None:
-            self._in_tail = True
+            self._state.in_tail = True
             with self._observer.span(op):
                 self._tail.reduce(op.stage)
-            self._in_tail = False
+            self._state.in_tail = False
 
     def _step(self, op: Op) -> None:
         if self._tail is not None:
-            self._in_tail = True
+            self._state.in_tail = True
             with self._observer.span(op):
-                self._tail.step(self._result.losses)
-            self._in_tail = False
+                self._tail.step(self._state.result.losses)
+            self._state.in_tail = False

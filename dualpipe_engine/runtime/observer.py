@@ -138,7 +138,7 @@ class Stretch:
                 self._range = _NvtxRange
         self.start = observer.now()
 
-    def __exit__(self, *error: Any) -> None:
+    def __exit__(self, *error: object) -> None:
         self.stop()
         if self._range is not None:
             self._range.__exit__(*error)
@@ -148,7 +148,7 @@ class Stretch:
 
 class _NvtxRange:
     @staticmethod
-    def __exit__(*error: Any) -> None:
+    def __exit__(*error: object) -> None:
         torch.cuda.nvtx.range_pop()
 
 
@@ -168,9 +168,9 @@ class Batch:
 
     def resolve(self) -> BatchRecord:
         """The record in seconds of the host's monotonic clock; waits for the accelerator."""
-        found = self.on_clock(self.transfers)
+        transfers = self.on_clock(self.transfers)
         marks = [Mark(kind, op, self._seconds(start), self._seconds(end)) for kind, op, start, end in self.stretches]
-        marks += [Mark(PHASE, _NO_OP, t.posted, t.finished, t.name, t.waited) for t in found]
+        marks += [Mark(PHASE, _NO_OP, t.posted, t.finished, t.name, t.waited) for t in transfers]
         start = 0.0 if self.start is None else self._seconds(self.start)
         return BatchRecord(start, start if self.end is None else self._seconds(self.end), marks)
 

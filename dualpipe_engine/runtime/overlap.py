@@ -24,11 +24,13 @@ from torch.autograd.graph import GradientEdge, get_gradient_edge
 from torch.utils import _pytree as pytree
 from torch.utils.checkpoint import checkpoint
 
+from ..comm.nest import Nest
 from ..comm.tickets import Tickets, Transfer
 from .chunk import StageChunk, _inside
 from .filling import Filling, Weights
 from .phases import COMM, COMPUTE, Phase, Phased
 
+First = TypeVar("First")
 Result = TypeVar("Result")
 #: Yields None before it posts, and then what it has posted; it must not be resumed before that is done.
 Steps = Generator[Tickets | None, None, Result]
@@ -36,7 +38,8 @@ Grads = list[torch.Tensor | None]
 
 
 def phases_of(
-    layers: Sequence[Callable[..., Any]], recompute: Callable[[Any], bool] = lambda layer: False
+    layers: Sequence[Callable[..., Nest]],
+    recompute: Callable[[Callable[..., Nest]], bool] = lambda layer: False,
 ) -> list[Phase]:
     """The phases of a stage: those of its layers, with computation that nothing separates merged into one.
 
@@ -58,7 +61,7 @@ def phases_of(
     return merged
 
 
-def _chain(first: Callable[[Any], Any], second: Callable[[Any], Any], state: Any) -> Any:
+def _chain(first: Callable[[Nest], Nest], second: Callable[[Nest], Nest], state: Nest) -> Nest:
     return second(first(state))
 
 
@@ -96,7 +99,7 @@ class PhasedChunk(StageChunk):
 
     def __init__(
         self,
-        module: Callable[[Any], Any],
+        module: Callable[[Nest], Nest],
         stage: int,
         phases: Sequence[Phase],
         timeout_s: float,
@@ -119,7 +122,7 @@ class PhasedChunk(StageChunk):
     def pairs_with(self, other: StageChunk) -> bool:
         return self._overlap and isinstance(other, PhasedChunk)
 
-    def forward(self, micro: int, inputs: Any, labels: Any = None) -> Any:
+    def forward(self, micro: int, inputs: Nest, labels: Nest = None) -> Nest:
         return finish(self._forward_steps(micro, inputs, labels), self._wait)
 
     def backward(self, micro: int, grads: list[torch.Tensor] | None, scale: float = 1.0) -> list[torch.Tensor]:
@@ -136,8 +139,15 @@ class PhasedChunk(StageChunk):
         return back
 
     def overlapped(
-        self, micro: int, inputs: Any, labels: Any, other: StageChunk, back: int, grads: Any, scale: float
-    ) -> Any:
+        self,
+        micro: int,
+        inputs: Nest,
+        labels: Nest,
+        other: StageChunk,
+        back: int,
+        grads: list[torch.Tensor] | None,
+        scale: float,
+    ) -> Nest:
         """Run F of `micro` here together with the full backward of micro-batch `back` on `other`.
 
         Returns:
@@ -149,9 +159,9 @@ class PhasedChunk(StageChunk):
         backward = other._backward_steps(back, grads, scale, weights)
         filling = self._fillings.setdefault(other.stage, Filling(self._timeout_s))
         filling.begin()
-        output, found = interleave(forward, backward, partial(filling.wait, weights=weights))
+        output, input_grads = interleave(forward, backward, partial(filling.wait, weights=weights))
         _run_all(weights)
-        return output, found
+        return output, input_grads
 
     def clear(self) -> None:
         super().clear()
@@ -160,7 +170,7 @@ class PhasedChunk(StageChunk):
     def _wait(self, tickets: Tickets) -> None:
         tickets.wait(self._timeout_s)
 
-    def _forward_steps(self, micro: int, inputs: Any, labels: Any) -> Steps[Any]:
+    def _forward_steps(self, micro: int, inputs: Nest, labels: Nest) -> Steps[Nest]:
         segments: list[_Segment] = []
         entered, leaves = self._enter(inputs)  # leaves that collect what goes back to the stage before
         for phase, following in pairwise(self._phases):
@@ -190,30 +200,30 @@ class PhasedChunk(StageChunk):
         with self._keeping_back(weights):
             self._run_backward(last, grads, scale)
         leaves = last.leaves
-        found: Grads = [leaf.grad for leaf in leaves]
+        back: Grads = [leaf.grad for leaf in leaves]
         for phase, segment in zip(reversed(self._phases[:-1]), reversed(segments), strict=True):
             leaves = segment.leaves
-            given = [(edge, grad) for edge, grad in zip(segment.edges, found, strict=True) if grad is not None]
+            given = [(edge, grad) for edge, grad in zip(segment.edges, back, strict=True) if grad is not None]
             edges = [edge for edge, _ in given if not isinstance(edge, int)]
             of_edges = [grad for edge, grad in given if not isinstance(edge, int)]
             if phase.kind == COMPUTE:
                 with self._keeping_back(weights):
                     if edges:
                         torch.autograd.backward(edges, of_edges)
-                found = [leaf.grad for leaf in leaves]
+                back = [leaf.grad for leaf in leaves]
                 continue
-            found = [None] * len(leaves)
+            back = [None] * len(leaves)
             if segment.travels_back:
                 yield None
                 # `grad` hands over what the phase has posted; `backward` would copy it before it has arrived.
                 if edges:
-                    found = list(torch.autograd.grad(edges, leaves, of_edges, allow_unused=True))
+                    back = list(torch.autograd.grad(edges, leaves, of_edges, allow_unused=True))
                 yield segment.tickets
             for edge, grad in given:
                 if isinstance(edge, int):
-                    before = found[edge]
-                    found[edge] = grad if before is None else before + grad
-        return [torch.zeros_like(leaf) if grad is None else grad for leaf, grad in zip(leaves, found, strict=True)]
+                    before = back[edge]
+                    back[edge] = grad if before is None else before + grad
+        return [torch.zeros_like(leaf) if grad is None else grad for leaf, grad in zip(leaves, back, strict=True)]
 
     @contextmanager
     def _keeping_back(self, weights: Weights) -> Iterator[None]:
@@ -243,7 +253,7 @@ def finish(steps: Steps[Result], wait: Callable[[Tickets], None], posted: Ticket
         return end.value
 
 
-def interleave(first: Steps[Any], second: Steps[Any], wait: Callable[[Tickets], None]) -> tuple[Any, Any]:
+def interleave(first: Steps[First], second: Steps[Result], wait: Callable[[Tickets], None]) -> tuple[First, Result]:
     """Run two coroutines in turns, so that each computes while what the other has posted is under way.
 
     `second` begins: a backward starts with the communication that comes last in a forward. What `leads_on` to more
@@ -284,7 +294,7 @@ def interleave(first: Steps[Any], second: Steps[Any], wait: Callable[[Tickets], 
     return results[0], results[1]
 
 
-def _next_posted(steps: Steps[Any]) -> Tickets:
+def _next_posted(steps: Steps[Result]) -> Tickets:
     """Resume a coroutine that communicates next."""
     while (step := next(steps)) is None:
         pass
@@ -296,11 +306,11 @@ def _run_all(weights: Weights) -> None:
         weights.popleft()()
 
 
-def _same(state: Any) -> Any:
+def _same(state: Nest) -> Nest:
     return state
 
 
-def _cut(state: Any) -> tuple[Any, list[torch.Tensor]]:
+def _cut(state: Nest) -> tuple[Nest, list[torch.Tensor]]:
     """Cut the tensors of a state off from the graph.
 
     Returns:
@@ -309,7 +319,7 @@ def _cut(state: Any) -> tuple[Any, list[torch.Tensor]]:
     """
     leaves: list[torch.Tensor] = []
 
-    def cut(value: Any) -> Any:
+    def cut(value: Nest) -> Nest:
         if not isinstance(value, torch.Tensor) or not value.requires_grad:
             return value
         leaf = value.detach().requires_grad_()
@@ -321,10 +331,10 @@ def _cut(state: Any) -> tuple[Any, list[torch.Tensor]]:
     return pytree.tree_map(cut, state), leaves
 
 
-def _differentiable(state: Any) -> list[torch.Tensor]:
+def _differentiable(state: Nest) -> list[torch.Tensor]:
     return [leaf for leaf in pytree.tree_leaves(state) if isinstance(leaf, torch.Tensor) and leaf.requires_grad]
 
 
-def _edges(state: Any, leaves: Sequence[torch.Tensor]) -> list[GradientEdge | int]:
+def _edges(state: Nest, leaves: Sequence[torch.Tensor]) -> list[GradientEdge | int]:
     index = {id(leaf): number for number, leaf in enumerate(leaves)}
     return [index[id(out)] if id(out) in index else get_gradient_edge(out) for out in _differentiable(state)]

@@ -17,7 +17,7 @@ from typing import Any
 import deepspeed
 import torch
 import torch.distributed as dist
-from deepspeed.pipe import LayerSpec, PipelineModule
+from deepspeed.pipe import DualPipeVModule, LayerSpec, PipelineModule
 from sleeping import WIDTH, OverlappingStage, SleepingStage, Times, mean, stage_class
 from torch.distributed import pipelining
 
@@ -56,8 +56,10 @@ def micro_batches() -> Iterator[Any]:
         yield torch.ones(ROWS, WIDTH, requires_grad=True), torch.zeros(ROWS, WIDTH)
 
 
-def deepspeed_engine(job: Job, initialize: Callable[..., Any], layers: int, **pipeline: Any) -> Any:
-    """An engine on `layers` sleeping layers, made by `initialize`."""
+def deepspeed_engine(
+    job: Job, initialize: Callable[..., Any], layers: int, kind: type[PipelineModule] = PipelineModule, **pipeline: Any
+) -> Any:
+    """An engine on `layers` sleeping layers in a module of `kind`, made by `initialize`."""
     config = {
         "train_micro_batch_size_per_gpu": ROWS,
         "gradient_accumulation_steps": job.micros,
@@ -66,7 +68,7 @@ def deepspeed_engine(job: Job, initialize: Callable[..., Any], layers: int, **pi
     }
     part = job.times.part(job.ranks / layers)
     with contextlib.redirect_stdout(io.StringIO()):
-        module = PipelineModule(
+        module = kind(
             [LayerSpec(stage_class(part), part) for _ in range(layers)],
             num_stages=job.ranks,
             loss_fn=mean,
@@ -87,9 +89,12 @@ class _Samples(torch.utils.data.Dataset[Any]):
         return torch.ones(WIDTH), torch.zeros(WIDTH)
 
 
-def stock(job: Job) -> Callable[[], Any]:
-    """DeepSpeed's own 1F1B."""
-    engine = deepspeed_engine(job, deepspeed.initialize, job.ranks)
+def stock(job: Job, schedule: str) -> Callable[[], Any]:
+    """DeepSpeed's own "1f1b" or "dualpipev"."""
+    if schedule == "1f1b":
+        engine = deepspeed_engine(job, deepspeed.initialize, job.ranks)
+    else:
+        engine = deepspeed_engine(job, deepspeed.initialize, 2 * job.ranks, DualPipeVModule)
     data = micro_batches()
     return lambda: engine.train_batch(data)
 

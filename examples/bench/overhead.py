@@ -9,7 +9,7 @@ import argparse
 import sys
 
 from ranks import run_ranks
-from schedules import DEEPSEEK, OURS, STOCK, rows
+from schedules import AUTO, STOCK, chosen, rows
 from sleeping import Times
 
 
@@ -20,16 +20,18 @@ def main() -> int:
     parser.add_argument("--steps", type=int, default=15, help="measured steps; the median counts (default 15)")
     parser.add_argument("--only", default="", help="comma-separated words; contestants whose name has one of them")
     args = parser.parse_args()
-    only = [word.strip() for word in args.only.split(",") if word.strip()]
-    only = only or [STOCK, DEEPSEEK, "torch", *(f"ours {name}" for name in OURS)]
-    found = run_ranks(rows, args.ranks, Times(0.0, 0.0, 0.0), [args.micro_batches], args.steps, only)
+    try:
+        contestants = [name for name in chosen(args.only) if not name.endswith(AUTO)]
+    except ValueError as error:
+        parser.error(str(error))
+    found = run_ranks(rows, args.ranks, Times(0.0, 0.0, 0.0), [args.micro_batches], args.steps, contestants)
 
     from rich.console import Console
     from rich.table import Table
 
     title = f"{args.ranks} ranks, {args.micro_batches} micro-batches, no computation"
     table = Table(title=title, title_justify="left")
-    for column in ("pipeline", "step [ms]", "of DeepSpeed's"):
+    for column in ("pipeline", "step [ms]", "of stock 1f1b's"):
         table.add_column(column, justify="left" if column == "pipeline" else "right")
     base = next((row["seconds"] for row in found if row["name"] == STOCK), None)
     for row in found:

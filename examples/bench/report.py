@@ -20,7 +20,7 @@ from typing import Any
 from memory import measure
 from planner import OPTIMIZED, SIZES, plan_row
 from ranks import run_ranks
-from schedules import DEEPSEEK, OURS, STOCK, rows
+from schedules import AUTO, DEEPSEEK, STOCK, names, rows
 from sleeping import Times
 
 Row = dict[str, Any]
@@ -66,14 +66,14 @@ def absent() -> list[Row]:
 
 def step_time(args: argparse.Namespace) -> Section:
     ranks, micros = (4, [8]) if args.quick else (8, [16, 32])
-    found = run_ranks(rows, ranks, ms(0.01 if args.quick else 0.02), micros, args.steps, [])
+    found = run_ranks(rows, ranks, ms(0.01 if args.quick else 0.02), micros, args.steps, names())
     title = "Step time on stages that sleep"
     return Section(title, ["pipeline", "micro_batches"], "step_ms", [*beside_stock(found, ranks), *absent()])
 
 
 def overhead(args: argparse.Namespace) -> Section:
-    only = [STOCK, DEEPSEEK, "torch", *(f"ours {name}" for name in OURS)]
-    found = run_ranks(rows, 4, ms(0.0), [16 if args.quick else 64], 3 * args.steps, only)
+    contestants = [name for name in names() if not name.endswith(AUTO)]
+    found = run_ranks(rows, 4, ms(0.0), [16 if args.quick else 64], 3 * args.steps, contestants)
     found = [{**row, "simulated": None} for row in found]
     return Section("Overhead: no computation", ["pipeline"], "step_ms", beside_stock(found, 4))
 

@@ -1,5 +1,5 @@
-"""Schedules on stages that sleep: what an order of work costs, beside DeepSpeed's 1F1B and torch's schedules, and
-DeepSeek's DualPipe if it is installed.
+"""Schedules on stages that sleep: what an order of work costs, beside DeepSpeed's 1F1B and DualPipeV ("stock"), torch's
+schedules, and DeepSeek's DualPipe if it is installed.
 
 Every stage sleeps F in a forward, I and W in a backward; its tensors are real and travel over gloo between processes
 on this machine. So two cores are enough for eight ranks, and the times show the schedule and the engine's overhead.
@@ -26,9 +26,10 @@ import torch.distributed as dist
 from ranks import run_ranks
 from sleeping import Times, lateness
 
-STOCK, AUTO, DEEPSEEK = "DeepSpeed 1f1b", "auto", "DeepSeek dualpipe"
+STOCK, AUTO, DEEPSEEK = "stock 1f1b", "auto", "DeepSeek dualpipe"
+PAIRED = (DEEPSEEK, "stock dualpipev")  #: they refuse fewer micro-batches than two a rank
 SOON_S = 0.05  #: from the announcement of a step to its start
-OURS = ("1f1b", "zb1p", "dualpipe", "dualpipev", "zbv")
+OURS = ("1f1b", "interleaved", "zb1p", "interleaved_zb", "dualpipe", "dualpipev", "zbv", "vhalf", "vmin")
 
 
 def timed(step: Callable[[], Any], steps: int) -> float:
@@ -52,15 +53,28 @@ def leave_groups() -> None:
             dist.destroy_process_group(group)
 
 
-def names(overlap: bool) -> list[str]:
+def names() -> list[str]:
     """All contestants."""
     from contestants import HAS_DEEPSEEK, TORCH
 
-    others = [STOCK, *([DEEPSEEK] if HAS_DEEPSEEK else []), *(f"torch {name}" for name in TORCH)]
+    others = [STOCK, "stock dualpipev", *([DEEPSEEK] if HAS_DEEPSEEK else []), *(f"torch {name}" for name in TORCH)]
     return [*others, *(f"ours {name}" for name in OURS), f"ours {AUTO}"]
 
 
-def rows(rank: int, times: Times, micros: list[int], steps: int, only: list[str]) -> list[dict[str, Any]]:
+def chosen(words: str) -> list[str]:
+    """The contestants whose name has one of the comma-separated words; without a word all.
+
+    Raises:
+        ValueError: a word is in no name.
+    """
+    only = [word.strip() for word in words.split(",") if word.strip()]
+    known = names()
+    if unknown := [word for word in only if not any(word in name for name in known)]:
+        raise ValueError(f"--only: no name has {', '.join(unknown)}; there are {', '.join(known)}")
+    return [name for name in known if not only or any(word in name for word in only)]
+
+
+def rows(rank: int, times: Times, micros: list[int], steps: int, contestants: list[str]) -> list[dict[str, Any]]:
     """Measure on one rank; all ranks measure the same."""
     from contestants import Job, deepseek, ours, stock, torch_pipelining
     from rich.progress import Progress
@@ -68,19 +82,18 @@ def rows(rank: int, times: Times, micros: list[int], steps: int, only: list[str]
     found: list[dict[str, Any]] = []
     if longest := max(times.f, times.i, times.w):
         times.late = lateness(longest)
-    chosen = [name for name in names(times.fb is not None) if not only or any(word in name for word in only)]
     with Progress(disable=rank != 0, transient=True) as progress:
-        task = progress.add_task("measuring", total=len(chosen) * len(micros))
+        task = progress.add_task("measuring", total=len(contestants) * len(micros))
         for count in micros:
-            for name in chosen:
-                if name == DEEPSEEK and (count % 2 or count < 2 * dist.get_world_size()):
-                    continue  # which it refuses
+            for name in contestants:
+                if name in PAIRED and (count % 2 or count < 2 * dist.get_world_size()):
+                    continue
                 job = Job(dist.get_world_size(), count, times)
                 progress.update(task, description=f"{name}, {count} micro-batches")
                 simulated, runs = None, name
                 who, _, schedule = name.partition(" ")
-                if name == STOCK:
-                    step = stock(job)
+                if who == "stock":
+                    step = stock(job, schedule)
                 elif name == DEEPSEEK:
                     step = deepseek(job)
                 elif who == "torch":
@@ -101,7 +114,7 @@ def table(found: list[dict[str, Any]], title: str) -> Any:
     from rich.table import Table
 
     out = Table(title=title, title_justify="left")
-    ratios = ("measured / simulated", "DeepSpeed's / its")
+    ratios = ("measured / simulated", "stock 1f1b / its")
     for column in ("micro-batches", "pipeline", "step [ms]", "simulated [ms]", *ratios):
         out.add_column(column, justify="left" if column == "pipeline" else "right")
     base = {row["micro_batches"]: row["seconds"] for row in found if row["name"] == STOCK}
@@ -154,8 +167,11 @@ def main() -> int:
     args = parser.parse_args()
     times = Times(args.f / 1e3, args.i / 1e3, args.w / 1e3, None if args.fb is None else args.fb / 1e3)
     micros = [int(count) for count in args.micro_batches.split(",")]
-    only = [word.strip() for word in args.only.split(",") if word.strip()]
-    found = run_ranks(rows, args.ranks, times, micros, args.steps, only)
+    try:
+        contestants = chosen(args.only)
+    except ValueError as error:
+        parser.error(str(error))
+    found = run_ranks(rows, args.ranks, times, micros, args.steps, contestants)
     pair = "no overlap" if args.fb is None else f"F&B = {args.fb:g}"
     title = f"{args.ranks} ranks, F, I, W = {args.f:g}, {args.i:g}, {args.w:g} ms, {pair}"
     from rich.console import Console

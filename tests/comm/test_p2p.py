@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from dualpipe_engine.comm.meta import HEADER_BYTES, block_of, decode, encode, flatten
-from dualpipe_engine.comm.p2p import Edges
+from dualpipe_engine.comm.p2p import BACKWARD, FORWARD, Edges, _tag
 from dualpipe_engine.comm.transport import LocalHub, LocalTransport
 from dualpipe_engine.errors import ConfigError, PipelineRuntimeError
 
@@ -98,6 +98,20 @@ def test_forward_and_backward_share_an_edge(whole):
     right.flush()
     assert left.idle
     assert right.idle
+
+
+@pytest.mark.parametrize("micro", [16_383, 16_384, 10**9])
+def test_any_number_of_micro_batches_has_tags(micro):
+    """A tag of gloo has 31 bits, and those under way at a time differ."""
+    near = range(micro, micro + 50)
+    tags = [
+        _tag(kind, stage, each, index)
+        for kind in (FORWARD, BACKWARD)
+        for stage in (0, 1, 1023)
+        for each in near
+        for index in (0, 63)
+    ]
+    assert len(set(tags)) == len(tags) and all(0 <= tag < 2**31 - 1 for tag in tags)
 
 
 def test_messages_of_several_tensors_travel_whole():

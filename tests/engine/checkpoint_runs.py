@@ -168,11 +168,11 @@ def torn_save(config, ranks, folder, broken_tag):
     engine.train_batch(data)
     written = []
 
-    def save(state_dict, path):
+    def save(state_dict, file):
         if written:
-            raise Torn(path)
-        written.append(path)
-        Path(path).write_bytes(b"PK half")
+            raise Torn(file.name)
+        written.append(file)
+        file.write(b"PK half")
 
     with patch.object(engine.checkpoint_engine, "save", save):
         engine.save_checkpoint(folder, tag=broken_tag)
@@ -192,9 +192,9 @@ def files_written(config, ranks, folder, replicas=1):
     engine = start(config, ranks, replicas)
     save, paths = engine.checkpoint_engine.save, []
 
-    def noted(state_dict, path):
-        paths.append(os.path.basename(path))
-        save(state_dict, path)
+    def noted(state_dict, file):
+        paths.append(os.path.basename(file.name))
+        save(state_dict, file)
 
     with patch.object(engine.checkpoint_engine, "save", noted):
         engine.save_checkpoint(folder, tag="all")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import pytest
 import torch
 import training
@@ -11,7 +13,7 @@ from deepspeed.runtime.pipe.topology import PipeDataParallelTopology
 from dualpipe_engine.errors import ConfigError
 from dualpipe_engine.models.config import MoEConfig
 from dualpipe_engine.models.routing import Router
-from dualpipe_engine.models.transformer import layers, loss
+from dualpipe_engine.models.transformer import TokenEmbedding, layers, loss
 
 SIZES = {"vocabulary": training.VOCABULARY, "hidden": 16, "heads": 2, "head": 8, "rotary": 4, "kv_rank": 8}
 
@@ -35,15 +37,17 @@ def set_routing(module, bias):
 
 
 def gradients(cases, ranks, replicas=2, micros=4):
-    return [_gradients(*case, ranks=ranks, replicas=replicas, micros=micros) for case in cases]
+    return [gradients_of(*case, ranks=ranks, replicas=replicas, micros=micros) for case in cases]
 
 
-def _gradients(model, schedule, bias, recompute, ranks, replicas, micros):
+def gradients_of(
+    model, schedule, bias=None, recompute=False, method="parameters", *, ranks, replicas, micros, **pipeline
+):
     import dualpipe_engine
 
     kwargs = {"activation_checkpoint_interval": 1} if recompute else {}
-    module = make_module(config(**model), ranks, replicas, **kwargs).double()
-    pipeline = {"use_reentrant": False} if recompute else {}
+    module = make_module(config(**model), ranks, replicas, partition_method=method, **kwargs).double()
+    pipeline |= {"use_reentrant": False} if recompute else {}
     settings = training.settings(micros, replicas, zero=0, schedule=schedule, **pipeline)
     replica = module._grid.data_parallel_id
     engine, *_ = dualpipe_engine.initialize(model=module, config=settings)
@@ -66,9 +70,16 @@ def _gradients(model, schedule, bias, recompute, ranks, replicas, micros):
         "bias": {name: router.bias.clone() for name, router in routers.items()},
         "pairs": [span.op.kind for span in engine._observer.spans()].count("FB"),
         "transfers": sorted({transfer.name for transfer in engine._transfers}),
+        "tables": [part.table.weight.data_ptr() for part in map(_layer_of, engine.module.forward_funcs) if part],
     }
     engine.destroy()
     return found
+
+
+def _layer_of(function):
+    """The embedding that a stage calls, also by a function bound to it."""
+    found = function.args[0] if isinstance(function, partial) else function
+    return found if isinstance(found, TokenEmbedding) else None
 
 
 def train(model, settings, ranks, folder, replicas=2, steps=2):

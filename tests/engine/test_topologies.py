@@ -113,17 +113,20 @@ def test_changed_batch_size(ranks):
     check(ranks.run(2, topology_runs.many, cases={k: {"schedule": "dualpipe", **case} for k, case in cases.items()}))
 
 
-def test_zero_with_ties_and_frozen_parts(ranks):
+@pytest.mark.parametrize(
+    "some",
+    [
+        {"ties": ("tied twice", None), "frozen rank": ("plain", "a rank frozen")},
+        pytest.param(
+            {"no parameters": ("a rank without parameters", None), "frozen vectors": ("plain", "vectors frozen")},
+            marks=pytest.mark.all,
+        ),
+    ],
+    ids=lambda some: ", ".join(some),
+)
+def test_zero_with_ties_and_frozen_parts(ranks, some):
     """Two fp32 steps under ZeRO are those under ZeRO-0, whose gradients the other tests compare."""
-    cases = {
-        name: {"layers": layers, "freeze": freeze}
-        for name, layers, freeze in (
-            ("ties", "tied twice", None),
-            ("no parameters", "a rank without parameters", None),
-            ("frozen vectors", "plain", "vectors frozen"),
-            ("frozen rank", "plain", "a rank frozen"),
-        )
-    }
+    cases = {name: {"layers": layers, "freeze": freeze} for name, (layers, freeze) in some.items()}
     for rank in ranks.run(4, topology_runs.under_zero, cases=cases):
         for name, (whole, *partitioned) in rank.items():
             for losses in partitioned:

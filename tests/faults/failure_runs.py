@@ -9,6 +9,7 @@ from unittest.mock import patch
 import torch
 import torch.distributed as dist
 import training
+from torch import nn
 
 MICROS = 4
 
@@ -73,6 +74,12 @@ def armed(engine, case, here, batch):
             output.register_hook(boom)
 
         handles.append(block.register_forward_hook(calls(1, spoil)))
+    elif case in ("structure", "many") and here:
+        wrong = {"structure": 2, "many": 70}[case]
+        ends = [
+            part for part in engine._context.views[min(engine._chunks)].forward_funcs if isinstance(part, nn.Module)
+        ]
+        handles.append(ends[-1].register_forward_hook(lambda module, inputs, output: (output,) * wrong))
     elif case in ("none", "shape") and here:
         wrong = {"none": lambda x: None, "shape": lambda x: x[:, :1]}[case]
         spoilt = patch.object(block, "forward", lambda x, plain=block.forward: wrong(plain(x)))
@@ -191,3 +198,32 @@ def experts(config):
 
     module = moe_runs.make_module(moe_runs.config(), 2, 2)
     return dualpipe_engine.initialize(model=module, config=config)[0].watch.recovers
+
+
+def wrongly_called(config, folder):
+    """What calls with wrong arguments have raised on this rank, and the losses of the steps between them."""
+    engine, data = start(2, config), training.stream(0)
+    calls = {
+        "no micro-batch": lambda: engine.eval_batch(training.stream(0, seed=9), num_micro_batches=0),
+        "micro-batches by name": lambda: engine.eval_batch(training.stream(0, seed=9), num_micro_batches="two"),
+        "reduction": lambda: engine.eval_batch(training.stream(0, seed=9), reduce_output="sum"),
+        "number as data": lambda: engine.train_batch(3),
+        "numbers as batches": lambda: engine.train_batch(iter([(1, 2)] * MICROS)),
+        "samples": lambda: engine.train_batch(iter([(torch.ones(2), torch.ones(3))] * MICROS)),
+        "batch size": lambda: engine.set_train_batch_size(3),
+        "no folder to save": lambda: engine.save_checkpoint(None),
+        "number as folder": lambda: engine.save_checkpoint(3),
+        "state": lambda: engine.save_checkpoint(folder, client_state=3),
+        "unpicklable state": lambda: engine.save_checkpoint(folder, client_state={"f": lambda: 0}),
+        "no folder to load": lambda: engine.load_checkpoint(None),
+    }
+    found, losses = {}, []
+    for name, call in calls.items():
+        found[name] = _raised(call)
+        losses.append(float(engine.train_batch(data)))
+    return found, losses
+
+
+def rightly_called(config, steps):
+    engine, data = start(2, config), training.stream(0)
+    return [float(engine.train_batch(data)) for _ in range(steps)]

@@ -116,6 +116,21 @@ def user_run(folder, where):
     engine.train_batch(data)
 
 
+def between_run(folder):
+    """Code of the user raises between two batches, on rank 1 only."""
+    import dualpipe_engine
+
+    config = training.settings(8, schedule="dualpipe", p2p_timeout_s=TIMEOUT_S)
+    engine, *_ = dualpipe_engine.initialize(model=training.make_module(RANKS, 4), config=config)
+    data = training.stream(0)
+    engine.train_batch(data)
+    torch.distributed.barrier()
+    if engine.global_rank == 1:
+        Path(folder, "struck").touch()
+        strike("raise")
+    engine.train_batch(data)
+
+
 def interrupted_run(folder):
     """Ctrl-C in a terminal: all ranks get the signal, wherever they are."""
     import dualpipe_engine

@@ -24,8 +24,10 @@ DATA = {
 LAYERS = {
     "layer": "Boom",
     "backward": "Boom",
-    "none": None,
+    "none": "ConfigError",
     "shape": None,
+    "structure": None,
+    "many": None,
     "eval layer": "Boom",
 }
 LOSSES = {
@@ -67,6 +69,11 @@ def test_data_and_layers(ranks, lost):
     check(found, {"loader": "Boom", "layer": "Boom", "backward": "Boom"}, lost)
     for errors, _, _ in found:
         assert "there is no data" in errors["nothing"][1] and errors["end"][0] == "StopIteration"
+        assert (
+            "passes on 70 tensors in micro-batch" in errors["many"][1]
+            and "dynamic_shape=True" in errors["structure"][1]
+        )
+        assert "op 0F" in errors["none"][1] and "(Block) has returned None" in errors["none"][1]
 
 
 @pytest.mark.faults_all
@@ -79,6 +86,15 @@ def test_the_first_batch(ranks, case):
     """Before any rank knows the shapes."""
     found = ranks.run(2, runs.survived, ranks=2, config=settings("zb1p"), cases=[case], lost=0, first=True)
     check(found, {case: (DATA | LAYERS)[case]})
+
+
+@pytest.mark.faults_all
+def test_wrong_arguments_cost_no_engine(ranks, tmp_path):
+    found = ranks.run(2, runs.wrongly_called, timeout=60, config=settings(), folder=str(tmp_path))
+    clean = ranks.run(2, runs.rightly_called, config=settings(), steps=len(found[0][1]))
+    for (errors, losses), expected in zip(found, clean, strict=True):
+        assert all(errors.values()), errors
+        assert losses == expected
 
 
 def test_a_nan_that_is_found(ranks):

@@ -6,6 +6,7 @@ The default run takes a part of the matrix, --all the whole.
 from __future__ import annotations
 
 import re
+import signal
 from itertools import product
 
 import fault_runs
@@ -47,7 +48,7 @@ def check(play, folder, fault, lost, phase):
     case = f"{fault} of rank {lost} in {phase}: codes {codes}, {seconds:.1f} s"
     print(case)
     for rank in set(range(RANKS)) - {lost}:
-        assert codes[rank] not in (0, None), f"{case}\n{logs[rank]}"
+        assert codes[rank] not in (0, None, -signal.SIGABRT), f"{case}\n{logs[rank]}"
         if fault == "raise" and phase != "reduction":  # all ranks agree on it, and this program does not go on
             what = (
                 "is not saved, and what was saved before stands: rank {}: "
@@ -104,6 +105,14 @@ def test_ctrl_c_on_all_ranks_ends_all(play, tmp_path):
     codes, seconds, logs = play(fault_runs.interrupted_run, tmp_path, limit=7.5)
     assert all(code not in (0, None) for code in codes), (codes, seconds, logs)
     assert all("KeyboardInterrupt" in log for log in logs), logs
+
+
+@pytest.mark.faults_all
+def test_what_is_raised_between_batches_reaches_every_rank(play, tmp_path):
+    codes, _, logs = play(fault_runs.between_run, tmp_path, limit=7.5)
+    for code, log in zip(codes, logs, strict=True):
+        assert code == 1 and "Boom: poisoned" in log, (codes, log)
+    assert all("rank 1 is lost: it failed" in logs[rank] for rank in (0, 2, 3)), logs
 
 
 @pytest.mark.parametrize(

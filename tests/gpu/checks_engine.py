@@ -259,7 +259,7 @@ def _measured(path: str) -> Facts:
     wide = {} if CPU else {"hidden": 4096, "heads": 16, "head": 128, "expert_inner": 2048}
     length = LENGTH if CPU else 2048
     model = MOE | wide | {"blocks": 2, "expert_parallel": 1}
-    plain, states = measuring.stage_costs, []
+    plain, states = measuring.probe_stages, []
 
     def watched(*arguments: Any, **options: Any) -> Any:
         before = _random_states()
@@ -267,7 +267,7 @@ def _measured(path: str) -> Facts:
         states.append(all(torch.equal(a, b) for a, b in zip(before, _random_states(), strict=True)))
         return costs
 
-    with patch.object(measuring, "stage_costs", watched):
+    with patch.object(measuring, "probe_stages", watched):
         engine, replica = start(_settings("auto", 4, 1, "bf16", costs=path), model, 2, data=Rows(length=length))
     assert all(states), "random states have changed"
     dtypes = {name: str(buffer.dtype) for name, buffer in engine.module.named_buffers()}

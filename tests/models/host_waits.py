@@ -8,7 +8,7 @@ from types import SimpleNamespace
 import fake_device
 import torch
 
-from dualpipe_engine.comm import all_to_all
+from dualpipe_engine.comm import device
 from dualpipe_engine.models import experts
 from dualpipe_engine.models.block import DenseBlock, MoEBlock
 from dualpipe_engine.models.config import MoEConfig
@@ -34,7 +34,7 @@ def block_of(kind, **changes):
     block = kind(config)
     if config.expert_parallel > 1:
         block.dispatcher = AllToAll(SimpleNamespace(size=lambda: 2, rank=lambda: 0), config.experts)
-        block.dispatcher._stream = SimpleNamespace(posts=Mirror(), side=fake_device.Side())
+        block.dispatcher._stream = SimpleNamespace(posts=Mirror(), side=device.Side(fake_device.Stream()))
     return fake_device.on_device(block)
 
 
@@ -60,7 +60,7 @@ def count(block, phased, with_loss=False):
 
 def main():
     library = fake_device.setup()
-    all_to_all.on_stream, all_to_all.pinned_empty = (lambda stream: nullcontext()), fake_device.pinned_empty
+    device.on_stream, device.pinned_empty = (lambda stream: nullcontext()), fake_device.pinned_empty
     tensor = fake_device.Tensor(torch.arange(4))
     found = {}
     for name, read in {

@@ -12,10 +12,10 @@ from torch.utils.checkpoint import checkpoint
 
 from dualpipe_engine.errors import ConfigError
 from dualpipe_engine.models import experts as experts_module
-from dualpipe_engine.models.attention import rotate
 from dualpipe_engine.models.block import MoEBlock
 from dualpipe_engine.models.config import MoEConfig
 from dualpipe_engine.models.experts import Experts, Sizes, _grouped, has_grouped_mm
+from dualpipe_engine.models.positions import Rotary, Yarn
 from dualpipe_engine.models.routing import Router, rebalance
 from dualpipe_engine.models.transformer import layers, loss
 from dualpipe_engine.runtime.weight_grad import WeightGradStore, install
@@ -31,9 +31,11 @@ def model(**changes):
     return nn.Sequential(*[spec.build() for spec in layers(config(**changes))]).double()
 
 
-def test_rotary_products_depend_on_distance_alone():
+@pytest.mark.parametrize(("interleaved", "yarn"), [(False, None), (True, Yarn(factor=40, length=8))])
+def test_rotary_products_depend_on_distance_alone(interleaved, yarn):
     x, y = torch.randn(2, 6, dtype=torch.float64)
-    turned_x, turned_y = (rotate(each.expand(1, 1, 9, 6), 10_000.0)[0, 0] for each in (x, y))
+    rotary = Rotary(10_000.0, interleaved, yarn)
+    turned_x, turned_y = (rotary(each.expand(1, 1, 9, 6))[0, 0] for each in (x, y))
     products = turned_x @ turned_y.T
     for distance in range(-8, 9):
         along = products.diagonal(distance)
@@ -79,6 +81,48 @@ def test_biases_choose_but_do_not_weigh():
     torch.testing.assert_close(routing.weights.sum(dim=1), torch.ones(50, dtype=torch.float64))
     scores = nn.functional.linear(x, router.weight).sigmoid().gather(1, routing.experts)
     torch.testing.assert_close(routing.weights, scores / scores.sum(dim=1, keepdim=True))
+
+
+def test_only_the_best_groups_are_chosen_from():
+    torch.manual_seed(0)
+    router = Router(config(experts=12, groups=4, kept_groups=2, top_k=4, init_std=0.5)).double()
+    router.bias.copy_(torch.randn(12) * 0.2)
+    x = torch.randn(50, 16, dtype=torch.float64)
+    routing = router(x)
+    scores = nn.functional.linear(x, router.weight).sigmoid()
+    kept = set()
+    for token in range(50):
+        biased = (scores[token] + router.bias).tolist()
+        groups = [biased[3 * group : 3 * group + 3] for group in range(4)]
+        best = sorted(range(4), key=lambda group: -sum(sorted(groups[group])[1:]))[:2]
+        among = sorted((e for e in range(12) if e // 3 in best), key=lambda e: -biased[e])[:4]
+        assert sorted(routing.experts[token].tolist()) == sorted(among)
+        kept.add(tuple(sorted(among)) == tuple(sorted(sorted(range(12), key=lambda e: -biased[e])[:4])))
+    assert kept == {True, False}, "groups matter for some tokens, and not for all"
+    every = Router(config(experts=12, groups=4, kept_groups=4, top_k=4)).double()
+    every.load_state_dict(router.state_dict())
+    torch.testing.assert_close(every(x).experts, (scores + router.bias).topk(4).indices)
+
+
+def test_sequences_have_a_balance_loss_of_their_own():
+    router = Router(config(top_k=2, sequence_loss=0.5, experts=5, init_std=1.0)).double()
+    router.bias.copy_(torch.tensor([9.0, 0, 0, 0, 0]))
+    x = torch.randn(12, 16, dtype=torch.float64)
+    found, wanted = router(x, 3).loss, 0.0
+    scores = nn.functional.linear(x, router.weight).sigmoid()
+    for sequence in scores.split(4):
+        for expert in range(5):
+            often = sum(expert in token.topk(2).indices for token in sequence) * 5 / (2 * 4)
+            wanted = wanted + often * (sequence[:, expert] / sequence.sum(dim=1)).mean() * 0.5 / 3
+    torch.testing.assert_close(found, wanted.view(1))
+    found.backward()
+    assert router.weight.grad.any()
+    assert not router.eval()(x, 3).loss.any()
+    net = model(sequence_loss=0.5)
+    tokens = torch.randint(0, 11, (2, 7))
+    logits, auxiliary = net(tokens)
+    assert auxiliary > 0
+    torch.testing.assert_close(loss((logits, auxiliary), tokens), loss(logits, tokens) + auxiliary[0])
 
 
 def test_biases_move_against_the_load():
@@ -212,8 +256,21 @@ def test_all_matrices_but_the_embedding_are_deferred():
         ({"attention": "full"}, "latent, grouped"),
         ({"kv_heads": 3}, "multiple of kv_heads"),
         ({"rotary": 3}, "rotary must be even"),
+        ({"value_head": 4, "attention": "grouped"}, "value_head"),
+        ({"sequence_loss": 0.1, "balancing": "loss"}, "sequence_loss"),
+        ({"mtp_depth": -1}, "mtp_depth"),
+        ({"groups": 3, "kept_groups": 1}, "do not fit 4 experts"),
+        ({"groups": 4, "kept_groups": 1}, "two experts or more"),
+        ({"groups": 2, "kept_groups": 3}, "from 1 to groups"),
+        ({"groups": 2, "kept_groups": 1, "balancing": "loss"}, "biased scores"),
+        ({"groups": 2, "kept_groups": 1, "top_k": 3}, "too few for top_k 3"),
     ],
 )
 def test_sizes_that_do_not_fit(changes, message):
     with pytest.raises(ConfigError, match=message):
         config(**changes)
+
+
+def test_stretched_positions_need_a_length():
+    with pytest.raises(ConfigError, match="1 or more"):
+        Yarn(factor=0.5, length=4)

@@ -5,7 +5,7 @@ import subprocess
 import sys
 
 import pytest
-from test_doctor import profile
+from simulated_profile import profile
 
 from dualpipe_engine.cli import main
 from dualpipe_engine.errors import ProfileError

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import weakref
 
 import pytest
 import torch
@@ -153,6 +154,18 @@ class Nested(nn.Module):
         assert extra["count"].tolist() == [0, 1, 2]
         x = self.linear(x) * extra["mask"] + x.cumsum(0) / extra["scale"]
         return (x, extra, seven) if self.stage < 3 else x
+
+
+def test_nothing_of_a_run_outlives_it():
+    plan = lower(make_plan("1f1b", 1, 1))
+    stage, feed = nn.Linear(2, 2), ListFeed([torch.ones(1, 2)], [torch.zeros(1, 2)])
+    chunk = StageChunk(stage, 0, is_last=True, loss_fn=nn.functional.mse_loss)
+    executor = Executor(0, {0: chunk}, Edges(LocalTransport(LocalHub(1), 0), CPU), Observer(0, CPU))
+    result = executor.run(plan, feed)
+    assert list(result.losses) == [0]
+    gone = [weakref.ref(feed), weakref.ref(result)]
+    del feed, result
+    assert [each() for each in gone] == [None, None], "the executor holds data or losses of a run that is over"
 
 
 def test_nests_of_tensors_travel():

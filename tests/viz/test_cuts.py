@@ -5,7 +5,7 @@ import json
 import pytest
 
 from dualpipe_engine.cli import main
-from dualpipe_engine.schedule.cuts.fastest import stage_costs
+from dualpipe_engine.schedule.cuts.fastest import costs_of_cut
 from dualpipe_engine.schedule.cuts.layer_times import parse_layer_costs, write_layer_costs
 from dualpipe_engine.schedule.orders.registry import SCHEDULES, placement_of
 from dualpipe_engine.schedule.search.make_plan import make_plan
@@ -44,7 +44,7 @@ def test_json_can_be_simulated_again(capsys, tmp_path, more):
     costs = CostModel(fb=2.25, comm=0.05) if more else CostModel(fb=3.0)
     for row in data["schedules"]:
         for cut in (row["equal_counts"], row["pairs"]):
-            placed = stage_costs(weights, cut["bounds"], costs)
+            placed = costs_of_cut(weights, cut["bounds"], costs)
             plan = make_plan(row["schedule"], 8, 32, placed, optimize=bool(more))
             assert simulate(plan, placed).makespan == cut["makespan"]
         assert row["saved"] == 1 - row["pairs"]["makespan"] / row["equal_counts"]["makespan"] > 0

@@ -19,6 +19,7 @@ from deepspeed.runtime.keep_in_fp32 import keep_in_fp32_pattern
 from deepspeed.utils import logger
 from torch.utils.data import DataLoader, IterableDataset
 
+from ...comm.from_all import from_all
 from ...comm.nest import Nest
 from ...errors import ConfigError
 from ...schedule.orders.registry import placements_on
@@ -33,7 +34,7 @@ from ..placing.grid import Place
 from ..placing.partition import layer_name
 from ..placing.stages import set_activation_checkpointing
 from .link_probe import reduction_seconds
-from .stage_probe import stage_costs
+from .stage_probe import probe_stages
 
 DEFAULT_FILE = "dualpipe_costs.json"  #: in the working directory
 
@@ -85,11 +86,11 @@ def job_costs(
             f'"schedule": "auto" measures the model on its data: give initialize(training_data=...) for one start, '
             f"which keeps the result in {path}, or name a schedule"
         )
-    found = _measure(module, settings, config, job, num_micro, _micro_batches(training_data, micro_size, collate_fn))
+    measured = _measure(module, settings, config, job, num_micro, _micro_batches(training_data, micro_size, collate_fn))
     if dist.get_rank() == 0:
-        found.save(path)
+        measured.save(path)
         logger.info(f"measured costs are kept in {path}")
-    return found
+    return measured
 
 
 def choose(config: DualPipeConfig, measured: Measurement, num_micro: int) -> tuple[DualPipeConfig, list[Row]]:
@@ -144,7 +145,7 @@ def _measure(
         logger.info(f'"schedule": "auto" measures {ranks} stages on {device}')
     _cast(module, settings, {"bf16": torch.bfloat16, "fp16": torch.half}.get(job["precision"]))
     set_activation_checkpointing(module, settings.get("pipeline", {}))
-    costs = stage_costs(
+    costs = probe_stages(
         module,
         place,
         next_batch,
@@ -179,13 +180,12 @@ def _memory(
 ) -> tuple[dict[str, int], int]:
     """For each placement the bytes that the fullest rank has yet to allocate for weights, gradients and Adam's state,
     and nine tenths of the bytes that are free on the fullest device."""
-    accelerator, world = get_accelerator(), dist.get_world_size()
+    accelerator = get_accelerator()
     free = accelerator.available_memory()
-    found: list[Any] = [None] * world
-    dist.all_gather_object(found, (socket.gethostname(), place.pipeline, place.rank, numel, free))
+    stages = from_all((socket.gethostname(), place.pipeline, place.rank, numel))
     if accelerator.device_name() == "cpu":  # the ranks of a host share it
-        free //= sum(host == socket.gethostname() for host, *_ in found)
-    sizes = [size for _, size in sorted((rank, size) for _, line, rank, size, _ in found if line == place.pipeline)]
+        free //= sum(host == socket.gethostname() for host, *_ in stages)
+    sizes = [size for _, size in sorted((rank, size) for _, line, rank, size in stages if line == place.pipeline)]
     partitioned = settings.get("zero_optimization", {}).get("stage", 0) > 0
     low = dtype.itemsize < 4
 
@@ -195,10 +195,10 @@ def _memory(
         optimizer = held * (8 + (4 if low else 0)) // (copies if partitioned else 1)
         return max(0, held - numel) * dtype.itemsize + gradients + optimizer
 
-    mine = {placement.key: bytes_of(placement) for placement in placements}
-    all_ranks: list[Any] = [None] * world
-    dist.all_gather_object(all_ranks, (mine, free))
-    return {name: max(state[name] for state, _ in all_ranks) for name in mine}, min(f for _, f in all_ranks) * 9 // 10
+    states = {placement.key: bytes_of(placement) for placement in placements}
+    of_ranks = from_all((states, free))
+    most = {name: max(each[name] for each, _ in of_ranks) for name in states}
+    return most, min(room for _, room in of_ranks) * 9 // 10
 
 
 def _micro_size(settings: Settings, num_micro: int, replicas: int) -> int:
@@ -209,8 +209,7 @@ def _micro_size(settings: Settings, num_micro: int, replicas: int) -> int:
 
 def _describe(module: PipelineModule, settings: Settings, config: DualPipeConfig, micro_size: int) -> dict[str, str]:
     """What the costs depend on, in words."""
-    shapes: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(shapes, [(name, tuple(p.shape), p.requires_grad) for name, p in module.named_parameters()])
+    shapes = from_all([(name, tuple(p.shape), p.requires_grad) for name, p in module.named_parameters()])
     layers = [layer_name(layer) for layer in module._layer_specs]
     digest = hashlib.sha256(repr((layers, [int(part) for part in module.parts], shapes)).encode()).hexdigest()
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else get_accelerator().device_name()

@@ -54,7 +54,7 @@ def measure_layers(module: PipelineModule, batch: Nest, repeats: int = 5) -> lis
         if not first:
             dist.recv_object_list(box, place.pipeline[place.rank - 1])
         x = _moved(box[0], device)
-        mine = {}
+        seconds_of = {}
         with same_random_state(), torch.enable_grad():
             for index, layer in enumerate(module.forward_funcs):
                 ends = last and index == len(module.forward_funcs) - 1 and module.loss_fn is not None
@@ -63,13 +63,13 @@ def measure_layers(module: PipelineModule, batch: Nest, repeats: int = 5) -> lis
                 for _ in range(repeats + 1):
                     seconds, y = _run(module, layer, x, labels, input_gradient=not (first and index == 0))
                     runs.append(seconds)
-                mine[start + index] = median(runs[1:])
+                seconds_of[start + index] = median(runs[1:])
                 x = y
         if not last:
             dist.send_object_list([_moved(x, torch.device("cpu"))], place.pipeline[place.rank + 1])
         for name, buffer in module.named_buffers():
             buffer.data.copy_(buffers[name])
-        table = torch.tensor(of_all_layers(module, mine), dtype=torch.float64, device=device)
+        table = torch.tensor(of_all_layers(module, seconds_of), dtype=torch.float64, device=device)
         dist.all_reduce(table)
     return [float(total) / dist.get_world_size() for total in table]
 

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from statistics import median
-from typing import Any
 
 import torch
 import torch.distributed as dist
 from deepspeed.accelerator import get_accelerator
 from deepspeed.runtime.pipe.topology import PipelineParallelGrid
 
+from ...comm.from_all import from_all
 from ...comm.transport import Transport
 from ...runtime.observer import Observer
 from ...schedule.op import NONE, STEP, Op
@@ -49,9 +49,9 @@ def transfer_seconds(
         def round_trip(
             leads: bool = leads, peer: int = peer, out: torch.Tensor = out, back: torch.Tensor = back
         ) -> None:
-            for mine in (leads, not leads):
-                tensor = out if leads == mine else back
-                ticket = transport.send(tensor, peer, 0) if mine else transport.recv(tensor, peer, 0)
+            for sends in (leads, not leads):
+                tensor = out if leads == sends else back
+                ticket = transport.send(tensor, peer, 0) if sends else transport.recv(tensor, peer, 0)
                 with waiting():
                     ticket.wait(timeout_s)
 
@@ -74,10 +74,8 @@ def reduction_seconds(
         placements: of the same ranks.
     """
     device = torch.device(get_accelerator().current_device_name())
-    world = dist.get_world_size()
-    found: list[Any] = [None] * world
-    dist.all_gather_object(found, (place.pipeline, place.rank, numel))
-    sizes = [size for _, size in sorted((rank, size) for line, rank, size in found if line == place.pipeline)]
+    stages = from_all((place.pipeline, place.rank, numel))
+    sizes = [size for _, size in sorted((rank, size) for line, rank, size in stages if line == place.pipeline)]
     alone = _reduction(grid.dp_proc_group, place.replicas, numel, dtype, device)
     seconds = {}
     for placement in placements:
@@ -85,13 +83,12 @@ def reduction_seconds(
             seconds[placement.key] = alone  # its stages are parts of several
             continue
         groups = [(dist.new_group(members), members) for members in _twins(grid)]
-        mine = next(group for group, members in groups if dist.get_rank() in members)
+        mirrored = next(group for group, members in groups if dist.get_rank() in members)
         copies, held = placement.num_directions * place.replicas, placement.held(sizes, place.rank)
-        seconds[placement.key] = _reduction(mine, copies, held, dtype, device)
-        dist.destroy_process_group(mine)
-    slowest: list[Any] = [None] * world
-    dist.all_gather_object(slowest, seconds)
-    return {name: max(each[name] for each in slowest) for name in seconds}
+        seconds[placement.key] = _reduction(mirrored, copies, held, dtype, device)
+        dist.destroy_process_group(mirrored)
+    seconds_of_ranks = from_all(seconds)
+    return {name: max(each[name] for each in seconds_of_ranks) for name in seconds}
 
 
 def _twins(grid: PipelineParallelGrid) -> list[list[int]]:

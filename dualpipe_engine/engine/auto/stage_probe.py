@@ -10,13 +10,13 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 from deepspeed.pipe import PipelineModule
 
 from ...comm.device import side_stream
+from ...comm.from_all import from_all
 from ...comm.nest import Nest
 from ...comm.p2p import Edges
 from ...comm.transports import transport_of
@@ -39,11 +39,10 @@ from ..placing.partition import same_random_state
 from ..placing.stages import has_phases, make_chunk, needs_input_gradient
 from .link_probe import transfer_seconds
 
-Gathered = TypeVar("Gathered")
 BATCHES = 3  #: measured, after one that warms up
 
 
-def stage_costs(
+def probe_stages(
     module: PipelineModule,
     place: Place,
     next_batch: Callable[[], Nest],
@@ -93,12 +92,11 @@ def stage_costs(
         bench = _Bench(module, place, chunk, edges, device)
         try:
             bench.run(make_plan("zb1p" if split_backward else "1f1b", ranks, num_micro), next_batch)
-            if any(_from_all(chunk.brings_overlap)):
+            if any(from_all(chunk.brings_overlap)):
                 bench.run(paired_plan(ranks, num_micro), next_batch)
         finally:
             uninstall(view)
-        sizes: list[int] = [0] * ranks
-        dist.all_gather_object(sizes, edges.message_bytes(stage), group=group)
+        sizes = from_all(edges.message_bytes(stage), group)
         hop = transfer_seconds(place, transport, sizes, device, timeout_s)
         dist.barrier()  # nobody takes from a rank that has gone on
         transport.close()
@@ -134,19 +132,13 @@ class _Bench:
                 self.spans.extend(self._observer.spans())
 
 
-def _from_all(value: Gathered) -> list[Gathered]:
-    found: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(found, value)
-    return found
-
-
-def _same_on_all(place: Place, mine: tuple[float, ...], size: int, hop: float) -> CostModel:
+def _same_on_all(place: Place, seconds: tuple[float, ...], size: int, hop: float) -> CostModel:
     """Mean times over the replicas, the largest activations, the slowest hop."""
     ranks = len(place.pipeline)
     times, sizes, hops = [[0.0] * 4 for _ in range(ranks)], [0] * ranks, []
-    found = _from_all((place.rank, mine, size, hop))
-    share = ranks / len(found)
-    for stage, seconds, size, hop in found:
+    of_ranks = from_all((place.rank, seconds, size, hop))
+    share = ranks / len(of_ranks)
+    for stage, seconds, size, hop in of_ranks:
         times[stage] = [total + each * share for total, each in zip(times[stage], seconds, strict=True)]
         sizes[stage] = max(sizes[stage], size)
         hops.append(hop)

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Callable
-from typing import Any
 
 import torch
 import torch.distributed as dist
 from deepspeed.pipe import PipelineModule
 
+from ...comm.from_all import from_all
 from ...comm.nest import Nest
 
 
@@ -56,9 +56,8 @@ class AdditionalLosses:
             return None
         totals: dict[str, float] = {name: float(value) / num_micro for name, value in self._sums.items()}
         for group, share in zip(self._groups, (1, dist.get_world_size(self._groups[1])), strict=True):
-            found: list[Any] = [None] * dist.get_world_size(group)
-            dist.all_gather_object(found, totals, group=group)
-            names = dict.fromkeys(name for each in found for name in each)
-            totals = {name: sum(each.get(name, 0.0) for each in found) / share for name in names}
+            totals_of_ranks = from_all(totals, group)
+            names = dict.fromkeys(name for each in totals_of_ranks for name in each)
+            totals = {name: sum(each.get(name, 0.0) for each in totals_of_ranks) / share for name in names}
         means = OrderedDict((name, torch.tensor(value, device=device)) for name, value in totals.items())
         return means or None

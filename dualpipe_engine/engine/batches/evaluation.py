@@ -11,7 +11,7 @@ from deepspeed.runtime.torch_autocast import autocast_if_enabled
 
 from ...comm.nest import Nest
 from ...errors import ConfigError, raised_everywhere
-from ...faults.watch import watched
+from ...faults.watched import watched
 from ...runtime.executor import BatchResult
 from ...schedule.passes.lower import forward_only, lower
 from .loader import Loading
@@ -52,7 +52,9 @@ class Evaluation(Recovery, Loading):
         """
         if reduce_output not in (None, "avg"):
             raise ConfigError(f'reduce_output must be "avg" or None, got {reduce_output!r}', everywhere=True)
-        num_micro = num_micro_batches or self.micro_batches
+        num_micro = self.micro_batches if num_micro_batches is None else num_micro_batches
+        if not isinstance(num_micro, int) or num_micro < 1:
+            raise ConfigError(f"num_micro_batches must be an integer from 1, got {num_micro!r}", everywhere=True)
         self._set_training(False)
         with self._attempt(), torch.no_grad(), autocast_if_enabled(self):
             result, losses, mean = self._run_eval(data_iter, num_micro, compute_loss, reduce_output == "avg")

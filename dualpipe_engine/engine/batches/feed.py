@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch.utils import _pytree as pytree
 
-from ...comm.device import on_stream
+from ...comm.device import InTurn, Side
 from ...comm.nest import Nest
 from ...errors import ConfigError
 from ..placing.grid import Place
@@ -31,7 +31,7 @@ class BatchFeed:
         num_micro: micro-batches of the batch.
         next_batch: reads the next `(inputs, labels)`.
         device: where the tensors go.
-        side: a stream of the device for copies to it; None on the CPU.
+        side: copies to it; None: in turn, as on the CPU.
         input_gradient: let floating-point inputs require a gradient.
         fingerprint: keep a checksum of everything that is read.
     """
@@ -43,7 +43,7 @@ class BatchFeed:
         next_batch: Callable[[], Nest],
         device: torch.device,
         *,
-        side: torch.Stream | None = None,
+        side: Side | InTurn | None = None,
         input_gradient: bool = False,
         fingerprint: bool = False,
     ) -> None:
@@ -55,7 +55,7 @@ class BatchFeed:
         self._num_micro = num_micro
         self._next_batch = next_batch
         self._device = device
-        self._side = side
+        self._side = InTurn() if side is None else side
         self._input_gradient = input_gradient
         self._fingerprint = fingerprint
         self._read = 0
@@ -74,7 +74,7 @@ class BatchFeed:
         value, arrived = held.pop(micro)
         if arrived is not None:
             _follow(value, arrived)
-        if self._side is not None:  # what this rank takes next travels while this is computed
+        if self._side.ahead:  # what this rank takes next travels while this is computed
             self._read_until(min(micro + self._directions, self._num_micro - 1))
         return value
 
@@ -94,17 +94,9 @@ class BatchFeed:
                 _check_batch(batch, number)
             direction = number % self._directions
             if self._enters[direction]:
-                self._inputs[number] = self._start(batch[0], copy=True)
+                self._inputs[number] = self._side.begin(self._move, batch[0], True)
             if self._leaves[direction]:
-                self._labels[number] = self._start(batch[1], copy=False)
-
-    def _start(self, value: Nest, copy: bool) -> _Copy:
-        """Begin to move a value onto the device."""
-        side = self._side
-        if side is None or any(_is_on_device(leaf) for leaf in pytree.tree_leaves(value)):
-            return self._move(value, copy), None
-        with on_stream(side):
-            return self._move(value, copy), side.record_event()
+                self._labels[number] = self._side.begin(self._move, batch[1], False)
 
     def _move(self, value: Nest, copy: bool) -> Nest:
         """Onto the device; inputs as a copy, because layers may work in place. Lists become tuples, as in DeepSpeed."""
@@ -112,11 +104,7 @@ class BatchFeed:
         def move(leaf: Nest) -> Nest:
             if not isinstance(leaf, torch.Tensor):
                 return leaf
-            leaf = leaf.detach()
-            if self._side is not None and not _is_on_device(leaf):
-                leaf = (leaf if leaf.is_pinned() else leaf.pin_memory()).to(self._device, non_blocking=True)
-            else:
-                leaf = leaf.to(self._device, copy=copy)
+            leaf = self._side.to_device(leaf.detach(), self._device, copy)
             if copy and self._input_gradient and leaf.is_floating_point():
                 leaf.requires_grad_()
             return leaf
@@ -124,10 +112,6 @@ class BatchFeed:
         if isinstance(value, torch.Tensor):
             return move(value)
         return pytree.tree_map(move, tuple(value) if isinstance(value, list) else value)
-
-
-def _is_on_device(leaf: object) -> bool:
-    return isinstance(leaf, torch.Tensor) and leaf.device.type != "cpu"
 
 
 def _follow(value: Nest, arrived: torch.Event) -> None:

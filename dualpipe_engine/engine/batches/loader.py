@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterator
 from itertools import islice
 
-import torch.distributed as dist
 from deepspeed.runtime.constants import ROUTE_TRAIN
 from deepspeed.runtime.dataloader import RepeatingLoader
 from deepspeed.runtime.pipe.engine import PipelineEngine
 from torch.utils.data import DistributedSampler, IterableDataset, Sampler
 
+from ...comm.from_all import from_all
 from ...comm.nest import Nest
 from ...errors import ConfigError
 from ..given import Dataset, Loader
@@ -136,6 +136,5 @@ class Loading(PipelineEngine):
         self._checked_stream = True
         if len(self.place.ends) < 2:
             return
-        sums = [0] * len(self.place.pipeline)
-        dist.all_gather_object(sums, feed.checksum, group=self._pipeline_group)
+        sums = from_all(feed.checksum, self._pipeline_group)
         check_same_stream({rank: sums[rank] for rank in self.place.ends})

@@ -6,9 +6,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-import torch.distributed as dist
 from deepspeed.runtime.pipe.engine import TRAIN_BATCH_TIMER, PipelineEngine
 
+from ...comm.from_all import from_all
 from ...faults.watch import Watch
 
 
@@ -23,9 +23,7 @@ class Recovery(PipelineEngine):
         Args:
             bound: whether this rank cannot stop to compute within a batch, because others would miss it.
         """
-        found = [bound] * dist.get_world_size()
-        dist.all_gather_object(found, bound)
-        self.watch.recovers = not any(found)
+        self.watch.recovers = not any(from_all(bound))
 
     @contextmanager
     def _attempt(self) -> Iterator[None]:

@@ -9,9 +9,12 @@ In the background a thread of each rank writes, and that of rank 0 renames when 
 
 from __future__ import annotations
 
+import os
 import shutil
+import sys
 import threading
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -20,12 +23,13 @@ from deepspeed.utils import logger
 
 from ...errors import CheckpointError
 from ..given import CheckpointEngine
-from .files import publish, saved_by, settle, unfinished, write_text
+from .files import publish, saved_by, settle, sync, unfinished, write_text
 from .lock import FolderLock
 from .sums import merge_parts, part_path
 from .writer import Writer
 
 POLL_S = 0.05  #: between looks for the lists of other ranks
+NICENESS = 10  #: of the thread: it takes the time in which the pipeline waits, before that in which it computes
 
 
 class Save:
@@ -144,6 +148,7 @@ class Save:
         publish(self._target, self._job)
         if self._latest:
             write_text(self._top / "latest", self._tag)
+            sync(self._top)
         self.abandon()
 
     def _discard(self) -> None:
@@ -157,6 +162,9 @@ class Save:
     # -- the thread ----------------------------------------------------------------------------------------------
 
     def _run(self) -> None:
+        if sys.platform == "linux":  # elsewhere the whole process would have it
+            with suppress(OSError):
+                os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), NICENESS)
         rank, world = dist.get_rank(), dist.get_world_size()
         self.writer.finish(self.folder, rank)
         self._written.set()

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -112,7 +113,7 @@ class Checkpoints(CheckpointChecks):
         self._check_expert_states()
         check_ties(self.module)
         tag = f"global_step{self.global_steps}" if tag is None else str(tag)
-        job = self._agree(self._job, save_dir, tag)
+        job = self._agree(self._job, save_dir, tag, client_state)
         checked_tag(tag)
         self._save_folder = str(save_dir)
         self._follow_save(wait=True)
@@ -250,19 +251,26 @@ class Checkpoints(CheckpointChecks):
         self._resume_data()
 
     @staticmethod
-    def _agree(job: str, folder: str, tag: str | None) -> str:
-        """Compare what the ranks were given. Collective over all ranks.
+    def _agree(job: str, folder: str, tag: str | None, client_state: object = None) -> str:
+        """Look at what the ranks were given, and compare it. Collective over all ranks.
 
         Returns:
             `job` of rank 0.
 
         Raises:
-            CheckpointError: they differ; on all ranks.
+            CheckpointError: it differs, or cannot be; on all ranks.
         """
+        wrong = None
+        if not isinstance(folder, (str, os.PathLike)) or not str(folder):
+            wrong = f"{folder!r} is no name of a folder of checkpoints"
+        elif client_state is not None and not isinstance(client_state, Mapping):
+            wrong = f"client_state must be a dict, and is of type {type(client_state).__name__}"
         found: list[Any] = [None] * dist.get_world_size()
-        dist.all_gather_object(found, (job, (str(folder), tag)))
-        job, first = found[0]
-        for rank, (_, each) in enumerate(found):
+        dist.all_gather_object(found, (job, (str(folder), tag), wrong))
+        job, first, _ = found[0]
+        for rank, (_, each, text) in enumerate(found):
+            if text is not None:
+                raise CheckpointError(f"rank {rank}: {text}", everywhere=True)
             if each != first:
                 text = f"the ranks mean different checkpoints: {first} on rank 0, {each} on rank {rank}"
                 raise CheckpointError(text, everywhere=True)

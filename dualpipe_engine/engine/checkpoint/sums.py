@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import zipfile
 import zlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -18,11 +18,58 @@ from ...schedule.plain_json import parse
 from .files import write_text
 
 FILES = "dualpipe_files.json"  #: in the folder of a checkpoint
-BLOCK_BYTES = 1 << 22
-Sums = dict[str, tuple[int, int]]  #: name in the folder -> bytes, CRC-32
+BLOCK_BYTES = 1 << 20
+FileSum = tuple[int, int]  #: bytes, CRC-32
+Sums = dict[str, FileSum]  #: by name in the folder
 
 
-def file_sum(path: Path) -> tuple[int, int]:
+class SummedFile:
+    """A file that is written from its beginning to its end; its sum is that of what was meant to be written.
+
+    An error does not leave `write`, whose callers in C++ would end the process, but the context.
+
+    Attributes:
+        name: the path.
+        sum: bytes and CRC-32 so far.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.name = str(path)
+        self.sum: FileSum = 0, 0
+        self._error: OSError | None = None
+        self._file = path.open("wb")
+
+    def write(self, data: Any) -> int:  # noqa: ANN401
+        """Take bytes-like data, in blocks that stay in the processor's cache from the sum to the file."""
+        view = memoryview(data).cast("B")
+        size, crc = self.sum
+        for start in range(0, len(view), BLOCK_BYTES):
+            block = view[start : start + BLOCK_BYTES]
+            crc = zlib.crc32(block, crc)
+            self._try(self._file.write, block)
+        self.sum = size + len(view), crc
+        return len(view)
+
+    def flush(self) -> None:
+        self._try(self._file.flush)
+
+    def __enter__(self) -> SummedFile:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        self._try(self._file.close)
+        if self._error is not None and kind is None:
+            raise self._error
+
+    def _try(self, call: Callable[..., object], *args: object) -> None:
+        if self._error is None or call == self._file.close:
+            try:
+                call(*args)
+            except OSError as error:
+                self._error = self._error or error
+
+
+def file_sum(path: Path) -> FileSum:
     """Bytes and CRC-32 of a file."""
     size = crc = 0
     with path.open("rb") as file:
@@ -65,7 +112,7 @@ def listed(folder: Path) -> Sums | None:
     return _read(folder / FILES) if (folder / FILES).is_file() else None
 
 
-def changed(path: Path, sums: Mapping[str, tuple[int, int]] | None) -> str | None:
+def changed(path: Path, sums: Mapping[str, FileSum] | None) -> str | None:
     """What is wrong with a file that is there: it is not the one that was saved. None if nothing is.
 
     Args:

@@ -7,11 +7,13 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from deepspeed.runtime.checkpoint_engine.torch_checkpoint_engine import TorchCheckpointEngine
+
 from ...comm.nest import Nest
 from ..given import CheckpointEngine
 from .files import sync
 from .snapshot import snapshot
-from .sums import Sums, file_sum, write_part
+from .sums import FileSum, SummedFile, file_sum, write_part
 
 
 class Writer:
@@ -30,7 +32,8 @@ class Writer:
 
     def __init__(self, serializer: CheckpointEngine, background: bool = False) -> None:
         self._serializer, self._background = serializer, background
-        self._files: dict[Path, Callable[[], Any] | None] = {}  # and what writes them; None: they are there
+        self._held: dict[Path, Callable[[], object]] = {}  # and what writes it
+        self._sums: dict[Path, FileSum] = {}  # of the files that are there
         self.error: str | None = None
 
     def __getattr__(self, name: str) -> Any:  # noqa: ANN401
@@ -52,15 +55,23 @@ class Writer:
         self.attempt(self._hold if self._background else self._save, state_dict, path)
 
     def _hold(self, state_dict: Nest, path: str) -> None:
-        self._files[Path(path)] = partial(self._serializer.save, snapshot(state_dict), path)
+        self._held[Path(path)] = partial(self._save, snapshot(state_dict), path)
 
     def _save(self, state_dict: Nest, path: str) -> None:
-        self._files[Path(path)] = None
-        self._serializer.save(state_dict, path)
+        if isinstance(self._serializer, TorchCheckpointEngine):  # torch.save takes a file, too
+            self._put(Path(path), partial(self._serializer.save, state_dict))
+        else:
+            self._serializer.save(state_dict, path)
+            self._sums[Path(path)] = file_sum(Path(path))
 
     def write(self, path: Path, data: bytes) -> None:
         """Write a small file of another kind."""
-        self._files[path] = partial(path.write_bytes, data)
+        self._held[path] = partial(self._put, path, lambda file: file.write(data))
+
+    def _put(self, path: Path, write: Callable[[SummedFile], object]) -> None:
+        with SummedFile(path) as file:
+            write(file)
+        self._sums[path] = file.sum
 
     def finish(self, folder: Path, rank: int) -> None:
         """Write what is held, bring all to the disk, and list it; errors are kept.
@@ -69,14 +80,8 @@ class Writer:
             folder: in which the files are.
             rank: own global rank.
         """
-        sums: Sums = {}
-        while self._files:
-            self.attempt(self._settle, *self._files.popitem(), sums)
-        self.attempt(write_part, folder, rank, sums)
-
-    @staticmethod
-    def _settle(path: Path, write: Callable[[], Any] | None, sums: Sums) -> None:
-        if write is not None:
-            write()
-        sync(path)
-        sums[path.name] = file_sum(path)
+        while self._held:
+            self.attempt(self._held.popitem()[1])
+        for path in self._sums:
+            self.attempt(sync, path)
+        self.attempt(write_part, folder, rank, {path.name: each for path, each in self._sums.items()})

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import zlib
 from collections.abc import Iterator, Sequence
-from typing import Any
 
-import torch.distributed as dist
 from deepspeed.pipe import LayerSpec, PipelineModule, TiedLayerSpec
 from deepspeed.runtime.pipe.topology import PipelineParallelGrid
 
+from ...comm.from_all import from_all
 from ...errors import ConfigError, DualPipeError
 from ..given import LayerEntry, Settings
 from .fingerprint import ATTRIBUTE, fingerprint
@@ -43,16 +42,15 @@ def agree_on_schedule(error: DualPipeError | None, schedule: str) -> None:
         DualPipeError: `error`, where each rank has one.
         ConfigError: some ranks have one, or their schedules differ; the same on all ranks.
     """
-    found: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(found, (None if error is None else str(error), schedule))
-    wrong = {rank: text for rank, (text, _) in enumerate(found) if text is not None}
-    if error is not None and len(wrong) == len(found):
+    read = from_all((None if error is None else str(error), schedule))
+    wrong = {rank: text for rank, (text, _) in enumerate(read) if text is not None}
+    if error is not None and len(wrong) == len(read):
         error.everywhere = True
         raise error
     for rank, text in wrong.items():
         raise ConfigError(f"rank {rank}, and not all ranks: {text}", everywhere=True)
     ranks: dict[str, list[str]] = {}
-    for rank, (_, each) in enumerate(found):
+    for rank, (_, each) in enumerate(read):
         ranks.setdefault(each, []).append(str(rank))
     if len(ranks) > 1:
         differing = ", ".join(
@@ -65,7 +63,7 @@ def agree_on_schedule(error: DualPipeError | None, schedule: str) -> None:
         )
 
 
-def agree_on_job(settings: dict[str, Any], module: PipelineModule) -> None:
+def agree_on_job(settings: Settings, module: PipelineModule) -> None:
     """Compare the configuration and the layers of all ranks. Collective over all ranks.
 
     Arguments of layers are compared within each pipeline: replicas that share experts and slices of one model differ
@@ -103,18 +101,15 @@ def agree_on_copies(module: PipelineModule, layers: Sequence[int], replica: int)
         for name, value in fingerprint(function, str(number)).items():
             copies = f" of replica {replica}" if ATTRIBUTE in name else ""
             known.setdefault(f"{number}{copies}{_slice(grid)}", {})[name] = value
-    mine = {key: zlib.crc32(repr(sorted(facts.items())).encode()) for key, facts in known.items()}
-    found: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(found, mine)
-    held: dict[str, set[int]] = {}
-    for each in found:
-        for key, digest in each.items():
-            held.setdefault(key, set()).add(digest)
-    differing = [key for key, digests in held.items() if len(digests) > 1]
+    digests: dict[str, set[int]] = {}
+    for of_rank in from_all({key: zlib.crc32(repr(sorted(facts.items())).encode()) for key, facts in known.items()}):
+        for key, digest in of_rank.items():
+            digests.setdefault(key, set()).add(digest)
+    differing = [key for key, of_key in digests.items() if len(of_key) > 1]
     if not differing:
         return
-    dist.all_gather_object(found, {key: known[key] for key in differing if key in known})
-    names = {key: dict.fromkeys(name for each in found for name in each.get(key, ())) for key in differing}
+    facts_of_ranks = from_all({key: known[key] for key in differing if key in known})
+    names = {key: dict.fromkeys(name for each in facts_of_ranks for name in each.get(key, ())) for key in differing}
     place = _slice(grid)
     _compare(
         {
@@ -140,9 +135,7 @@ def raise_everywhere(wrong: list[str], remedy: str = "") -> None:
     Raises:
         ConfigError: a rank has found something; the same on every rank.
     """
-    found: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(found, wrong)
-    texts = list(dict.fromkeys(text for each in found for text in each))
+    texts = list(dict.fromkeys(text for each in from_all(wrong) for text in each))
     if texts:
         more = f"; and {len(texts) - 3} more" if len(texts) > 3 else ""
         raise ConfigError(f"{'; '.join(texts[:3])}{more}{remedy}", everywhere=True)
@@ -178,12 +171,11 @@ def _layer(spec: LayerEntry) -> str:
 
 def _compare(facts: dict[str, str], missing: str | None = None) -> None:
     """Compare facts by name; a rank without one counts as having `missing`, or does not count."""
-    found: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(found, facts)
+    facts_of_ranks = from_all(facts)
     wrong = []
-    for name in dict.fromkeys(name for each in found for name in each):
+    for name in dict.fromkeys(name for each in facts_of_ranks for name in each):
         ranks: dict[str, list[int]] = {}
-        for rank, each in enumerate(found):
+        for rank, each in enumerate(facts_of_ranks):
             value = each.get(name, missing)
             if value is not None:
                 ranks.setdefault(value, []).append(rank)

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import zlib
-from typing import Any
 
 import torch
 import torch.distributed as dist
 from deepspeed.moe.utils import is_moe_param
 
+from ...comm.from_all import from_all
 from ...errors import PipelineRuntimeError
 
 
@@ -22,15 +22,14 @@ def check_twins(module: torch.nn.Module, group: dist.ProcessGroup) -> None:
     Raises:
         PipelineRuntimeError: copies differ; the first parameter and the ranks are named.
     """
-    mine = {name: _hash(param) for name, param in module.named_parameters() if not is_moe_param(param)}
-    found: list[Any] = [None] * dist.get_world_size(group)
-    dist.all_gather_object(found, mine, group=group)
-    for name in mine:
-        held: dict[int, list[int]] = {}
-        for index, each in enumerate(found):
-            held.setdefault(each[name], []).append(dist.get_global_rank(group, index))
-        if len(held) > 1:
-            sides = " differ from ranks ".join(", ".join(map(str, ranks)) for ranks in held.values())
+    hashes = {name: _hash(param) for name, param in module.named_parameters() if not is_moe_param(param)}
+    hashes_of_ranks = from_all(hashes, group)
+    for name in hashes:
+        ranks_of: dict[int, list[int]] = {}
+        for index, each in enumerate(hashes_of_ranks):
+            ranks_of.setdefault(each[name], []).append(dist.get_global_rank(group, index))
+        if len(ranks_of) > 1:
+            sides = " differ from ranks ".join(", ".join(map(str, ranks)) for ranks in ranks_of.values())
             raise PipelineRuntimeError(
                 f"the copies of parameter {name} have drifted apart: ranks {sides}; go back to a checkpoint"
             )

@@ -53,11 +53,11 @@ def difference(one: dict[str, str], other: dict[str, str]) -> str | None:
 
 
 def _tensor(tensor: Tensor) -> str:
-    found = f"{list(tensor.shape)} {tensor.dtype}"
+    fact = f"{list(tensor.shape)} {tensor.dtype}"
     if isinstance(tensor, nn.Parameter) and not tensor.requires_grad:
-        found += ", frozen"
+        fact += ", frozen"
     hooks = [*(tensor._backward_hooks or {}).values(), *(tensor._post_accumulate_grad_hooks or {}).values()]
-    return found + (f", hooks {_names(hooks)}" if tensor.is_leaf and hooks else "")
+    return fact + (f", hooks {_names(hooks)}" if tensor.is_leaf and hooks else "")
 
 
 def _names(functions: Iterable[object]) -> str:

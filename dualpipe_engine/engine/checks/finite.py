@@ -5,10 +5,10 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 
-import torch.distributed as dist
 from deepspeed.utils import logger
 from torch import Tensor, nn
 
+from ...comm.from_all import from_all
 from ...errors import PipelineRuntimeError
 from ...runtime.borders import Borders, Finding, origins
 
@@ -79,11 +79,8 @@ class FiniteCheck:
         """The sentence for people, the same on all ranks; None: all is finite."""
         if not float(self._bad()):
             return None
-        mine = (self._replica, self.borders.findings(self._rank))
-        all_ranks: list[tuple[int, list[Finding]]] = [mine] * dist.get_world_size()
-        dist.all_gather_object(all_ranks, mine)
         of_replica: dict[int, list[Finding]] = {}
-        for replica, findings in all_ranks:
+        for replica, findings in from_all((self._replica, self.borders.findings(self._rank))):
             of_replica.setdefault(replica, []).extend(findings)
         parts = [
             self._describe(each, replica) for replica in sorted(of_replica) for each in origins(of_replica[replica])

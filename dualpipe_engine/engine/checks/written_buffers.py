@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import zlib
-from typing import Any, NoReturn, TypeVar
+from typing import NoReturn
 
 import torch
 import torch.distributed as dist
@@ -11,6 +11,7 @@ from deepspeed.pipe import PipelineModule
 from torch import nn
 from torch.nn.modules.batchnorm import _NormBase
 
+from ...comm.from_all import from_all
 from ...errors import PipelineRuntimeError
 from ...models.routing import Router
 from ...schedule.placement import Placement
@@ -44,9 +45,6 @@ def check_statistics(module: PipelineModule, placement: Placement) -> None:
         if isinstance(part, _NormBase) and part.running_mean is not None
     ]
     raise_everywhere(wrong[:1])
-
-
-Gathered = TypeVar("Gathered")
 
 
 class WrittenBuffers:
@@ -93,11 +91,11 @@ class WrittenBuffers:
 
     def _compare_copies(self, before: dict[str, tuple[int, int]]) -> dict[str, tuple[torch.Size, int]]:
         written = {n: _value(b) for n, b in self._buffers() if before.get(n) != (id(b), b._version)}
-        found = self._gather(written)
-        self._done = not any(found)
-        for rank, theirs in enumerate(found):
+        written_of_ranks = from_all(written, self._pipeline)
+        self._done = not any(written_of_ranks)
+        for rank, theirs in enumerate(written_of_ranks):
             for name, value in theirs.items():
-                if found[len(found) - 1 - rank].get(name) != value:
+                if written_of_ranks[len(written_of_ranks) - 1 - rank].get(name) != value:
                     self._refuse(
                         f"forwards write the buffer {name}, and its two copies, each of which sees half of the "
                         f"micro-batches, hold other values: {_REMEDY}"
@@ -109,16 +107,11 @@ class WrittenBuffers:
         changing = [
             name for name, (shape, value) in now.items() if before[name][0] == shape and before[name][1] != value
         ]
-        if names := [name for each in self._gather(changing) for name in each]:
+        if names := [name for each in from_all(changing, self._pipeline) for name in each]:
             self._refuse(
                 f"forwards change the buffer {names[0]} again and again, and its two copies, each of which runs half "
                 f"of the micro-batches, change it half as often: {_REMEDY}"
             )
-
-    def _gather(self, mine: Gathered) -> list[Gathered]:
-        found: list[Any] = [None] * dist.get_world_size(self._pipeline)
-        dist.all_gather_object(found, mine, group=self._pipeline)
-        return found
 
     def _refuse(self, text: str) -> NoReturn:
         raise PipelineRuntimeError(text, everywhere=self._replicas == 1)

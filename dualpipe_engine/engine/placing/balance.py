@@ -14,13 +14,22 @@ from ...schedule.cuts.layer_times import read_layer_costs
 from ...schedule.plan import Plan
 from ...schedule.timing.costs import UNIT
 from ..config import PAIRS, DualPipeConfig
-from .partition import check_layers, cut_layers
+from .partition import check_layers, cut_layers, kept_together
 
 Gathered = TypeVar("Gathered")
 
 
 def stage_bounds(module: PipelineModule, plan: Plan, config: DualPipeConfig) -> list[int]:
     """Bounds of the plan's stages: stage s has layers bounds[s] to bounds[s+1] - 1. Collective over all ranks.
+
+    Raises:
+        ConfigError: see `_bounds`.
+    """
+    return kept_together(_bounds(module, plan, config), module._layer_specs, plan.placement)
+
+
+def _bounds(module: PipelineModule, plan: Plan, config: DualPipeConfig) -> list[int]:
+    """The cut of the configuration's method. Collective over all ranks.
 
     With "pairs" the cut is the one on which the plan has the shortest simulated makespan, of those that
     `schedule.cuts.fastest.best_cut` tries; times of layers come from the "layer_costs" file, else they are estimated.

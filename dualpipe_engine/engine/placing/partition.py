@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from itertools import pairwise
 
 import numpy as np
 import torch
@@ -14,6 +15,7 @@ from deepspeed.runtime import utils as ds_utils
 from torch import nn
 
 from ...errors import ConfigError
+from ...schedule.placement import Placement
 from ..given import LayerEntry
 
 
@@ -40,6 +42,25 @@ def cut_layers(module: PipelineModule, num_stages: int, method: str | None) -> l
         if _cut(module, len(module.parts) - 1, candidate) == [int(part) for part in module.parts]:
             return _cut(module, num_stages, candidate)
     return _cut(module, num_stages, "parameters")
+
+
+def kept_together(bounds: Sequence[int], layers: Sequence[LayerEntry], placement: Placement) -> list[int]:
+    """Where first and last stage share a rank, a cut that leaves layers whose specification says `with_next` in one
+    stage with the layer behind them, so that what they share with the first layer is there.
+
+    Args:
+        bounds: the cut; it stays where there are too few layers for another.
+        layers: of the model.
+        placement: of its stages.
+    """
+    if placement.num_stages - 1 not in placement.stages_of(placement.rank(0)):
+        return list(bounds)
+    found = list(bounds)
+    for index in reversed(range(1, len(found) - 1)):
+        found[index] = min(found[index], found[index + 1] - 1)
+        while found[index] > 0 and getattr(layers[found[index] - 1], "with_next", False):
+            found[index] -= 1
+    return found if all(start < stop for start, stop in pairwise(found)) else list(bounds)
 
 
 def check_layers(module: PipelineModule, num_stages: int) -> None:

@@ -13,6 +13,7 @@ from torch import nn
 
 from ...comm.nest import Nest
 from ...comm.tickets import Transfer
+from ...errors import ConfigError
 from ...runtime.chunk import StageChunk
 from ...runtime.overlap import PhasedChunk, phases_of
 from ...runtime.phases import Phased
@@ -104,7 +105,7 @@ class _Layers:
     """Calls the layers of a stage one after another; PipelineModule's forward takes longer than a small layer."""
 
     def __init__(self, view: PipelineModule) -> None:
-        self._view = view
+        self._view, self._first = view, view._local_start
         self._layers = tuple(view.forward_funcs)
         # Shared with the module that the user holds, who may hang something in later.
         self._hooks = (view._forward_pre_hooks, view._forward_hooks, view._backward_pre_hooks, view._backward_hooks)
@@ -112,8 +113,16 @@ class _Layers:
     def __call__(self, inputs: Nest) -> Nest:
         if any(self._hooks):
             return self._view(inputs)
-        for layer in self._layers:
-            inputs = layer(inputs)
+        done = 0
+        try:
+            for layer in self._layers:
+                inputs = layer(inputs)
+                done += 1
+        except Exception as error:
+            if inputs is None and done:
+                name = f"layer {self._first + done - 1} ({type(self._layers[done - 1]).__name__})"
+                raise ConfigError(f"{name} has returned None, which the next one cannot take") from error
+            raise
         return inputs
 
 

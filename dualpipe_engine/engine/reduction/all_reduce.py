@@ -34,8 +34,8 @@ class AllReduce:
         self._sums: dict[nn.Parameter, Tensor] = {}
         if context.sums_in_fp32:
             optimizer = context.optimizer
-            for held, sums in zip(optimizer.bf16_groups, optimizer.fp32_groups_gradients, strict=True):
-                self._sums.update(zip(held, sums, strict=True))
+            for params, sums in zip(optimizer.bf16_groups, optimizer.fp32_groups_gradients, strict=True):
+                self._sums.update(zip(params, sums, strict=True))
 
     def begin(self) -> None:
         self._lane.clear()
@@ -57,7 +57,7 @@ class AllReduce:
         if self._sums:
             # The norm counts what has had a gradient; here a twin's will do.
             optimizer = self._context.optimizer
-            optimizer.fp32_groups_has_gradients = [[True] * len(held) for held in optimizer.bf16_groups]
+            optimizer.fp32_groups_has_gradients = [[True] * len(params) for params in optimizer.bf16_groups]
 
     def catch_up(self) -> None:
         """After `finish`: reduce what has been unfrozen since this was made, and drop what has been frozen."""
@@ -129,16 +129,16 @@ class AllReduce:
 
 def buckets(params: Iterable[nn.Parameter]) -> Iterator[list[nn.Parameter]]:
     """Parameters, in order, in runs of at most `BUCKET` elements; a larger one alone."""
-    held: list[nn.Parameter] = []
+    bucket: list[nn.Parameter] = []
     numel = 0
     for param in params:
-        if held and numel + param.numel() > BUCKET:
-            yield held
-            held, numel = [], 0
-        held.append(param)
+        if bucket and numel + param.numel() > BUCKET:
+            yield bucket
+            bucket, numel = [], 0
+        bucket.append(param)
         numel += param.numel()
-    if held:
-        yield held
+    if bucket:
+        yield bucket
 
 
 def _flat(grads: list[Tensor], dtype: torch.dtype) -> Tensor:

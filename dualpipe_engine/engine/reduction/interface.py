@@ -56,9 +56,9 @@ class StageParams:
         pairs: list[tuple[nn.Parameter, ProcessGroup]] = context.module.get_tied_weights_and_groups()
         self.tied = [(param, group) for param, group in pairs if dist.get_world_size(group) > 1 and param in expected]
         tied = {param for param, _ in self.tied}
-        held = context.params_of_stages()
+        by_stage = context.params_of_stages()
         order = [op.stage for op in context.plan.programs[context.place.rank] if op.kind == REDUCE]
-        closing = {param: stage for stage in order for param in held[stage] if param not in tied}
-        self.of_stage = {stage: [p for p in params if p in held[stage]] for stage in held}
-        self.closed_by = {stage: [p for p in params if closing.get(p) == stage] for stage in held}
+        closing = {param: stage for stage in order for param in by_stage[stage] if param not in tied}
+        self.of_stage = {stage: [p for p in params if p in by_stage[stage]] for stage in by_stage}
+        self.closed_by = {stage: [p for p in params if closing.get(p) == stage] for stage in by_stage}
         self.late = [param for param in params if param not in closing]

@@ -35,12 +35,12 @@ def sum_over_experts(square: Tensor, params: Sequence[nn.Parameter]) -> None:
     """Add to `square` (scalar) the squared gradients of experts, those of the ranks that share them included."""
     names = sorted({_experts_of(param) for param in params if is_moe_param(param)})
     for name in names:
-        own = square.new_zeros(())
+        of_group = square.new_zeros(())
         for param in params:
             if param.grad is not None and is_moe_param(param) and _experts_of(param) == name:
-                own += sum_of_squares(param.grad)
-        dist.all_reduce(own, group=groups._get_expert_parallel_group(name))
-        square += own
+                of_group += sum_of_squares(param.grad)
+        dist.all_reduce(of_group, group=groups._get_expert_parallel_group(name))
+        square += of_group
 
 
 def _experts_of(param: nn.Parameter) -> str:

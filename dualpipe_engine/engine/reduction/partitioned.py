@@ -85,8 +85,8 @@ class PartitionedReduction:
         if self._each:
             plan, rank = self._context.plan, self._context.place.rank
             self._queue = deque(reduction_order(plan, rank))
-            own = contributions(plan, rank)
-            self._expected = {stage: own.count(stage) for stage in self._params.of_stage}
+            stages = contributions(plan, rank)
+            self._expected = {stage: stages.count(stage) for stage in self._params.of_stage}
             self._seen = dict.fromkeys(self._expected, 0)
 
     def accumulate(self, stage: int) -> None:
@@ -142,8 +142,8 @@ class PartitionedReduction:
         if getattr(param, name) is None:
             dtype = self._optimizer.gradient_accumulation_dtype if name == "grad_accum" else param.dtype
             setattr(param, name, torch.zeros_like(param, dtype=dtype))
-        found: Tensor = getattr(param, name)
-        return found
+        total: Tensor = getattr(param, name)
+        return total
 
     def _take(self, param: nn.Parameter) -> Tensor | None:
         grad: Tensor | None = param.grad if param.grad_accum is None else param.grad_accum  # type: ignore[attr-defined]
@@ -177,15 +177,15 @@ class PartitionedReduction:
             if copies > 1:
                 owner = dist.get_global_rank(group, piece.owner)
                 work = dist.reduce(buffer, owner, group=group, async_op=True)
-        mine = rank == piece.owner
-        self._lane.post(work, buffer, lambda: self._add(piece, buffer) if mine else None)
+        owns = rank == piece.owner
+        self._lane.post(work, buffer, lambda: self._add(piece, buffer) if owns else None)
 
     def _dtype(self, piece: Piece) -> torch.dtype:
         """The configuration's communication dtype; what nobody else sees keeps its precision."""
         if self._groups[piece.group][2] == 1:
             return torch.float32
-        found: torch.dtype = self._optimizer.get_param_comm_dtype(piece.parts[0][0])
-        return found
+        dtype: torch.dtype = self._optimizer.get_param_comm_dtype(piece.parts[0][0])
+        return dtype
 
     def _add(self, piece: Piece, buffer: Tensor) -> None:
         partition = self._partition(piece.group)
@@ -261,12 +261,12 @@ class PartitionedReduction:
 
 def _places(optimizer: Optimizer) -> dict[nn.Parameter, tuple[int, int, int]]:
     """Parameter -> (group, offset in the group's flat weights, partition size)."""
-    found = {}
+    places = {}
     for index, members in enumerate(optimizer.round_robin_bit16_groups):
         size = int(optimizer.partition_size[index])
         for param, offset in zip(members, optimizer.round_robin_bit16_offsets[index], strict=True):
-            found[param] = (index, offset, size)
-    return found
+            places[param] = (index, offset, size)
+    return places
 
 
 def _padding(view: Tensor) -> Tensor:

@@ -43,7 +43,7 @@ class Cut:
         return [stop - start for start, stop in pairwise(self.bounds)]
 
 
-def stage_costs(weights: Sequence[float], bounds: Sequence[int], costs: CostModel) -> CostModel:
+def costs_of_cut(weights: Sequence[float], bounds: Sequence[int], costs: CostModel) -> CostModel:
     """Costs of the stages of a cut.
 
     Args:
@@ -74,9 +74,9 @@ def best_cut(
     """The fastest of some cuts: rank loads balanced, exactly and with slack for even stages; even stages; equal counts.
 
     Args:
-        weights: see `stage_costs`.
+        weights: see `costs_of_cut`.
         placement: where stages live.
-        costs: see `stage_costs`.
+        costs: see `costs_of_cut`.
         plan_for: gives the plan for the costs of the stages of a cut.
 
     Raises:
@@ -95,7 +95,7 @@ def best_cut(
 def _simulated(
     bounds: tuple[int, ...], weights: Sequence[float], costs: CostModel, plan_for: Callable[[CostModel], Plan]
 ) -> Cut:
-    placed = stage_costs(weights, bounds, costs)
+    placed = costs_of_cut(weights, bounds, costs)
     plan = plan_for(placed)
     return Cut(bounds, simulate(plan, placed).makespan, plan)
 
@@ -136,18 +136,18 @@ def compare_cuts(
     """Every schedule with equal layer counts and with the best cut.
 
     Args:
-        weights: see `stage_costs`.
+        weights: see `costs_of_cut`.
         num_ranks: pipeline ranks.
         num_micro: micro-batches of the batch.
-        costs: see `stage_costs`.
+        costs: see `costs_of_cut`.
         activation_cap: see `search.compare.compare`.
         optimize: see `make_plan`.
         stages_per_rank: of the schedules that take any number; None: their own.
 
     Raises:
-        PlanError: see `stage_costs`.
+        PlanError: see `costs_of_cut`.
     """
-    stage_costs(weights, (0, len(weights)), costs)
+    costs_of_cut(weights, (0, len(weights)), costs)
     rows = []
     for schedule, known in with_stages(stages_per_rank).items():
         try:

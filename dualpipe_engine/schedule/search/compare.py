@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
 from math import inf
 
@@ -64,6 +64,7 @@ def compare(
     split_backward: bool = True,
     job: Measurement | None = None,
     stages_per_rank: int | None = None,
+    schedules: Collection[str] | None = None,
 ) -> list[Row]:
     """Every schedule on the same model, batch and ranks.
 
@@ -77,6 +78,7 @@ def compare(
         split_backward: see `make_plan`.
         job: adds the reduction of gradients and the limits of memory and layers; its costs are not read.
         stages_per_rank: of the schedules that take any number; None: their own.
+        schedules: names of those to compare; None: all.
 
     Raises:
         PlanError: the costs are for another number of stages, or `stages_per_rank` is no such number.
@@ -84,6 +86,8 @@ def compare(
     costs.check(num_ranks)
     rows = []
     for schedule, known in with_stages(stages_per_rank).items():
+        if schedules is not None and schedule not in schedules:
+            continue
         stages = known.stages_per_rank
         try:
             placement = known.on(num_ranks)

@@ -210,5 +210,27 @@ def peak_bytes(plan: Plan, costs: CostModel) -> list[int]:
     return peaks
 
 
+def held_over_time(timeline: Timeline) -> list[list[tuple[float, int]]]:
+    """For each rank (seconds since the first op, number of activations that it holds from then on), with a last point
+    at the end of the timeline. An activation is held as `peak_activations` has it; the timeline may be a measured one.
+    """
+    begin = min((span.start for span in timeline.spans), default=0.0)
+    changes: list[list[tuple[float, int]]] = [[] for _ in range(timeline.num_ranks)]
+    for rank, op, start, end in timeline.spans:
+        for part in atoms(op):
+            if part.kind == F:
+                changes[rank].append((start - begin, 1))
+            elif part.kind in GRADIENTS:
+                changes[rank].append((end - begin, -1))
+    result = []
+    for rank_changes in changes:
+        alive, points = 0, [(0.0, 0)]
+        for time, change in sorted(rank_changes, key=lambda each: each[0]):  # stable: of one time, in program order
+            alive += change
+            points.append((time, alive))
+        result.append([*points, (timeline.makespan, alive)])
+    return result
+
+
 def _compute(plan: Plan) -> Sequence[Sequence[Op]]:
     return [[op for op in program if op.kind in COMPUTE] for program in plan.programs]

@@ -18,7 +18,7 @@ def start(path, ranks=4, replicas=1, data=True, schedule="auto", precision="fp32
     module = training.make_module(ranks, 2 * ranks, replicas=replicas)
     before = {name: param.detach().clone() for name, param in module.named_parameters()}
     measured = []
-    plain = auto.stage_costs
+    plain = auto.probe_stages
 
     def counted(*args, **kwargs):
         measured.append(1)
@@ -30,13 +30,13 @@ def start(path, ranks=4, replicas=1, data=True, schedule="auto", precision="fp32
             assert torch.equal(param.float(), before[name].to(param.dtype).float()), name
         return found
 
-    auto.stage_costs = counted
+    auto.probe_stages = counted
     try:
         engine, *_ = dualpipe_engine.initialize(
             model=module, config=copy.deepcopy(config), training_data=training.Rows() if data else None
         )
     finally:
-        auto.stage_costs = plain
+        auto.probe_stages = plain
     stream = training.stream(engine.data_rank)
     found = {
         "schedule": engine.plan.schedule,

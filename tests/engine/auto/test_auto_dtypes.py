@@ -42,16 +42,18 @@ def test_the_second_start_trains_as_the_first(ranks, tmp_path):
 
 
 def cast(kind):
-    """Dtypes of a module's parameters and buffers before the probe."""
+    """Before the probe: dtypes of a module's parameters, of a buffer of the user's, and of those of routers."""
     from dualpipe_engine.engine.auto.choose import _cast
 
     module = moe_runs.make_module(moe_runs.config(blocks=1, expert_parallel=1), 1, 1)
+    module.register_buffer("users", torch.zeros(2))
     settings = training.settings(2, 1, 1, "bf16") | {"data_types": {} if kind is None else {"buffer_dtype": kind}}
     _cast(module, settings, torch.bfloat16)
     parameters = {param.dtype for param in module.parameters()}
-    return parameters, {buffer.dtype for buffer in module.buffers() if buffer.is_floating_point()}
+    buffers = {name: buffer.dtype for name, buffer in module.named_buffers() if buffer.is_floating_point()}
+    return parameters, buffers.pop("users"), set(buffers.values())
 
 
 def test_buffers_are_cast_where_the_configuration_asks(ranks):
-    assert ranks.run(1, cast, kind=None) == [({torch.bfloat16}, {torch.float32})]
-    assert ranks.run(1, cast, kind="bf16") == [({torch.bfloat16}, {torch.bfloat16})]
+    assert ranks.run(1, cast, kind=None) == [({torch.bfloat16}, torch.float32, {torch.float32})]
+    assert ranks.run(1, cast, kind="bf16") == [({torch.bfloat16}, torch.bfloat16, {torch.float32})]

@@ -8,7 +8,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from dualpipe_engine.engine.batches import feed as data_module
+from dualpipe_engine.comm import device
+from dualpipe_engine.comm.device import InTurn, Side
 from dualpipe_engine.engine.batches.feed import BatchFeed
 from dualpipe_engine.schedule.search.make_plan import make_plan
 
@@ -43,7 +44,7 @@ def events(monkeypatch):
     """What happens to tensors that an accelerator takes."""
     found = []
     current = SimpleNamespace(wait_event=lambda event: found.append(f"wait {event}"))
-    monkeypatch.setattr(data_module, "on_stream", lambda stream: nullcontext())
+    monkeypatch.setattr(device, "on_stream", lambda stream: nullcontext())
     monkeypatch.setattr(torch.accelerator, "current_stream", lambda device: current)
     monkeypatch.setattr(torch.Tensor, "record_stream", lambda tensor, stream: found.append("used"))
     monkeypatch.setattr(torch.Tensor, "is_pinned", lambda tensor: False)
@@ -53,11 +54,11 @@ def events(monkeypatch):
 
 @pytest.mark.parametrize(("schedule", "ahead"), [("1f1b", 1), ("dualpipe", 2)])
 def test_the_next_micro_batch_travels_while_one_is_computed(events, schedule, ahead):
-    read, side = [], Stream()
-    feed = feed_of(schedule, 0, side, read)
+    read, stream = [], Stream()
+    feed = feed_of(schedule, 0, Side(stream), read)
     assert feed.inputs(0).tolist() == [0.0, 0.0]
     assert len(read) == 1 + ahead, "the next ones of this end have been read, and no more"
-    assert events.count("pin") == side.copied >= 2, "each copy starts in pinned memory"
+    assert events.count("pin") == stream.copied >= 2, "each copy starts in pinned memory"
     assert [event for event in events if event != "pin"] == ["wait 1", "used"], "the first copy alone is waited for"
     events.clear()
     assert feed.inputs(ahead).tolist() == [float(ahead)] * 2
@@ -69,6 +70,6 @@ def test_the_next_micro_batch_travels_while_one_is_computed(events, schedule, ah
 
 def test_on_the_cpu_nothing_is_read_ahead():
     read = []
-    feed = feed_of("1f1b", 0, None, read)
+    feed = feed_of("1f1b", 0, InTurn(), read)
     assert feed.inputs(0).tolist() == [0.0, 0.0] and read == [0]
     assert feed.inputs(1).tolist() == [1.0, 1.0] and read == [0, 1]

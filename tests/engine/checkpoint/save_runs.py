@@ -1,6 +1,7 @@
 """Runs that save checkpoints, well and badly, on forked ranks."""
 
 import os
+import time
 from contextlib import nullcontext
 from pathlib import Path
 from unittest.mock import patch
@@ -93,7 +94,7 @@ def loads_of_flipped(config, ranks, folder, flips):
     for path, (byte, bit) in flips.items():
         _flip(path, byte, bit)
         try:
-            engine.load_checkpoint(folder, tag="bad")
+            engine.load_checkpoint(folder, tag=None if path.endswith("latest") else "bad")
         except CheckpointError as error:
             found.append(str(error))
         else:
@@ -130,6 +131,38 @@ def two_jobs(config, ranks, folder):
         error = str(caught)
     second.load_checkpoint(folder, tag="x")
     return error, digests(second) == want
+
+
+def saves_beside_another_job(config, ranks, folder, name):
+    """One of two jobs that save at the same time, into one folder: tags of its own and one that both want.
+
+    Returns:
+        Digests by tag that was saved, sentences by tag that was not.
+    """
+    from dualpipe_engine.errors import CheckpointError
+
+    engine, data = start(config, ranks), training.stream(0, seed=len(name))
+    Path(folder, f"ready {name} {dist.get_rank()}").touch()
+    while len(list(Path(folder).glob("ready *"))) < 2 * ranks:
+        time.sleep(0.01)
+    saved, refused = {}, {}
+    for step in range(4):
+        engine.train_batch(data)
+        for tag in (f"{name}{step}", "both"):
+            try:
+                engine.save_checkpoint(folder, tag=tag)
+                saved[tag] = digests(engine)
+            except CheckpointError as error:
+                refused[tag] = str(error)
+    return saved, refused
+
+
+def digests_of(config, ranks, folder, tags):
+    engine, found = start(config, ranks), {}
+    for tag in tags:
+        engine.load_checkpoint(folder, tag=tag)
+        found[tag] = digests(engine)
+    return found
 
 
 class Trap:

@@ -6,8 +6,10 @@ import checkpoint_runs as runs
 import pytest
 import torch
 import training
+from save_runs import Trap
 
 from dualpipe_engine.cli import main
+from dualpipe_engine.engine.checkpoint.files import DESCRIPTION
 
 
 def loss_of(folder):
@@ -21,6 +23,32 @@ def loss_of(folder):
         return (
             sum(float(module.loss_fn(module(inputs), labels)) for inputs, labels in (next(data) for _ in range(4))) / 4
         )
+
+
+@pytest.mark.parametrize(
+    ("about", "text"),
+    [
+        ("", "cannot be read"),
+        ("[]", "cannot be read"),
+        ('{"layers": 3, "model": null}', "cannot be read"),
+        ('{"layers": [{"file": true}], "model": null}', "cannot be read"),
+        ('{"layers": [], "model": {"config": 3}}', "cannot be read"),
+        ("[" * 9999, "nested too deeply"),
+        ('{"layers": [{"file": true, "tied": null}], "model": null}', "layer_00-model_states.pt is missing"),
+    ],
+)
+def test_a_description_that_cannot_be_read_is_one_sentence(tmp_path, capsys, about, text):
+    (tmp_path / DESCRIPTION).write_text(about)
+    assert main(["export", "--checkpoint", str(tmp_path), "--out", str(tmp_path / "out")]) == 2
+    said = capsys.readouterr().err
+    assert text in said and said.count("\n") == 1, said
+
+
+def test_what_a_layer_file_holds_is_not_unpickled(tmp_path, capsys):
+    (tmp_path / DESCRIPTION).write_text('{"layers": [{"file": true, "tied": null}], "model": null}')
+    torch.save({"trap": Trap(str(tmp_path / "unpickled"))}, tmp_path / "layer_00-model_states.pt")
+    assert main(["export", "--checkpoint", str(tmp_path), "--out", str(tmp_path / "out")]) == 2
+    assert "layer_00" in capsys.readouterr().err and not (tmp_path / "unpickled").exists()
 
 
 def test_the_weights_are_those_of_the_checkpoint(ranks, tmp_path, capsys):

@@ -6,6 +6,7 @@ import fcntl
 import json
 import random
 import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -81,10 +82,11 @@ def test_a_flipped_bit_anywhere_is_named(ranks, tmp_path):
     job = {"config": config(), "ranks": 2, "folder": str(tmp_path)}
     ranks.run(2, runs.saved_twice, **job)
     kinds = ("layer_03*", "mp_rank_00*", "zero_pp_rank_0*", "dualpipe_rank_00001*", "dualpipe.json", FILES)
-    files = [next((tmp_path / "bad").glob(kind)) for kind in kinds]
+    files = [*(next((tmp_path / "bad").glob(kind)) for kind in kinds), tmp_path / "latest"]
     flips = {str(path): (draw.randrange(path.stat().st_size), draw.randrange(8)) for path in files}
     for found in ranks.run(2, runs.loads_of_flipped, flips=flips, **job):
-        for path, text in zip(files, found, strict=True):
+        assert "is missing" in found[-1] or "is no name of a folder" in found[-1]
+        for path, text in zip(files[:-1], found[:-1], strict=True):
             assert path.name in text and 'load tag="good"' in text, text
 
 
@@ -158,6 +160,27 @@ def test_two_jobs_that_save_the_same_tag_lose_nothing(ranks, tmp_path):
     """The one that comes second is told; its own folder is whole."""
     for error, kept in ranks.run(2, runs.two_jobs, config=config(), ranks=2, folder=str(tmp_path)):
         assert "another job has saved" in error and "a folder of its own" in error and kept
+
+
+@pytest.mark.all
+@pytest.mark.faults_all
+def test_two_jobs_at_the_same_time_lose_nothing(ranks, tmp_path):
+    """What a job was told is saved is there; a tag that both want is that of one of them, whole."""
+    job = {"config": config(), "ranks": 2, "folder": str(tmp_path)}
+    with ThreadPoolExecutor(2) as pool:
+        runs_of = {
+            name: pool.submit(ranks.run, 2, runs.saves_beside_another_job, name=name, **job) for name in ("a", "bb")
+        }
+        found = {name: run.result() for name, run in runs_of.items()}
+    tags = [f"{name}{step}" for name in found for step in range(4)]
+    loaded = ranks.run(2, runs.digests_of, tags=[*tags, "both"], **job)
+    for rank in range(2):
+        (a, refused_a), (b, refused_b) = found["a"][rank], found["bb"][rank]
+        assert all(loaded[rank][tag] == (a | b)[tag] for tag in tags)
+        assert loaded[rank]["both"] in (a.get("both"), b.get("both"))
+        refused = refused_a | refused_b
+        assert set(refused) == {"both"} and "another job has saved" in refused["both"]
+    assert not list(tmp_path.glob("*.partial")) and not list(tmp_path.glob("*.replaced"))
 
 
 def test_what_a_layer_file_holds_is_not_unpickled(ranks, tmp_path):

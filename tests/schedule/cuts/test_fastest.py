@@ -6,7 +6,7 @@ import pytest
 
 from dualpipe_engine.errors import PlanError
 from dualpipe_engine.schedule.cuts.balanced import balance_pairs, equal_counts
-from dualpipe_engine.schedule.cuts.fastest import best_cut, compare_cuts, stage_costs
+from dualpipe_engine.schedule.cuts.fastest import best_cut, compare_cuts, costs_of_cut
 from dualpipe_engine.schedule.orders.registry import SCHEDULES, placement_of
 from dualpipe_engine.schedule.search.make_plan import make_plan
 from dualpipe_engine.schedule.timing.costs import CostModel
@@ -37,19 +37,19 @@ def test_best_cut_is_no_slower_than_other_cuts(schedule, overlap):
     placement = placement_of(schedule, 4)
     found = best_cut(weights, placement, costs, plan_for)
     for bounds in (equal_counts(len(weights), placement.num_stages), balance_pairs(weights, placement)):
-        placed = stage_costs(weights, bounds, costs)
+        placed = costs_of_cut(weights, bounds, costs)
         assert found.makespan <= simulate(plan_for(placed), placed).makespan
 
 
-def test_stage_costs_divide_the_time_of_the_layers():
-    costs = stage_costs([1.0, 2.0, 3.0], (0, 1, 3), CostModel(1, 2, 1, 3, comm=0.5))
+def test_costs_of_a_cut_divide_the_time_of_the_layers():
+    costs = costs_of_cut([1.0, 2.0, 3.0], (0, 1, 3), CostModel(1, 2, 1, 3, comm=0.5))
     assert costs.at(0) == (0.25, 0.5, 0.25, 0.75)
     assert costs.at(1) == (1.25, 2.5, 1.25, 3.75)
     assert costs.comm == 0.5
     with pytest.raises(PlanError, match="each stage"):
-        stage_costs([1.0], (0, 1), CostModel(f=(1.0,)))
+        costs_of_cut([1.0], (0, 1), CostModel(f=(1.0,)))
     with pytest.raises(PlanError, match="no length"):
-        stage_costs([1.0], (0, 1), CostModel(0, 0, 0, 0))
+        costs_of_cut([1.0], (0, 1), CostModel(0, 0, 0, 0))
 
 
 def test_schedules_that_cannot_run_say_why():

@@ -1,0 +1,274 @@
+"""Weights of the transformer in the format in which DeepSeek-V3 is published: safetensors, an entry for each expert.
+
+Each rank reads the entries of its own layers and experts, and writes layers that no lower rank holds.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from pathlib import Path
+from types import ModuleType
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from ..errors import ConfigError, MissingExtraError
+from ..schedule.plain_json import parse
+from .block import DenseBlock, MoEBlock
+from .config import MoEConfig
+from .experts import Experts
+from .mtp import MTPBlock
+from .transformer import EMBEDDING, FinalNorm, Head, TokenEmbedding
+
+if TYPE_CHECKING:
+    from transformers import DeepseekV3Config
+
+Gathered = TypeVar("Gathered")
+
+INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
+
+_ATTENTION = {
+    "query": "q_proj",
+    "query.0": "q_a_proj",
+    "query.1": "q_a_layernorm",
+    "query.2": "q_b_proj",
+    "compress": "kv_a_proj_with_mqa",
+    "norm": "kv_a_layernorm",
+    "expand": "kv_b_proj",
+    "out": "o_proj",
+}
+_BLOCK = {
+    "norm1": ("input_layernorm",),
+    "norm2": ("post_attention_layernorm",),
+    **{f"attention.{own}": (f"self_attn.{theirs}",) for own, theirs in _ATTENTION.items()},
+    "mlp.up": ("mlp.gate_proj", "mlp.up_proj"),
+    "mlp.down": ("mlp.down_proj",),
+    "shared.up": ("mlp.shared_experts.gate_proj", "mlp.shared_experts.up_proj"),
+    "shared.down": ("mlp.shared_experts.down_proj",),
+    "router": ("mlp.gate",),
+    "embedding_norm": ("enorm",),
+    "hidden_norm": ("hnorm",),
+    "project": ("eh_proj",),
+    "out_norm": ("shared_head.norm",),
+}
+_ENDS = {"table": "model.embed_tokens.weight", "norm": "model.norm.weight", "out": "lm_head.weight"}
+_EXPERT = {"up": ("gate_proj", "up_proj"), "down": ("down_proj",)}
+
+
+class Entry(NamedTuple):
+    """One tensor of a layer, or one expert of it, and what it is made of.
+
+    Args:
+        own: name in the layer.
+        expert: its number among all; None: the tensor is no expert's.
+        names: entries of the files, which follow one another along the first dimension; those of experts are
+            transposed.
+    """
+
+    own: str
+    expert: int | None
+    names: tuple[str, ...]
+
+
+def numbered(module: nn.Module, config: MoEConfig) -> dict[int, nn.Module]:
+    """The layers with weights of their own that a module holds, by their number in `layers(config)`.
+
+    Args:
+        module: a PipelineModule of these layers, or an `nn.Sequential` of all.
+        config: they were made from it.
+
+    Raises:
+        ConfigError: the module is not one of these.
+    """
+    found: dict[int, nn.Module] = {
+        int(n): part for n, part in module._modules.items() if n.isdigit() and part is not None
+    }
+    ties = getattr(module, "tied_modules", None)
+    if ties is not None and EMBEDDING in ties:
+        found[0] = ties[EMBEDDING]
+    if config.mtp_depth:
+        found.pop(config.blocks + 2, None)  # the embedding once more
+    kinds = (TokenEmbedding, DenseBlock, MoEBlock, FinalNorm, Head)
+    if not found or not all(isinstance(part, kinds) for part in found.values()):
+        raise ConfigError("weights can be read and written of a module of the layers of dualpipe_engine.models only")
+    return dict(sorted(found.items()))
+
+
+def entries(layer: nn.Module, number: int, config: MoEConfig, whole: bool) -> Iterator[Entry]:
+    """What the tensors of a layer are made of.
+
+    Args:
+        layer: one of `numbered`.
+        number: its number.
+        config: of the model.
+        whole: all experts, not only those of this rank.
+    """
+    if not isinstance(layer, (DenseBlock, MoEBlock)):
+        for own in layer.state_dict():
+            yield Entry(own, None, (_ENDS[own.split(".")[-2]],))
+        return
+    # Behind the blocks stand the final norm and the embedding's second use.
+    prefix = f"model.layers.{number - 3 if isinstance(layer, MTPBlock) else number - 1}."
+    for own in layer.state_dict():
+        stem, kind = own.rsplit(".", 1)
+        if stem == "experts":
+            experts = layer.experts
+            assert isinstance(experts, Experts)
+            first, count = (0, config.experts) if whole else (experts.rank * experts.num_local, experts.num_local)
+            for expert in range(first, first + count):
+                names = tuple(f"{prefix}mlp.experts.{expert}.{part}.weight" for part in _EXPERT[kind])
+                yield Entry(own, expert, names)
+        elif kind == "bias":
+            yield Entry(own, None, (f"{prefix}mlp.gate.e_score_correction_bias",))
+        else:
+            yield Entry(own, None, tuple(f"{prefix}{part}.weight" for part in _BLOCK[stem]))
+
+
+@torch.no_grad()
+def load(module: nn.Module, config: MoEConfig, folder: str | Path) -> None:
+    """Fill a model from published weights, or from what `save` wrote.
+
+    Args:
+        module: a PipelineModule before `dualpipe_engine.initialize`, or an `nn.Sequential` of all layers.
+        config: it was made from it.
+        folder: of safetensors files.
+
+    Raises:
+        ConfigError: the engine has its copies of the weights already; an entry is missing, of another shape, or
+            quantized.
+        MissingExtraError: safetensors is not installed.
+    """
+    if hasattr(module, "dualpipe_placement"):
+        raise ConfigError("load weights before dualpipe_engine.initialize: the optimizer has its own copies after it")
+    opening = _safetensors().safe_open
+    files = _files(Path(folder), opening)
+    with ExitStack() as stack:
+        opened: dict[Path, Any] = {}
+
+        def read(name: str) -> Tensor:
+            if name not in files:
+                raise ConfigError(
+                    f"{folder} has no entry {name}: take a folder in the published format, which save_pretrained "
+                    "writes, and a configuration that fits it"
+                )
+            if f"{name}_scale_inv" in files:
+                raise ConfigError(f"{name} in {folder} is quantized: convert the folder to bf16 first")
+            path = files[name]
+            if path not in opened:
+                opened[path] = stack.enter_context(opening(path, framework="pt"))
+            found: Tensor = opened[path].get_tensor(name)
+            return found
+
+        for number, layer in numbered(module, config).items():
+            _fill(layer, entries(layer, number, config, whole=False), read)
+
+
+def _fill(layer: nn.Module, wanted: Iterator[Entry], read: Callable[[str], Tensor]) -> None:
+    held = layer.state_dict(keep_vars=True)
+    for entry in wanted:
+        target: Tensor = held[entry.own]
+        found = torch.cat([read(name) for name in entry.names])
+        if entry.expert is not None:
+            assert isinstance(layer.experts, Experts)
+            target, found = target[entry.expert - layer.experts.rank * layer.experts.num_local], found.t()
+        if target.shape != found.shape:
+            raise ConfigError(
+                f"{' and '.join(entry.names)} make {list(found.shape)}, and {entry.own} is {list(target.shape)}: the "
+                "configuration is not that of these weights"
+            )
+        target.copy_(found)
+
+
+@torch.no_grad()
+def save(module: nn.Module, config: MoEConfig, folder: str | Path, hf_config: DeepseekV3Config | None = None) -> None:
+    """Write a model in the published format, a file a layer. Collective over all ranks; the folder is shared by them.
+
+    Args:
+        module: `engine.module`, or as for `load`.
+        config: it was made from it.
+        folder: made if missing; `from_pretrained` of transformers loads it.
+        hf_config: written as config.json, if given.
+
+    Raises:
+        MissingExtraError: safetensors is not installed.
+    """
+    save_file = _safetensors().torch.save_file
+    folder, mine = Path(folder), numbered(module, config)
+    folder.mkdir(parents=True, exist_ok=True)
+    together = dist.is_initialized()
+    rank = dist.get_rank() if together else 0
+    owner: dict[int, int] = {}
+    for holder, theirs in enumerate(_gathered(list(mine), together)):
+        for number in theirs:
+            owner.setdefault(number, holder)
+    order = sorted(owner)
+    written: dict[str, str] = {}
+    size = 0
+    for number, layer in mine.items():
+        with ExitStack() as stack:
+            if isinstance(layer, MoEBlock):
+                stack.enter_context(layer.experts.whole(owner[number] == rank))
+            if owner[number] != rank:
+                continue
+            tensors = _published(layer, number, config)
+            name = f"model-{order.index(number) + 1:05d}-of-{len(order):05d}.safetensors"
+            save_file(tensors, folder / name, metadata={"format": "pt"})
+            written |= dict.fromkeys(tensors, name)
+            size += sum(tensor.nbytes for tensor in tensors.values())
+    found = _gathered((written, size), together)
+    if rank == 0:
+        weight_map = {name: file for part, _ in found for name, file in part.items()}
+        index = {"metadata": {"total_size": sum(part for _, part in found)}, "weight_map": weight_map}
+        if hf_config is not None:
+            hf_config.save_pretrained(folder)
+        (folder / INDEX).write_text(json.dumps(index, indent=2, sort_keys=True) + "\n")
+    if together:
+        dist.barrier()
+
+
+def _published(layer: nn.Module, number: int, config: MoEConfig) -> dict[str, Tensor]:
+    """The entries of a layer whose experts are whole."""
+    held, found = layer.state_dict(), dict[str, Tensor]()
+    for own, expert, names in entries(layer, number, config, whole=True):
+        tensor: Tensor = held[own] if expert is None else held[own][expert].t()
+        # Tensors that share memory are refused, and so is memory with gaps.
+        found |= {
+            name: part.cpu().clone().contiguous() for name, part in zip(names, tensor.chunk(len(names)), strict=True)
+        }
+    for depth in range(config.mtp_depth):  # where each depth has names of its own for what it shares
+        prefix = f"model.layers.{config.blocks + depth}."
+        for shared, copy in (("model.embed_tokens", "embed_tokens"), ("lm_head", "shared_head.head")):
+            if f"{shared}.weight" in found:
+                found[f"{prefix}{copy}.weight"] = found[f"{shared}.weight"].clone()
+    return found
+
+
+def _gathered(mine: Gathered, together: bool) -> list[Gathered]:
+    """What all ranks have."""
+    found = [mine] * (dist.get_world_size() if together else 1)
+    if together:
+        dist.all_gather_object(found, mine)
+    return found
+
+
+def _files(folder: Path, opening: Callable[..., Any]) -> dict[str, Path]:
+    """Entry -> file."""
+    if (folder / INDEX).exists():
+        weights = parse((folder / INDEX).read_text())["weight_map"]
+        return {name: folder / file for name, file in weights.items()}
+    if not (folder / SINGLE).exists():
+        raise ConfigError(f"{folder} has neither {INDEX} nor {SINGLE}: take a folder of safetensors")
+    with opening(folder / SINGLE, framework="pt") as opened:
+        return dict.fromkeys(opened.keys(), folder / SINGLE)
+
+
+def _safetensors() -> ModuleType:
+    try:
+        import safetensors.torch
+    except ImportError as error:
+        raise MissingExtraError("weights in files of safetensors need it: pip install 'dualpipe_engine[hf]'") from error
+    return safetensors
