@@ -104,7 +104,8 @@ def timed_wfill(plan: Plan, costs: CostModel, cap: int | None = None, theta: flo
         return (Op(I, op.stage, op.micro) if op.kind == B else op for op in program if op.kind != W)
 
     skeleton = _rewrite(plan, split)
-    clocks = Clocks(plan.placement, plan.num_micro, costs)
+    clocks = Clocks(plan.placement, plan.num_micro, costs, keep=False)
+    done: list[list[Op]] = [[] for _ in plan.programs]
     pending: list[deque[Op]] = [deque() for _ in plan.programs]
     alive = [0] * len(plan.programs)
 
@@ -116,8 +117,10 @@ def timed_wfill(plan: Plan, costs: CostModel, cap: int | None = None, theta: flo
             full = forward and cap is not None and alive[rank] >= cap
             if not (fits or full):
                 break
+            done[rank].append(queue[0])
             clocks.issue(rank, queue.popleft())
             alive[rank] -= 1
+        done[rank].append(op)
         alive[rank] += forward
         for part in atoms(op):
             if part.kind == I:
@@ -129,7 +132,7 @@ def timed_wfill(plan: Plan, costs: CostModel, cap: int | None = None, theta: flo
     for rank, queue in enumerate(pending):
         for op in queue:
             clocks.issue(rank, op)
-    programs = tuple(tuple(span.op for span in spans) for spans in clocks.spans)
+    programs = tuple((*ops, *queue) for ops, queue in zip(done, pending, strict=True))
     return Timed(replace(plan, programs=programs), max(clocks.now))
 
 

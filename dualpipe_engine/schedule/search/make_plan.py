@@ -11,7 +11,7 @@ from ..orders.registry import known_schedule
 from ..passes.rewrite import join, pair_up, safe_fuse, timed_wfill, unpair
 from ..plan import Plan, check_size
 from ..timing.costs import UNIT, CostModel
-from ..timing.simulate import peak_activations, simulate
+from ..timing.simulate import makespan_of, peak_activations
 from .under_cap import LEAST_CAP, under_cap
 
 THETAS = (0.0, 0.3, 0.6)  #: how much of a W may delay the next op, see `wfill`
@@ -78,7 +78,7 @@ def make_plan(
         )
     if len(fitting) == 1:
         return fitting[0][0]
-    plan, _ = min(fitting, key=lambda each: simulate(each[0], costs).makespan if each[1] is None else each[1])
+    plan, _ = min(fitting, key=lambda each: makespan_of(each[0], costs) if each[1] is None else each[1])
     return plan if plan is reference else safe_fuse(plan, costs)
 
 

@@ -14,7 +14,7 @@ from ..timeline import Span, Timeline
 from ..walk import walk
 from .costs import CostModel
 
-__all__ = ["Clocks", "CostModel", "peak_activations", "peak_bytes", "simulate"]
+__all__ = ["Clocks", "CostModel", "makespan_of", "peak_activations", "peak_bytes", "simulate"]
 
 _NEVER = -1.0
 
@@ -28,6 +28,7 @@ class Clocks:
         placement: where stages live.
         num_micro: micro-batches of the batch.
         costs: costs of the stages of `placement`.
+        keep: whether to keep `spans`, which take most of the time and memory of a large plan.
 
     Attributes:
         now: when each rank is free.
@@ -37,11 +38,12 @@ class Clocks:
         PlanError: the costs are for another number of stages.
     """
 
-    def __init__(self, placement: Placement, num_micro: int, costs: CostModel) -> None:
+    def __init__(self, placement: Placement, num_micro: int, costs: CostModel, keep: bool = True) -> None:
         costs.check(placement.num_stages)
         num_stages = placement.num_stages
         self.placement, self.num_micro, self.costs = placement, num_micro, costs
         self.now = [0.0] * placement.num_ranks
+        self._keep = keep
         self.spans: list[list[Span]] = [[] for _ in range(placement.num_ranks)]
         # When each result was there, by its key: the batch and the outputs of stages 0.., num_micro each, then the
         # input gradients of stages 0.. and the gradient of the loss.
@@ -91,7 +93,8 @@ class Clocks:
         if arrival > start:
             start = arrival
         end = self.now[rank] = start + duration
-        self.spans[rank].append(Span(rank, op, start, end))
+        if self._keep:
+            self.spans[rank].append(Span(rank, op, start, end))
         results = []
         for kind, stage, micro, _ in parts or (op,):
             if kind != W:
@@ -153,6 +156,17 @@ def simulate(plan: Plan, costs: CostModel) -> Timeline:
     clocks = Clocks(plan.placement, plan.num_micro, costs)
     clocks.run(_compute(plan))
     return Timeline(plan.placement.num_ranks, [span for spans in clocks.spans for span in spans])
+
+
+@collector_paused()
+def makespan_of(plan: Plan, costs: CostModel) -> float:
+    """The makespan that `simulate` finds.
+
+    Raises: see `simulate`.
+    """
+    clocks = Clocks(plan.placement, plan.num_micro, costs, keep=False)
+    clocks.run(_compute(plan))
+    return max(clocks.now)
 
 
 def peak_activations(plan: Plan) -> list[int]:
