@@ -182,6 +182,16 @@ def test_weights_move_to_another_cut_in_the_published_format(ranks, tmp_path):
     for rank in found:
         assert rank["read and evaluated"] == pytest.approx(rank["evaluated"], rel=1e-5)
         assert rank["evaluated"] < rank["next"] - 0.5, "evaluation is of the next token alone"
+        assert rank["read and evaluated"] < rank["read and trained"] - 0.5
+
+
+@pytest.mark.all
+def test_auto_measures_layers_that_look_ahead(ranks, tmp_path):
+    path, model = tmp_path / "costs.json", {"mtp_depth": 1, "sequence_loss": 0.3}
+    found = ranks.run(4, moe_runs.measured, path=path, ranks=2, **model)
+    assert len(found[0]["seconds"]) == 9 and all(min(rank["seconds"]) > 0 for rank in found)
+    fixed = ranks.run(4, moe_runs.measured, path=path, ranks=2, schedule=found[0]["schedule"], **model)
+    assert [rank["losses"] for rank in found] == [rank["losses"] for rank in fixed], "measuring left something behind"
 
 
 def test_gate_and_biases_stay_precise(ranks):
