@@ -142,12 +142,12 @@ class Tokens:
         return self._rows[index, :-1], self._rows[index, 1:]
 
 
-def measured(path, ranks, replicas=2, steps=2, schedule="auto"):
+def measured(path, ranks, replicas=2, steps=2, schedule="auto", **model):
     """Under "auto" the times of layers; then a start and some steps."""
     import dualpipe_engine
     from dualpipe_engine.engine.auto.layer_probe import measure_layers
 
-    module = make_module(config(bias_rate=0.05), ranks, replicas)
+    module = make_module(config(bias_rate=0.05, **model), ranks, replicas)
     replica, before = module._grid.data_parallel_id, {n: b.clone() for n, b in module.named_buffers()}
     seconds = measure_layers(module, next(training.stream(0)), repeats=1) if schedule == "auto" else None
     assert all(torch.equal(buffer, before[name]) for name, buffer in module.named_buffers())

@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
+import moe_runs
 import mtp_runs
 import pytest
 import torch
 import training
-from moe_runs import config
 from test_moe import assemble
 from torch import nn
 from torch.nn import functional
 
 from dualpipe_engine.models.block import MoEBlock
 from dualpipe_engine.models.mtp import MTPBlock
+from dualpipe_engine.models.routing import rebalance
 from dualpipe_engine.models.transformer import FinalNorm, Head, TokenEmbedding, layers
 
 WEIGHT = 0.3
@@ -31,9 +32,11 @@ LONG = {
     "1f1b": {"model": {"mtp_depth": 1}, "schedule": "1f1b"},
     "zb1p, no phases": {"model": {"mtp_depth": 1} | GROUPED, "schedule": "zb1p", "overlap": False},
 }
-SPREAD = {  # later tokens are predicted on several stages
-    name: {"model": {"mtp_depth": 3, "expert_parallel": 1, "sequence_loss": 0.2}, "schedule": name, "method": "uniform"}
-    for name in ("dualpipe", "dualpipev", "zb1p")
+FURTHER = {"mtp_depth": 3, "expert_parallel": 1, "sequence_loss": 0.2}
+SPREAD = {  # without a shared rank later tokens are predicted on several stages
+    "dualpipe": {"model": FURTHER, "schedule": "dualpipe", "method": "uniform"},
+    "dualpipev": {"model": FURTHER | {"blocks": 8}, "schedule": "dualpipev", "method": "uniform"},
+    "zb1p": {"model": FURTHER, "schedule": "zb1p", "method": "uniform"},
 }
 
 
@@ -42,7 +45,7 @@ class Reference(nn.Module):
 
     def __init__(self, model):
         super().__init__()
-        self.config = config(**model | {"expert_parallel": 1})
+        self.config = moe_runs.config(**model | {"expert_parallel": 1})
         parts = [spec.build() for spec in layers(self.config)]
         again = next(n for n, part in enumerate(parts) if n and isinstance(part, TokenEmbedding))
         self.parts = nn.ModuleDict({str(n): part for n, part in enumerate(parts) if n != again})
@@ -98,12 +101,20 @@ def reference_of(model, start, replicas, micros):
     return module, total
 
 
+def copies_of(found, key, case):
+    """name -> tensors of all copies, experts whole."""
+    if case["model"].get("expert_parallel", 2) > 1:
+        return assemble(found, key)
+    names = {name for rank in found for name in rank[key]}
+    return {name: [rank[key][name] for rank in found if name in rank[key]] for name in names}
+
+
 def check(found, case, replicas, micros=4):
-    start = {name: copies[0] for name, copies in assemble(found, "start").items()}
+    start = {name: copies[0] for name, copies in copies_of(found, "start", case).items()}
     module, total = reference_of(case["model"], start, replicas, micros)
     for rank in found:
         assert rank["loss"] == pytest.approx(total, rel=1e-6)  # the loss is reported in fp32
-    grads, wanted = assemble(found, "grads"), dict(module.named_parameters())
+    grads, wanted = copies_of(found, "grads", case), dict(module.named_parameters())
     assert {own(name) for name in grads} == set(wanted)
     for name, copies in grads.items():
         expected = wanted[own(name)].grad
@@ -140,11 +151,47 @@ def test_depths_on_several_stages(ranks):
         one_embedding(each, case["schedule"])
 
 
+@pytest.mark.all
+@pytest.mark.parametrize("schedule", ["dualpipe", "zb1p"])
+def test_training_and_checkpoints(ranks, tmp_path, schedule):
+    """Adam with clipped gradients, and the optimizer's state of an embedding with two uses."""
+    settings = training.settings(4, 2, zero=1, schedule=schedule, clip=0.5)
+    del settings["scheduler"]
+    model = {"mtp_depth": 1, "bias_rate": 0.05} | GROUPED
+    found = ranks.run(4, moe_runs.train, model=model, settings=settings, ranks=2, folder=str(tmp_path))
+    start = {name: copies[0] for name, copies in assemble(found, "start").items()}
+    module = Reference(model)
+    module.load_state_dict({own(name): tensor for name, tensor in start.items()}, strict=False)
+    optimizer = torch.optim.Adam(module.parameters(), lr=0.01)
+    streams, losses = [training.stream(replica) for replica in range(2)], []
+    for _ in range(4):
+        optimizer.zero_grad()
+        each = [module(*next(data)) / 8 for data in streams for _ in range(4)]
+        sum(each).backward()
+        losses.append(float(sum(each)))
+        nn.utils.clip_grad_norm_(module.parameters(), 0.5)
+        optimizer.step()
+        rebalance(module, None)
+    for rank in found:
+        assert rank["losses"] == pytest.approx(losses, rel=1e-4)
+        assert rank["same"] and rank["resumed"] == rank["losses"][2:]
+
+
 def test_weights_move_to_another_cut_in_the_published_format(ranks, tmp_path):
     found = ranks.run(4, mtp_runs.moved, model={"mtp_depth": 1, "bias_rate": 0.05} | GROUPED, folder=str(tmp_path))
     for rank in found:
         assert rank["read and evaluated"] == pytest.approx(rank["evaluated"], rel=1e-5)
         assert rank["evaluated"] < rank["next"] - 0.5, "evaluation is of the next token alone"
+        assert rank["read and evaluated"] < rank["read and trained"] - 0.5
+
+
+@pytest.mark.all
+def test_auto_measures_layers_that_look_ahead(ranks, tmp_path):
+    path, model = tmp_path / "costs.json", {"mtp_depth": 1, "sequence_loss": 0.3}
+    found = ranks.run(4, moe_runs.measured, path=path, ranks=2, **model)
+    assert len(found[0]["seconds"]) == 9 and all(min(rank["seconds"]) > 0 for rank in found)
+    fixed = ranks.run(4, moe_runs.measured, path=path, ranks=2, schedule=found[0]["schedule"], **model)
+    assert [rank["losses"] for rank in found] == [rank["losses"] for rank in fixed], "measuring left something behind"
 
 
 def test_gate_and_biases_stay_precise(ranks):
