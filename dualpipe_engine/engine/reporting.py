@@ -17,14 +17,17 @@ class Reporting(PipelineEngine):
     place: Place
 
     def _report_split(self) -> None:
-        """After the first batch, whose forwards show it: which share of the weights runs in W, and what does not."""
-        mine = None if self._store is None else str(self.weight_split)
+        """After the first batch, whose forwards show it: which share of the weights runs in W, and what does not; and
+        which layers with experts run without phases."""
+        mine = None if self._store is None else str(self.weight_split), self.module.dualpipe_unphased
         found: list[Any] = [None] * len(self.place.pipeline)
         dist.all_gather_object(found, mine, group=self._pipeline_group)
         if self.global_rank == 0:
-            for rank, report in enumerate(found):
+            for rank, (report, _) in enumerate(found):
                 if report is not None:
                     logger.info(f"pipeline rank {rank}: {report}")
+            for number, why in sorted({pair for _, unphased in found for pair in unphased.items()}):
+                logger.warning(f"layer {number} runs without phases, so that its transfers are not hidden: {why}")
 
     def _report_batch(self) -> None:
         every, steps = self.steps_per_print(), self.global_steps
