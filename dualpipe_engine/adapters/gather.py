@@ -8,6 +8,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
+from ..engine.placing.experts import whole_experts
 from .stage import Stage
 
 if TYPE_CHECKING:
@@ -32,7 +33,8 @@ def gather_state_dict(engine: DeepSpeedEngine) -> dict[str, torch.Tensor]:
     Returns:
         On rank 0 name -> CPU tensor, for `save_pretrained(..., state_dict=...)`; empty on the others.
     """
-    mine = {name: tensor.detach().cpu() for name, tensor in named_weights(engine.module).items()}
+    with whole_experts(engine.module, keep=True):
+        mine = {name: tensor.detach().to("cpu", copy=True) for name, tensor in named_weights(engine.module).items()}
     rank, world = dist.get_rank(), dist.get_world_size()
     held: list[Any] = [None] * world
     dist.all_gather_object(held, sorted(mine))

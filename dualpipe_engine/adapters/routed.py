@@ -17,6 +17,7 @@ from torch import nn
 
 from ..comm.nest import Nest
 from ..errors import ConfigError
+from ..models.autoep.layer import SharedMoE
 from .families import FAMILIES, family_of
 from .losses import LossFn, PretrainedModel
 from .runner import Runner
@@ -74,7 +75,9 @@ class Routing:
         def hook(router: nn.Module, args: Nest, output: Nest) -> None:
             found.append(output[self._index] if isinstance(output, tuple) else output)
 
-        hooks = [part.register_forward_hook(hook) for part in model.modules() if isinstance(part, self._kind)]
+        routers = [part for part in model.modules() if isinstance(part, self._kind)]
+        routers += [part.router.gate for part in model.modules() if isinstance(part, SharedMoE)]  # in their place
+        hooks = [router.register_forward_hook(hook) for router in routers]
         try:
             yield found
         finally:
@@ -130,17 +133,16 @@ class RoutedRunner(Runner):
         if self._first:
             mask = self._inputs.read(message)[0].get("attention_mask")
         else:
-            hidden, travel = self._inputs.unpack(message)
+            hidden, travel, sums = self._apart(message)
             mask = travel.get("attention_mask")
-            sums = Sums(*travel[SUMS]) if SUMS in travel else None
-            message = self._inputs.pack(hidden, {name: value for name, value in travel.items() if name != SUMS})
+            message = self._inputs.pack(hidden, travel)
         with self._routing.heard(self.model) as heard:
             output = super().__call__(message)
         for logits in heard:
             sums = self._routing.add(sums, logits, mask)
         if not self._last:
             hidden, travel = self._inputs.unpack(output)
-            return self._inputs.pack(hidden, travel if sums is None else travel | {SUMS: tuple(sums)})
+            return self._inputs.pack(hidden, _joined(travel, sums))
         assert sums is not None
         auxiliary = self._routing.loss(sums)
         if isinstance(output, torch.Tensor):
@@ -148,3 +150,19 @@ class RoutedRunner(Runner):
         output.aux_loss = auxiliary
         output.loss = output.loss + self._routing.weight * auxiliary
         return output
+
+    def carried(self, message: Nest, logits: list[torch.Tensor]) -> Nest:
+        _, travel, sums = self._apart(message)
+        for each in logits:
+            sums = self._routing.add(sums, each, travel.get("attention_mask"))
+        return _joined(travel, sums)
+
+    def _apart(self, message: Nest) -> tuple[torch.Tensor, dict[str, Nest], Sums | None]:
+        """The hidden state, the other inputs and the sums of a message."""
+        hidden, travel = self._inputs.unpack(message)
+        others = {name: value for name, value in travel.items() if name != SUMS}
+        return hidden, others, Sums(*travel[SUMS]) if SUMS in travel else None
+
+
+def _joined(travel: dict[str, Nest], sums: Sums | None) -> dict[str, Nest]:
+    return travel if sums is None else travel | {SUMS: tuple(sums)}

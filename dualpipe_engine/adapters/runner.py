@@ -72,6 +72,14 @@ class Runner:
             self._hidden = None
         return self._inputs.result(output, travel)
 
+    def carried(self, message: Nest, logits: list[torch.Tensor]) -> Nest:
+        """What goes past the block of a span of one, neither first nor last; see `Stage.carried`."""
+        return self._inputs.unpack(message)[1]
+
+    def handed_on(self, hidden: torch.Tensor, carried: dict[str, Nest]) -> Nest:
+        """The message with the `hidden` state that the block returns."""
+        return self._inputs.pack(hidden, carried)
+
     def _received(self) -> torch.Tensor:
         assert self._hidden is not None
         return self._hidden

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from ..comm.nest import Nest
+from .losses import ModelConfig
 from .runner import Runner, Span
 
 
@@ -63,6 +64,19 @@ class Stage(nn.Module):
     def finish(self, message: Nest) -> Nest:
         """Run the second range of a piece that holds both ends of the model."""
         return self._runners[1](message)
+
+    @property
+    def config(self) -> ModelConfig:
+        """The configuration of the model; None if it has none."""
+        return getattr(self._runners[0].model, "config", None)
+
+    def carried(self, message: Nest, logits: list[torch.Tensor]) -> Nest:
+        """What of a message, and of the `logits` of the block's router, goes past the block of a piece that has one."""
+        return self._runners[0].carried(message, logits)
+
+    def handed_on(self, hidden: torch.Tensor, carried: Nest) -> Nest:
+        """What such a piece returns when its block returns `hidden`."""
+        return self._runners[0].handed_on(hidden, carried)
 
     def train(self, mode: bool = True) -> Stage:
         super().train(mode)

@@ -12,6 +12,7 @@ from deepspeed.runtime.tensor_parallel.init_utils import load_ds_config
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from ..errors import ConfigError, PlanError
+from ..models.autoep import section as expert_parallel
 from ..schedule.orders.registry import KNOWN, known_schedule
 from .given import Settings
 from .keys import refuse_keys
@@ -119,6 +120,7 @@ def read_config(config: object) -> tuple[Settings, DualPipeConfig]:
     _check_schedule(parsed)
     if not parsed.is_stock:
         refuse_keys(data, STOCK)
+        expert_parallel.read_section(data.get(expert_parallel.NAME))
     _check_signal(parsed)
     if parsed.layer_costs is not None and parsed.partition_method != PAIRS:
         raise ConfigError('"layer_costs" is for "partition_method": "pairs": add it, or leave "layer_costs" out')

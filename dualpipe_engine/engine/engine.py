@@ -49,6 +49,7 @@ from .placing.experts import has_experts
 from .placing.grid import Place
 from .placing.module import PlacedModule
 from .placing.param_groups import GroupMap
+from .placing.shared_blocks import SharingExperts
 from .placing.stages import (
     has_phases,
     make_chunk,
@@ -64,7 +65,7 @@ from .surface import Surface
 from .timelines import Measuring
 
 
-class DualPipeEngine(LifeCycle, Evaluation, Measuring, Reporting, Checkpoints, Loading, Surface):
+class DualPipeEngine(LifeCycle, Evaluation, Measuring, Reporting, Checkpoints, Loading, SharingExperts, Surface):
     """What `dualpipe_engine.initialize` returns.
 
     `train_batch`, `eval_batch`, `save_checkpoint`, `load_checkpoint` and the rest of DeepSpeed's PipelineEngine keep

@@ -10,6 +10,7 @@ from enum import Enum
 from typing import NamedTuple
 
 from ..errors import ConfigError
+from ..models.autoep.section import REFUSED
 from .given import Settings
 
 
@@ -130,6 +131,29 @@ REPORTS = (
         "flops_profiler flops_profiler.detailed flops_profiler.module_depth flops_profiler.output_file "
         "flops_profiler.profile_step flops_profiler.recompute_fwd_factor flops_profiler.top_modules",
         "for flops_profiler.enabled",
+    ),
+)
+
+_E = "expert_parallel"
+EXPERTS = (
+    _works(
+        "expert_parallel expert_parallel.enabled expert_parallel.autoep_size",
+        "adapters/test_autoep.py::test_gradients_are_those_of_the_whole_model",
+        "experts are shared by replicas of the pipeline, at one position of it",
+    ),
+    _works(
+        "preset_model moe_layer_pattern router_pattern expert_pattern expert_w1 expert_w2 expert_w3 num_experts_attr "
+        "top_k_attr has_shared_experts shared_experts_pattern shared_experts_gate_pattern expert_activation top_k "
+        "score_func score_apply route_norm route_scale routed_scaling_factor num_expert_groups num_limited_groups "
+        "use_grouped_mm disable_triton_grouped_mm gate_up_impl combine_impl",
+        "adapters/test_autoep.py::test_every_key_reaches_the_layers",
+        "DeepSpeed's parser and layers read it",
+        _E,
+    ),
+    *(
+        Row(Status.REFUSED, _E, (key,), f"it {why}", "adapters/test_autoep.py::test_what_cannot_work_is_refused")
+        for key, (_, why) in REFUSED.items()
+        if key != "combine_impl"
     ),
 )
 
@@ -259,8 +283,6 @@ OTHER_ENGINES = (
     _idle("compile compile.*", "for compile.deepcompile"),
     _refused("data_efficiency.enabled", "its sampler is that of a data-parallel rank, not of both ends of a pipeline"),
     _idle("data_efficiency data_efficiency.*", "for data_efficiency.enabled"),
-    _refused("expert_parallel.enabled", "layers bring their experts: see dualpipe_engine.models"),
-    _idle("expert_parallel expert_parallel.*", "for expert_parallel.enabled"),
     _refused("use_data_before_expert_parallelism", "experts are shared within one position of the pipeline"),
     _refused("hybrid_engine.enabled", "it generates text with the whole model, and no rank has one"),
     _idle("hybrid_engine hybrid_engine.*", "for hybrid_engine.enabled"),
@@ -279,6 +301,7 @@ OTHER_ENGINES = (
 TABLES: dict[str, tuple[Row, ...]] = {
     "Batches, optimizer, gradients": TRAINING,
     "Pipeline": PIPELINE,
+    "Experts of models of others": EXPERTS,
     "Precision": PRECISION,
     "ZeRO": ZERO,
     "Checkpoints": CHECKPOINTS,

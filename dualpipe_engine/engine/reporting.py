@@ -15,12 +15,16 @@ class Reporting(PipelineEngine):
     place: Place
 
     def _report_split(self) -> None:
-        """After the first batch, whose forwards show it: which share of the weights runs in W, and what does not."""
-        reports = from_all(None if self._store is None else str(self.weight_split), self._pipeline_group)
+        """After the first batch, whose forwards show it: which share of the weights runs in W, and what does not; and
+        which layers with experts run without phases."""
+        report = None if self._store is None else str(self.weight_split)
+        reports = from_all((report, self.module.dualpipe_unphased), self._pipeline_group)
         if self.global_rank == 0:
-            for rank, report in enumerate(reports):
+            for rank, (report, _) in enumerate(reports):
                 if report is not None:
                     logger.info(f"pipeline rank {rank}: {report}")
+            for number, why in sorted({pair for _, unphased in reports for pair in unphased.items()}):
+                logger.warning(f"layer {number} runs without phases, so that its transfers are not hidden: {why}")
 
     def _report_batch(self) -> None:
         every, steps = self.steps_per_print(), self.global_steps

@@ -18,6 +18,7 @@ from torch import nn
 
 from ...comm.communicators import close
 from ...errors import ConfigError
+from ...models.autoep.layer import SharedMoE
 from ...models.experts import Experts
 
 _ABSENT = object()
@@ -111,11 +112,11 @@ def whole_experts(module: nn.Module, keep: bool) -> ExitStack:
     """A context in which state dicts hold the experts of all ranks. Collective over the ranks that share them.
 
     Args:
-        module: holds layers of `models`.
+        module: holds layers of `models`, or blocks of others whose experts are shared.
         keep: whether this rank needs the state dicts.
     """
     stack = ExitStack()
     for part in module.modules():
-        if isinstance(part, Experts):
+        if isinstance(part, (Experts, SharedMoE)):
             stack.enter_context(part.whole(keep))
     return stack

@@ -35,6 +35,8 @@ class PlacedModule(PipelineModule):
     dualpipe_place: Place
     dualpipe_layers: list[int]
     """Layer number of each entry of `forward_funcs`."""
+    dualpipe_unphased: dict[int, str]
+    """Layers with shared experts that offer no phases, and why."""
 
     def stage_owner(self, layer_idx: int) -> int:
         """The pipe position, in DeepSpeed's grid, of the layer."""
@@ -98,6 +100,7 @@ def place(module: PipelineModule, placement: Placement, bounds: Sequence[int]) -
     kind = type(module)
     module.__class__ = type(kind.__name__, (PlacedModule, kind), {"__module__": kind.__module__})
     module.dualpipe_placement, module.dualpipe_place, module.dualpipe_layers = placement, placed, layers
+    module.dualpipe_unphased = {}
     module.forward_funcs = functions
     module.fwd_map = {str(layer): index for index, layer in enumerate(layers) if str(layer) in module._modules}
     module._local_start, module._local_stop = 0, len(layers)

@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 import torch
 import torch.distributed as dist
 from deepspeed.accelerator import get_accelerator
+from deepspeed.moe.utils import is_moe_param
 from deepspeed.pipe import PipelineModule
 from deepspeed.runtime.config import DeepSpeedConfig
 from torch import nn
@@ -41,6 +42,11 @@ def name_parameters(module: PipelineModule) -> None:
         for name, param in spec.named_parameters() if isinstance(spec, nn.Module) else ():
             if not hasattr(param, _NAME):  # of a layer that is built on all ranks and runs on another
                 setattr(param, _NAME, f"{number}.{name}")
+
+
+def take_name(param: nn.Parameter, other: nn.Parameter) -> None:
+    """Let a parameter that takes the place of another, or a part of it, be listed and grouped as that."""
+    setattr(param, _NAME, getattr(other, _NAME))
 
 
 def add_placeholder(module: PipelineModule) -> nn.Parameter:
@@ -106,22 +112,25 @@ class GroupMap:
             wrong.append("the optimizer has taken steps already: pass a fresh one to initialize")
         mine = None if self._groups is None else self._named(wrong)
         found: list[Any] = [None] * dist.get_world_size(pipeline)
-        dist.all_gather_object(found, (mine, flat), group=pipeline)
-        self._flat = all(flat for _, flat in found)
-        without = [rank for rank, (groups, _) in enumerate(found) if groups is None]
+        experts = any(is_moe_param(param) for param in model.parameters())
+        dist.all_gather_object(found, (mine, flat, experts), group=pipeline)
+        self._flat = all(flat for _, flat, _ in found)
+        without = [rank for rank, (groups, *_) in enumerate(found) if groups is None]
         if 0 < len(without) < len(found):
             wrong.append(f"pipeline ranks {without} were given no parameters, but others were: give all ranks theirs")
         self._merged: dict[tuple[str, int], _Group] = {}
-        for group in (group for groups, _ in found for group in groups or ()):
+        for group in (group for groups, *_ in found for group in groups or ()):
             before = self._merged.get(group.key)
             self._merged[group.key] = group if before is None else before._replace(names=before.names + group.names)
         if mine is not None and not self._merged:
             wrong.append("no parameter was given to train: list some, or leave model_parameters out")
         known = getattr(scheduler, "base_lrs", None)
-        if known is not None and mine is not None and [group.key for group in mine] != list(self._merged):
+        others = mine is not None and [group.key for group in mine] != list(self._merged)
+        if known is not None and (others or (self._own and any(experts for *_, experts in found))):
+            why = "the ranks have different ones" if others else "experts that ranks share have groups of their own"
             wrong.append(
-                "the learning rate scheduler was made for the parameter groups of one rank, but the ranks have "
-                "different ones: pass initialize a function that makes it, lr_scheduler=lambda optimizer: ..."
+                f"the learning rate scheduler was made for the parameter groups of one rank, but {why}: pass "
+                "initialize a function that makes it, lr_scheduler=lambda optimizer: ..."
             )
         raise_everywhere(wrong)
 
@@ -157,13 +166,26 @@ class GroupMap:
             found.sort(key=lambda pair: order[pair[0]])
             if not any(param.requires_grad for _, param in found):
                 found.append(spare.pop(0) if spare else (PLACEHOLDER, add_placeholder(self._model)))
-            groups.append(
-                group.options | {"params": [param for _, param in found], "param_names": [n for n, _ in found]}
-            )
+            groups.append(_of(found, group.options))
         for pair in spare:  # of optimizers before this one
             groups[0]["params"].append(pair[1])
             groups[0]["param_names"].append(pair[0])
         return groups
+
+    def _experts_of(self, groups: list[ParamGroup]) -> list[ParamGroup]:
+        """Take experts that ranks share out of groups; the groups of their own that DeepSpeed's optimizers want."""
+        made: list[ParamGroup] = []
+        for group in groups if not any(group.get("moe") for group in groups) else ():
+            kept: list[tuple[str, nn.Parameter]] = []
+            shared: dict[str, list[tuple[str, nn.Parameter]]] = {}
+            for name, param in zip(group["param_names"], group["params"], strict=True):
+                apart = is_moe_param(param) and param.requires_grad
+                (shared.setdefault(param.group_name, []) if apart else kept).append((name, param))
+            made += [_of(pairs, group | {"name": key, "moe": True}) for key, pairs in shared.items()]
+            if shared and not any(param.requires_grad for _, param in kept):
+                kept.append((PLACEHOLDER, add_placeholder(self._model)))
+            group.update(_of(kept))
+        return made
 
     def apply(self) -> tuple[Optimizer, list[ParamEntry] | None]:
         """What to give DeepSpeed: the optimizer, the user's own over the parameters of this rank; and the parameters,
@@ -171,6 +193,8 @@ class GroupMap:
         if self._groups is None:
             return self._optimizer, None
         placed = self._placed()
+        if self._own or not self._flat:
+            placed += self._experts_of(placed)
         named = self._own and any("param_names" in group for group in self._groups)
         for group in placed if not named else ():
             del group["param_names"]
@@ -183,6 +207,11 @@ class GroupMap:
                     self._groups.append(group)
             return self._optimizer, None
         return self._optimizer, list(placed[0]["params"]) if self._flat else placed
+
+
+def _of(pairs: list[tuple[str, nn.Parameter]], options: ParamGroup | None = None) -> ParamGroup:
+    """A group of parameters with their names."""
+    return (options or {}) | {"params": [param for _, param in pairs], "param_names": [name for name, _ in pairs]}
 
 
 def check_dtypes(

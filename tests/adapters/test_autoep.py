@@ -1,0 +1,294 @@
+"""Experts of transformers' models shared by replicas ("expert_parallel"), against the whole model in one process."""
+
+from __future__ import annotations
+
+import copy
+import functools
+
+import autoep_runs
+import models
+import pytest
+import torch
+import training
+from safetensors.torch import load_file
+
+from dualpipe_engine.cli import main
+from dualpipe_engine.engine.config import read_config
+from dualpipe_engine.errors import ConfigError
+from dualpipe_engine.models.autoep.section import KEYS, REFUSED, read_section
+
+ROUTERS = models.ROUTERS
+SCHEDULES = ("dualpipe", "dualpipev", "zb1p")
+NAMES = ("mixtral", "mixtral" + ROUTERS, "qwen3_moe", "qwen3_moe" + ROUTERS, "deepseek_v3")
+#: An expert without a token is that of DeepSeek-V3, whose bias pushes tokens away from it.
+SHORT = [("mixtral" + ROUTERS, "dualpipe"), ("deepseek_v3", "dualpipev"), ("qwen3_moe", "zb1p")]
+REST = [(name, schedule) for name in NAMES for schedule in SCHEDULES if (name, schedule) not in SHORT]
+
+
+def compare(found, case, whole):
+    """Loss and gradients of all ranks with those of the whole model."""
+    total, grads = whole
+    seen = set()
+    for rank in found:
+        assert rank["loss"] == pytest.approx(total, rel=1e-5), case
+        for name, grad in rank["grads"].items():
+            expected = grads.get(name)
+            if expected is None:  # of a buffer
+                continue
+            torch.testing.assert_close(grad, expected, rtol=1e-5, atol=1e-6, msg=lambda text, n=name: f"{n}: {text}")
+            seen.add(name)
+    assert seen == grads.keys()
+
+
+def check(ranks, pairs, **more):
+    """With phases and without, which agree to the last bit."""
+    cases = [
+        {"name": name, "schedule": schedule, "overlap": overlap, **more}
+        for name, schedule in pairs
+        for overlap in ("auto", False)
+    ]
+    found = ranks.run(more.get("ranks", 2) * 2, autoep_runs.each, cases=cases)
+    wholes = {}
+    for index, case in enumerate(cases):
+        mine = [rank[index] for rank in found]
+        key = case["name"]
+        if key not in wholes:
+            wholes[key] = autoep_runs.whole(key, changes=more.get("changes"))
+        compare(mine, case, wholes[key])
+        for rank in mine:
+            assert rank["unphased"] == {}, case
+            assert rank["transfers"] in ([], ["combine", "counts", "dispatch"]), case
+            assert not any(".experts." in name or ".router." in name for name, _ in rank["split"]), case
+        assert any(rank["transfers"] for rank in mine) == bool(case["overlap"]), case
+        if case["overlap"] and case["schedule"] == "dualpipe":
+            assert any(rank["pairs"] for rank in mine), case
+    for rank in found:
+        for phased, plain in zip(rank[::2], rank[1::2], strict=True):
+            assert phased["loss"] == plain["loss"]
+            for name, grad in phased["grads"].items():
+                assert torch.equal(grad, plain["grads"][name]), name
+    return found
+
+
+@pytest.mark.parametrize("pairs", [SHORT, pytest.param(REST, marks=pytest.mark.all)], ids=["short", "rest"])
+def test_gradients_are_those_of_the_whole_model(ranks, pairs):
+    found = check(ranks, pairs)
+    for index, (name, _) in enumerate(pairs):
+        if name == "deepseek_v3":
+            grads = [
+                grad[-1]
+                for rank in found
+                for key, grad in rank[2 * index]["grads"].items()
+                if ".experts." in key and "shared" not in key
+            ]
+            assert grads and not any(grad.any() for grad in grads), "the last expert has no token"
+
+
+@pytest.mark.all
+def test_on_eight_ranks(ranks):
+    check(ranks, [("qwen3_moe" + ROUTERS, "dualpipe")], ranks=4, changes={"blocks": 4})
+
+
+@pytest.mark.all
+def test_recomputed(ranks):
+    check(ranks, [("mixtral" + ROUTERS, "dualpipe")], recompute=True)
+
+
+@pytest.mark.parametrize("name", ["mixtral" + ROUTERS, pytest.param("deepseek_v3", marks=pytest.mark.all)])
+def test_training_and_checkpoints(ranks, tmp_path, name):
+    found = ranks.run(4, autoep_runs.train, name=name, folder=str(tmp_path))
+    losses, weights = autoep_runs.train_whole(name)
+    for rank in found:
+        assert rank["losses"] == pytest.approx(losses, rel=1e-4)
+        assert rank["resumed"] == rank["losses"][2:], "a resumed run goes on bit for bit"
+        assert rank["moved"] == pytest.approx(rank["evaluated"], rel=1e-6), "files hold the block that was replaced"
+        assert rank["experts"] and set(rank["experts"].values()) == {2 if name.startswith("mixtral") else 4}
+    assert main(["export", "--checkpoint", str(tmp_path), "--out", str(tmp_path / "exported")]) == 0
+    exported = load_file(tmp_path / "exported" / "model.safetensors")
+    assert exported.keys() == found[0]["weights"].keys() == weights.keys()
+    assert all(torch.equal(exported[key], value) for key, value in found[0]["weights"].items())
+    for key, value in found[0]["weights"].items():
+        torch.testing.assert_close(value, weights[key], rtol=1e-4, atol=1e-5, msg=lambda text, k=key: f"{k}: {text}")
+
+
+def test_layers_of_a_users_own(ranks):
+    found = ranks.run(4, autoep_runs.own_layers_both)
+    assert [text.split(",")[0] for text in found[0][0]["said"]] == ["layer 2 runs without phases"]
+    for phased, plain in found:
+        assert phased["losses"] == plain["losses"]
+        assert phased["transfers"] and not plain["transfers"]
+        reason = "what it does after its experts is more than adding the residual stream"
+        assert phased["unphased"] == {2: reason} and plain["unphased"] == {}
+
+
+def test_sizes_that_do_not_fit_are_refused_on_every_rank(ranks):
+    cases = {
+        "replicas": ({"section": {"autoep_size": 4}}, "does not divide the 2 replicas"),
+        "experts": (
+            {"changes": {"num_local_experts": 3}},
+            "does not divide the 3 experts of layer 1: take one of 1, 3",
+        ),
+        "no experts": ({"name": "llama"}, "no layer has a block of experts"),
+        "tensor parallelism": (
+            {"model_parallel": 2, "section": {"autoep_size": 1}},
+            "and tensor parallelism do not go",
+        ),
+    }
+    calls = {name: call for name, (call, _) in cases.items()}
+    for rank in ranks.run(4, training.refusals, call=autoep_runs.fails, cases=calls):
+        for name, (kind, text) in rank.items():
+            assert kind == "ConfigError" and cases[name][1] in text, name
+
+
+def plain(**keys):
+    return {"pipeline": {"schedule": "dualpipe"}, "expert_parallel": {"enabled": True, **keys}}
+
+
+WRONG = {
+    "enabled": {"enabled": 1},
+    "autoep_size": {"autoep_size": 0},
+    "autoep_siz": {"autoep_siz": 2},
+    "top_k": {"top_k": "2"},
+    "route_norm": {"route_norm": "yes"},
+    "use_grouped_mm": {"use_grouped_mm": "no"},
+    "moe_layer_pattern": {"moe_layer_pattern": "("},
+    "preset_model": {"preset_model": "mixtra"},
+    "shared_experts_pattern": {"shared_experts_pattern": "shared"},
+    "shared_experts_gate_pattern": {"shared_experts_gate_pattern": "shared"},
+    "route_scale": {"route_scale": 2.0, "routed_scaling_factor": 3.0},
+    "top_k_attr": {"top_k_attr": "top", "top_k": 2},
+    "disable_triton_grouped_mm": {"disable_triton_grouped_mm": True, "use_grouped_mm": False},
+    "combine_impl": {"combine_impl": "fused_weighted_sum"},
+    "gate_up_impl": {"gate_up_impl": "fused", "use_grouped_mm": False},
+    "score_func": {"score_func": "relu"},
+}
+WRONG |= {
+    "comm_backend": {"comm_backend": "deepep"},
+    "comm_num_sm": {"comm_num_sm": 8},
+    "comm_qp_margin": {"comm_qp_margin": 8},
+    "comm_max_tokens_per_rank": {"comm_max_tokens_per_rank": 8},
+    "row_weighting_impl": {"row_weighting_impl": "eager"},
+    "async_split_plan": {"async_split_plan": True},
+    "expert_tensor_parallel_size": {"expert_tensor_parallel_size": 2},
+    "validate_folding_routing": {"validate_folding_routing": True},
+    "load_balance_coeff": {"load_balance_coeff": 0.1},
+}
+
+
+@pytest.mark.parametrize("key", WRONG)
+def test_what_cannot_work_is_refused(key):
+    with pytest.raises(ConfigError, match=key):
+        read_config(plain(**WRONG[key]))
+    read_config(plain(**{key: off[0] for key, (off, _) in REFUSED.items() if off}))
+    if key != "enabled":
+        read_config(plain(**WRONG[key]) | {"expert_parallel": {"enabled": False, **WRONG[key]}})
+    assert REFUSED.keys() <= WRONG.keys()
+
+
+@functools.cache
+def mixtral_block():
+    return models.model_of(autoep_runs.config_of("mixtral")).model.layers[0]
+
+
+def layer_of(block=None, **keys):
+    """What takes the place of the block of experts of a layer."""
+    from dualpipe_engine.models.autoep.find import find_blocks
+    from dualpipe_engine.models.autoep.layer import SharedMoE
+
+    block = copy.deepcopy(mixtral_block()) if block is None else block
+    [(path, spec, completed)] = find_blocks(block, 0, read_section({"enabled": True, **keys}))
+    return SharedMoE(spec, block.get_submodule(path), 1, 0, completed), spec
+
+
+#: Keys -> what becomes of them in the layer and its specification.
+REACH = [
+    ({"top_k": 1}, lambda layer, spec: layer.top_k == 1),
+    ({"score_func": "sigmoid"}, lambda layer, spec: layer.router.score_func == "sigmoid"),
+    ({"score_apply": "pre"}, lambda layer, spec: layer.score_apply == "pre"),
+    ({"route_norm": False}, lambda layer, spec: layer.router.route_norm is False),
+    ({"route_scale": 2.0}, lambda layer, spec: layer.router.route_scale == 2.0),
+    ({"routed_scaling_factor": 3.0}, lambda layer, spec: layer.router.route_scale == 3.0),
+    (
+        {"num_expert_groups": 2, "num_limited_groups": 1},
+        lambda layer, spec: (layer.router.num_expert_groups, layer.router.num_limited_groups) == (2, 1),
+    ),
+    ({"use_grouped_mm": False}, lambda layer, spec: layer.experts.use_grouped_mm is False),
+    ({"gate_up_impl": "fused"}, lambda layer, spec: layer.experts.gate_up_impl == "fused"),
+    ({"combine_impl": "legacy_bmm"}, lambda layer, spec: layer.combine_impl == "legacy_bmm"),
+    ({"expert_activation": "geglu_tanh"}, lambda layer, spec: layer.experts.activation == "geglu_tanh"),
+    ({"preset_model": "qwen3_moe"}, lambda layer, spec: spec.model_family == "qwen3_moe"),
+]
+
+
+class Pool(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        for name, shape in (("inward", (4, 12, 8)), ("outward", (4, 8, 12)), ("beside", (4, 12, 8))):
+            self.register_parameter(name, torch.nn.Parameter(torch.randn(shape)))
+
+
+class Custom(torch.nn.Module):
+    """A layer with experts under names of its own."""
+
+    def __init__(self):
+        super().__init__()
+        self.moe = torch.nn.Module()
+        self.moe.route, self.moe.pool = torch.nn.Linear(8, 4, bias=False), Pool()
+        self.moe.always, self.moe.share = torch.nn.Linear(8, 8), torch.nn.Linear(8, 1)
+        self.config = type("Config", (), {"model_type": "mine", "many": 4, "few": 2})()
+
+
+CUSTOM = {
+    "moe_layer_pattern": r"model\.layers\.\d+\.moe",
+    "router_pattern": "route",
+    "expert_pattern": "pool",
+    "expert_w1": "inward",
+    "expert_w2": "outward",
+    "expert_w3": "beside",
+    "num_experts_attr": "many",
+    "top_k_attr": "few",
+    "has_shared_experts": True,
+    "shared_experts_pattern": "always",
+    "shared_experts_gate_pattern": "share",
+}
+
+
+def test_every_key_reaches_the_layers(monkeypatch):
+    for keys, reached in REACH:
+        layer, spec = layer_of(**keys)
+        assert reached(layer, spec), keys
+        assert not reached(*layer_of()), keys
+    layer, spec = layer_of(block=Custom(), **CUSTOM)
+    assert (layer.num_experts, layer.top_k, layer.hidden_size) == (4, 2, 8)
+    assert layer.experts.w3.shape == (4, 12, 8) and layer.shared_experts_gate.out_features == 1
+    from deepspeed.accelerator import get_accelerator
+
+    monkeypatch.setattr(type(get_accelerator()), "prefer_triton_grouped_mm", lambda self: True)
+    assert layer_of()[0].experts.use_triton_grouped_mm
+    assert not layer_of(disable_triton_grouped_mm=True)[0].experts.use_triton_grouped_mm
+    tried = {key for keys, _ in REACH for key in keys} | CUSTOM.keys() | REFUSED.keys()
+    assert set(KEYS) - tried == {"enabled", "autoep_size", "disable_triton_grouped_mm"}
+
+
+def test_state_dicts_have_the_names_of_the_block():
+    block = Custom()
+    layer, _ = layer_of(block=block, **CUSTOM)
+    source = {name: tensor.clone() for name, tensor in block.moe.state_dict().items()}
+    with layer.whole(keep=True):
+        found = layer.state_dict(prefix="a.")
+    assert found.keys() == {f"a.{name}" for name in source}
+    assert all(torch.equal(found[f"a.{name}"], tensor) for name, tensor in source.items())
+    changed = {name: tensor + 1 for name, tensor in source.items()}
+    layer.load_state_dict(changed)
+    with layer.whole(keep=True):
+        assert all(torch.equal(tensor, changed[name]) for name, tensor in layer.state_dict().items())
+
+
+@pytest.mark.all
+def test_training_in_bf16(ranks, tmp_path):
+    found = ranks.run(4, autoep_runs.train, name="qwen3_moe" + ROUTERS, folder=str(tmp_path), precision="bf16")
+    losses, _ = autoep_runs.train_whole("qwen3_moe" + ROUTERS)
+    for rank in found:
+        assert rank["losses"] == pytest.approx(losses, rel=0.02)
+        assert rank["resumed"] == rank["losses"][2:]
+        assert rank["moved"] == pytest.approx(rank["evaluated"], rel=0.01)
