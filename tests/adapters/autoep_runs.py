@@ -179,6 +179,22 @@ def train(name, folder, steps=2, replicas=2, precision="fp32"):
     }
 
 
+def stages_of_zero(cases):
+    """Losses and the last norm of two clipped steps, for each of (schedule, ZeRO stage, keys of the section)."""
+    import dualpipe_engine
+
+    found = []
+    for schedule, zero, section in cases:
+        module = built("qwen3_moe" + models.ROUTERS, 2, 2)
+        config = settings(schedule, zero=zero, section=section, check_twins=1) | {"gradient_clipping": 0.5}
+        engine, *_ = dualpipe_engine.initialize(model=module, config=config)
+        data = streams(2)[engine.place.replica]
+        losses = [float(engine.train_batch(data)) for _ in range(2)]
+        found.append([*losses, float(engine.get_global_grad_norm())])
+        engine.destroy()
+    return found
+
+
 def blocks_of(module):
     """Number and decoder layer of each layer of this rank that has experts."""
     from dualpipe_engine.models.autoep.layer import SharedMoE
