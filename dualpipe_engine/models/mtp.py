@@ -25,7 +25,7 @@ from .dispatch import State
 class Embedding(Protocol):
     """What the first layer of the model has.
 
-    Args:
+    Attributes:
         table: of all tokens.
         depth: of multi-token prediction.
     """
