@@ -13,6 +13,7 @@ import training
 
 from dualpipe_engine.errors import PipelineRuntimeError
 from dualpipe_engine.faults import watch as watching
+from dualpipe_engine.faults.watched import watched
 from dualpipe_engine.schedule.op import F, Op
 from dualpipe_engine.schedule.progress import Position, is_waiting, waiting
 
@@ -105,7 +106,7 @@ def test_no_loss_comes_out_of_a_batch_whose_job_was_aborted(watch):
         def __init__(self):
             self.watch = watch
 
-        @watching.watched
+        @watched
         def train_batch(self):
             watch._lifeline.decide("rank 3 is lost")
             return 1.25
