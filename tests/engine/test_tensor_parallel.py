@@ -29,11 +29,12 @@ def test_float64_gradients_equal_one_process(ranks):
     assert all(rank["dualpipe"]["share"] > 0.6 for rank in found), "sliced matrices are left to W"
 
 
+@pytest.mark.all
 @pytest.mark.parametrize(
     "case",
     [
         {"schedule": "dualpipe", "replicas": 2, **FOUR},
-        pytest.param({"schedule": "dualpipe", "ranks": 4, "slices": 2, "micros": 5}, marks=pytest.mark.all),
+        {"schedule": "dualpipe", "ranks": 4, "slices": 2, "micros": 5},
     ],
     ids=["2 x 2 x 2", "4 x 2"],
 )

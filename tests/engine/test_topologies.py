@@ -65,6 +65,7 @@ def test_dualpipe(ranks, kind, names):
     check(ranks.run(4, topology_runs.many, cases=cases))
 
 
+@pytest.mark.all
 def test_compiled_by_the_engine(ranks):
     check(ranks.run(2, topology_runs.many, cases={"": {"schedule": "dualpipe", "ranks": 2, **OTHERS[COMPILED]}}))
 

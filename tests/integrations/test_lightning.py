@@ -46,6 +46,7 @@ def test_training_evaluation_and_resume(ranks, tmp_path):
         ranks.run(4, runs.train, kind="piped", folder=str(tmp_path / "four"), devices=4, resume=str(saved))
 
 
+@pytest.mark.all
 def test_accumulated_batches(ranks, tmp_path):
     """On four devices."""
     options = {"accumulate": 2, "steps": 4}

@@ -54,6 +54,7 @@ def test_trains_evaluates_saves_and_resumes_like_one_process(ranks, oracle, tmp_
             torch.testing.assert_close(found[name], value, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.all
 def test_replicas_share_the_batches(ranks, tmp_path):
     """Two pipelines of two stages with 4 rows each: the samples of a step differ from 8 rows in one process."""
     found = ranks.run(4, runs.train, folder=str(tmp_path), num_chunks=3, num_stages=2, schedule="dualpipev")

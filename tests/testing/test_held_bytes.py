@@ -16,7 +16,6 @@ REPLICAS = {"ranks": 2, "replicas": 2}
     [
         ("dualpipe", {"ranks": 4}, ZERO[1:4]),
         ("dualpipe", REPLICAS, ZERO[-2:]),
-        ("dualpipev", REPLICAS, ZERO[1:4]),
         (None, REPLICAS, [ZERO[1], ZERO[3]]),
         pytest.param("dualpipe", {"ranks": 4}, ZERO, marks=pytest.mark.all),
         pytest.param("dualpipe", REPLICAS, ZERO, marks=pytest.mark.all),

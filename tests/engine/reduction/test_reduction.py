@@ -18,7 +18,9 @@ CASES = {
     )
     for zero, precision in settings
 }
-MORE = [name for name in CASES if name.startswith(("4 x 11", "4 x 3, ZeRO-0, bf16", "4 x 3, ZeRO-1, fp32"))]  #: --all
+MORE = [
+    name for name in CASES if name.startswith(("4 x 11", "4 x 8, ZeRO-1", "4 x 3, ZeRO-0, bf16", "4 x 3, ZeRO-1, fp32"))
+]  #: --all
 REPLICAS = {
     f"replicas of {schedule}, ZeRO-{zero}": (2, 3, 2, zero, "fp32", schedule)
     for schedule in ("dualpipe", "zb1p")
