@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 MOST_BOXES = 12_000  #: of a drawing; above, each column of time shows what fills most of it
 COLUMNS = 1200
 _MS = 1e3
+_BELOW = {"orientation": "h", "yref": "container", "y": 0, "yanchor": "bottom"}
 _SHARES = {
     F: PALETTE[F][1],
     I: PALETTE[I][1],
@@ -70,7 +71,7 @@ def schedules(drawings: Mapping[str, Timeline]) -> Figure:
         barmode="overlay",
         bargap=0.08,
         height=140 + len(drawings) * min(900, 70 + 28 * ranks),
-        legend={"orientation": "h", "yref": "container", "y": 0, "yanchor": "bottom"},
+        legend=_BELOW,
         uniformtext={"minsize": 7, "mode": "hide"},
         hoverlabel={"align": "left"},
         dragmode="zoom",
@@ -175,9 +176,7 @@ def where_time_goes(profile: Profile) -> Figure:
         if any(rank.seconds.get(category) for rank in profile.ranks)
     ]
     figure = Figure(bars)
-    figure.update_layout(
-        barmode="stack", height=130 + 30 * len(names), legend={"orientation": "h", "y": -0.3, "traceorder": "normal"}
-    )
+    figure.update_layout(barmode="stack", height=130 + 30 * len(names), legend=_BELOW | {"traceorder": "normal"})
     figure.update_yaxes(autorange="reversed")
     figure.update_xaxes(title_text="ms of a step")
     return figure
@@ -206,7 +205,7 @@ def communication(profile: Profile) -> Figure:
                     hovertemplate="%{x}: %{y:.2f} ms %{fullData.name}<extra></extra>",
                 )
             )
-    figure.update_layout(barmode="stack", height=340, legend={"orientation": "h", "y": -0.2})
+    figure.update_layout(barmode="stack", height=340, legend=_BELOW)
     figure.update_yaxes(title_text="ms of a step")
     return figure
 
@@ -272,7 +271,7 @@ def curves(history: Sequence[Mapping[str, float]]) -> Figure | None:
                 "showgrid": False,
             }
         )
-    figure.update_layout(height=340, legend={"orientation": "h", "y": -0.2})
+    figure.update_layout(height=340, legend=_BELOW)
     figure.update_xaxes(title_text="step")
     figure.update_yaxes(title_text="loss", selector={"overlaying": None})
     return figure

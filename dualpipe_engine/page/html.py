@@ -160,6 +160,8 @@ def _findings(run: Run) -> str:
     lines = []
     for each in found:
         gain = "" if each.gain is None else f"; expected gain {_ms(each.gain)} a step"
+        if each.gain is not None and each.gain < 0:
+            gain = f"; gains memory, for {_ms(-each.gain)} a step"
         lines.append(
             f"<li><b>{escape(each.name)}</b>: {escape(each.fact)}<br>{escape(each.advice)} "
             f"<small>costs {_ms(each.cost)} a step{gain}</small></li>"
