@@ -4,23 +4,16 @@ from __future__ import annotations
 
 from contextlib import ExitStack
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import nn
 
 from ..errors import ConfigError, MissingExtraError
-from ..schedule.plain_json import parse
+from ..models.safetensors_folder import files_of
 from .conversion import sources_of
 from .losses import ModelConfig
 from .stage import Stage
-
-if TYPE_CHECKING:
-    pass
-
-
-INDEX = "model.safetensors.index.json"
-SINGLE = "model.safetensors"
 
 
 def empty_model(config: ModelConfig, folder: str | None) -> nn.Module:
@@ -69,7 +62,7 @@ class Weights:
 
     def __init__(self, model: nn.Module, folder: str | None) -> None:
         self._model = model
-        self._files: dict[str, Path] | None = None if folder is None else _files(Path(folder))
+        self._files: dict[str, Path] | None = None if folder is None else files_of(Path(folder))
         self._sources = sources_of(model, self._files or ())
 
     def fill(self, stage: Stage) -> None:
@@ -129,19 +122,6 @@ def _number(name: str) -> int:
     import zlib
 
     return zlib.crc32(name.encode())
-
-
-def _files(folder: Path) -> dict[str, Path]:
-    """Weight -> file."""
-    if (folder / INDEX).exists():
-        weights = parse((folder / INDEX).read_text())["weight_map"]
-        return {name: folder / file for name, file in weights.items()}
-    if not (folder / SINGLE).exists():
-        raise ConfigError(f"{folder} has neither {INDEX} nor {SINGLE}: save the model there with save_pretrained")
-    from safetensors import safe_open
-
-    with safe_open(folder / SINGLE, framework="pt") as opened:
-        return dict.fromkeys(opened.keys(), folder / SINGLE)
 
 
 def materialize(module: nn.Module, device: torch.device) -> None:

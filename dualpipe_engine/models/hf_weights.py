@@ -10,26 +10,23 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from pathlib import Path
 from types import ModuleType
-from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from ..comm.from_all import from_all
 from ..errors import ConfigError, MissingExtraError
-from ..schedule.plain_json import parse
 from .block import DenseBlock, MoEBlock
 from .config import MoEConfig
 from .experts import Experts
 from .mtp import MTPBlock
+from .safetensors_folder import INDEX, files_of
 from .transformer import EMBEDDING, FinalNorm, Head, TokenEmbedding
 
 if TYPE_CHECKING:
     from transformers import DeepseekV3Config
-
-Gathered = TypeVar("Gathered")
-
-INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
 
 _ATTENTION = {
     "query": "q_proj",
@@ -145,7 +142,7 @@ def load(module: nn.Module, config: MoEConfig, folder: str | Path) -> None:
     if hasattr(module, "dualpipe_placement"):
         raise ConfigError("load weights before dualpipe_engine.initialize: the optimizer has its own copies after it")
     opening = _safetensors().safe_open
-    files = _files(Path(folder), opening)
+    files = files_of(Path(folder))
     with ExitStack() as stack:
         opened: dict[Path, Any] = {}
 
@@ -202,7 +199,7 @@ def save(module: nn.Module, config: MoEConfig, folder: str | Path, hf_config: De
     together = dist.is_initialized()
     rank = dist.get_rank() if together else 0
     owner: dict[int, int] = {}
-    for holder, theirs in enumerate(_gathered(list(mine), together)):
+    for holder, theirs in enumerate(from_all(list(mine)) if together else [list(mine)]):
         for number in theirs:
             owner.setdefault(number, holder)
     order = sorted(owner)
@@ -219,7 +216,7 @@ def save(module: nn.Module, config: MoEConfig, folder: str | Path, hf_config: De
             save_file(tensors, folder / name, metadata={"format": "pt"})
             written |= dict.fromkeys(tensors, name)
             size += sum(tensor.nbytes for tensor in tensors.values())
-    found = _gathered((written, size), together)
+    found = from_all((written, size)) if together else [(written, size)]
     if rank == 0:
         weight_map = {name: file for part, _ in found for name, file in part.items()}
         index = {"metadata": {"total_size": sum(part for _, part in found)}, "weight_map": weight_map}
@@ -245,25 +242,6 @@ def _published(layer: nn.Module, number: int, config: MoEConfig) -> dict[str, Te
             if f"{shared}.weight" in found:
                 found[f"{prefix}{copy}.weight"] = found[f"{shared}.weight"].clone()
     return found
-
-
-def _gathered(mine: Gathered, together: bool) -> list[Gathered]:
-    """What all ranks have."""
-    found = [mine] * (dist.get_world_size() if together else 1)
-    if together:
-        dist.all_gather_object(found, mine)
-    return found
-
-
-def _files(folder: Path, opening: Callable[..., Any]) -> dict[str, Path]:
-    """Entry -> file."""
-    if (folder / INDEX).exists():
-        weights = parse((folder / INDEX).read_text())["weight_map"]
-        return {name: folder / file for name, file in weights.items()}
-    if not (folder / SINGLE).exists():
-        raise ConfigError(f"{folder} has neither {INDEX} nor {SINGLE}: take a folder of safetensors")
-    with opening(folder / SINGLE, framework="pt") as opened:
-        return dict.fromkeys(opened.keys(), folder / SINGLE)
 
 
 def _safetensors() -> ModuleType:

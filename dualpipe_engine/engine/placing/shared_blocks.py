@@ -3,9 +3,6 @@ between replicas after it."""
 
 from __future__ import annotations
 
-from typing import Any
-
-import torch.distributed as dist
 from deepspeed.module_inject.auto_ep_config import AutoEPConfig
 from deepspeed.module_inject.auto_ep_layer import ReplacementSourceMap, collect_replacement_sources
 from deepspeed.moe.layer import MoE
@@ -13,6 +10,7 @@ from deepspeed.pipe import PipelineModule
 from deepspeed.runtime.pipe.engine import PipelineEngine
 from torch import nn
 
+from ...comm.from_all import from_all
 from ...errors import ConfigError
 from ...models.autoep.decoder import offer_phases
 from ...models.autoep.find import Found, find_blocks
@@ -65,9 +63,7 @@ def check_blocks(module: PipelineModule, config: AutoEPConfig) -> None:
             found += len(_blocks(layer.module, number, config))
         except ConfigError as error:
             wrong.append(str(error))
-    counts: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(counts, found)
-    if not wrong and not sum(counts):
+    if not sum(from_all(found)) and not wrong:
         wrong.append(
             'no layer has a block of experts that "expert_parallel" knows: name it by moe_layer_pattern, as a part of '
             "model.layers.N where N is the number of the layer, or leave expert_parallel out"
