@@ -163,7 +163,7 @@ class _Adding:
         pass
 
 
-def _sums_of(module: PipelineModule, dtype: torch.dtype | None) -> list[tuple[torch.Tensor, torch.Tensor]]:
+def _sums_of(module: torch.nn.Module, dtype: torch.dtype | None) -> list[tuple[torch.Tensor, torch.Tensor]]:
     if dtype is None:
         return []
     return [(param, torch.zeros_like(param, dtype=dtype)) for param in module.parameters() if param.requires_grad]
