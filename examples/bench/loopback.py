@@ -165,8 +165,7 @@ class Bench:
         return seconds
 
     def _timed(self, run: Callable[[], None]) -> float:
-        """Seconds of one of `IN_A_ROW`, the median over the later half: in the earlier ones pairs learn which waits they
-        can fill."""
+        """Seconds of one of `IN_A_ROW`, the median over the later half: earlier pairs learn which waits to fill."""
         found = []
         for _ in range(2 * self._repeats):
             self._synchronize()
