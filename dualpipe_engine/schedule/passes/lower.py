@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import defaultdict
 
 from ...errors import PlanError
+from ..gc_paused import collector_paused
 from ..op import COMPUTE, GRADIENTS, NONE, REDUCE, STEP, F, Op, W, atoms
 from ..placement import Placement
 from ..plan import Plan
@@ -12,6 +13,7 @@ from ..plan import Plan
 _Slots = list[dict[int, list[Op]]]  # per rank: the ops to add at an index of the compute program
 
 
+@collector_paused()
 def lower(plan: Plan, *, train: bool = True) -> Plan:
     """Add sends, receives and the tail to the compute ops of every rank.
 
