@@ -24,13 +24,13 @@ from __future__ import annotations
 
 from collections import Counter, defaultdict, deque
 from dataclasses import dataclass
-from typing import NamedTuple
 
 from ...errors import PlanError
 from ..gc_paused import collector_paused
-from ..op import COMM, COMPUTE, FB, GRADIENTS, RECEIVES, REDUCE, SENDS, STEP, B, F, I, Op, W, atoms
+from ..op import COMM, COMPUTE, FB, GRADIENTS, REDUCE, SENDS, STEP, B, F, I, Op, W, atoms
 from ..plan import Plan
 from ..walk import walk
+from .routes import Routes
 
 
 class VerifyError(PlanError):
@@ -82,7 +82,7 @@ def verify(
     train = not kinds.isdisjoint((B, I, W, FB))
     lowered = not kinds <= COMPUTE
     peaks = [_check_compute(plan, rank, train, activation_cap, pending_w_cap) for rank in range(len(plan.programs))]
-    routes, receives = _Routes(plan), [0] * len(plan.programs)
+    routes, receives = Routes(plan.placement, plan.num_micro), [0] * len(plan.programs)
     if lowered:
         messages = _Messages()
         receives = [_check_transfers(plan, rank, routes, messages, recv_buffers) for rank in range(len(plan.programs))]
@@ -156,49 +156,6 @@ def _check_pair(plan: Plan, rank: int, index: int, op: Op) -> None:
         raise VerifyError(plan, 4, rank, index, "a pair holds different micro-batches")
 
 
-class _Ends(NamedTuple):
-    """Of an op that passes a tensor on or takes one.
-
-    Args:
-        home: the rank that runs its stage; None: the stage or the micro-batch is none of the plan's.
-        target: the other rank that what it makes, or sends, goes to; None: there is none.
-        source: the other rank that what it takes, or receives, comes from.
-    """
-
-    home: int | None
-    target: int | None
-    source: int | None
-
-
-class _Routes:
-    """The ends of ops, worked out once for each kind, stage and direction of micro-batches."""
-
-    def __init__(self, plan: Plan) -> None:
-        self._placement, self._num_micro = plan.placement, plan.num_micro
-        self._stages = range(plan.placement.num_stages)
-        self._known: dict[tuple[str, int, int], _Ends] = {}
-
-    def ends(self, op: Op) -> _Ends:
-        """Of an F, B, I or transfer."""
-        kind, stage, micro, _ = op
-        if not 0 <= micro < self._num_micro:
-            return _Ends(None, None, None)
-        key = kind, stage, self._placement.direction(micro)
-        found = self._known.get(key)
-        if found is None:
-            sends = op if kind in SENDS else None if kind in RECEIVES else op.send()
-            receives = op if kind in RECEIVES else None if kind in SENDS else op.receive()
-            home = self._placement.rank_of(stage, micro) if stage in self._stages else None
-            found = self._known[key] = _Ends(home, self._peer(home, sends), self._peer(home, receives))
-        return found
-
-    def _peer(self, home: int | None, transfer: Op | None) -> int | None:
-        if transfer is None or home is None or (other := transfer.other_end()).stage not in self._stages:
-            return None
-        peer = self._placement.rank_of(other.stage, other.micro)
-        return None if peer == home else peer
-
-
 class _Messages:
     """What all ranks send and receive.
 
@@ -212,7 +169,7 @@ class _Messages:
         self.received: dict[tuple[int, int], list[tuple[Op, int]]] = defaultdict(list)
 
 
-def _check_transfers(plan: Plan, rank: int, routes: _Routes, messages: _Messages, recv_buffers: int | None) -> int:
+def _check_transfers(plan: Plan, rank: int, routes: Routes, messages: _Messages, recv_buffers: int | None) -> int:
     """Rules 5 (each stands once), 6, 7 (buffers) and 8 on one rank; returns the most posted receives of one edge and
     kind."""
     made: set[tuple[bool, int, int]] = set()
@@ -306,7 +263,7 @@ def _check_tail(plan: Plan, train: bool) -> None:
             raise VerifyError(plan, 10, rank, index, f"rank {twin} reduces the same stages in another order")
 
 
-def _check_completion(plan: Plan, routes: _Routes | None) -> None:
+def _check_completion(plan: Plan, routes: Routes | None) -> None:
     """Rules 3, 4 and 7: run all programs, each op as soon as its inputs are there; with `routes` what goes to another
     rank is there when it is sent."""
     num_micro, last = plan.num_micro, plan.placement.num_stages - 1
