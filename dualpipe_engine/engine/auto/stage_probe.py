@@ -153,7 +153,7 @@ class _Adding:
     def accumulate(self, stage: int) -> None:
         for param, total in self._sums:
             if param.grad is not None:
-                total.add_(param.grad.to(total.dtype))
+                total.add_(param.grad)
                 param.grad = None
 
     def reduce(self, stage: int) -> None:
