@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import TypeAlias
 
+import torch
 import torch.distributed as dist
 from deepspeed.runtime.pipe.engine import PipelineEngine
 
+from ...comm.from_all import from_all
 from ...errors import CheckpointError
 from .files import DESCRIPTION, damage, damages, other_tags, peek
 from .sums import changed, listed
 
+Layout: TypeAlias = list[list[tuple[str | None, torch.Size]]]  #: name and shape of each parameter, by group
 LAYOUT = "dualpipe_layout"  #: in the saved state: the parameters that an optimizer steps
 
 
@@ -27,13 +30,10 @@ class CheckpointChecks(PipelineEngine):
         """
         needed = self._needed_files(folder, states)
         wrong = damages(needed)
-        readers: list[Any] = [None] * dist.get_world_size()
-        dist.all_gather_object(readers, [] if wrong else [str(path) for path in needed])
+        readers = from_all([] if wrong else [str(path) for path in needed])
         if not wrong:
             wrong = self._changed_files(folder, readers)
-        found: list[Any] = [None] * dist.get_world_size()
-        dist.all_gather_object(found, wrong)
-        all_wrong = sorted({each for rank in found for each in rank})
+        all_wrong = sorted({each for of_rank in from_all(wrong) for each in of_rank})
         if all_wrong:
             others = other_tags(folder)
             instead = f'; load tag="{others[-1]}" instead' if others else ""
@@ -89,7 +89,7 @@ class CheckpointChecks(PipelineEngine):
                 return []  # said elsewhere, or saved by fewer copies, as `_check_layout` will say
         return [Path(there[0] if there else names[0])]
 
-    def _layout(self) -> list[Any]:
+    def _layout(self) -> Layout:
         """Which parameters the optimizer of this rank steps, in its order: what its state belongs to."""
         if self.zero_optimization():
             return [list(group.items()) for group in self._get_zero_param_shapes()]
@@ -115,9 +115,7 @@ class CheckpointChecks(PipelineEngine):
                 why = f"its optimizer state is cut among {copies} copies of each stage, not {self.seq_dp_world_size}"
             elif same and layout is not None:
                 why = ""
-        found: list[Any] = [None] * dist.get_world_size()
-        dist.all_gather_object(found, why)
-        if reason := next(filter(None, found), None):
+        if reason := next(filter(None, from_all(why)), None):
             raise CheckpointError(
                 f"{folder} was saved by another schedule or other ranks: {reason}. Pass load_optimizer_states=False to "
                 "load the weights alone, or convert it (ZeRO-1 and ZeRO-2): `python -m "

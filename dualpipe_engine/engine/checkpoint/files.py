@@ -10,14 +10,14 @@ import zipfile
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path, PurePath
-from typing import Any, TypeAlias
 
 import torch
 from deepspeed.utils import logger
+from torch.serialization import MAP_LOCATION
 
 from ...errors import CheckpointError
 from ...schedule.plain_json import parse
-from ..given import CheckpointEngine
+from ..given import CheckpointEngine, SavedState
 
 PARTIAL = ".partial"  #: ending of a folder that is being written
 DESCRIPTION = "dualpipe.json"  #: in the folder of a checkpoint: the layers, for `dualpipe export`
@@ -149,11 +149,7 @@ def damages(paths: Iterable[Path]) -> list[str]:
     return [found for found in map(damage, paths) if found]
 
 
-Content: TypeAlias = Any
-"""What a file of `torch.save` holds."""
-
-
-def peek(path: Path, weights_only: bool = False) -> Content:
+def peek(path: Path, weights_only: bool = False) -> SavedState:
     """Load a file without reading its tensors before they are used.
 
     Args:
@@ -192,11 +188,11 @@ def naming_reads(reader: CheckpointEngine) -> Iterator[None]:
     """
     load = reader.load
 
-    def named(path: str, *args: Any, **kwargs: Any) -> Content:
+    def named(path: str, map_location: MAP_LOCATION = None) -> SavedState:
         with naming(path):
             if PurePath(path).name.startswith("layer_"):
-                return torch.load(path, *args, **kwargs, weights_only=True)
-            return load(path, *args, **kwargs)
+                return torch.load(path, map_location, weights_only=True)
+            return load(path, map_location)
 
     reader.load = named
     try:
