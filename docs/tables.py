@@ -123,7 +123,7 @@ def _fields(path: KeyPath, model: type[BaseModel]) -> Iterator[KeyPath]:
                 yield from _fields(inner, kind)
 
 
-def without_a_row(found: Sequence[str], rows: Sequence[keys.Row]) -> list[str]:
+def without_a_row(found: Sequence[str], rows: Sequence[keys.KeyRow]) -> list[str]:
     """Keys of DeepSpeed that no row names."""
     named = {path for row in rows for path in row.paths}
     sections = tuple(path.removesuffix("*") for path in named if path.endswith(".*"))
@@ -142,7 +142,7 @@ def configuration_page(found: Sequence[str]) -> str:
     return "\n".join(lines)
 
 
-def _names(row: keys.Row, found: Sequence[str]) -> str:
+def _names(row: keys.KeyRow, found: Sequence[str]) -> str:
     named = {path for rows in keys.TABLES.values() for each in rows for path in each.paths}
     shown: list[str] = []
     for path in row.paths:

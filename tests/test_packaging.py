@@ -30,11 +30,11 @@ FOREIGN = {
     "viz": {"rich", "matplotlib", "numpy"},
     "comm": {"torch"},
     "faults": {"torch"},
-    "runtime": {"torch"},
+    "runtime": {"torch", "typing_extensions"},  # which torch brings
     "profiling": {"rich"},
     "page": {"plotly"},
     "models": {"torch", "deepspeed", "transformers", "safetensors"},
-    "engine": {"torch", "deepspeed", "pydantic", "numpy", "safetensors"},
+    "engine": {"torch", "typing_extensions", "deepspeed", "pydantic", "numpy", "safetensors"},
     "adapters": {"torch", "deepspeed", "transformers", "safetensors"},
     "compat": {"torch"},
     "testing": {"torch"},
@@ -174,6 +174,44 @@ def test_the_drawing_has_the_rooms_in_their_order():
         assert [f"{top}.{name}" for name in names] == [
             room for room in ROOMS if room.startswith(f"{top}.") and (PACKAGE / room.replace(".", "/")).is_dir()
         ]
+
+
+#: What has no type, by the file that names it: DeepSpeed's and the user's objects, and what torch gives a Function.
+UNTYPED = {
+    "comm/nest.py": {"Nest"},
+    "engine/given.py": {
+        *("Settings", "ParamGroup", "Optimizer", "Scheduler", "Dataset", "Loader", "LayerEntry", "ParamEntry"),
+        *("ClientState", "SavedState", "EngineAttribute", "CheckpointEngine"),
+    },
+    "runtime/weight_grad_split.py": {"AutogradContext", "AutogradNode"},
+}
+
+
+def test_signatures_say_what_they_take():
+    """`Any` stands in no signature, no field and no alias but those of `UNTYPED`."""
+
+    def holds_any(node):
+        return node is not None and re.search(r"\bAny\b", ast.unparse(node))
+
+    untyped = {}
+    for path in (path for layer in ("comm", "runtime", "engine") for path in (PACKAGE / layer).rglob("*.py")):
+        name = path.relative_to(PACKAGE).as_posix()
+        tree = ast.parse(path.read_text())
+        for node in ast.walk(tree):
+            if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)):
+                given = node.args
+                arguments = [*given.posonlyargs, *given.args, *given.kwonlyargs, given.vararg, given.kwarg]
+                notes = [node.returns, *(each.annotation for each in arguments if each is not None)]
+            elif isinstance(node, ast.ClassDef):
+                notes = [each.annotation for each in node.body if isinstance(each, ast.AnnAssign)]
+            else:
+                continue
+            assert not any(map(holds_any, notes)), f"{node.name} in {name}"
+        for node in tree.body:  # at the top an assignment of types is an alias
+            if isinstance(node, ast.AnnAssign) and holds_any(node.value):
+                untyped.setdefault(name, set()).add(node.target.id)
+            assert not (isinstance(node, ast.Assign) and holds_any(node.value)), f"an alias in {name}"
+    assert untyped == UNTYPED
 
 
 def test_parts_of_the_engine_do_not_know_it():

@@ -20,8 +20,8 @@ from .losses import LossFn, ModelConfig
 from .messages import Inputs
 from .registry import Adapter, added_adapter, refuse_unfit
 from .result_check import check_result
-from .routed import RoutedRunner, Routing
-from .runner import Runner, Span
+from .routed import RoutedRunner, RouterLoss
+from .runner import BlockRange, Runner
 from .stage import Stage
 from .stubs import shadow
 
@@ -85,7 +85,7 @@ class ModelAdapter:
         self.model, self._weights = model, weights
         self._inputs = _inputs(model)
         routed = getattr(getattr(model, "config", None), "output_router_logits", False)
-        self._routing = Routing(model) if routed else None
+        self._routing = RouterLoss(model) if routed else None
         probe = _probe(model, self._inputs, example_inputs)
         self.chain = chain or find_chain(model, probe)
         self._shadows: dict[str, nn.Module] = {}
@@ -140,7 +140,7 @@ class ModelAdapter:
             raise ConfigError(f"{blocks} blocks cannot fill {num_partitions} stages: use at most {blocks}")
         each, more = divmod(blocks, num_partitions)
         start = index * each + min(index, more)
-        span = Span(start, start + each + (index < more), index == 0, index == num_partitions - 1)
+        span = BlockRange(start, start + each + (index < more), index == 0, index == num_partitions - 1)
         return Stage(self, (span,))
 
     def to_layer_specs(self) -> list[LayerSpec]:
@@ -155,11 +155,12 @@ class ModelAdapter:
         from deepspeed.pipe import LayerSpec, TiedLayerSpec
 
         count = len(self.chain.blocks)
-        begin, end = Span(0, 0, True, False), Span(count, count, False, True)
+        begin, end = BlockRange(0, 0, True, False), BlockRange(count, count, False, True)
         names = [type(self.model.get_submodule(name)).__name__ for name in self.chain.blocks]
         kinds = {name: type(name, (Stage,), {}) for name in {*names, "Embedding", "Head", "EmbeddingAndHead"}}
         middle = [
-            LayerSpec(kinds[name], self, (Span(index, index + 1, False, False),)) for index, name in enumerate(names)
+            LayerSpec(kinds[name], self, (BlockRange(index, index + 1, False, False),))
+            for index, name in enumerate(names)
         ]
         if not self.tied:
             return [LayerSpec(kinds["Embedding"], self, (begin,)), *middle, LayerSpec(kinds["Head"], self, (end,))]
@@ -182,7 +183,7 @@ class ModelAdapter:
 
     # -- for stages ----------------------------------------------------------------------------------------------
 
-    def names_of(self, spans: tuple[Span, ...]) -> list[str]:
+    def names_of(self, spans: tuple[BlockRange, ...]) -> list[str]:
         """The modules with weights that a stage owns, in the order of the model."""
         names: dict[str, None] = {}
         for span in spans:
@@ -193,7 +194,7 @@ class ModelAdapter:
                 names |= dict.fromkeys(self.chain.epilogue)
         return [name for name, _ in self.model.named_modules(remove_duplicate=False) if name in names]
 
-    def modules_of(self, spans: tuple[Span, ...]) -> dict[str, nn.Module]:
+    def modules_of(self, spans: tuple[BlockRange, ...]) -> dict[str, nn.Module]:
         """Those modules, and copies of the modules without weights that every stage runs, by name."""
         memo: dict[int, object] = {}
         owned = {}
@@ -204,7 +205,7 @@ class ModelAdapter:
             name: copy.deepcopy(self.model.get_submodule(name), memo) for name in self._kept if name not in owned
         }
 
-    def runner(self, span: Span, owned: dict[str, nn.Module]) -> Runner:
+    def runner(self, span: BlockRange, owned: dict[str, nn.Module]) -> Runner:
         given = (self.model, self.chain, owned, self._shadow, self._inputs, span)
         return Runner(*given) if self._routing is None else RoutedRunner(self._routing, *given)
 

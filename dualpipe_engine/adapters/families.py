@@ -18,7 +18,7 @@ class Family(NamedTuple):
         endings: of the names of their classes.
         loss: from a model, which has a `config`, to its own loss.
         embeds_only: whether token ids are for the embedding alone; of other models they travel to every stage.
-        routed: those (`config.model_type`) whose auxiliary loss over routers is that of `routed.Routing`.
+        routed: those (`config.model_type`) whose auxiliary loss over routers is that of `routed.RouterLoss`.
     """
 
     endings: tuple[str, ...]

@@ -8,6 +8,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
+from ..comm.from_all import from_all
 from ..engine.placing.experts import whole_experts
 from .stage import Stage
 
@@ -36,10 +37,9 @@ def gather_state_dict(engine: DeepSpeedEngine) -> dict[str, torch.Tensor]:
     with whole_experts(engine.module, keep=True):
         mine = {name: tensor.detach().to("cpu", copy=True) for name, tensor in named_weights(engine.module).items()}
     rank, world = dist.get_rank(), dist.get_world_size()
-    held: list[Any] = [None] * world
-    dist.all_gather_object(held, sorted(mine))
+    names_of_ranks = from_all(sorted(mine))
     whole: dict[str, torch.Tensor] = {}
-    owner = {name: source for source in reversed(range(world)) for name in held[source]}
+    owner = {name: source for source in reversed(range(world)) for name in names_of_ranks[source]}
     for source in range(world):
         names = sorted(name for name, first in owner.items() if first == source)
         if source == rank and rank != 0 and names:

@@ -39,7 +39,7 @@ class Sums(NamedTuple):
     rows: torch.Tensor
 
 
-class Routing:
+class RouterLoss:
     """What the auxiliary loss of a model is made from.
 
     Args:
@@ -124,7 +124,7 @@ class RoutedRunner(Runner):
         args: of `Runner`.
     """
 
-    def __init__(self, routing: Routing, *args: Any) -> None:
+    def __init__(self, routing: RouterLoss, *args: Any) -> None:
         super().__init__(*args)
         self._routing = routing
 

@@ -21,7 +21,7 @@ from .messages import Inputs
 from .stubs import End, Inject, Stub, Taken, first_tensor, placeholder
 
 
-class Span(NamedTuple):
+class BlockRange(NamedTuple):
     """Blocks `start` to `stop - 1`, with prologue or epilogue where `first` or `last` is set."""
 
     start: int
@@ -49,7 +49,7 @@ class Runner:
         owned: Mapping[str, nn.Module],
         shadows: Callable[[str], nn.Module],
         inputs: Inputs,
-        span: Span,
+        span: BlockRange,
     ) -> None:
         self._chain, self._shadows, self._inputs = chain, shadows, inputs
         self._start, self._stop, self._first, self._last = span

@@ -10,19 +10,19 @@ from torch import nn
 
 from ..comm.nest import Nest
 from .losses import ModelConfig
-from .runner import Runner, Span
+from .runner import BlockRange, Runner
 
 
-class Source(Protocol):
+class StageSource(Protocol):
     """What a stage asks of the adapter that it is cut from (`ModelAdapter`)."""
 
     def fill(self, stage: Stage) -> None: ...
 
-    def modules_of(self, spans: tuple[Span, ...]) -> dict[str, nn.Module]: ...
+    def modules_of(self, spans: tuple[BlockRange, ...]) -> dict[str, nn.Module]: ...
 
     def description(self) -> dict[str, object]: ...
 
-    def runner(self, span: Span, owned: dict[str, nn.Module]) -> Runner: ...
+    def runner(self, span: BlockRange, owned: dict[str, nn.Module]) -> Runner: ...
 
 
 class Stage(nn.Module):
@@ -39,7 +39,7 @@ class Stage(nn.Module):
     whole_model: dict[str, object]
     _runners: list[Runner]
 
-    def __init__(self, adapter: Source, spans: tuple[Span, ...]) -> None:
+    def __init__(self, adapter: StageSource, spans: tuple[BlockRange, ...]) -> None:
         super().__init__()
         owned = adapter.modules_of(spans)
         for name, module in owned.items():

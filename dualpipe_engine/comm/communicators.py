@@ -18,6 +18,7 @@ import torch
 import torch.distributed as dist
 
 from ..errors import ConfigError
+from .from_all import from_all
 
 Pair = tuple[int, int]  #: two ranks; of a directed edge source and destination
 
@@ -67,10 +68,9 @@ def open_pairs(
     Returns:
         For each round the group of this rank's pair; None where it is in none.
     """
-    found: list[Any] = [None] * dist.get_world_size()
     with _current(device):
-        dist.all_gather_object(found, tuple(map(tuple, rounds)))
-    pipelines = dict.fromkeys(found)  # each once, in the order of its lowest rank
+        rounds_of_ranks = from_all(tuple(map(tuple, rounds)))
+    pipelines = dict.fromkeys(rounds_of_ranks)  # each once, in the order of its lowest rank
     split, mine = _can_split(), dist.get_rank()
     groups: list[dist.ProcessGroup | None] = []
     for number in range(max(map(len, pipelines))):

@@ -111,7 +111,7 @@ def pinned_empty(shape: Sequence[int], dtype: torch.dtype) -> Tensor:
     return torch.empty(shape, dtype=dtype, pin_memory=True)
 
 
-class Moment:
+class EventMoment:
     """An instant on a stream; see `comm.tickets.Moment`."""
 
     def __init__(self, stream: torch.Stream) -> None:

@@ -15,7 +15,6 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import accumulate
-from typing import Any
 
 import torch
 from torch.utils import _pytree as pytree
@@ -56,8 +55,8 @@ class TensorMeta:
 class MessageMeta:
     """A flattened nest: `leaves` holds a `TensorMeta` for each tensor and the value itself for anything else."""
 
-    leaves: tuple[Any, ...]
-    spec: Any
+    leaves: tuple[object, ...]
+    spec: pytree.TreeSpec | None
 
     @cached_property
     def tensors(self) -> tuple[TensorMeta, ...]:
@@ -80,7 +79,7 @@ class MessageMeta:
         if self.spec is not None or not isinstance(value, torch.Tensor):
             return False
         (meta,) = self.leaves
-        return value.shape == meta.shape and value.dtype == meta.dtype
+        return isinstance(meta, TensorMeta) and value.shape == meta.shape and value.dtype == meta.dtype
 
     def describe(self) -> str:
         return ", ".join(
@@ -118,7 +117,7 @@ def flatten(value: Nest) -> tuple[list[torch.Tensor], MessageMeta]:
     if isinstance(value, torch.Tensor):
         return [value], MessageMeta((TensorMeta(tuple(value.shape), value.dtype),), None)
     leaves, spec = pytree.tree_flatten(value)
-    metas: list[Any] = []
+    metas: list[object] = []
     for leaf in leaves:
         if isinstance(leaf, torch.Tensor):
             metas.append(TensorMeta(tuple(leaf.shape), leaf.dtype))

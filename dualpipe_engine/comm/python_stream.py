@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 
 from ..errors import PipelineRuntimeError
-from .device import Moment, on_stream
+from .device import EventMoment, on_stream
 
 GRACE_NS = 5_000_000  #: a caller that waits within this time does so itself; later the lane does
 _IDLE_LOOKS = 10  #: in a row with nothing to do, then the watcher sleeps until the next post
@@ -25,7 +25,7 @@ _Launch = Callable[..., dist.Work]
 _LaneKey = tuple[str, dist.ProcessGroup, int]  #: kind, group, rank of the peer in it
 
 
-class Ticket:
+class PythonTicket:
     """See `comm.stream.StreamTicket`."""
 
     def __init__(
@@ -36,10 +36,10 @@ class Ticket:
         self.finished_ns = self.waited_ns = 0
         self.native = False  # the process group works on the accelerator's streams by itself
         self.poster: Any = None  # of a native transfer: the stream whose op made `kept`, and may take the memory again
-        self.posted: Moment | None = None
-        self.ended: Moment | None = None
-        self.stopped: Moment | None = None
-        self.resumed: Moment | None = None
+        self.posted: EventMoment | None = None
+        self.ended: EventMoment | None = None
+        self.stopped: EventMoment | None = None
+        self.resumed: EventMoment | None = None
         self.by_callback = False  # the process group calls `complete`
         self.work: Any = None
         self._kept: Any = kept
@@ -119,9 +119,9 @@ class Ticket:
         if work is None:
             return
         current = torch.accelerator.current_stream(self.poster.device)
-        stopped = Moment(current)
+        stopped = EventMoment(current)
         work.wait()
-        resumed = Moment(current)
+        resumed = EventMoment(current)
         with self._lock:
             if self.stopped is None:
                 self.stopped, self.resumed = stopped, resumed
@@ -129,7 +129,7 @@ class Ticket:
             if current == self.poster:
                 self._kept = None
 
-    def moments(self) -> tuple[Moment | None, ...] | None:
+    def moments(self) -> tuple[EventMoment | None, ...] | None:
         return None if self.posted is None else (self.posted, self.ended, self.stopped, self.resumed)
 
     def done(self) -> bool:
@@ -146,13 +146,13 @@ class _Lane:
     """Waits for the transfers of one directed edge that no caller took; see `Lane` in csrc/stream.h."""
 
     def __init__(self) -> None:
-        self._queue: deque[Ticket] = deque()
+        self._queue: deque[PythonTicket] = deque()
         self._changed = threading.Condition()
-        self._current: Ticket | None = None
+        self._current: PythonTicket | None = None
         self._thread: threading.Thread | None = None
         self._working = self._closing = False
 
-    def add(self, ticket: Ticket) -> None:
+    def add(self, ticket: PythonTicket) -> None:
         with self._changed:
             self._queue.append(ticket)
 
@@ -216,17 +216,17 @@ class CommStream:
         names = ("posted", "finished", "failed", "bytes", "flight_ns", "waited_ns")
         self._sums = {kind: dict.fromkeys(names, 0) for kind in ("send", "recv", "all_to_all")}
         self._lanes: dict[_LaneKey, _Lane] = {}
-        self._native: deque[Ticket] = deque()
+        self._native: deque[PythonTicket] = deque()
         self._lock = threading.Lock()
         self._changed = threading.Condition(self._lock)
         self._closed = False
         self._watching = False
         self._watcher: threading.Thread | None = None
 
-    def send(self, group: dist.ProcessGroup, tensor: torch.Tensor, peer: int, tag: int, what: str) -> Ticket:
+    def send(self, group: dist.ProcessGroup, tensor: torch.Tensor, peer: int, tag: int, what: str) -> PythonTicket:
         return self._post("send", group, tensor, None, peer, what, lambda to, rows: group.send([rows], peer, tag))
 
-    def recv(self, group: dist.ProcessGroup, tensor: torch.Tensor, peer: int, tag: int, what: str) -> Ticket:
+    def recv(self, group: dist.ProcessGroup, tensor: torch.Tensor, peer: int, tag: int, what: str) -> PythonTicket:
         return self._post("recv", group, None, tensor, peer, what, lambda to, rows: group.recv([to], peer, tag))
 
     def all_to_all(
@@ -238,7 +238,7 @@ class CommStream:
         send: Sequence[int],
         what: str,
         behind: bool = True,
-    ) -> Ticket:
+    ) -> PythonTicket:
         def launch(to: torch.Tensor, rows: torch.Tensor) -> dist.Work:
             post: _Launch = getattr(group, "all_to_all_single", None) or group.alltoall_base  # renamed in torch 2.13
             return post(to, rows, list(receive), list(send))
@@ -266,10 +266,10 @@ class CommStream:
         what: str,
         launch: _Launch,
         behind: bool = True,
-    ) -> Ticket:
+    ) -> PythonTicket:
         counted = out if rows is None else rows
         assert counted is not None
-        ticket = Ticket(kind, what, counted.nbytes, self._sums[kind], (rows, out))
+        ticket = PythonTicket(kind, what, counted.nbytes, self._sums[kind], (rows, out))
         with self._lock, torch.no_grad():
             try:
                 if self._closed:
@@ -292,7 +292,7 @@ class CommStream:
                 self._keep((kind, group, peer), ticket)
         return ticket
 
-    def _keep(self, key: _LaneKey, ticket: Ticket) -> None:
+    def _keep(self, key: _LaneKey, ticket: PythonTicket) -> None:
         if key not in self._lanes:
             self._lanes[key] = _Lane()
         self._lanes[key].add(ticket)
@@ -320,7 +320,7 @@ class CommStream:
 
     def _launch_on_stream(
         self,
-        ticket: Ticket,
+        ticket: PythonTicket,
         group: dist.ProcessGroup,
         rows: torch.Tensor | None,
         out: torch.Tensor | None,
@@ -329,7 +329,7 @@ class CommStream:
     ) -> dist.Work:
         stream = self._stream
         current = torch.accelerator.current_stream(self._device)
-        produced = Moment(current if behind else stream)
+        produced = EventMoment(current if behind else stream)
         if behind:
             produced.block(stream)
         else:
@@ -344,7 +344,7 @@ class CommStream:
                 work = launch(out, rows)
                 if ticket.kind == "all_to_all":  # as in csrc/stream.cpp
                     work.wait()
-                    ticket.ended = Moment(stream)
+                    ticket.ended = EventMoment(stream)
                 return work
             host_rows = None
             if rows is not None:

@@ -11,11 +11,11 @@ from torch.utils import _pytree as pytree
 
 from ..comm.nest import Nest
 from ..runtime.chunk import StageChunk
-from ..runtime.weight_grad import WeightGradStore
+from ..runtime.weight_grad import DeferredWeightGrads
 from .weight_grad_store import WeightGradStore as DeepSeekStore
 
 
-class SharedStore(WeightGradStore):
+class SharedStore(DeferredWeightGrads):
     """A store that also takes what layers put into DeepSeek's `WeightGradStore`."""
 
     @contextmanager

@@ -26,7 +26,7 @@ from ..runtime.apex_support import apex_status
 from ..runtime.chunk import StageChunk
 from ..runtime.executor import Executor
 from ..runtime.observer import Observer
-from ..runtime.weight_grad import WeightGradStore, install
+from ..runtime.weight_grad import DeferredWeightGrads, install
 from ..schedule.op import I, atoms
 from ..schedule.plan import Plan
 from ..schedule.progress import waiting
@@ -180,7 +180,7 @@ class DualPipeEngine(LifeCycle, Evaluation, Measuring, Reporting, Checkpoints, L
             apex = apex_status()
             if self.global_rank == 0 and apex.message:
                 logger.info(apex.message)
-            self._store = WeightGradStore(apex.wgrad if self.device.type == "cuda" else None)
+            self._store = DeferredWeightGrads(apex.wgrad if self.device.type == "cuda" else None)
             self.weight_split = install(module, self._store)
         self._transfers: list[Transfer] = []  # of the last batch, within phases
         self._additional = AdditionalLosses(module, self._pipeline_group, self._replica_group)
@@ -367,6 +367,6 @@ class DualPipeEngine(LifeCycle, Evaluation, Measuring, Reporting, Checkpoints, L
     wait_for_checkpoint = watched(Checkpoints.wait_for_checkpoint)
 
     @property
-    def weight_grad_store(self) -> WeightGradStore | None:
+    def weight_grad_store(self) -> DeferredWeightGrads | None:
         """Takes weight gradients that user layers defer (`put` while `deferring`); None if the plan has no W."""
         return self._store

@@ -34,6 +34,15 @@ LayerEntry: TypeAlias = Any
 LayerFunction: TypeAlias = Callable[..., Nest]
 """What a stage calls: a module, a function, a function bound to a module."""
 
+ClientState: TypeAlias = dict[str, Any]
+"""What the user's script saves with a checkpoint, and gets back."""
+
+SavedState: TypeAlias = Any
+"""What a file of a checkpoint holds, as torch.load returns it: mostly DeepSpeed's dicts."""
+
+EngineAttribute: TypeAlias = Any
+"""Of DeepSpeed's engine, or of the user's model, whose attributes it passes on."""
+
 CheckpointEngine: TypeAlias = Any
 """DeepSpeed's, which has no class in common with those that clients give."""
 

@@ -270,8 +270,8 @@ def refuse_other_engines() -> None:
     """Let DeepSpeed's own PipelineEngine refuse a configuration with a schedule of ours, which it would ignore."""
     original = PipelineEngine.__init__
 
-    def init(self: PipelineEngine, *args: Any, **kwargs: Any) -> None:
-        schedule = kwargs["config_class"].pipeline.get("schedule", STOCK) if "config_class" in kwargs else STOCK
+    def init(self: PipelineEngine, *args: object, **kwargs: object) -> None:
+        schedule = getattr(kwargs.get("config_class"), "pipeline", {}).get("schedule", STOCK)
         if schedule != STOCK:
             raise ConfigError(
                 f'{type(self).__name__} would ignore "schedule": "{schedule}": call '

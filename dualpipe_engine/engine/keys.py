@@ -20,7 +20,7 @@ class Status(Enum):
     REFUSED = "refused"
 
 
-class Row(NamedTuple):
+class KeyRow(NamedTuple):
     """Keys of one fate.
 
     Args:
@@ -44,16 +44,16 @@ class Row(NamedTuple):
         return [f"{self.section}.{key}" if self.section else key for key in self.keys]
 
 
-def _works(keys: str, test: str, why: str = "", section: str = "") -> Row:
-    return Row(Status.WORKS, section, tuple(keys.split()), why, test)
+def _works(keys: str, test: str, why: str = "", section: str = "") -> KeyRow:
+    return KeyRow(Status.WORKS, section, tuple(keys.split()), why, test)
 
 
-def _idle(keys: str, why: str, section: str = "") -> Row:
-    return Row(Status.IDLE, section, tuple(keys.split()), why)
+def _idle(keys: str, why: str, section: str = "") -> KeyRow:
+    return KeyRow(Status.IDLE, section, tuple(keys.split()), why)
 
 
-def _refused(keys: str, why: str, off: tuple[object, ...] = (False,), section: str = "") -> Row:
-    return Row(Status.REFUSED, section, tuple(keys.split()), why, "engine/test_keys.py::test_refused", off)
+def _refused(keys: str, why: str, off: tuple[object, ...] = (False,), section: str = "") -> KeyRow:
+    return KeyRow(Status.REFUSED, section, tuple(keys.split()), why, "engine/test_keys.py::test_refused", off)
 
 
 _PARITY = "engine/test_parity.py::test_trains_like_stock"
@@ -151,7 +151,7 @@ EXPERTS = (
         _E,
     ),
     *(
-        Row(Status.REFUSED, _E, (key,), f"it {why}", "adapters/test_autoep.py::test_what_cannot_work_is_refused")
+        KeyRow(Status.REFUSED, _E, (key,), f"it {why}", "adapters/test_autoep.py::test_what_cannot_work_is_refused")
         for key, (_, why) in REFUSED.items()
         if key != "combine_impl"
     ),
@@ -239,7 +239,7 @@ ZERO = (
     _idle("allgather_partitions memory_efficient_linear", "no code uses it", _Z),
     _works("offload_optimizer offload_optimizer.device cpu_offload", _OFFLOAD, section=_Z),
     _works("offload_optimizer.pin_memory", _OFFLOAD, "memory of the host", _Z),
-    Row(Status.REFUSED, _Z, ("offload_param", "offload_param.device", "cpu_offload_param"), _ZERO_3, _SENTENCE),
+    KeyRow(Status.REFUSED, _Z, ("offload_param", "offload_param.device", "cpu_offload_param"), _ZERO_3, _SENTENCE),
     _refused(
         "ignore_unused_parameters",
         "each rank runs some micro-batches, so that a parameter may have no gradient on one of its ranks",
@@ -298,7 +298,7 @@ OTHER_ENGINES = (
 )
 
 #: Heading of the table -> its rows.
-TABLES: dict[str, tuple[Row, ...]] = {
+TABLES: dict[str, tuple[KeyRow, ...]] = {
     "Batches, optimizer, gradients": TRAINING,
     "Pipeline": PIPELINE,
     "Experts of models of others": EXPERTS,

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
-from typing import Any, NoReturn
+from typing import NoReturn
 
 import torch
 from deepspeed.runtime.bf16_optimizer import BF16_Optimizer
@@ -19,6 +19,7 @@ from deepspeed.utils.timer import ThroughputTimer
 
 from ..comm.nest import Nest
 from ..errors import ConfigError, MissingAttributeError
+from .given import EngineAttribute
 from .methods import REFUSED, REFUSED_ATTRIBUTES
 from .placing.grid import Place
 
@@ -64,7 +65,7 @@ class Surface(PipelineEngine):
         self.module_forward_post_hook.remove()
         self.module.checkpoint_parallel_write_pipeline = self._config.checkpoint_parallel_write_pipeline
 
-    def __getattr__(self, name: str) -> Any:  # noqa: ANN401
+    def __getattr__(self, name: str) -> EngineAttribute:
         if name in REFUSED_ATTRIBUTES:
             raise MissingAttributeError(
                 f"engine.{name} belongs to DeepSpeed's instruction schedule, which does not run here; "

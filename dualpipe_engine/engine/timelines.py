@@ -12,7 +12,7 @@ from deepspeed.runtime.pipe.engine import PipelineEngine
 
 from ..comm.from_all import from_all
 from ..comm.stream import transfer_of
-from ..profiling.profiler import Job, current_profiler
+from ..profiling.profiler import ProfiledJob, current_profiler
 from ..schedule.op import COMPUTE
 from ..schedule.timeline import Hop, Span, Timeline
 from ..schedule.timing.from_timelines import measured_costs
@@ -69,7 +69,9 @@ class Measuring(PipelineEngine):
         profiler = current_profiler()
         self._observer.nvtx = profiler is not None and self.device.type == "cuda"
         if profiler is not None:
-            profiler.add(batch, Job(self.plan, self.place.rank, self.place.replica, self.device, self._profile_facts))
+            profiler.add(
+                batch, ProfiledJob(self.plan, self.place.rank, self.place.replica, self.device, self._profile_facts)
+            )
 
     def _profile_facts(self) -> dict[str, object]:
         """What `Profile.facts` names."""

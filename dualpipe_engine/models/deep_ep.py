@@ -17,7 +17,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from ..comm.device import Moment, on_stream
+from ..comm.device import EventMoment, on_stream
 from ..comm.tickets import Moments, Tickets
 from .dispatch import State
 from .experts import Sizes
@@ -254,7 +254,7 @@ class _Call:
         self.buffer, self._shared, self._tickets = shared.buffer, shared, tickets
 
     def begin(self, rows: Tensor) -> None:
-        self._posted = Moment(torch.accelerator.current_stream(rows.device))
+        self._posted = EventMoment(torch.accelerator.current_stream(rows.device))
 
     def end(self, event: Event, *kept: Tensor) -> None:
         ticket = _EventTicket(event, self._posted, self._shared.stream(kept[0].device), kept)
@@ -274,20 +274,20 @@ class _EventTicket:
         kept: tensors that live until somebody has waited.
     """
 
-    def __init__(self, event: Event, posted: Moment, seen: torch.Stream, kept: tuple[Tensor, ...]) -> None:
+    def __init__(self, event: Event, posted: EventMoment, seen: torch.Stream, kept: tuple[Tensor, ...]) -> None:
         self._posted = posted
         self._needed: tuple[Event, tuple[Tensor, ...]] | None = (event, kept)
         with on_stream(seen):
             event.current_stream_wait()
-            self._finished = Moment(seen)
-        self._stood: tuple[Moment, Moment] | None = None
+            self._finished = EventMoment(seen)
+        self._stood: tuple[EventMoment, EventMoment] | None = None
         self._device = seen.device
 
     def wait(self, timeout_s: float) -> None:
         current = torch.accelerator.current_stream(self._device)
-        stopped = Moment(current)
+        stopped = EventMoment(current)
         self._finished.block(current)
-        self._stood = self._stood or (stopped, Moment(current))
+        self._stood = self._stood or (stopped, EventMoment(current))
         self._needed = None
 
     def done(self) -> bool:

@@ -22,7 +22,7 @@ from .config import MoEConfig
 from .dispatch import State
 
 
-class Embedding(Protocol):
+class FirstLayer(Protocol):
     """What the first layer of the model has.
 
     Attributes:
@@ -34,7 +34,7 @@ class Embedding(Protocol):
     depth: int
 
 
-def look_ahead(embedding: Embedding, state: Nest) -> Nest:
+def look_ahead(embedding: FirstLayer, state: Nest) -> Nest:
     """The embedding's second use: add the embeddings of later tokens.
 
     Raises:

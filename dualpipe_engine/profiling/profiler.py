@@ -28,7 +28,7 @@ _ENVIRONMENT = ("CUDA_DEVICE_MAX_CONNECTIONS", "OMP_NUM_THREADS")
 
 
 @dataclass(frozen=True)
-class Job:
+class ProfiledJob:
     """Who runs the steps.
 
     Args:
@@ -60,10 +60,10 @@ class Profiler:
         self._log_dir = Path(log_dir) if log_dir else Path()
         self._batches: deque[Batch] = deque(maxlen=steps)
         self._timeout = timedelta(seconds=timeout_s)
-        self._job: Job | None = None
+        self._job: ProfiledJob | None = None
         self._group: dist.ProcessGroup | None = None
 
-    def add(self, batch: Batch, job: Job) -> None:
+    def add(self, batch: Batch, job: ProfiledJob) -> None:
         """Keep a step; those of another job or plan are dropped."""
         before = self._job
         if before is None or before.plan is not job.plan or before.facts != job.facts:
@@ -100,7 +100,7 @@ class Profiler:
             write_profile(target, build_profile(records, self._known_job().plan), records)
         return target
 
-    def _known_job(self) -> Job:
+    def _known_job(self) -> ProfiledJob:
         if self._job is None:
             raise ProfileError(
                 "no step has been recorded: call enable_profiling() before the steps to look at, and train with an "

@@ -28,7 +28,7 @@ class ApexStatus:
     Args:
         wgrad: `wgrad(x, grad, total)` adds `grad.T @ x` to `total`: `x` [rows, in] and `grad` [rows, out] in half
             precision, `total` [out, in] fp32, contiguous, all on CUDA. None if not built. Give it to
-            `WeightGradStore(fused_wgrad=...)` for stages on CUDA.
+            `DeferredWeightGrads(fused_wgrad=...)` for stages on CUDA.
         fused_adam: the class apex.optimizers.FusedAdam, or None.
         message: one sentence or two for a log.
     """

@@ -28,7 +28,7 @@ _TEXTS = {
 _MASKED = (_DATA, _OUTPUT)  # may hold -inf, as masks do; a stage that makes one by mistake has NaN soon after
 
 
-class Finding(NamedTuple):
+class NonFinite(NamedTuple):
     """A NaN or an inf.
 
     Args:
@@ -106,13 +106,13 @@ class Borders:
             count += (stacked.isnan() | stacked.isposinf() if masked else ~stacked.isfinite()).sum()
         return count
 
-    def findings(self, rank: int = 0) -> list[Finding]:
+    def findings(self, rank: int = 0) -> list[NonFinite]:
         """What is NaN or inf here.
 
         Args:
             rank: this global rank.
         """
-        found: list[Finding] = []
+        found: list[NonFinite] = []
         passed: set[int] = set()  # stages whose weight gradients add up and stay so: the first is meant
         for what, stage, micro, total in self._notes:
             value = float(total)
@@ -125,7 +125,7 @@ class Borders:
             backward = what in (_BORDER, _WEIGHTS)
             step = (1, -stage) if backward else (0, 0 if what == _DATA else 1 + stage)
             text = _TEXTS[what].format("NaN" if math.isnan(value) else "inf")
-            found.append(Finding(micro, step, stage, BACKWARD if backward else FORWARD, text, rank))
+            found.append(NonFinite(micro, step, stage, BACKWARD if backward else FORWARD, text, rank))
         return found
 
 
@@ -138,9 +138,9 @@ def _sum(tensor: Tensor) -> Tensor:
     return tensor.sum(dtype=torch.float32) if tensor.itemsize < 4 else tensor.sum()
 
 
-def origins(findings: Iterable[Finding]) -> list[Finding]:
+def origins(findings: Iterable[NonFinite]) -> list[NonFinite]:
     """Of the findings of all ranks of a pipeline the first on each micro-batch's way, by micro-batch."""
-    first: dict[int, Finding] = {}
+    first: dict[int, NonFinite] = {}
     for each in findings:
         if each.micro not in first or each.step < first[each.micro].step:
             first[each.micro] = each

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
+from typing import TypedDict
 
 import torch
 from torch.autograd.graph import GradientEdge, _engine_run_backward
@@ -17,7 +18,7 @@ from torch.utils import _pytree as pytree
 from ..comm.meta import flatten
 from ..comm.nest import Nest
 from ..errors import ConfigError
-from .weight_grad import WeightGradStore
+from .weight_grad import DeferredWeightGrads
 
 _unsafe_view = torch.ops.aten._unsafe_view.default
 
@@ -50,6 +51,19 @@ class Activation:
     deferred: list[Callable[[], None]] = field(default_factory=list)
 
 
+class _WhichStage(TypedDict):
+    is_last: bool
+
+
+class ChunkOptions(_WhichStage, total=False):
+    """Keywords of `StageChunk`, for those who hand them on."""
+
+    loss_fn: Callable[..., torch.Tensor] | None
+    store: DeferredWeightGrads | None
+    overlap: bool
+    params: Iterable[torch.nn.Parameter]
+
+
 class StageChunk:
     """One stage on one rank.
 
@@ -70,7 +84,7 @@ class StageChunk:
         *,
         is_last: bool,
         loss_fn: Callable[..., torch.Tensor] | None = None,
-        store: WeightGradStore | None = None,
+        store: DeferredWeightGrads | None = None,
         overlap: bool = True,
         params: Iterable[torch.nn.Parameter] = (),
     ) -> None:

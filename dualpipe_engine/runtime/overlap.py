@@ -17,7 +17,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from itertools import pairwise
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 import torch
 from torch.autograd.graph import GradientEdge, get_gradient_edge
@@ -26,9 +26,12 @@ from torch.utils.checkpoint import checkpoint
 
 from ..comm.nest import Nest
 from ..comm.tickets import Tickets, Transfer
-from .chunk import StageChunk, _inside
+from .chunk import ChunkOptions, StageChunk, _inside
 from .filling import Filling, Weights
 from .phases import COMM, COMPUTE, Phase, Phased
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
 First = TypeVar("First")
 Result = TypeVar("Result")
@@ -104,7 +107,7 @@ class PhasedChunk(StageChunk):
         phases: Sequence[Phase],
         timeout_s: float,
         log: list[Transfer] | None = None,
-        **options: Any,
+        **options: Unpack[ChunkOptions],
     ) -> None:
         super().__init__(module, stage, **options)
         # The last phase hands over to the next stage or to the loss, so it computes.
@@ -273,7 +276,7 @@ def interleave(first: Steps[First], second: Steps[Result], wait: Callable[[Ticke
     """
     sides = (first, second)
     posted: list[Tickets | None] = [None, None]
-    results: list[Any] = [None, None]
+    results: list[Nest] = [None, None]
     turn = 1
     try:
         while True:

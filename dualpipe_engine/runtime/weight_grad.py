@@ -1,6 +1,6 @@
 """Deferred weight gradients: the backward of a stage runs as I, what the previous stage waits for, and W, the rest.
 
-`install` makes the modules of a stage put their weight gradients into a `WeightGradStore` while the store is deferring;
+`install` makes the modules of a stage put their weight gradients into a `DeferredWeightGrads` while that is deferring;
 zero bubble schedules (arXiv 2401.10241; DeepSeek-V3 report, section 3.2.1) run them later. Biases, norms and embeddings
 belong to I, as does what no split operation covers.
 
@@ -26,7 +26,7 @@ _OWN = "weight_grad_store"
 BATCH_BYTES = 1 << 20  #: weight gradients of one call of the autograd engine, whose cost shows in small layers only
 
 
-class WeightGradStore:
+class DeferredWeightGrads:
     """Collects the weight gradients that a backward leaves out. One store serves all stages of a rank.
 
     A parameter with a `main_grad` (fp32, the parameter's shape) gets its weight gradients there, computed in fp32, in
@@ -91,7 +91,7 @@ def _run_once(contributions: list[Contribution], fused: FusedWgrad | None) -> No
         accumulate(contributions, fused)
 
 
-def install(module: nn.Module, store: WeightGradStore) -> DeferReport:
+def install(module: nn.Module, store: DeferredWeightGrads) -> DeferReport:
     """Let `module` (a stage) defer its weight gradients into `store`.
 
     The forward of each `nn.Linear` is replaced, and that of each other module runs in a `SplitMode`; a module that has
@@ -133,7 +133,7 @@ def uninstall(module: nn.Module) -> None:
 class DeferReport:
     """Which parameters of `module` have deferred weight gradients, judged by the forwards run so far."""
 
-    def __init__(self, module: nn.Module, store: WeightGradStore) -> None:
+    def __init__(self, module: nn.Module, store: DeferredWeightGrads) -> None:
         self._module = module
         self._store = store
 
@@ -209,7 +209,7 @@ class _Forward:
 class _LinearForward(_Forward):
     """`nn.Linear.forward` without the mode, whose few microseconds would be paid most often here."""
 
-    def __init__(self, module: nn.Linear, store: WeightGradStore) -> None:
+    def __init__(self, module: nn.Linear, store: DeferredWeightGrads) -> None:
         super().__init__(module)
         self._linear = module
         self._store = store

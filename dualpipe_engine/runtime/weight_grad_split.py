@@ -129,7 +129,7 @@ class _Late(torch.autograd.Function):
 
 
 class Sink(Protocol):
-    """Where the weight gradients of a backward go; see `WeightGradStore`."""
+    """Where the weight gradients of a backward go; see `DeferredWeightGrads`."""
 
     deferring: bool
     fused_wgrad: FusedWgrad | None

@@ -25,7 +25,7 @@ from dualpipe_engine.models.block import MoEBlock
 from dualpipe_engine.models.config import MoEConfig
 from dualpipe_engine.models.dispatch import AllToAll, State
 from dualpipe_engine.runtime.overlap import PhasedChunk, phases_of
-from dualpipe_engine.runtime.weight_grad import WeightGradStore, install
+from dualpipe_engine.runtime.weight_grad import DeferredWeightGrads, install
 
 LARGE = MoEConfig(
     hidden=4096, heads=32, head=128, rotary=64, kv_rank=512, experts=8, top_k=4, expert_inner=2048, blocks=4
@@ -131,7 +131,7 @@ class Bench:
             block = MoEBlock(config).to(device, dtype)
             block.dispatcher = LoopBack(config, group, posts)
             blocks.append(block)
-        store = WeightGradStore()
+        store = DeferredWeightGrads()
         install(blocks, store)
         self._chunk = PhasedChunk(blocks, 0, phases_of(list(blocks)), 60.0, is_last=False, store=store)
         self._inputs = torch.randn(*tokens, config.hidden, device=device, dtype=dtype)

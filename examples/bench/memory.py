@@ -27,6 +27,7 @@ def _fullest(schedule: str, precision: str, zero: int) -> tuple[int, int, int]:
     from deepspeed.runtime.pipe.topology import PipeDataParallelTopology
 
     import dualpipe_engine
+    from dualpipe_engine.comm.from_all import from_all
     from dualpipe_engine.testing.held_bytes import gradient_watch, held_bytes
 
     config: dict[str, Any] = {
@@ -53,9 +54,7 @@ def _fullest(schedule: str, precision: str, zero: int) -> tuple[int, int, int]:
             engine.train_batch(iter([sample] * MICROS))
     mine = replace(held_bytes(engine), gradients=max(gradients))
     engine.destroy()
-    found: list[Any] = [None] * torch.distributed.get_world_size()
-    torch.distributed.all_gather_object(found, mine)
-    fullest = max(found, key=lambda memory: memory.total)
+    fullest = max(from_all(mine), key=lambda memory: memory.total)
     return fullest.weights, fullest.gradients, fullest.optimizer
 
 

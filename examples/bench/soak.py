@@ -40,6 +40,7 @@ def soak(rank: int, schedule: str, size: str, steps: int, every: int, trim: bool
     from deepspeed.pipe import PipelineModule
 
     import dualpipe_engine
+    from dualpipe_engine.comm.from_all import from_all
 
     sys.path.insert(0, str(Path(__file__).parent.parent))
     from gpt import VOCABULARY, layers, loss
@@ -69,9 +70,7 @@ def soak(rank: int, schedule: str, size: str, steps: int, every: int, trim: bool
         engine.train_batch(data)
         if step == WARM or step % every == 0:
             seen.append((step, *footprint(trim)))
-    gathered: list[Any] = [None] * world
-    torch.distributed.all_gather_object(gathered, seen)
-    return gathered
+    return from_all(seen)
 
 
 def growth(seen: list[tuple[int, float, int]]) -> tuple[float, int]:

@@ -16,7 +16,7 @@ LayerEntry: TypeAlias = Any
 """Of the list that a user gives: a module, or a LayerSpec of DeepSpeed."""
 
 
-class Stage(nn.Module):
+class SequentialStage(nn.Module):
     """Layers one after the other; several inputs reach the first layer as one tuple, as in a PipelineModule."""
 
     def __init__(self, layers: dict[str, nn.Module]) -> None:
@@ -66,7 +66,9 @@ class LocalStages(DualPipe):
                 if stage not in (rank, size - 1 - rank):
                     layer.to("meta")  # gone from here; the names remain
             held.append(part)
-        super().__init__((Stage(held[rank]), Stage(held[size - 1 - rank])), process_group=groups[replica])
+        super().__init__(
+            (SequentialStage(held[rank]), SequentialStage(held[size - 1 - rank])), process_group=groups[replica]
+        )
         self._group, self.replicas = groups[replica], len(groups)
 
     def _make_twin_group(self) -> dist.ProcessGroup:

@@ -13,7 +13,7 @@ import torch.distributed as dist
 from common import CPU, DEVICE, Facts, Run, asleep, synchronize
 
 from dualpipe_engine.comm.all_to_all import Counts, _Exchange
-from dualpipe_engine.comm.device import Moment, side_stream
+from dualpipe_engine.comm.device import EventMoment, side_stream
 from dualpipe_engine.comm.stream import open_stream
 from dualpipe_engine.comm.tickets import Tickets
 
@@ -61,7 +61,7 @@ def _rows_that_are_ready(group: Any, posts: Any, how: str) -> None:
     """Rows travel behind their counts, not behind what the device was given to compute since, whose memory they leave
     alone."""
     stream: Any = SimpleNamespace(posts=posts, side=side_stream(DEVICE))
-    start = None if CPU else Moment(torch.cuda.current_stream())
+    start = None if CPU else EventMoment(torch.cuda.current_stream())
     base = torch.arange(1 << 20, dtype=torch.float32, device=DEVICE)
     asleep(20.0)
     rows = base + 1
@@ -69,7 +69,7 @@ def _rows_that_are_ready(group: Any, posts: Any, how: str) -> None:
     for _ in range(20):
         asleep(5.0)
         torch.full_like(rows, -1.0)
-    busy = None if CPU else Moment(torch.cuda.current_stream())
+    busy = None if CPU else EventMoment(torch.cuda.current_stream())
     tickets = Tickets()
     out = _Exchange.apply(rows, counts.send, counts.receive, True, group, tickets, stream)
     moments = tickets.moments()

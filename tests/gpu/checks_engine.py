@@ -108,7 +108,7 @@ def many(configs: list[Facts], **arguments: Any) -> list[Facts]:
 
 def _slow_down(engine: Any) -> None:
     """Let reductions, and what they read, come late on the device."""
-    lane = engine._tail.reduction._lane
+    lane = engine._tail.reduction._side_stream
     behind, post = lane.behind, lane.post
 
     def late_behind(tensors: Any) -> Any:

@@ -22,7 +22,7 @@ from dualpipe_engine.models.block import DenseBlock, MoEBlock
 from dualpipe_engine.models.config import MoEConfig
 from dualpipe_engine.runtime.chunk import StageChunk
 from dualpipe_engine.runtime.overlap import PhasedChunk, phases_of
-from dualpipe_engine.runtime.weight_grad import WeightGradStore, install
+from dualpipe_engine.runtime.weight_grad import DeferredWeightGrads, install
 
 WIDTH = 64
 
@@ -102,7 +102,7 @@ def _gradients(operation: Any, dtype: str, how: str) -> dict[str, Any]:
     module = nn.Sequential(Layer(operation), Layer(operation)).to(DEVICE)
     if dtype == "bfloat16":
         module.bfloat16()
-    store = WeightGradStore()
+    store = DeferredWeightGrads()
     if how != "plain":
         install(module, store)
     if how == "main_grad":
@@ -202,7 +202,7 @@ def _waits(body: Callable[[], None]) -> list[str]:
 def _chunk(block: Any, phased: bool = True) -> tuple[Any, Tensor]:
     config = block.config if hasattr(block, "config") else SIZES
     block.to(DEVICE, torch.float32 if CPU else torch.bfloat16)
-    store = WeightGradStore()
+    store = DeferredWeightGrads()
     install(block, store)
     shape = (2, 16, WIDTH) if CPU else (2, 1024, config.hidden)
     inputs = torch.randn(shape, device=DEVICE, dtype=next(block.parameters()).dtype)

@@ -9,7 +9,7 @@ from types import ModuleType, SimpleNamespace
 import fake_device
 import torch
 
-from dualpipe_engine.comm.device import Moment
+from dualpipe_engine.comm.device import EventMoment
 from dualpipe_engine.comm.tickets import Tickets
 from dualpipe_engine.models import deep_ep
 from dualpipe_engine.models.block import MoEBlock
@@ -147,12 +147,12 @@ def arranged():
 
 def asked():
     """What a ticket answers while the device works, and after."""
-    ticket = deep_ep._EventTicket(Event(), Moment(None), torch.Stream(fake_device.DEVICE), ())
+    ticket = deep_ep._EventTicket(Event(), EventMoment(None), torch.Stream(fake_device.DEVICE), ())
     tickets, log = Tickets("dispatch", log := []), log
     tickets.add(ticket)
     answers = []
     for happened in (False, True):
-        Moment.happened = lambda self, happened=happened: happened
+        EventMoment.happened = lambda self, happened=happened: happened
         answers.append(ticket.done())
     tickets.wait(0.0)
     return answers, [moment is not None for moment in log[0].moments]
@@ -160,8 +160,8 @@ def asked():
 
 def main():
     library = fake_device.setup()
-    Moment.__init__ = lambda self, stream: None
-    Moment.block = lambda self, stream: None
+    EventMoment.__init__ = lambda self, stream: None
+    EventMoment.block = lambda self, stream: None
     deep_ep.on_stream = lambda stream: nullcontext()
     wanted, _ = run([AllToAll(None, CONFIG.experts) for _ in range(2)])
     found = {}

@@ -14,7 +14,7 @@ from dualpipe_engine.models.block import DenseBlock, MoEBlock
 from dualpipe_engine.models.config import MoEConfig
 from dualpipe_engine.models.dispatch import AllToAll
 from dualpipe_engine.runtime.overlap import PhasedChunk, phases_of
-from dualpipe_engine.runtime.weight_grad import WeightGradStore, install
+from dualpipe_engine.runtime.weight_grad import DeferredWeightGrads, install
 
 
 class Mirror:
@@ -45,7 +45,7 @@ def count(block, phased, with_loss=False):
     grads = [fake_device.Tensor(torch.ones(2, 3, 16))] + [fake_device.Tensor(torch.ones(1))] * with_loss
     fake_device.waits.clear()
     if phased:
-        store = WeightGradStore()
+        store = DeferredWeightGrads()
         install(block, store)
         chunk = PhasedChunk(block, 0, phases_of([block]), 60.0, is_last=False, store=store)
         chunk.forward(0, inputs)

@@ -18,7 +18,7 @@ from dualpipe_engine.models.experts import Experts, Sizes, _grouped, has_grouped
 from dualpipe_engine.models.positions import Rotary, Yarn
 from dualpipe_engine.models.routing import Router, rebalance
 from dualpipe_engine.models.transformer import layers, loss
-from dualpipe_engine.runtime.weight_grad import WeightGradStore, install
+from dualpipe_engine.runtime.weight_grad import DeferredWeightGrads, install
 
 
 def config(**changes):
@@ -193,7 +193,7 @@ def test_room_for_experts_without_rows_changes_nothing(monkeypatch, split):
         monkeypatch.setattr(experts_module, "_spoils_empty_groups", lambda rows, weight, spoils=spoils: spoils)
         layer.zero_grad()
         mine = rows.clone().requires_grad_()
-        store = WeightGradStore()
+        store = DeferredWeightGrads()
         install(layer, store)
         out = layer(mine, Sizes(sizes))
         with store.defer() if split else nullcontext():
@@ -243,7 +243,7 @@ def test_weights_do_not_depend_on_who_holds_them():
 
 def test_all_matrices_but_the_embedding_are_deferred():
     net = model().float()
-    report = install(net, WeightGradStore())
+    report = install(net, DeferredWeightGrads())
     net(torch.randint(0, 11, (2, 7)))
     assert {reason for _, reason in report.not_deferred} == {"embedding", "bias, norm or other vector"}
 

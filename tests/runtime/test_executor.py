@@ -15,7 +15,7 @@ from dualpipe_engine.errors import PipelineRuntimeError
 from dualpipe_engine.runtime.chunk import StageChunk
 from dualpipe_engine.runtime.executor import BatchResult, Executor
 from dualpipe_engine.runtime.observer import Observer
-from dualpipe_engine.runtime.weight_grad import WeightGradStore, install
+from dualpipe_engine.runtime.weight_grad import DeferredWeightGrads, install
 from dualpipe_engine.schedule.passes.lower import forward_only, lower
 from dualpipe_engine.schedule.plan import Plan
 from dualpipe_engine.schedule.search.make_plan import make_plan
@@ -50,7 +50,7 @@ def run_plan(
             for stage, module in stages_of_rank[rank].items():
                 store = None
                 if split:
-                    store = WeightGradStore()
+                    store = DeferredWeightGrads()
                     install(module, store)
                 is_last = stage == plan.placement.num_stages - 1
                 chunks[stage] = make(module, stage, is_last=is_last, loss_fn=loss_fn, store=store)

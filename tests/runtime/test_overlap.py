@@ -13,7 +13,7 @@ from dualpipe_engine.comm.tickets import Tickets
 from dualpipe_engine.runtime.chunk import StageChunk
 from dualpipe_engine.runtime.overlap import PhasedChunk, finish, interleave, phases_of
 from dualpipe_engine.runtime.phases import COMM, COMPUTE, Phase
-from dualpipe_engine.runtime.weight_grad import WeightGradStore, install
+from dualpipe_engine.runtime.weight_grad import DeferredWeightGrads, install
 from dualpipe_engine.schedule.op import FB
 from dualpipe_engine.schedule.passes.lower import lower
 from dualpipe_engine.schedule.search.make_plan import make_plan
@@ -147,7 +147,7 @@ def pair(split=True, recompute=False, kind=Block):
     """One F&B of two micro-batches on a stage; returns the block with its events, the transfers and what came out."""
     torch.manual_seed(0)
     block = kind().double()
-    store = WeightGradStore() if split else None
+    store = DeferredWeightGrads() if split else None
     if store is not None:
         install(block, store)
     log = []
@@ -254,7 +254,7 @@ def test_what_travels_and_stays_gets_both_gradients():
 def test_weight_gradients_fill_what_is_left_of_a_wait():
     torch.manual_seed(0)
     block = Block().double()
-    store = WeightGradStore()
+    store = DeferredWeightGrads()
     install(block, store)
     chunk = phased(block, 0, is_last=False, store=store)
     chunk.forward(0, torch.randn(3, 6, dtype=torch.float64, requires_grad=True))

@@ -31,7 +31,7 @@ from weight_grad_zoo import (
     tokens,
 )
 
-from dualpipe_engine.runtime.weight_grad import DeferReport, WeightGradStore, install, uninstall
+from dualpipe_engine.runtime.weight_grad import DeferredWeightGrads, DeferReport, install, uninstall
 
 
 @pytest.mark.parametrize("name", ZOO)
@@ -83,7 +83,7 @@ def test_backward_on_another_thread() -> None:
 
     for kind in ("reentrant", "non-reentrant"):
         module = Checkpointed(wrap(kind), lambda: Block(Experts))
-        store = WeightGradStore()
+        store = DeferredWeightGrads()
         report = install(module, store)
         out = module(torch.randn(2, 5, HIDDEN, requires_grad=True))
         with store.defer():
@@ -95,7 +95,7 @@ def test_backward_on_another_thread() -> None:
 
 
 def test_store_hands_over_in_order_and_once() -> None:
-    store, seen = WeightGradStore(), []
+    store, seen = DeferredWeightGrads(), []
     for index in range(3):
         store.put(partial(seen.append, index))
     closures = store.take()
@@ -115,7 +115,7 @@ def test_a_module_that_asks_for_the_store_gets_it() -> None:
     class Own(nn.Module):
         weight_grad_store: Any = None
 
-    stage, store = nn.Sequential(Own(), nn.Linear(2, 2)), WeightGradStore()
+    stage, store = nn.Sequential(Own(), nn.Linear(2, 2)), DeferredWeightGrads()
     install(stage, store)
     assert stage[0].weight_grad_store is store
     assert not hasattr(stage[1], "weight_grad_store")
@@ -125,7 +125,7 @@ def test_a_module_that_asks_for_the_store_gets_it() -> None:
 
 def test_user_closures_run_without_a_graph() -> None:
     """Gradients that need gradients would break what clips and reduces them in place."""
-    store, x, seen = WeightGradStore(), torch.ones(2, requires_grad=True), []
+    store, x, seen = DeferredWeightGrads(), torch.ones(2, requires_grad=True), []
     store.put(lambda: seen.append(2 * x))
     for closure in store.take():
         closure()
@@ -133,7 +133,7 @@ def test_user_closures_run_without_a_graph() -> None:
 
 
 def test_a_weight_closure_works_once_and_frees_its_tensors() -> None:
-    layer, store = nn.Linear(HIDDEN, HIDDEN), WeightGradStore()
+    layer, store = nn.Linear(HIDDEN, HIDDEN), DeferredWeightGrads()
     install(layer, store)
     x = torch.randn(3, HIDDEN)
     alive = weakref.ref(x.untyped_storage())
@@ -176,7 +176,7 @@ def test_after_i_only_what_w_needs_is_alive() -> None:
         def forward(self, x: Tensor) -> Tensor:
             return self.b(Probe.apply(self.a(x)))
 
-    net, store = Net(), WeightGradStore()
+    net, store = Net(), DeferredWeightGrads()
     install(net, store)
     out = net(torch.randn(3, HIDDEN))
     with store.defer():
@@ -201,7 +201,7 @@ def test_compiled_parts_stay_plain_and_are_named() -> None:
         got = run(lambda how=how: parts(how), data(2, 5, HIDDEN), "IW", {"0.weight"})
         for a, b in zip(want[1].values(), got[1].values(), strict=True):
             torch.testing.assert_close(a, b)
-        module, store = parts(how), WeightGradStore()
+        module, store = parts(how), DeferredWeightGrads()
         report = install(module, store)
         module(torch.randn(2, 5, HIDDEN)).sum()
         named = [name for name, reason in report.not_deferred if "compiled" in reason]
@@ -219,7 +219,7 @@ def test_compiled_once() -> None:
         return aot_eager(graph, inputs)
 
     module = nn.Sequential(nn.Linear(HIDDEN, HIDDEN), torch.compile(nn.Linear(HIDDEN, HIDDEN), backend=backend))
-    install(module, WeightGradStore())
+    install(module, DeferredWeightGrads())
     for _ in range(3):
         module(torch.randn(2, HIDDEN))
     assert len(compiled) == 1
@@ -241,7 +241,7 @@ def test_compiled_part_under_the_mode() -> None:
     want, got = run(partial(Net, False), inputs, "plain"), run(partial(Net, True), inputs, "IW", {"own"})
     for a, b in zip(want[1].values(), got[1].values(), strict=True):
         torch.testing.assert_close(a, b)
-    module, store = Net(True), WeightGradStore()
+    module, store = Net(True), DeferredWeightGrads()
     install(module, store)
     module(inputs[0])
     assert store.split_params == {module.own}
@@ -251,14 +251,14 @@ def test_tensor_subclasses_stay_plain() -> None:
     class Tagged(Tensor):
         pass
 
-    layer, store = nn.Linear(HIDDEN, HIDDEN), WeightGradStore()
+    layer, store = nn.Linear(HIDDEN, HIDDEN), DeferredWeightGrads()
     install(layer, store)
     out = layer(torch.randn(3, HIDDEN).as_subclass(Tagged))
     assert type(out) is Tagged and not store.split_params
 
 
 def test_copies_are_not_installed() -> None:
-    module, store = nn.Sequential(Block(Experts), nn.Linear(HIDDEN, 4)), WeightGradStore()
+    module, store = nn.Sequential(Block(Experts), nn.Linear(HIDDEN, 4)), DeferredWeightGrads()
     install(module, store)
     x = torch.randn(2, 5, HIDDEN)
     for other in (copy.deepcopy(module), pickle.loads(pickle.dumps(module))):
@@ -275,7 +275,7 @@ def test_copies_are_not_installed() -> None:
 def test_compiling_an_installed_module_keeps_gradients_right() -> None:
     want = run(Block, data(2, 5, HIDDEN), "plain")[1]
     torch.manual_seed(0)
-    module, store = Block(), WeightGradStore()
+    module, store = Block(), DeferredWeightGrads()
     install(module, store)
     compiled = torch.compile(module, backend="aot_eager")
     for index, x in enumerate(data(2, 5, HIDDEN)):
@@ -313,7 +313,7 @@ def test_hooked_weights_and_custom_functions_stay_plain() -> None:
             return Double.apply(self.plain(self.hooked(x) @ self.seen_as_view.t()), self.own)
 
     check(Net, data(2, 5, HIDDEN), {"plain.weight"})
-    module, store = Net(), WeightGradStore()
+    module, store = Net(), DeferredWeightGrads()
     report = install(module, store)
     module(torch.randn(2, 5, HIDDEN))
     reasons = dict(report.not_deferred)
@@ -322,7 +322,7 @@ def test_hooked_weights_and_custom_functions_stay_plain() -> None:
 
 
 def test_report_counts_and_names() -> None:
-    module, store = nn.Sequential(nn.Embedding(11, HIDDEN), Lora(), Block()), WeightGradStore()
+    module, store = nn.Sequential(nn.Embedding(11, HIDDEN), Lora(), Block()), DeferredWeightGrads()
     report = install(module, store)
     assert isinstance(report, DeferReport) and report.deferred_numel == 0
     module(tokens()[0])
@@ -336,7 +336,7 @@ def test_report_counts_and_names() -> None:
 
 
 def test_only_modules_that_need_it_keep_the_mode() -> None:
-    module, store = Tied(True, nn.Sequential(Block(Experts), nn.ReLU())), WeightGradStore()
+    module, store = Tied(True, nn.Sequential(Block(Experts), nn.ReLU())), DeferredWeightGrads()
     install(module, store)
     module(tokens()[0])
     kept = {name for name, part in module.named_modules() if "forward" in vars(part)}
@@ -352,7 +352,7 @@ def test_uninstall_and_install_again() -> None:
     mine = module[2].forward
     vars(module[1])["forward"] = custom = partial(Block.forward, module[1])
     before["1"] = custom
-    first, second = WeightGradStore(), WeightGradStore()
+    first, second = DeferredWeightGrads(), DeferredWeightGrads()
     install(module, first)
     assert inspect.signature(module[1].mlp[0].forward) == inspect.signature(nn.Linear(1, 1).forward)
     install(module, second)
@@ -366,7 +366,7 @@ def test_uninstall_and_install_again() -> None:
 
 
 def test_no_grad_and_evaluation_leave_nothing() -> None:
-    module, store = Block(Experts), WeightGradStore()
+    module, store = Block(Experts), DeferredWeightGrads()
     x = torch.randn(2, 5, HIDDEN)
     want = module(x)
     report = install(module, store)
@@ -384,7 +384,7 @@ def test_i_and_b_may_alternate() -> None:
     inputs = data(2, 5, HIDDEN)
     want = run(Block, inputs, "plain")[1]
     torch.manual_seed(0)
-    module, store = Block(), WeightGradStore()
+    module, store = Block(), DeferredWeightGrads()
     install(module, store)
     for index, x in enumerate(inputs):
         out = module(x.clone())

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from weight_grad_cases import check
 
-from dualpipe_engine.runtime.weight_grad import WeightGradStore, install
+from dualpipe_engine.runtime.weight_grad import DeferredWeightGrads, install
 
 BF16 = partial(torch.autocast, "cpu", dtype=torch.bfloat16)
 OFFS = torch.tensor([5, 5, 16], dtype=torch.int32)
@@ -40,7 +40,7 @@ FUNCTIONS = {
 }
 
 
-def step(module: nn.Module, store: WeightGradStore, x: Tensor, grad: Tensor, defer: bool = True) -> None:
+def step(module: nn.Module, store: DeferredWeightGrads, x: Tensor, grad: Tensor, defer: bool = True) -> None:
     out = module(x)
     store.deferring = defer
     out.backward(grad.to(out.dtype))
@@ -58,7 +58,7 @@ def test_main_grad_collects_in_fp32(name: str, defer: bool) -> None:
     exact = Apply(function, *weight).double() if name != "grouped" else Apply(function, *weight)
     exact.weight.data.copy_(module.weight.data)
     module.weight.main_grad = main_grad = torch.zeros(weight)
-    store = WeightGradStore()
+    store = DeferredWeightGrads()
     install(module, store)
     for _ in range(8):
         x = torch.randn(shape).to(torch.bfloat16).requires_grad_()
@@ -72,7 +72,7 @@ def test_main_grad_collects_in_fp32(name: str, defer: bool) -> None:
 
 
 def test_main_grad_of_a_cast_weight() -> None:
-    module, store = Apply(F.linear, 24, 8), WeightGradStore()
+    module, store = Apply(F.linear, 24, 8), DeferredWeightGrads()
     module.weight.main_grad = torch.zeros(24, 8)
     install(module, store)
     x, grad = torch.randn(16, 8), torch.randn(16, 24)
@@ -87,7 +87,7 @@ def test_main_grad_of_a_cast_weight() -> None:
 
 
 def test_main_grad_of_any_layout() -> None:
-    layer, store = nn.Linear(8, 24, bias=False), WeightGradStore()
+    layer, store = nn.Linear(8, 24, bias=False), DeferredWeightGrads()
     layer.weight.main_grad = torch.zeros(8, 24).t()
     install(layer, store)
     x, grad = torch.randn(3, 8), torch.randn(3, 24)
@@ -102,7 +102,7 @@ def test_fused_product_is_used_where_it_can_be() -> None:
         calls.append((x.shape, grad.shape, total.dtype))
         total += grad.float().t() @ x.float()
 
-    store = WeightGradStore(fused_wgrad=fused)
+    store = DeferredWeightGrads(fused_wgrad=fused)
     for dtype, main_grad, expected in (
         (torch.bfloat16, True, 1),
         (torch.float32, True, 0),
@@ -138,7 +138,7 @@ def test_autocast_of_a_module_with_bias() -> None:
 
 def test_autocast_does_not_keep_a_copy_without_gradient() -> None:
     """The cast copy that autocast caches must not cut later uses of the weight off."""
-    layer, store = nn.Linear(8, 8, bias=False), WeightGradStore()
+    layer, store = nn.Linear(8, 8, bias=False), DeferredWeightGrads()
     install(layer, store)
     x = torch.randn(3, 8)
     with BF16():
@@ -154,7 +154,7 @@ def test_autocast_does_not_keep_a_copy_without_gradient() -> None:
 
 
 def test_gradient_takes_over_or_adds_as_autograd_does() -> None:
-    layer, store = nn.Linear(8, 6, bias=False), WeightGradStore()
+    layer, store = nn.Linear(8, 6, bias=False), DeferredWeightGrads()
     install(layer, store)
     x, grad = torch.randn(3, 8), torch.randn(3, 6)
     step(layer, store, x, grad)
@@ -165,7 +165,7 @@ def test_gradient_takes_over_or_adds_as_autograd_does() -> None:
 
 
 def test_post_accumulate_hooks_see_the_gradient_in_w() -> None:
-    layer, store = nn.Linear(8, 6, bias=False), WeightGradStore()
+    layer, store = nn.Linear(8, 6, bias=False), DeferredWeightGrads()
     seen = []
     layer.weight.register_post_accumulate_grad_hook(lambda param: seen.append(param.grad is not None))
     install(layer, store)
@@ -180,7 +180,7 @@ def test_hooks_of_views_run() -> None:
             view.register_hook(lambda grad: grad * 2)
         return F.linear(x, view)
 
-    module, store = Apply(hooked, 8, 8), WeightGradStore()
+    module, store = Apply(hooked, 8, 8), DeferredWeightGrads()
     install(module, store)
     x, grad = torch.randn(4, 8), torch.randn(4, 8)
     step(module, store, x, grad)
@@ -195,7 +195,7 @@ def test_shared_by_split_and_other_operations() -> None:
 
     def gradient(defer: bool) -> Tensor:
         torch.manual_seed(0)
-        module, store = Apply(mixed, 8, 8), WeightGradStore()
+        module, store = Apply(mixed, 8, 8), DeferredWeightGrads()
         if defer:
             install(module, store)
         for _ in range(3):
@@ -207,7 +207,7 @@ def test_shared_by_split_and_other_operations() -> None:
 
 def test_frozen_weights_leave_nothing() -> None:
     for count, frozen in ((0, ("weight", "bias")), (0, ("weight",)), (1, ("bias",))):
-        layer, store = nn.Linear(8, 6), WeightGradStore()
+        layer, store = nn.Linear(8, 6), DeferredWeightGrads()
         for name in frozen:
             layer.get_parameter(name).requires_grad_(False)
         install(layer, store)
@@ -220,7 +220,7 @@ def test_frozen_weights_leave_nothing() -> None:
 
 def test_weight_changed_between_f_and_i_is_an_error() -> None:
     layer = nn.Linear(8, 6)
-    install(layer, WeightGradStore())
+    install(layer, DeferredWeightGrads())
     out = layer(torch.randn(3, 8, requires_grad=True))
     with torch.no_grad():
         layer.weight.mul_(2)

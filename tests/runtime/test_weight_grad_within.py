@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.autograd import forward_ad
 from torch.utils.checkpoint import checkpoint
 
-from dualpipe_engine.runtime.weight_grad import WeightGradStore, install
+from dualpipe_engine.runtime.weight_grad import DeferredWeightGrads, install
 
 WIDTH = 6
 
@@ -103,7 +103,7 @@ def build(kind: str, checkpointed: bool) -> nn.Sequential:
 
 
 def gradients(module: nn.Module, how: str) -> dict[str, Tensor]:
-    store = WeightGradStore()
+    store = DeferredWeightGrads()
     if how != "plain":
         install(module, store)
     if how == "main_grad":
@@ -151,7 +151,7 @@ def test_main_grad_gets_all_of_it(kind: str) -> None:
 
 
 def test_other_weights_of_such_a_model_are_still_deferred() -> None:
-    module, store = build("force", False), WeightGradStore()
+    module, store = build("force", False), DeferredWeightGrads()
     report = install(module, store)
     out = module(torch.randn(4, WIDTH, dtype=torch.double, requires_grad=True)).sum()
     with store.defer():
@@ -199,14 +199,14 @@ def test_a_thread_that_has_the_mode_and_no_frame() -> None:
             return y + torch.autograd.grad(OnDevice.apply(x, self.weight.detach()).sum(), x)[0]
 
     net = Net()
-    install(net, WeightGradStore())
+    install(net, DeferredWeightGrads())
     x = torch.ones(2, WIDTH, requires_grad=True)
     assert torch.equal(net(x), torch.full((2, WIDTH), 2.0 * WIDTH))
 
 
 def test_the_first_gradient_is_not_copied() -> None:
     """What W makes is what `grad` holds: no second copy of it is alive at any time."""
-    layer, store = nn.Linear(64, 48, bias=False), WeightGradStore()
+    layer, store = nn.Linear(64, 48, bias=False), DeferredWeightGrads()
     install(layer, store)
     made: list[int] = []
     out = layer(torch.randn(5, 64))
@@ -232,7 +232,7 @@ def test_w_is_one_call_of_the_engine(monkeypatch: pytest.MonkeyPatch) -> None:
     calls = []
     run = weight_grad_split._engine_run_backward
     monkeypatch.setattr(weight_grad_split, "_engine_run_backward", lambda *a, **k: calls.append(1) or run(*a, **k))
-    stage, store = nn.Sequential(*(nn.Linear(8, 8) for _ in range(12))), WeightGradStore()
+    stage, store = nn.Sequential(*(nn.Linear(8, 8) for _ in range(12))), DeferredWeightGrads()
     install(stage, store)
     out = stage(torch.randn(3, 8))
     with store.defer():
@@ -246,7 +246,7 @@ def test_large_gradients_are_made_a_few_at_a_time(monkeypatch: pytest.MonkeyPatc
     from dualpipe_engine.runtime import weight_grad
 
     monkeypatch.setattr(weight_grad, "BATCH_BYTES", 3 * 8 * 8 * 4)
-    stage, store = nn.Sequential(*(nn.Linear(8, 8) for _ in range(8)), nn.Linear(8, 64)), WeightGradStore()
+    stage, store = nn.Sequential(*(nn.Linear(8, 8) for _ in range(8)), nn.Linear(8, 64)), DeferredWeightGrads()
     install(stage, store)
     out = stage(torch.randn(3, 8))
     with store.defer():

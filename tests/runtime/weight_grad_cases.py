@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dualpipe_engine.runtime.weight_grad import WeightGradStore, install
+from dualpipe_engine.runtime.weight_grad import DeferredWeightGrads, install
 
 Run = tuple[list[Tensor], dict[str, Tensor | None], list[Tensor | None]]
 
@@ -32,7 +32,7 @@ def run(
     """
     torch.manual_seed(0)
     module = build()
-    store = WeightGradStore()
+    store = DeferredWeightGrads()
     if how != "plain":
         install(module, store)
     params = dict(module.named_parameters())

@@ -312,14 +312,14 @@ class StrictGroup(dist.ProcessGroup):
 class NativeStream(twin.CommStream):
     """Takes a transfer as one on an accelerator: the group orders it, and no thread of ours looks after it."""
 
-    def _post(self, *args: Any, **kwargs: Any) -> twin.Ticket:
+    def _post(self, *args: Any, **kwargs: Any) -> twin.PythonTicket:
         ticket = super()._post(*args, **kwargs)
         ticket.native, ticket.by_callback = True, False
         if (work := ticket.work) is not None:  # None: it has failed
             ticket._wait_on_device = work.wait  # the stream that is ordered is the host
         return ticket
 
-    def _keep(self, key: Any, ticket: twin.Ticket) -> None:
+    def _keep(self, key: Any, ticket: twin.PythonTicket) -> None:
         pass
 
 

@@ -23,7 +23,7 @@ from ...comm.transports import transport_of
 from ...runtime.chunk import StageChunk
 from ...runtime.executor import Executor
 from ...runtime.observer import Observer
-from ...runtime.weight_grad import WeightGradStore, install, uninstall
+from ...runtime.weight_grad import DeferredWeightGrads, install, uninstall
 from ...schedule.orders.paired import paired_plan
 from ...schedule.passes.lower import lower
 from ...schedule.plan import Plan
@@ -73,7 +73,7 @@ def probe_stages(
     num_micro = max(1, min(num_micro, 2 * ranks))
     with connected_experts(module), _untouched(module):
         view = copy.copy(module)
-        store = WeightGradStore() if split_backward else None
+        store = DeferredWeightGrads() if split_backward else None
         if store is not None:
             install(view, store)
         chunk = make_chunk(

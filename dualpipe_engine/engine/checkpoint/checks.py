@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
+import torch
 import torch.distributed as dist
 from deepspeed.runtime.pipe.engine import PipelineEngine
 
+from ...comm.from_all import from_all
 from ...errors import CheckpointError
+from ..given import SavedState
 from .files import DESCRIPTION, damage, damages, other_tags, peek
 from .sums import changed, listed
+from .ties import Layout, with_own, without_own
 
 LAYOUT = "dualpipe_layout"  #: in the saved state: the parameters that an optimizer steps
 
@@ -27,13 +30,10 @@ class CheckpointChecks(PipelineEngine):
         """
         needed = self._needed_files(folder, states)
         wrong = damages(needed)
-        readers: list[Any] = [None] * dist.get_world_size()
-        dist.all_gather_object(readers, [] if wrong else [str(path) for path in needed])
+        readers = from_all([] if wrong else [str(path) for path in needed])
         if not wrong:
             wrong = self._changed_files(folder, readers)
-        found: list[Any] = [None] * dist.get_world_size()
-        dist.all_gather_object(found, wrong)
-        all_wrong = sorted({each for rank in found for each in rank})
+        all_wrong = sorted({each for of_rank in from_all(wrong) for each in of_rank})
         if all_wrong:
             others = other_tags(folder)
             instead = f'; load tag="{others[-1]}" instead' if others else ""
@@ -89,13 +89,27 @@ class CheckpointChecks(PipelineEngine):
                 return []  # said elsewhere, or saved by fewer copies, as `_check_layout` will say
         return [Path(there[0] if there else names[0])]
 
-    def _layout(self) -> list[Any]:
+    def _layout(self) -> Layout:
         """Which parameters the optimizer of this rank steps, in its order: what its state belongs to."""
         if self.zero_optimization():
             return [list(group.items()) for group in self._get_zero_param_shapes()]
         names = {param: name for name, param in self.module.named_parameters()}
         groups = () if self.optimizer is None else self.optimizer.param_groups
         return [[(names.get(param), param.shape) for param in group["params"]] for group in groups]
+
+    def _lacks_own_of_ties(self, layout: Layout) -> bool:
+        """Whether the state was saved for the same parameters but those that tied layers have of their own, and can be
+        loaded nevertheless: ZeRO cuts all parameters of a rank together."""
+        own = self._layout()
+        less = without_own(self.module, own)
+        return less != own and _same(layout, less) and isinstance(self.optimizer, torch.optim.Optimizer)
+
+    def _for_own_layout(self, saved: SavedState) -> SavedState:
+        """What a file holds, where it is the state of an optimizer with what the own one has besides."""
+        layout = saved.get(LAYOUT) if isinstance(saved, dict) else None
+        if layout is not None and self._lacks_own_of_ties(layout):
+            return {**saved, "optimizer": with_own(self.module, saved["optimizer"], self._layout())}
+        return saved
 
     def _check_layout(self, folder: Path) -> None:
         """The optimizer's state must be that of the same parameters, cut among as many copies.
@@ -109,15 +123,13 @@ class CheckpointChecks(PipelineEngine):
             saved = peek(path)
             shapes = saved.get("param_shapes")
             layout = saved.get(LAYOUT) or (shapes and [list(group.items()) for group in shapes])
-            same = layout is None or [[tuple(each) for each in group] for group in layout] == self._layout()
+            same = layout is None or _same(layout, self._layout()) or self._lacks_own_of_ties(layout)
             copies = saved.get("dp_world_size")
             if same and self.zero_optimization() and copies != self.seq_dp_world_size:
                 why = f"its optimizer state is cut among {copies} copies of each stage, not {self.seq_dp_world_size}"
             elif same and layout is not None:
                 why = ""
-        found: list[Any] = [None] * dist.get_world_size()
-        dist.all_gather_object(found, why)
-        if reason := next(filter(None, found), None):
+        if reason := next(filter(None, from_all(why)), None):
             raise CheckpointError(
                 f"{folder} was saved by another schedule or other ranks: {reason}. Pass load_optimizer_states=False to "
                 "load the weights alone, or convert it (ZeRO-1 and ZeRO-2): `python -m "
@@ -126,3 +138,7 @@ class CheckpointChecks(PipelineEngine):
                 '"checkpoint": {"load_universal": true} in the configuration',
                 everywhere=True,
             )
+
+
+def _same(saved: Layout, own: Layout) -> bool:
+    return [[tuple(each) for each in group] for group in saved] == own

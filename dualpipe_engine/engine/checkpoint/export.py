@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
+
+from torch import Tensor
 
 from ...errors import CheckpointError, MissingExtraError
-from ...schedule.plain_json import parse
+from .description import Description, read_description
 from .files import DESCRIPTION, damages, peek
 
 WEIGHTS = "model.safetensors"
@@ -35,8 +36,8 @@ def export(checkpoint: Path, out: Path) -> list[Path]:
     except ImportError:
         raise MissingExtraError('export needs safetensors: pip install "dualpipe_engine[hf]"') from None
     folder = _one(checkpoint)
-    about = _about(folder)
-    weights: dict[str, Any] = {}
+    about = read_description(folder)
+    weights: dict[str, Tensor] = {}
     for path, prefix in _layers(folder, about):
         for name, tensor in peek(path, weights_only=True).items():
             weights.setdefault(prefix + name, tensor)
@@ -45,7 +46,7 @@ def export(checkpoint: Path, out: Path) -> list[Path]:
     # Tensors that share memory are refused, and so is memory with gaps.
     whole = {name: tensor.clone().contiguous() for name, tensor in weights.items()}
     save_file(whole, written[0], metadata={"format": "pt"})
-    if (about["model"] or {}).get("config") is not None:
+    if about["model"] is not None and about["model"]["config"] is not None:
         written.append(out / "config.json")
         written[1].write_text(json.dumps(about["model"]["config"], indent=2) + "\n")
     return written
@@ -63,21 +64,7 @@ def _one(checkpoint: Path) -> Path:
     return folder
 
 
-def _about(folder: Path) -> dict[str, Any]:
-    """The description of a checkpoint, looked at."""
-    path = folder / DESCRIPTION
-    try:
-        found = parse(path.read_text())
-        layers = [{"file": bool(each["file"]), "tied": each["tied"]} for each in found["layers"]]
-        config = (found["model"] or {}).get("config")
-        if not (config is None or isinstance(config, dict)):
-            raise TypeError("its configuration is no object")
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise CheckpointError(f"{path} cannot be read ({type(error).__name__}: {error})") from None
-    return {"layers": layers, "model": None if found["model"] is None else {"config": config}}
-
-
-def _layers(folder: Path, about: dict[str, Any]) -> list[tuple[Path, str]]:
+def _layers(folder: Path, about: Description) -> list[tuple[Path, str]]:
     """Files of layers in their order, and what to put before the names in each."""
     if cut := sorted(folder.glob("layer_*-model_[0-9]*-model_states.pt")):
         raise CheckpointError(f"{cut[0]} holds a part of a layer: export does not join tensor-parallel weights")

@@ -7,17 +7,17 @@ import re
 import secrets
 import shutil
 import zipfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path, PurePath
-from typing import Any, TypeAlias
 
 import torch
 from deepspeed.utils import logger
+from torch.serialization import MAP_LOCATION
 
 from ...errors import CheckpointError
 from ...schedule.plain_json import parse
-from ..given import CheckpointEngine
+from ..given import CheckpointEngine, SavedState
 
 PARTIAL = ".partial"  #: ending of a folder that is being written
 DESCRIPTION = "dualpipe.json"  #: in the folder of a checkpoint: the layers, for `dualpipe export`
@@ -149,11 +149,7 @@ def damages(paths: Iterable[Path]) -> list[str]:
     return [found for found in map(damage, paths) if found]
 
 
-Content: TypeAlias = Any
-"""What a file of `torch.save` holds."""
-
-
-def peek(path: Path, weights_only: bool = False) -> Content:
+def peek(path: Path, weights_only: bool = False) -> SavedState:
     """Load a file without reading its tensors before they are used.
 
     Args:
@@ -183,20 +179,24 @@ def naming(path: str | Path) -> Iterator[None]:
 
 
 @contextmanager
-def naming_reads(reader: CheckpointEngine) -> Iterator[None]:
+def reading(reader: CheckpointEngine, fitted: Callable[[SavedState], SavedState]) -> Iterator[None]:
     """Let every `reader.load(path, ...)` within the body name the file that it fails on; those of layers hold weights,
     and nothing else of them is unpickled.
+
+    Args:
+        reader: DeepSpeed's checkpoint engine.
+        fitted: makes of what another file holds what `load` returns.
 
     Raises:
         CheckpointError: a file cannot be read.
     """
     load = reader.load
 
-    def named(path: str, *args: Any, **kwargs: Any) -> Content:
+    def named(path: str, map_location: MAP_LOCATION = None) -> SavedState:
         with naming(path):
             if PurePath(path).name.startswith("layer_"):
-                return torch.load(path, *args, **kwargs, weights_only=True)
-            return load(path, *args, **kwargs)
+                return torch.load(path, map_location, weights_only=True)
+            return fitted(load(path, map_location))
 
     reader.load = named
     try:

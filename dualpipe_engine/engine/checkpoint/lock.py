@@ -13,7 +13,6 @@ import socket
 import time
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
 
 from deepspeed.utils import logger
 
@@ -93,12 +92,13 @@ def _holder(folder: Path) -> str:
     )
 
 
-def _parsed(text: str) -> dict[str, Any]:
+def _parsed(text: str) -> dict[str, str]:
+    """What a lock says of the job that holds it."""
     try:
         found = parse(text)
     except ValueError:
         return {}
-    return found if isinstance(found, dict) else {}
+    return {key: str(value) for key, value in found.items()} if isinstance(found, dict) else {}
 
 
 def _boot() -> str:

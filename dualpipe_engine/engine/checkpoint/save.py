@@ -16,11 +16,11 @@ import threading
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
 
 import torch.distributed as dist
 from deepspeed.utils import logger
 
+from ...comm.from_all import from_all
 from ...errors import CheckpointError
 from ..given import CheckpointEngine
 from .files import publish, saved_by, settle, sync, unfinished, write_text
@@ -104,8 +104,7 @@ class Save:
         assert self._thread is not None
         if wait:
             self._written.wait()
-        states: list[Any] = [None] * dist.get_world_size()
-        dist.all_gather_object(states, (self._written.is_set(), self.writer.error))
+        states = from_all((self._written.is_set(), self.writer.error))
         self._raise([error for _, error in states])
         if not all(written for written, _ in states):
             return False
@@ -189,9 +188,7 @@ class Save:
         self._raise(box)
 
     def _agree(self, error: str | None) -> None:
-        found: list[Any] = [None] * dist.get_world_size()
-        dist.all_gather_object(found, error)
-        self._raise(found)
+        self._raise(from_all(error))
 
     def _raise(self, errors: list[str | None]) -> None:
         for rank, error in enumerate(errors):

@@ -6,30 +6,33 @@ import json
 import os
 import time
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack
 from pathlib import Path
-from typing import Any
 
 import torch.distributed as dist
 from deepspeed.utils import logger
 
+from ...comm.from_all import from_all
 from ...comm.nest import Nest
 from ...errors import CheckpointError, ConfigError
-from ..given import CheckpointEngine
+from ..given import CheckpointEngine, ClientState
 from ..placing.experts import has_experts
 from ..placing.partition import same_random_state
 from .checks import LAYOUT, CheckpointChecks
+from .description import description
 from .files import (
     DESCRIPTION,
     checked_tag,
     damage,
-    naming_reads,
     new_job,
     peek,
+    reading,
     standing,
 )
 from .on_signal import SaveOnSignal
 from .save import Save
-from .state import check_ties, description, random_state, set_random_state, universal_info
+from .state import check_ties, random_state, set_random_state, universal_info
+from .ties import named_as_saved
 
 WAIT_S = 60.0  #: at most, for another job that saves into the same folder
 
@@ -37,11 +40,11 @@ WAIT_S = 60.0  #: at most, for another job that saves into the same folder
 class Checkpoints(CheckpointChecks):
     """The part of `DualPipeEngine` that saves and loads."""
 
-    _data_state: dict[str, Any] | None = None  # of the loader, until there is one
+    _data_state: dict[str, object] | None = None  # of the loader, until there is one
     checkpoint_engine: CheckpointEngine
     _pending: Save | None = None  # what is being written in the background
     #: Gives the `client_state` of a checkpoint that a signal asks for.
-    client_state_on_signal: Callable[[], dict[str, Any]] | None = None
+    client_state_on_signal: Callable[[], ClientState] | None = None
 
     def _init_saving(self) -> None:
         self._job, self._born = new_job(), time.monotonic()
@@ -83,7 +86,7 @@ class Checkpoints(CheckpointChecks):
         self,
         save_dir: str,
         tag: str | None = None,
-        client_state: dict[str, Any] | None = None,
+        client_state: ClientState | None = None,
         save_latest: bool = True,
         exclude_frozen_parameters: bool = False,
     ) -> bool:
@@ -189,7 +192,7 @@ class Checkpoints(CheckpointChecks):
         load_lr_scheduler_states: bool = True,
         load_module_only: bool = False,
         custom_load_fn: Callable[..., object] | None = None,
-    ) -> tuple[str | None, dict[str, Any] | None]:
+    ) -> tuple[str | None, ClientState | None]:
         """Load a checkpoint of this engine or of stock DeepSpeed, as DeepSpeed does. Collective over all ranks.
 
         Weights load whatever the schedule, the pipeline ranks and the replicas were. The optimizer's state loads where
@@ -218,7 +221,10 @@ class Checkpoints(CheckpointChecks):
             self._check_files(folder, states)
             if states and not universal:
                 self._check_layout(folder)
-        with naming_reads(self.checkpoint_engine):
+        with ExitStack() as stack:
+            stack.enter_context(reading(self.checkpoint_engine, self._for_own_layout))
+            if universal and tag is not None and states:
+                stack.enter_context(named_as_saved(self.module, self.optimizer.param_names, Path(load_dir, tag)))
             path, client_state = super().load_checkpoint(
                 load_dir,
                 tag,
@@ -265,10 +271,9 @@ class Checkpoints(CheckpointChecks):
             wrong = f"{folder!r} is no name of a folder of checkpoints"
         elif client_state is not None and not isinstance(client_state, Mapping):
             wrong = f"client_state must be a dict, and is of type {type(client_state).__name__}"
-        found: list[Any] = [None] * dist.get_world_size()
-        dist.all_gather_object(found, (job, (str(folder), tag), wrong))
-        job, first, _ = found[0]
-        for rank, (_, each, text) in enumerate(found):
+        of_ranks = from_all((job, (str(folder), tag), wrong))
+        job, first, _ = of_ranks[0]
+        for rank, (_, each, text) in enumerate(of_ranks):
             if text is not None:
                 raise CheckpointError(f"rank {rank}: {text}", everywhere=True)
             if each != first:
@@ -294,7 +299,8 @@ class Checkpoints(CheckpointChecks):
         }
         save.writer.save(state, str(self._own_file(save.folder, dist.get_rank())))
         if dist.get_rank() == 0:
-            about = {**description(self.module, self.plan), "job": job}
+            ranks = self.plan.placement.num_ranks
+            about = {"schedule": self.plan.schedule, "ranks": ranks, **description(self.module), "job": job}
             save.writer.write(save.folder / DESCRIPTION, json.dumps(about, indent=1).encode())
 
     @staticmethod

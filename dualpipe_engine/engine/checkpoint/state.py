@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import random
 import re
-from typing import Any
+from typing import TypedDict
 
 import numpy as np
 import torch
-import torch.distributed as dist
 from deepspeed.accelerator import get_accelerator
 from deepspeed.checkpoint.constants import (
     AUTOTP_UNSUPPORTED_PARAMETER_PATTERNS,
@@ -16,16 +15,34 @@ from deepspeed.checkpoint.constants import (
     UNIVERSAL_CHECKPOINT_VERSION_KEY,
     UNIVERSAL_CHECKPOINT_VERSION_VALUE,
 )
-from deepspeed.pipe import LayerSpec, PipelineModule, TiedLayerSpec
+from deepspeed.pipe import PipelineModule, TiedLayerSpec
 from deepspeed.runtime.activation_checkpointing import checkpointing
-from torch import nn
+from torch import Tensor
 
+from ...comm.from_all import from_all
 from ...errors import CheckpointError
-from ...schedule.plan import Plan
 from ..placing.experts import has_experts
 
 
-def random_state(device: torch.device) -> dict[str, Any]:
+class RandomState(TypedDict):
+    """Of the random generators of a rank.
+
+    Attributes:
+        python: of `random`.
+        numpy: of `numpy.random`.
+        torch: of torch on the CPU.
+        device: of the accelerator; None on the CPU.
+        tracker: of DeepSpeed's activation checkpointing, by name.
+    """
+
+    python: tuple[object, ...]
+    numpy: dict[str, object] | tuple[str, np.ndarray, int, int, float]
+    torch: Tensor
+    device: Tensor | None
+    tracker: dict[str, Tensor]
+
+
+def random_state(device: torch.device) -> RandomState:
     """The state of every random generator that a layer may draw from on this rank."""
     return {
         "python": random.getstate(),
@@ -36,7 +53,7 @@ def random_state(device: torch.device) -> dict[str, Any]:
     }
 
 
-def set_random_state(state: dict[str, Any], device: torch.device) -> None:
+def set_random_state(state: RandomState, device: torch.device) -> None:
     """Take up what `random_state` returned."""
     random.setstate(state["python"])
     np.random.set_state(state["numpy"])
@@ -44,18 +61,6 @@ def set_random_state(state: dict[str, Any], device: torch.device) -> None:
     if state["device"] is not None and device.type != "cpu":
         get_accelerator().set_rng_state(state["device"], device)
     checkpointing.get_cuda_rng_tracker().set_states(state["tracker"])
-
-
-def description(module: PipelineModule, plan: Plan) -> dict[str, Any]:
-    """What `dualpipe export` must know: of each layer whether it has a file and to what it is tied; of a model that an
-    adapter has cut what the adapter says (`whole_model` of its layers), else None."""
-    layers = []
-    for spec in module._layer_specs:
-        tied = isinstance(spec, TiedLayerSpec)
-        has_file = spec.forward_fn is None if tied else isinstance(spec, (LayerSpec, nn.Module))
-        layers.append({"file": has_file, "tied": spec.key if tied else None})
-    model = next((part.whole_model for part in module.modules() if hasattr(part, "whole_model")), None)
-    return {"schedule": plan.schedule, "ranks": plan.placement.num_ranks, "layers": layers, "model": model}
 
 
 def check_ties(module: PipelineModule) -> None:
@@ -73,7 +78,7 @@ def check_ties(module: PipelineModule) -> None:
         )
 
 
-def universal_info(module: PipelineModule) -> dict[str, Any]:
+def universal_info(module: PipelineModule) -> dict[str, object]:
     """What DeepSpeed's universal converter must know of a pipeline. Collective over all ranks.
 
     It looks for "universal_checkpoint_info" in the saved state, where DeepSpeed puts the module's attribute of that
@@ -97,9 +102,7 @@ def universal_info(module: PipelineModule) -> dict[str, Any]:
             "the model is tensor parallel: say how its parameters are cut, in "
             "save_checkpoint(client_state={'universal_checkpoint_info': ...})"
         )
-    experts: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(experts, has_experts(module))
-    if any(experts):  # it would take the share of one rank for the whole
+    if any(from_all(has_experts(module))):  # it would take the share of one rank for the whole
         refused[".*"] = "ranks share the experts of its layers: load it with as many ranks and the same schedule"
     return {
         UNIVERSAL_CHECKPOINT_VERSION_KEY: UNIVERSAL_CHECKPOINT_VERSION_VALUE,

@@ -11,7 +11,6 @@ import zipfile
 import zlib
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
 
 from ...errors import CheckpointError
 from ...schedule.plain_json import parse
@@ -39,8 +38,8 @@ class SummedFile:
         self._error: OSError | None = None
         self._file = path.open("wb")
 
-    def write(self, data: Any) -> int:  # noqa: ANN401
-        """Take bytes-like data, in blocks that stay in the processor's cache from the sum to the file."""
+    def write(self, data: bytes | memoryview) -> int:
+        """Take data, in blocks that stay in the processor's cache from the sum to the file."""
         view = memoryview(data).cast("B")
         size, crc = self.sum
         for start in range(0, len(view), BLOCK_BYTES):
@@ -143,7 +142,7 @@ def _write(path: Path, sums: Sums) -> None:
 
 def _read(path: Path) -> Sums:
     try:
-        data: Any = parse(path.read_text())
+        data = parse(path.read_text())
         sums = {str(name): (int(size), int(crc)) for name, (size, crc) in data["files"].items()}
         whole = data["crc32"] == zlib.crc32(json.dumps(sums, indent=1).encode())
     except FileNotFoundError:

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 from deepspeed.runtime.checkpoint_engine.torch_checkpoint_engine import TorchCheckpointEngine
 
@@ -36,7 +35,7 @@ class Writer:
         self._sums: dict[Path, FileSum] = {}  # of the files that are there
         self.error: str | None = None
 
-    def __getattr__(self, name: str) -> Any:  # noqa: ANN401
+    def __getattr__(self, name: str) -> object:
         return getattr(self._serializer, name)
 
     def attempt(self, function: Callable[..., object], *args: object, **kwargs: object) -> None:

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from ...comm.from_all import from_all
 from ...errors import PipelineRuntimeError
-from ...runtime.borders import Borders, Finding, origins
+from ...runtime.borders import Borders, NonFinite, origins
 
 _SHOWN = 4  #: micro-batches that a message lists
 
@@ -79,7 +79,7 @@ class FiniteCheck:
         """The sentence for people, the same on all ranks; None: all is finite."""
         if not float(self._bad()):
             return None
-        of_replica: dict[int, list[Finding]] = {}
+        of_replica: dict[int, list[NonFinite]] = {}
         for replica, findings in from_all((self._replica, self.borders.findings(self._rank))):
             of_replica.setdefault(replica, []).extend(findings)
         parts = [
@@ -88,7 +88,7 @@ class FiniteCheck:
         more = f"; and in {len(parts) - _SHOWN} more micro-batches" if len(parts) > _SHOWN else ""
         return f"NaN or inf in step {step}: {'; '.join(parts[:_SHOWN])}{more}"
 
-    def _describe(self, found: Finding, replica: int) -> str:
+    def _describe(self, found: NonFinite, replica: int) -> str:
         micro = f"micro-batch {found.micro}" + (f" of replica {replica}" if self._replicas > 1 else "")
         return f"stage {found.stage} (rank {found.rank}), {found.direction}, {micro}: {found.text}"
 

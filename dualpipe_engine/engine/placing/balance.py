@@ -8,6 +8,7 @@ import torch
 import torch.distributed as dist
 from deepspeed.pipe import PipelineModule, TiedLayerSpec
 
+from ...comm.from_all import from_all
 from ...errors import ConfigError
 from ...schedule.cuts.fastest import best_cut
 from ...schedule.cuts.layer_times import read_layer_costs
@@ -108,7 +109,5 @@ def _matrix_parameters(module: PipelineModule, layer: int) -> int:
 
 def of_all_layers(module: PipelineModule, mine: dict[int, Gathered]) -> list[Gathered]:
     """What the ranks of this pipeline know of their layers, in the order of the layers."""
-    found: list[Any] = [None] * module._grid.pipe_parallel_size
-    dist.all_gather_object(found, mine, group=module._grid.pp_proc_group)
-    known = {layer: value for theirs in found for layer, value in theirs.items()}
+    known = {layer: value for theirs in from_all(mine, module._grid.pp_proc_group) for layer, value in theirs.items()}
     return [known[layer] for layer in range(len(module._layer_specs))]

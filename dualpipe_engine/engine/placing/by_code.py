@@ -8,14 +8,18 @@ import marshal
 import pickle
 import sys
 import types
-from typing import Any, TypeAlias
+from typing import TypeAlias
 
 import torch
 from torch import nn
 from torch.nn.utils import parametrize
 
-Reduced: TypeAlias = Any
+Reduced: TypeAlias = tuple[object, ...] | types.NotImplementedType
 """What `__reduce__` returns: a function, its arguments and what follows; or NotImplemented."""
+
+_Cells: TypeAlias = tuple[types.CellType, ...] | None
+_FunctionState: TypeAlias = tuple[_Cells, tuple[object, ...] | None, dict[str, object] | None, dict[str, object], str]
+"""Of a function: what it closes over, defaults, those of keywords, attributes, qualified name."""
 
 
 def reduced(value: object) -> Reduced:
@@ -42,7 +46,7 @@ def reduced(value: object) -> Reduced:
 
 def _importable(value: type | types.FunctionType) -> bool:
     """Whether the name of a function or class leads to it."""
-    found: Any = sys.modules.get(getattr(value, "__module__", None) or "")
+    found: object = sys.modules.get(getattr(value, "__module__", None) or "")
     for name in value.__qualname__.split("."):
         found = getattr(found, name, None)
     return found is value
@@ -72,7 +76,7 @@ def _make_function(code: bytes, module: str, name: str, cells: int) -> types.Fun
     return made
 
 
-def _set_function(function: types.FunctionType, state: tuple[Any, ...]) -> None:
+def _set_function(function: types.FunctionType, state: _FunctionState) -> None:
     closure, defaults, keyword_defaults, attributes, qualname = state
     for own, given in zip(function.__closure__ or (), closure or (), strict=True):
         _set_cell(own, _contents(given))
@@ -129,7 +133,7 @@ def _empty(kind: type) -> object:
     return kind.__new__(kind)  # type: ignore[call-overload]
 
 
-def _set_parametrized(module: nn.Module, state: dict[str, Any]) -> None:
+def _set_parametrized(module: nn.Module, state: dict[str, object]) -> None:
     vars(module).update(state)
     parametrize._inject_new_class(module)
     for name in module.parametrizations:  # type: ignore[union-attr]

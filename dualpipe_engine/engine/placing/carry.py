@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 import torch.distributed as dist
@@ -13,6 +13,7 @@ from deepspeed.accelerator import get_accelerator
 from deepspeed.pipe import LayerSpec, PipelineModule, TiedLayerSpec
 from torch import Tensor, nn
 
+from ...comm.from_all import from_all
 from ..checks.agreement import raise_everywhere
 from ..checks.fingerprint import difference, fingerprint, text
 from ..given import LayerEntry, LayerFunction
@@ -21,7 +22,7 @@ from .counterparts import counterparts, own_objects
 from .grid import Place
 from .moves import Move, leaving, moves_between, ordered
 from .partition import same_random_state
-from .portable import Context, pack, unpack
+from .portable import LocalObjects, pack, unpack
 
 _REMEDY = (
     ": let it hold nothing that belongs to a process, change the layer after initialize on every rank that holds it, "
@@ -99,17 +100,17 @@ def carry(module: PipelineModule, placed: Place, before: Sequence[int], after: S
     outgoing: dict[int, _Message] = {}
     memory: dict[int, dict[int, list[Tensor]]] = {}  # target -> layer -> blocks
     for target in sorted({move.target for move in moves if move.source == placed.rank}):
-        context = counterparts(module, own, placed, device, target)
+        local = counterparts(module, own, placed, device, target)
         layers = {move.layer: held[move.layer] for move in moves if (move.source, move.target) == (placed.rank, target)}
-        outgoing[target], memory[target] = _packed(layers, module, context, target, wrong)
+        outgoing[target], memory[target] = _packed(layers, module, local, target, wrong)
     raise_everywhere(wrong, _REMEDY)
     incoming = _exchanged(outgoing, moves, placed)
     order = ordered(moves, _sizes(outgoing, module), leaving(placed.placement, before, after))
     arrived = _moved(order, held, memory, incoming, module, placed)
     for source, message in incoming.items():
-        context = counterparts(module, own, placed, device, source)
+        local = counterparts(module, own, placed, device, source)
         try:
-            held |= _unpacked(message, arrived.pop(source), module, context, wrong)
+            held |= _unpacked(message, arrived.pop(source), module, local, wrong)
         except Exception as error:  # unpickling may raise anything
             numbers = list(message.facts)
             wrong.append(f"layers {numbers} cannot be carried to pipeline rank {placed.rank}: {_said(error)}")
@@ -169,20 +170,20 @@ def _release(layer: Layer, spec: LayerEntry, held: Mapping[int, Layer]) -> None:
 
 
 def _packed(
-    layers: dict[int, Layer], module: PipelineModule, context: Context, target: int, wrong: list[str]
+    layers: dict[int, Layer], module: PipelineModule, local: LocalObjects, target: int, wrong: list[str]
 ) -> tuple[_Message, dict[int, list[Tensor]]]:
     content: dict[int, Any] = {number: tuple(layer) for number, layer in layers.items()}
     facts = {number: _facts(number, layer) for number, layer in layers.items()}
     try:
-        packed = pack(tuple(content.items()), context)
+        packed = pack(tuple(content.items()), local)
     except Exception:
         for number, layer in layers.items():
-            if reason := _obstacle((layer.function, layer.module), number, context):
+            if reason := _obstacle((layer.function, layer.module), number, local):
                 content[number] = tuple(_tensors(layer).items())
                 if not isinstance(module._layer_specs[number], (LayerSpec, nn.Module)):
                     wrong.append(f"layer {number} cannot be carried to pipeline rank {target}: {reason}")
                 facts[number][""] = reason
-        packed = pack(tuple(content.items()), context)
+        packed = pack(tuple(content.items()), local)
     numbers = list(layers)
     memory: dict[int, list[Tensor]] = {number: [] for number in numbers}
     blocks = []
@@ -213,9 +214,7 @@ def _sizes(outgoing: Mapping[int, _Message], module: PipelineModule) -> Counter[
         for number, size in message.blocks:
             to_one[number] += size
         mine |= to_one  # a layer has one source, and the same size for all its targets, shared tensors aside
-    found: list[Any] = [None] * dist.get_world_size(module._grid.pp_proc_group)
-    dist.all_gather_object(found, mine, group=module._grid.pp_proc_group)
-    return sum(found, Counter())
+    return sum(from_all(mine, module._grid.pp_proc_group), Counter[int]())
 
 
 def _send(blocks: list[Tensor], peer: int, device: torch.device) -> None:
@@ -239,10 +238,11 @@ def _through(device: torch.device) -> torch.device:
 
 
 def _unpacked(
-    message: _Message, blocks: list[Tensor], module: PipelineModule, context: Context, wrong: list[str]
+    message: _Message, blocks: list[Tensor], module: PipelineModule, local: LocalObjects, wrong: list[str]
 ) -> dict[int, Layer]:
     layers = {}
-    for number, content in unpack(message.data, message.shapes, blocks, context):
+    contents = cast("list[tuple[int, Any]]", unpack(message.data, message.shapes, blocks, local))
+    for number, content in contents:
         facts = message.facts[number]
         reason = facts.pop("", None)
         layer = layers[number] = (
@@ -280,26 +280,26 @@ def _rebuilt(spec: LayerEntry, tensors: Mapping[str, Tensor]) -> Layer:
 # -- what stands in the way ------------------------------------------------------------------------------------------
 
 
-def _obstacle(layer: tuple[LayerFunction, nn.Module | None], number: int, context: Context) -> str | None:
+def _obstacle(layer: tuple[LayerFunction, nn.Module | None], number: int, local: LocalObjects) -> str | None:
     """Why a layer cannot be packed, and what of it; None if it can."""
     try:
-        pack((layer,), context)
+        pack((layer,), local)
     except Exception as error:  # pickling may raise anything
         for path, part in layer[1].named_modules(prefix=str(number)) if layer[1] is not None else ():
             for key, value in vars(part).items():
-                if key != "_modules" and (found := _part_of(value, context)) is not None:
+                if key != "_modules" and (found := _part_of(value, local)) is not None:
                     name, reason = found
                     return f"{path}.{key}{name} ({text(value)}): {_said(reason)}"
         return _said(error)
     return None
 
 
-def _part_of(value: object, context: Context) -> tuple[str, Exception] | None:
+def _part_of(value: object, local: LocalObjects) -> tuple[str, Exception] | None:
     try:
-        pack((value,), context)
+        pack((value,), local)
     except Exception as error:
         for key, each in value.items() if isinstance(value, dict) else ():
-            if (found := _part_of(each, context)) is not None:
+            if (found := _part_of(each, local)) is not None:
                 return f"[{key!r}] {text(each)}", found[1]
         return "", error
     return None

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping
-from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -12,9 +11,10 @@ from deepspeed.pipe import LayerSpec, PipelineModule
 from deepspeed.runtime.pipe.topology import ProcessTopology
 from torch import Tensor, nn
 
+from ...comm.from_all import from_all
 from ..checks.fingerprint import text
 from .grid import Place
-from .portable import Context, Key
+from .portable import GroupKey, Key, LocalObjects
 
 
 def own_objects(module: PipelineModule, placed: Place) -> dict[Key, object]:
@@ -39,12 +39,11 @@ def own_objects(module: PipelineModule, placed: Place) -> dict[Key, object]:
         elif not isinstance(spec, nn.Module):
             found["function", number] = spec
     alone = {key: value for key, value in arguments.items() if uses[id(value)] == 1}
-    looks: list[Any] = [None] * len(placed.pipeline)
     mine = {key: text(vars(value) if hasattr(value, "__dict__") else value, 4) for key, value in alone.items()}
-    dist.all_gather_object(looks, mine, group=module._grid.pp_proc_group)
+    looks = from_all(mine, module._grid.pp_proc_group)
     differing = {key for each in looks for key, text in each.items() if text != mine.get(key)}
     found |= {key: value for key, value in arguments.items() if key not in differing}
-    found["module"] = module
+    found["module",] = module
     return {key: value for key, value in found.items() if value is not None}
 
 
@@ -53,8 +52,8 @@ _CARRIED = (nn.Module, Tensor, int, float, complex, str, bytes, list, dict, set,
 
 def counterparts(
     module: PipelineModule, own: Mapping[Key, object], placed: Place, device: torch.device, other: int
-) -> Context:
-    """The context for layers that go to or come from the pipeline rank `other`.
+) -> LocalObjects:
+    """What this rank has of its own for layers that go to or come from the pipeline rank `other`.
 
     Args:
         own: what `own_objects` returns.
@@ -63,16 +62,16 @@ def counterparts(
     topology = module._grid.topology()
     mine, theirs = placed.rank, other
 
-    def key_of(group: dist.ProcessGroup) -> Key:
+    def key_of(group: dist.ProcessGroup) -> GroupKey:
         ranks = tuple(dist.get_process_group_ranks(group))
         return _moved(ranks, topology, mine, theirs), _alike(ranks).index(group)
 
-    def group_of(key: Key) -> dist.ProcessGroup | None:
+    def group_of(key: GroupKey) -> dist.ProcessGroup | None:
         ranks, index = key
         alike = _alike(ranks)
         return alike[index] if index < len(alike) else None
 
-    return Context(own, device, key_of, group_of)
+    return LocalObjects(own, device, key_of, group_of)
 
 
 def _alike(ranks: tuple[int, ...]) -> list[dist.ProcessGroup]:

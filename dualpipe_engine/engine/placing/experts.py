@@ -17,6 +17,7 @@ from deepspeed.utils import groups
 from torch import nn
 
 from ...comm.communicators import close
+from ...comm.from_all import from_all
 from ...errors import ConfigError
 from ...models.autoep.layer import SharedMoE
 from ...models.experts import Experts
@@ -39,11 +40,10 @@ def make_expert_groups(module: PipelineModule, base_grid: PipelineParallelGrid) 
     """
     # A MoE layer of DeepSpeed's, or one of `models`.
     mine = {part.ep_size for part in module.modules() if hasattr(part, "set_deepspeed_parallelism")}
-    found: list[set[int]] = [set() for _ in range(dist.get_world_size())]
-    dist.all_gather_object(found, mine)
+    sizes_of_ranks = from_all(mine)
     base, replicas = base_grid.topology(), base_grid.data_parallel_size
     own: list[dist.ProcessGroup] = []
-    for size in sorted(set[int]().union(*found)):
+    for size in sorted(set[int]().union(*sizes_of_ranks)):
         if replicas % size:
             raise ConfigError(
                 f"experts are shared by {size} ranks, but the pipeline has {replicas} replicas: their number must be a "

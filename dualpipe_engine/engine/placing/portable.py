@@ -15,7 +15,7 @@ import types
 from bisect import bisect_right
 from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property
-from typing import Any, NamedTuple, TypeAlias
+from typing import Literal, NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -33,11 +33,22 @@ _BY_NAME = (
 _OF_EVERY_MODULE = frozenset(vars(nn.Module()))
 
 
-Key: TypeAlias = Any
-"""Stands in a pickle for what a process has of its own: a name, or a tuple of plain values."""
+Key: TypeAlias = tuple[object, ...]
+"""Stands in a pickle for what a process has of its own: a name, and plain values that say which."""
+
+GroupKey: TypeAlias = tuple[tuple[int, ...], int]
+"""Of a process group: its ranks, and its number among those that have the same."""
+
+_Reference: TypeAlias = (
+    tuple[Literal["tensor"], int]
+    | tuple[Literal["device"], None]
+    | tuple[Literal["group"], GroupKey]
+    | tuple[Literal["own"], Key]
+)
+"""What a pickle holds in the place of an object."""
 
 
-class Context:
+class LocalObjects:
     """What belongs to a process: object -> key here, and key -> object there.
 
     What Python's modules hold at their top belongs to it too.
@@ -53,8 +64,8 @@ class Context:
         self,
         own: Mapping[Key, object],
         device: torch.device,
-        group_key: Callable[[ProcessGroup], Key] = lambda group: None,
-        group_of: Callable[[Key], ProcessGroup | None] = lambda key: None,
+        group_key: Callable[[ProcessGroup], GroupKey | None] = lambda group: None,
+        group_of: Callable[[GroupKey], ProcessGroup | None] = lambda key: None,
     ) -> None:
         self._own = own
         self.device = device
@@ -63,14 +74,17 @@ class Context:
         for key, value in own.items():
             self._keys.setdefault(id(value), key)
 
-    def key_of(self, value: object) -> Key:
+    def key_of(self, value: object) -> Key | None:
         """The key of an object that belongs to this process, or None."""
         key = self._keys.get(id(value))
         return self._globals.get(id(value)) if key is None and not isinstance(value, _BY_NAME) else key
 
     def value_of(self, key: Key) -> object:
         """The object that this process has for a key."""
-        return vars(sys.modules[key[1]])[key[2]] if key[0] == "global" else self._own[key]
+        if key[0] != "global":
+            return self._own[key]
+        _, module, name = key
+        return vars(sys.modules[str(module)])[str(name)]
 
     @cached_property
     def _globals(self) -> dict[int, tuple[str, str, str]]:
@@ -114,40 +128,40 @@ class Packed(NamedTuple):
     owners: list[int]
 
 
-def pack(values: Sequence[object], context: Context) -> Packed:
+def pack(values: Sequence[object], local: LocalObjects) -> Packed:
     """Take values apart; what several of them hold stays one object.
 
     Raises:
         Exception: whatever pickling raises for what cannot be carried.
     """
     file = io.BytesIO()
-    pickler = _Pickler(file, context)
+    pickler = _Pickler(file, local)
     pickler.dump(len(values))
     ends = []
     for value in values:
         pickler.dump(value)
         ends.append(len(pickler.tensors))
-    shapes, blocks, first = to_blocks(pickler.tensors, context.device)
+    shapes, blocks, first = to_blocks(pickler.tensors, local.device)
     return Packed(file.getvalue(), shapes, blocks, [bisect_right(ends, number) for number in first])
 
 
-def unpack(data: bytes, shapes: list[Shape], blocks: list[Tensor], context: Context) -> list[Any]:
+def unpack(data: bytes, shapes: list[Shape], blocks: list[Tensor], local: LocalObjects) -> list[object]:
     """Put together what `pack` has taken apart; `blocks` become the memory of the tensors."""
     host = {shape.block for shape in shapes if shape.host}
     blocks = [block.cpu() if number in host else block for number, block in enumerate(blocks)]
-    unpickler = _Unpickler(io.BytesIO(data), context, [in_block(shape, blocks) for shape in shapes])
+    unpickler = _Unpickler(io.BytesIO(data), local, [in_block(shape, blocks) for shape in shapes])
     return [unpickler.load() for _ in range(unpickler.load())]
 
 
 class _Pickler(pickle.Pickler):
-    def __init__(self, file: io.BytesIO, context: Context) -> None:
+    def __init__(self, file: io.BytesIO, local: LocalObjects) -> None:
         super().__init__(file, protocol=5)
-        self._context = context
+        self._local = local
         self.tensors: list[Tensor] = []
         self._kept: list[object] = []  # so that no id is used twice
         self._parts: set[int] = set()  # what modules and tensors keep their parts in
 
-    def persistent_id(self, value: object) -> tuple[object, ...] | None:
+    def persistent_id(self, value: object) -> _Reference | None:
         if type(value) in _PLAIN or id(value) in self._parts:
             return None
         if type(value) is _Ref:
@@ -155,19 +169,19 @@ class _Pickler(pickle.Pickler):
         if type(value) is dict and value.keys() >= _OF_EVERY_MODULE:  # a module's state
             self._parts.update(id(value[key]) for key in _OF_EVERY_MODULE)
             return None
-        key = self._context.key_of(value)
+        key = self._local.key_of(value)
         if key is not None:
             return "own", key
         if isinstance(value, torch.distributed.ProcessGroup):
-            key = self._context.group_key(value)
-            if key is None:
+            group = self._local.group_key(value)
+            if group is None:
                 raise pickle.PicklingError("a process group that has no counterpart on the other rank")
-            return "group", key
-        if isinstance(value, torch.device) and value.type == self._context.device.type:
-            return ("device",)
+            return "group", group
+        if isinstance(value, torch.device) and value.type == self._local.device.type:
+            return "device", None
         return None
 
-    def reducer_override(self, value: object) -> Reduced:
+    def reducer_override(self, value: object) -> Reduced:  # type: ignore[override]  # typeshed knows no sixth entry
         return self._tensor(value) if isinstance(value, Tensor) else reduced(value)
 
     def _tensor(self, value: Tensor) -> Reduced:
@@ -192,26 +206,30 @@ class _Pickler(pickle.Pickler):
 
 
 class _Unpickler(pickle.Unpickler):
-    def __init__(self, file: io.BytesIO, context: Context, tensors: list[Tensor]) -> None:
+    def __init__(self, file: io.BytesIO, local: LocalObjects, tensors: list[Tensor]) -> None:
         super().__init__(file)
-        self._context = context
+        self._local = local
         self._tensors = tensors
 
-    def persistent_load(self, pid: Key) -> object:
-        kind, *rest = pid
-        if kind == "tensor":
-            return self._tensors[rest[0]]
-        if kind == "device":
-            return self._context.device
-        if kind == "group":
-            group = self._context.group_of(rest[0])
+    def persistent_load(self, pid: _Reference) -> object:
+        if pid[0] == "tensor":
+            return self._tensors[pid[1]]
+        if pid[0] == "device":
+            return self._local.device
+        if pid[0] == "group":
+            group = self._local.group_of(pid[1])
             if group is None:
                 raise pickle.UnpicklingError("a process group that has no counterpart on this rank")
             return group
-        return self._context.value_of(rest[0])
+        return self._local.value_of(pid[1])
 
 
 # -- tensors -------------------------------------------------------------------------------------------------------
+
+
+_Hooks: TypeAlias = dict[int, Callable[[Tensor], Tensor | None]] | None
+_TensorState: TypeAlias = tuple[dict[str, object], _Hooks, _Hooks, Tensor | None]
+"""Of a tensor: attributes, hooks, those behind the accumulation of its gradient, gradient."""
 
 
 def _make_tensor(kind: type[Tensor], memory: Tensor, trained: bool) -> Tensor:
@@ -220,7 +238,7 @@ def _make_tensor(kind: type[Tensor], memory: Tensor, trained: bool) -> Tensor:
     return torch.Tensor._make_subclass(kind, memory, trained)  # type: ignore[no-any-return]
 
 
-def _set_tensor(tensor: Tensor, state: tuple[dict[str, Any], Any, Any, Tensor | None]) -> None:
+def _set_tensor(tensor: Tensor, state: _TensorState) -> None:
     attributes, hooks, after, grad = state
     vars(tensor).update(attributes)
     if hooks:

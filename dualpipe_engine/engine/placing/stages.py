@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterable
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING
 
 from deepspeed.pipe import PipelineModule
 from deepspeed.runtime.activation_checkpointing import checkpointing
@@ -14,11 +14,14 @@ from torch import nn
 from ...comm.nest import Nest
 from ...comm.tickets import Transfer
 from ...errors import ConfigError
-from ...runtime.chunk import StageChunk
+from ...runtime.chunk import ChunkOptions, StageChunk
 from ...runtime.overlap import PhasedChunk, phases_of
 from ...runtime.phases import Phased
 from ..given import LayerFunction, Settings
 from .module import PlacedModule
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
 
 def stage_views(module: PlacedModule) -> dict[int, PipelineModule]:
@@ -62,7 +65,7 @@ def make_chunk(
     by_phases: bool,
     timeout_s: float,
     log: list[Transfer] | None = None,
-    **options: Any,
+    **options: Unpack[ChunkOptions],
 ) -> StageChunk:
     """The chunk that runs a stage.
 

@@ -14,7 +14,7 @@ from torch.distributed import ProcessGroup
 from ..context import Context
 from .freezing import TrainedParams
 from .interface import StageParams
-from .side_stream import Lane
+from .side_stream import SideStream
 
 BUCKET = 1 << 25  #: elements of one collective: enough for full bandwidth, little beside a stage
 
@@ -30,7 +30,7 @@ class AllReduce:
     def __init__(self, context: Context, trained: TrainedParams) -> None:
         self._context, self._trained = context, trained
         self._params = StageParams(context, trained)
-        self._lane = Lane(context.device, context.observer)
+        self._side_stream = SideStream(context.device, context.observer)
         self._sums: dict[nn.Parameter, Tensor] = {}
         if context.sums_in_fp32:
             optimizer = context.optimizer
@@ -38,7 +38,7 @@ class AllReduce:
                 self._sums.update(zip(params, sums, strict=True))
 
     def begin(self) -> None:
-        self._lane.clear()
+        self._side_stream.clear()
 
     def accumulate(self, stage: int) -> None:
         # What `update_hp_grads` does, in one pass over a gradient: it makes an fp32 copy first.
@@ -47,7 +47,7 @@ class AllReduce:
                 total.add_(param.grad.view_as(total))
                 param._hp_grad = total  # type: ignore[attr-defined]  # where DeepSpeed looks for a tied weight's
                 param.grad = None
-        self._lane.poll()
+        self._side_stream.poll()
 
     def reduce(self, stage: int) -> None:
         self._start(self._params.closed_by[stage])
@@ -56,7 +56,7 @@ class AllReduce:
         for param, group in self._params.tied:
             dist.all_reduce(self._take(param, keep=True), group=group)
         self._start(self._params.late)
-        self._lane.drain()
+        self._side_stream.drain()
         if self._sums:
             # The norm counts what has had a gradient; here a twin's will do.
             optimizer = self._context.optimizer
@@ -71,13 +71,13 @@ class AllReduce:
             if param not in known:
                 dist.all_reduce(self._take(param, keep=True), group=group)
         self._start([param for param in now.all if param not in known])
-        self._lane.drain()
+        self._side_stream.drain()
 
     def buffers(self) -> list[Tensor]:
-        return self._lane.buffers
+        return self._side_stream.buffers
 
     def held(self) -> list[Tensor]:
-        return [] if self._sums else self._lane.buffers  # what they hold goes back to the parameters
+        return [] if self._sums else self._side_stream.buffers  # what they hold goes back to the parameters
 
     def _take(self, param: nn.Parameter, keep: bool = False) -> Tensor:
         """The local gradient, zeros where this rank ran no backward; unless `keep`, `param.grad` is given up."""
@@ -103,7 +103,7 @@ class AllReduce:
         for (group, _), members in kinds.items():
             for bucket in buckets(members):
                 self._start_bucket(group, bucket)
-        self._lane.poll()
+        self._side_stream.poll()
 
     def _group_of(self, param: nn.Parameter) -> ProcessGroup:
         """The ranks that hold copies of a parameter."""
@@ -114,7 +114,7 @@ class AllReduce:
     def _start_bucket(self, group: ProcessGroup, params: list[nn.Parameter]) -> None:
         scaling = self._context.scaling
         grads = [self._take(param) for param in params]
-        with self._lane.behind(grads):
+        with self._side_stream.behind(grads):
             dtype = scaling.dtype if grads[0].dtype.itemsize <= 4 else grads[0].dtype
             buffer = _flat(grads, dtype)
             if scaling.before != 1.0:
@@ -127,7 +127,7 @@ class AllReduce:
             for param, part in zip(params, buffer.split([param.numel() for param in params]), strict=True):
                 self._put(param, part.view_as(param))
 
-        self._lane.post(work, buffer, done)
+        self._side_stream.post(work, buffer, done)
 
 
 def buckets(params: Iterable[nn.Parameter]) -> Iterator[list[nn.Parameter]]:

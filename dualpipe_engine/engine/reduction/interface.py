@@ -1,7 +1,7 @@
 """What every reduction of gradients over the copies of a stage is: its steps, and what to reduce when.
 
 A stage's gradients are complete on a rank after its last W, and their reduction starts there, beside the rest of the
-schedule (`Lane`). Weights that are tied across ranks wait for the step, because their copies are added up first.
+schedule (`SideStream`). Weights that are tied across ranks wait for the step, because their copies are added up first.
 """
 
 from __future__ import annotations

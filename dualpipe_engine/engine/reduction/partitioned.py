@@ -20,7 +20,7 @@ from .freezing import TrainedParams
 from .interface import StageParams
 from .norm import norm_of
 from .order import contributions, reduction_order
-from .side_stream import Lane
+from .side_stream import SideStream
 
 
 @dataclass
@@ -62,7 +62,7 @@ class PartitionedReduction:
         self._optimizer = context.optimizer
         self._each = context.partitions_gradients
         self._params = StageParams(context, trained)
-        self._lane = Lane(context.device, context.observer)
+        self._side_stream = SideStream(context.device, context.observer)
         self._partitions: dict[int, Tensor] = {}
         for hook in self._optimizer._grad_acc_hooks:
             hook.remove()
@@ -80,7 +80,7 @@ class PartitionedReduction:
     # -- the batch -----------------------------------------------------------------------------------------------
 
     def begin(self) -> None:
-        self._lane.clear()
+        self._side_stream.clear()
         self._partitions.clear()
         if self._each:
             plan, rank = self._context.plan, self._context.place.rank
@@ -97,14 +97,14 @@ class PartitionedReduction:
         if self._each:
             self._seen[stage] += 1
             self._advance()
-        self._lane.poll()
+        self._side_stream.poll()
 
     def reduce(self, stage: int) -> None:
         if self._each:
             self._advance()
         else:
             self._start(self._pieces[stage])
-        self._lane.poll()
+        self._side_stream.poll()
 
     def finish(self) -> None:
         if self._each:
@@ -114,7 +114,7 @@ class PartitionedReduction:
             if param in self._places:
                 dist.all_reduce(self._sum(param), group=group)
         self._start(self._late_pieces)
-        self._lane.drain()
+        self._side_stream.drain()
         for index in range(len(self._optimizer.bit16_groups)):
             self.hand_over(index)
         self._partitions.clear()
@@ -123,7 +123,7 @@ class PartitionedReduction:
         return list(self._partitions.values())
 
     def buffers(self) -> list[Tensor]:
-        return [*self._lane.buffers, *self._partitions.values()]
+        return [*self._side_stream.buffers, *self._partitions.values()]
 
     def _advance(self) -> None:
         """Issue all reductions whose turn has come; past its last B or W a rank adds nothing, but takes part."""
@@ -166,7 +166,7 @@ class PartitionedReduction:
         optimizer = self._optimizer
         group, rank, copies = self._groups[piece.group]
         divisor = dist.get_world_size(optimizer.dp_process_group) if optimizer.gradient_average else 1
-        with self._lane.behind([part for part in parts if isinstance(part, Tensor)]):
+        with self._side_stream.behind([part for part in parts if isinstance(part, Tensor)]):
             buffer = torch.zeros(piece.numel, dtype=self._dtype(piece), device=self._context.device)
             for part, hole in zip(parts, buffer.split([each[2] for each in piece.parts]), strict=True):
                 if isinstance(part, Tensor):
@@ -178,7 +178,7 @@ class PartitionedReduction:
                 owner = dist.get_global_rank(group, piece.owner)
                 work = dist.reduce(buffer, owner, group=group, async_op=True)
         owns = rank == piece.owner
-        self._lane.post(work, buffer, lambda: self._add(piece, buffer) if owns else None)
+        self._side_stream.post(work, buffer, lambda: self._add(piece, buffer) if owns else None)
 
     def _dtype(self, piece: Piece) -> torch.dtype:
         """The configuration's communication dtype; what nobody else sees keeps its precision."""

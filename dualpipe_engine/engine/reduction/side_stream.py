@@ -1,4 +1,4 @@
-"""Lane: collectives that run beside the schedule, on accelerators on a stream of their own."""
+"""SideStream: collectives that run beside the schedule, on accelerators on a stream of their own."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ class _InTurn:
         pass
 
 
-class Lane:
+class SideStream:
     """Collectives under way, finished in the order in which they were posted.
 
     Nothing here blocks before `drain`: a rank that waited for its twin in the middle of a schedule could keep back what
@@ -66,7 +66,7 @@ class Lane:
         return [buffer for _, buffer, _, _ in self._open]
 
     def behind(self, tensors: Sequence[torch.Tensor]) -> AbstractContextManager[None]:
-        """Run the body on the lane's stream, after what the current stream has been given; it may read `tensors`,
+        """Run the body on the side stream, after what the current stream has been given; it may read `tensors`,
         which the caller may drop at once."""
         return self._stream.behind(tensors)
 
@@ -76,7 +76,7 @@ class Lane:
         Args:
             work: its handle; None when there is nothing to wait for.
             buffer: kept alive until it is done.
-            done: called once it is, on the lane's stream.
+            done: called once it is, on the side stream.
         """
         with self.behind(()):
             self._open.append((work, buffer, done, self._observer.reducing()))
@@ -87,7 +87,7 @@ class Lane:
             self._finish()
 
     def drain(self) -> None:
-        """Wait for everything, and let the current stream wait for the lane's."""
+        """Wait for everything, and let the current stream wait for the side stream."""
         while self._open:
             self._finish()
         self._stream.rejoin()

@@ -5,9 +5,9 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from dualpipe_engine.engine.placing.portable import Context, pack, unpack
+from dualpipe_engine.engine.placing.portable import LocalObjects, pack, unpack
 
-HERE = Context({}, torch.device("cpu"))
+HERE = LocalObjects({}, torch.device("cpu"))
 
 
 def there(*values):
