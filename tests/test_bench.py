@@ -112,6 +112,26 @@ def test_tables_json_and_png(report, tmp_path):
     assert (tmp_path / "new" / "report.png").read_bytes().startswith(b"\x89PNG")
 
 
+@pytest.mark.all
+@pytest.mark.parametrize(
+    "command",
+    [
+        "profiling.py --ranks 2 --micro-batches 4 --op 0 --pairs 2",
+        "overhead.py --ranks 2 --micro-batches 4 --steps 1 --only stock,zb1p",
+        "overhead.py --ranks 2 --micro-batches 4 --steps 1 --only zb1p --explain",
+        "schedules.py --ranks 2 --micro-batches 4 --f 1 --i 1 --w 1 --steps 1 --only 1f1b,dualpipev",
+        "soak.py --steps 101",
+    ],
+    ids=lambda command: command.partition(" ")[0] + (" explain" if "explain" in command else ""),
+)
+def test_benchmarks_run(command):
+    done = subprocess.run(
+        [sys.executable, *command.split()], cwd=BENCH, capture_output=True, text=True, timeout=200, env=dict(os.environ)
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert "ms" in done.stdout or "KiB" in done.stdout or "MiB" in done.stdout, done.stdout
+
+
 def test_overlap_on_one_device_runs_on_the_cpu_too():
     """--cuda is for a GPU, but must not rot where there is none."""
     command = [sys.executable, str(BENCH / "overlap.py"), "--cuda", "--device", "cpu"]

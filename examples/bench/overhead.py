@@ -79,7 +79,7 @@ def main() -> int:
 
     title = f"{args.ranks} ranks, {args.micro_batches} micro-batches, no computation"
     table = Table(title=title, title_justify="left")
-    for column in ("pipeline", "step [ms]", "of stock 1f1b's"):
+    for column in ("pipeline", "step (ms)", "of stock 1f1b's"):
         table.add_column(column, justify="left" if column == "pipeline" else "right")
     base = next((row["seconds"] for row in found if row["name"] == STOCK), None)
     for row in found:

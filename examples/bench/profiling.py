@@ -25,6 +25,7 @@ class Silent:
     """An observer that observes nothing."""
 
     nvtx = False
+    device_done = None
     _nothing = contextlib.nullcontext()
 
     def start_batch(self) -> None: ...
@@ -94,6 +95,8 @@ def main() -> int:
     parser.add_argument("--op", type=float, default=5.0, help="milliseconds of F, of I and of W (default 5)")
     parser.add_argument("--pairs", type=int, default=30, help="pairs of a step with and one without (default 30)")
     args = parser.parse_args()
+    if args.pairs < 2:
+        parser.error("--pairs starts at 2: what is shown are quartiles")
     times = Times(*[args.op / 1e3] * 3)
     on, off = run_ranks(measure, args.ranks, args.schedule, args.micro_batches, times, args.pairs)
     ratios = [a / b - 1 for a, b in zip(on, off, strict=True)]

@@ -105,7 +105,7 @@ def memory(args: argparse.Namespace) -> Section:
     cases = [("1f1b-deepspeed", "fp32", 0), ("dualpipe", "fp32", 0)]
     if not args.quick:
         cases += [("1f1b-deepspeed", "bf16", 1), ("dualpipe", "bf16", 1), ("dualpipe", "bf16", 2)]
-    out = Section("Memory of the fullest rank [bytes]", ["schedule", "precision", "zero"], "total")
+    out = Section("Memory of the fullest rank (bytes)", ["schedule", "precision", "zero"], "total")
     for case, sizes in zip(cases, run_ranks(measure, 4, cases), strict=True):
         sized = dict(zip(("weights", "gradients", "optimizer"), sizes, strict=True))
         out.rows.append({**dict(zip(out.labels, case, strict=True)), **sized, "total": sum(sizes)})

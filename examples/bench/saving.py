@@ -108,7 +108,7 @@ def main() -> None:
     (size,), (processor,) = found.pop("bytes"), found.pop("processor")
     title = f"{args.ranks} ranks, a save of {size / 1e6:.0f} MB in {args.steps} steps"
     table = Table(title=title, title_justify="left")
-    for column in ("kind", "step [ms]", "of no save", "lowest", "highest"):
+    for column in ("kind", "step (ms)", "of no save", "lowest", "highest"):
         table.add_column(column, justify="left" if column == "kind" else "right")
     base = found["no save"]
     for kind, seconds in found.items():

@@ -108,7 +108,7 @@ def table(found: list[dict[str, Any]], title: str) -> Any:
 
     out = Table(title=title, title_justify="left")
     ratios = ("measured / simulated", "stock 1f1b / its")
-    for column in ("micro-batches", "pipeline", "step [ms]", "simulated [ms]", *ratios):
+    for column in ("micro-batches", "pipeline", "step (ms)", "simulated (ms)", *ratios):
         out.add_column(column, justify="left" if column == "pipeline" else "right")
     base = {row["micro_batches"]: row["seconds"] for row in found if row["name"] == STOCK}
     for row in found:
