@@ -242,6 +242,7 @@ def test_whole_jobs_are_estimated_without_torch():
     result = run("compare", "--model", "deepseek-v3", "--gpus", "2048", "--hardware", "h800")
     assert result.returncode == 0, result.stderr
     assert "published, with DualPipe: 180,000 GPU-hours" in result.stdout and "fp8 efficiency" in result.stdout
+    assert "step (s)" in result.stdout
 
 
 def test_whole_jobs_as_json(capsys):

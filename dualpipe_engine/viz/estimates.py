@@ -30,7 +30,7 @@ def estimate_table(rows: Sequence[Estimate], model: ModelShape, job: Job, hardwa
     )
     table = Table(title=title, title_justify="left", caption_justify="left")
     table.add_column("schedule", no_wrap=True)
-    for name in ("step [s]", "bubble", "memory [GB]", "tokens/s", "tokens/s a GPU", "GPU-hours for 10^12 tokens"):
+    for name in ("step (s)", "bubble", "memory (GB)", "tokens/s", "tokens/s a GPU", "GPU-hours for 10^12 tokens"):
         table.add_column(name, justify="right")
     notes = [f"bubble: of the idlest rank; memory: {hardware.memory / 1e9:g} GB there are"]
     for row in rows:
