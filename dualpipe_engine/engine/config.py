@@ -13,6 +13,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from ..errors import ConfigError, PlanError
 from ..models.autoep import section as expert_parallel
+from ..schedule.cuts.counts import parse_counts
 from ..schedule.orders.registry import KNOWN, known_schedule
 from .given import Settings
 from .keys import refuse_keys
@@ -63,8 +64,9 @@ class DualPipeConfig(BaseModel):
     check_finite: bool = False
     """NaN or inf: true also looks at every weight gradient and ends the run before the optimizer steps; false warns."""
     partition_method: str | None = None
-    """How layers are cut into stages: "pairs" so that ranks have equal work and the plan runs fast, "parameters",
-    "uniform" or "type:REGEX"; null keeps the PipelineModule's cut, or its method where the schedule has more stages."""
+    """How layers are cut into stages: "6,6,5,5" are the layers of each, first stage first; "pairs" so that ranks have
+    equal work and the plan runs fast, "parameters", "uniform" or "type:REGEX"; null keeps the PipelineModule's cut, or
+    its method where the schedule has more stages."""
     layer_costs: str | None = None
     """File with the seconds of each layer, for "pairs"; null estimates them from parameters."""
 
@@ -122,6 +124,11 @@ def read_config(config: object) -> tuple[Settings, DualPipeConfig]:
         refuse_keys(data, STOCK)
         expert_parallel.read_section(data.get(expert_parallel.NAME))
     _check_signal(parsed)
+    if parsed.schedule == AUTO and parse_counts(parsed.partition_method) is not None:
+        raise ConfigError(
+            f'"partition_method": "{parsed.partition_method}" fixes the number of stages, which "schedule": "auto" '
+            "chooses: name a schedule, or leave the cut out"
+        )
     if parsed.layer_costs is not None and parsed.partition_method != PAIRS:
         raise ConfigError('"layer_costs" is for "partition_method": "pairs": add it, or leave "layer_costs" out')
     return data, parsed

@@ -128,7 +128,7 @@ def _under_schedule(
         base_grid = model._grid
         dualpipe, plan, costs = _choose_plan(model, settings, dualpipe, training_data, collate_fn)
         given = None if model_parameters is None else list(model_parameters)  # of the module as it is now
-        placed = _place(model, settings, dualpipe, plan)
+        placed = _place(model, settings, dualpipe, plan, costs)
         groups = GroupMap(model, given, optimizer, base_grid.pp_proc_group, lr_scheduler)
         optimizer, given = groups.apply()
         config_class = DeepSpeedConfig(settings, base_grid)
@@ -185,10 +185,10 @@ def _choose_plan(
     return dualpipe, plan, costs
 
 
-def _place(model: PipelineModule, settings: Settings, dualpipe: DualPipeConfig, plan: Plan) -> Place:
+def _place(model: PipelineModule, settings: Settings, dualpipe: DualPipeConfig, plan: Plan, costs: CostModel) -> Place:
     """Convert the module into the stages of this rank, and check them. Collective."""
     base_grid = model._grid
-    bounds = stage_bounds(model, plan, dualpipe)
+    bounds = stage_bounds(model, plan, dualpipe, costs)
     name_parameters(model)
     placed = place(model, plan.placement, bounds)
     shared = expert_parallel.read_section(settings.get(expert_parallel.NAME))

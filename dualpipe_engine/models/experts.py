@@ -63,6 +63,7 @@ class Experts(nn.Module):
 
     Attributes:
         group: the ranks that share the experts; None before `connect` and where one rank has all.
+        multiply_adds: of a token, for estimates.
     """
 
     def __init__(self, config: MoEConfig, rank: int) -> None:
@@ -71,6 +72,7 @@ class Experts(nn.Module):
         self.num_local = config.experts // config.expert_parallel
         self.expert_group_name = f"ep_size_{self.ep_size}"
         self.group: dist.ProcessGroup | None = None
+        self.multiply_adds = config.top_k * 3 * config.hidden * config.expert_inner
         self._whole: dict[str, Tensor] = {}
         self.up = nn.Parameter(torch.empty(self.num_local, config.hidden, 2 * config.expert_inner))
         self.down = nn.Parameter(torch.empty(self.num_local, config.expert_inner, config.hidden))

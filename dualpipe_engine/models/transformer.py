@@ -44,12 +44,17 @@ class FinalNorm(nn.Module):
 
 
 class Head(nn.Module):
-    """The last state to logits `[batch, length, vocabulary]`, and with multi-token prediction those of each depth."""
+    """The last state to logits `[batch, length, vocabulary]`, and with multi-token prediction those of each depth.
+
+    Attributes:
+        multiply_adds: of a token, for estimates.
+    """
 
     def __init__(self, config: MoEConfig) -> None:
         super().__init__()
         self.norm = nn.Identity() if config.mtp_depth else nn.RMSNorm(config.hidden, config.norm_eps)
         self.out = nn.Linear(config.hidden, config.vocabulary, bias=False)
+        self.multiply_adds = (1 + config.mtp_depth) * config.hidden * config.vocabulary
         initialise(self, config)
 
     def forward(self, state: Nest) -> Nest:
@@ -78,9 +83,11 @@ def layers(config: MoEConfig, replica: int = 0) -> list[LayerSpec]:
     if not config.mtp_depth:
         return [LayerSpec(TokenEmbedding, config), *blocks, LayerSpec(Head, config)]
     tie = {"tied_weight_attr": "table.weight"}
+    again = TiedLayerSpec(EMBEDDING, TokenEmbedding, config, forward_fn=look_ahead, **tie)
+    again.multiply_adds = 0  # it looks up; see `engine.placing.balance.estimated_costs`
     further = [
         LayerSpec(FinalNorm, config),
-        TiedLayerSpec(EMBEDDING, TokenEmbedding, config, forward_fn=look_ahead, **tie),
+        again,
         *[LayerSpec(MTPBlock, config, rank) for _ in range(config.mtp_depth)],
     ]
     for spec in further:

@@ -97,8 +97,8 @@ def _cut(module: PipelineModule, num_stages: int, method: str) -> list[int]:
         weights = [int(index in chosen) for index in range(layers)]
     else:
         raise ConfigError(
-            f'unknown partition_method "{method}": use "pairs", "parameters", "uniform" or '
-            '"type:<regular expression of the class>"'
+            f'unknown partition_method "{method}": use "pairs", "parameters", "uniform", '
+            '"type:<regular expression of the class>", or layers of each stage such as "6,6,5,5"'
         )
     if weights is None:
         parts = ds_utils.partition_uniform(num_items=layers, num_parts=num_stages)

@@ -89,3 +89,11 @@ def measure(ranks, replicas, path):
         and all(param.grad is None for param in module.parameters())
         and torch.equal(state, torch.get_rng_state()),
     }
+
+
+def estimate_moe(ranks, **model):
+    import moe_runs
+
+    from dualpipe_engine.engine.placing.balance import estimated_costs
+
+    return estimated_costs(moe_runs.make_module(moe_runs.config(expert_parallel=1, **model), ranks, 1))
