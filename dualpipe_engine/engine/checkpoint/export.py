@@ -4,20 +4,27 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 from ...errors import CheckpointError, MissingExtraError
+from ...models.config import MoEConfig
+from ...models.hf_weights import published
+from ...models.positions import Yarn
 from ...schedule.plain_json import parse
 from .files import DESCRIPTION, damages, peek
 
 WEIGHTS = "model.safetensors"
+
+Held: TypeAlias = dict[int, tuple[dict[str, Any], str]]
+"""Number of a layer -> its tensors, and what to put before their names."""
 
 
 def export(checkpoint: Path, out: Path) -> list[Path]:
     """Write the weights of a checkpoint into a folder.
 
     Names are those of the whole model where an adapter cut it, and then the folder loads with `from_pretrained` if the
-    model came from transformers; else those of the whole PipelineModule on one rank, tied weights once.
+    model came from transformers; those of published DeepSeek-V3 where `models` has the layers and transformers the same
+    model; else those of the whole PipelineModule on one rank, tied weights once.
 
     Args:
         checkpoint: folder of one checkpoint, or of several, whose latest is taken.
@@ -36,18 +43,21 @@ def export(checkpoint: Path, out: Path) -> list[Path]:
         raise MissingExtraError('export needs safetensors: pip install "dualpipe_engine[hf]"') from None
     folder = _one(checkpoint)
     about = _about(folder)
-    weights: dict[str, Any] = {}
-    for path, prefix in _layers(folder, about):
-        for name, tensor in peek(path, weights_only=True).items():
-            weights.setdefault(prefix + name, tensor)
+    held = {
+        number: (peek(path, weights_only=True), prefix) for number, (path, prefix) in _layers(folder, about).items()
+    }
+    config, weights = about["config"], _published(held, about["published"])
+    if weights is None:
+        config = config if about["published"] is None else None
+        weights = {prefix + name: tensor for layer, prefix in reversed(held.values()) for name, tensor in layer.items()}
     out.mkdir(parents=True, exist_ok=True)
     written = [out / WEIGHTS]
     # Tensors that share memory are refused, and so is memory with gaps.
     whole = {name: tensor.clone().contiguous() for name, tensor in weights.items()}
     save_file(whole, written[0], metadata={"format": "pt"})
-    if (about["model"] or {}).get("config") is not None:
+    if config is not None:
         written.append(out / "config.json")
-        written[1].write_text(json.dumps(about["model"]["config"], indent=2) + "\n")
+        written[1].write_text(json.dumps(config, indent=2) + "\n")
     return written
 
 
@@ -69,23 +79,44 @@ def _about(folder: Path) -> dict[str, Any]:
     try:
         found = parse(path.read_text())
         layers = [{"file": bool(each["file"]), "tied": each["tied"]} for each in found["layers"]]
-        config = (found["model"] or {}).get("config")
+        model = found["model"] or {}
+        config, fields = model.get("config"), model.get("published")
         if not (config is None or isinstance(config, dict)):
             raise TypeError("its configuration is no object")
+        ours = None if fields is None or config is None else _moe_config(fields)
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise CheckpointError(f"{path} cannot be read ({type(error).__name__}: {error})") from None
-    return {"layers": layers, "model": None if found["model"] is None else {"config": config}}
+    whole = found["model"] is not None and fields is None
+    return {"layers": layers, "whole": whole, "config": config, "published": ours}
 
 
-def _layers(folder: Path, about: dict[str, Any]) -> list[tuple[Path, str]]:
-    """Files of layers in their order, and what to put before the names in each."""
+def _moe_config(fields: dict[str, Any]) -> MoEConfig:
+    yarn = fields.get("yarn")
+    return MoEConfig(**(fields | {"yarn": None if yarn is None else Yarn(**yarn)}))
+
+
+def _published(held: Held, config: MoEConfig | None) -> dict[str, Any] | None:
+    """The entries of published DeepSeek-V3; None where the model is no other, or has other layers too."""
+    if config is None:
+        return None
+    found: dict[str, Any] = {}
+    try:
+        for number, (layer, _) in held.items():
+            found |= published(layer, number, config)
+    except (KeyError, IndexError):
+        return None
+    return found
+
+
+def _layers(folder: Path, about: dict[str, Any]) -> dict[int, tuple[Path, str]]:
+    """Number of a layer -> its file, and what to put before the names in it."""
     if cut := sorted(folder.glob("layer_*-model_[0-9]*-model_states.pt")):
         raise CheckpointError(f"{cut[0]} holds a part of a layer: export does not join tensor-parallel weights")
-    found = []
+    found = {}
     for number, layer in enumerate(about["layers"]):
         if layer["file"]:
             prefix = f"{number}." if layer["tied"] is None else f"tied_modules.{layer['tied']}."
-            found.append((folder / f"layer_{number:02d}-model_states.pt", "" if about["model"] else prefix))
-    if wrong := damages(path for path, _ in found):
+            found[number] = folder / f"layer_{number:02d}-model_states.pt", "" if about["whole"] else prefix
+    if wrong := damages(path for path, _ in found.values()):
         raise CheckpointError(f"the checkpoint is not whole: {', '.join(wrong)}")
     return found
