@@ -43,17 +43,25 @@ def get_model_adapter(
     Args:
         model: a whole model, of transformers or any other whose blocks follow each other in a ModuleList or Sequential.
         config: instead, a transformers configuration: each stage gets fresh weights and no rank holds the whole model.
-        folder: a folder with config.json and safetensors: each stage reads its own weights only.
+        folder: a folder with config.json and safetensors: each stage reads its own weights only. A `model` of
+            transformers on the meta device gets its weights as one of a configuration does.
         example_inputs: for other than transformers models: the arguments of one small forward (tensor, tuple, dict).
 
     Raises:
-        ConfigError: the model is no single chain; the message says why.
+        ConfigError: the model is no single chain; the message says why. Or it has weights, and a folder is given too.
         MissingExtraError: `config` or `folder` without transformers installed.
     """
     weights = None
     if model is None:
         model = empty_model(config, folder)
         weights = Weights(model, folder)
+    elif hasattr(model, "_init_weights") and all(param.is_meta for param in model.parameters()):
+        weights = Weights(model, folder)
+    elif folder is not None:
+        raise ConfigError(
+            f"the model has weights, so those in {folder} would not be read: give the folder alone, or a model of "
+            'transformers built under torch.device("meta")'
+        )
     make = added_adapter(model)
     if make is not None:
         return make(model)
@@ -82,7 +90,7 @@ class ModelAdapter:
         chain: Chain | None = None,
     ) -> None:
         refuse_unfit(model)
-        self.model, self._weights = model, weights
+        self.model, self.weights = model, weights
         self._inputs = _inputs(model)
         routed = getattr(getattr(model, "config", None), "output_router_logits", False)
         self._routing = RouterLoss(model) if routed else None
@@ -200,7 +208,7 @@ class ModelAdapter:
         owned = {}
         for name in self.names_of(spans):
             module = self.model.get_submodule(name)
-            owned[name] = module if self._weights is None else copy.deepcopy(module, memo)
+            owned[name] = module if self.weights is None else copy.deepcopy(module, memo)
         return owned | {
             name: copy.deepcopy(self.model.get_submodule(name), memo) for name in self._kept if name not in owned
         }
@@ -208,11 +216,6 @@ class ModelAdapter:
     def runner(self, span: BlockRange, owned: dict[str, nn.Module]) -> Runner:
         given = (self.model, self.chain, owned, self._shadow, self._inputs, span)
         return Runner(*given) if self._routing is None else RoutedRunner(self._routing, *given)
-
-    def fill(self, stage: Stage) -> None:
-        """Give weights to a stage of a model on the meta device."""
-        if self._weights is not None:
-            self._weights.fill(stage)
 
     def _shadow(self, name: str) -> nn.Module:
         if name not in self._shadows:

@@ -8,12 +8,16 @@ so that a stage opens the entries of its own weights only.
 from __future__ import annotations
 
 import copy
+from collections import Counter
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from torch import nn
+
+Read: TypeAlias = Callable[[str, range | None], torch.Tensor]
+"""An entry of the files; of one `[experts, ...]` some experts alone, where a range is given."""
 
 
 @dataclass
@@ -30,7 +34,7 @@ class Source:
     converter: Any
     entries: list[tuple[str, str | None]] = field(default_factory=list)
 
-    def weights(self, model: nn.Module, read: Callable[[str], torch.Tensor]) -> dict[str, torch.Tensor]:
+    def weights(self, model: nn.Module, read: Read) -> dict[str, torch.Tensor]:
         """Make the weights, by name.
 
         Args:
@@ -38,10 +42,38 @@ class Source:
             read: an entry of the files.
         """
         if self.converter is None:
-            return {self.target: read(self.entries[0][0])}
+            return {self.target: read(self.entries[0][0], None)}
+        return self._converted(self.entries, model, read)
+
+    def share(self, model: nn.Module, read: Read, experts: range, total: int) -> dict[str, torch.Tensor]:
+        """Make what some experts have of the weights `[total, ...]`, by name; no entry of others is read where the
+        files have one for each expert, and nothing of others where they have the weight itself.
+
+        Args:
+            model: as for `weights`.
+            read: likewise.
+            experts: these.
+            total: experts in all.
+        """
+        if self.converter is None:
+            return {self.target: read(self.entries[0][0], experts)}
+        numbers: Counter[str | None] = Counter()
+        mine = []
+        for entry in self.entries:  # those of a pattern are in the order of the experts
+            if numbers[entry[1]] in experts:
+                mine.append(entry)
+            numbers[entry[1]] += 1
+        if set(numbers.values()) == {total}:
+            return self._converted(mine, model, read)
+        whole = self.weights(model, read)
+        return {name: value[experts.start : experts.stop].clone() for name, value in whole.items()}
+
+    def _converted(
+        self, entries: list[tuple[str, str | None]], model: nn.Module, read: Read
+    ) -> dict[str, torch.Tensor]:
         converter = copy.deepcopy(self.converter)
-        for name, pattern in self.entries:
-            converter.add_tensor(self.target, name, pattern, read(name))
+        for name, pattern in entries:
+            converter.add_tensor(self.target, name, pattern, read(name, None))
         found = converter.convert(self.target, model=model, config=model.config)
         return {name: value[0] if isinstance(value, list) else value for name, value in found.items()}
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from contextlib import ExitStack
+import copy
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -11,9 +13,8 @@ from torch import nn
 
 from ..errors import ConfigError, MissingExtraError
 from ..models.safetensors_folder import files_of
-from .conversion import sources_of
+from .conversion import Read, sources_of
 from .losses import ModelConfig
-from .stage import Stage
 
 
 def empty_model(config: ModelConfig, folder: str | None) -> nn.Module:
@@ -65,52 +66,128 @@ class Weights:
         self._files: dict[str, Path] | None = None if folder is None else files_of(Path(folder))
         self._sources = sources_of(model, self._files or ())
 
-    def fill(self, stage: Stage) -> None:
-        """Give storage and values to the parameters and buffers of `stage`, on the CPU.
+    def fill(self, stage: nn.Module, without: Collection[str] = ()) -> None:
+        """Give storage and values to the parameters and buffers of a stage, on the CPU.
+
+        Args:
+            stage: on the meta device, its modules under their names in the model.
+            without: names of modules that get stand-ins only (`stand_in`).
 
         Raises:
             ConfigError: the folder lacks a weight.
         """
+        for name in without:
+            stand_in(stage.get_submodule(name))
         materialize(stage, torch.device("cpu"))
+        self._give_values(stage, "", tuple(f"{name}." for name in without))
+
+    def fill_experts(self, experts: nn.Module, path: str) -> None:
+        """Give values to a module with stand-ins, on the CPU; parameters stay the objects that they are.
+
+        Args:
+            experts: the module; what the user has put into it stays.
+            path: its name in the model.
+
+        Raises:
+            ConfigError: the folder lacks a weight.
+        """
+        kept = [(param, param.data.contiguous()) for param in experts.parameters() if not is_empty(param)]
+        for param in experts.parameters():
+            param.data = torch.empty(param.shape, dtype=param.dtype)
+        self._give_values(experts, f"{path}.")
+        for param, data in kept:
+            param.data = data
+
+    def _give_values(self, module: nn.Module, before: str, without: tuple[str, ...] = ()) -> None:
+        """Draw or read a module with storage, whose name comes with `before`, but for names that start as `without`."""
         seed = torch.initial_seed()
         with torch.random.fork_rng(devices=[]):
-            for name, module in reversed(list(stage.named_modules())):  # children first, as transformers does
-                torch.manual_seed((seed + _number(name)) % 2**63)
-                self._model._init_weights(module)  # type: ignore[operator]
+            for name, inner in reversed(list(module.named_modules())):  # children first, as transformers does
+                name = (before + name).rstrip(".")
+                if not f"{name}.".startswith(without):
+                    torch.manual_seed((seed + _number(name)) % 2**63)
+                    self._model._init_weights(inner)  # type: ignore[operator]
         if self._files is not None:
-            self._read(stage, self._files)
+            held = module.state_dict(keep_vars=True, prefix=before)
+            self._read({name: tensor for name, tensor in held.items() if not name.startswith(without)})
 
-    def _read(self, stage: Stage, files: dict[str, Path]) -> None:
-        from safetensors import safe_open
+    def share(self, path: str, names: Sequence[str], experts: range | None, total: int) -> dict[str, torch.Tensor]:
+        """Weights of a module of experts, or of stacked ones those of some experts alone, on the CPU.
 
-        held: dict[str, torch.Tensor] = stage.state_dict(keep_vars=True)
+        Args:
+            path: name of the module in the model.
+            names: of weights in it.
+            experts: of `[total, ...]` these; None: the whole of each.
+            total: experts in all.
+
+        Raises:
+            ConfigError: the folder lacks a weight.
+        """
+        if self._files is None:  # drawn as one, whoever holds them
+            module = copy.deepcopy(self._model.get_submodule(path))
+            stand_in(module)
+            self.fill_experts(module, path)
+            drawn = {name: module.get_parameter(name).detach() for name in names}
+            part = slice(None) if experts is None else slice(experts.start, experts.stop)
+            return {name: value[part].clone() for name, value in drawn.items()}
+        made: dict[str, torch.Tensor] = {}
+        with self._opened() as read:
+            for name in names:
+                full = f"{path}.{name}"
+                source = self._sources[self._known(full)]
+                if full not in made:
+                    made |= (
+                        source.weights(self._model, read)
+                        if experts is None
+                        else source.share(self._model, read, experts, total)
+                    )
+        return {name: made[f"{path}.{name}"] for name in names}
+
+    def _read(self, held: Mapping[str, torch.Tensor]) -> None:
         wanted: dict[int, tuple[str, torch.Tensor]] = {}
         for name, tensor in sorted(held.items(), key=lambda each: each[0] not in self._sources):
-            if id(tensor) in wanted:  # tied to one that has a source
-                continue
-            known = name if name in self._sources else self._tie_of(name)
-            if known not in self._sources:
-                raise ConfigError(
-                    f"the safetensors files have nothing that becomes {name}: load the model whole with "
-                    "from_pretrained and pass it, or save it in its own names with save_pretrained(..., "
-                    "save_original_format=False)"
-                )
-            wanted[id(tensor)] = known, tensor
-        with ExitStack() as stack, torch.no_grad():
-            opened: dict[Path, Any] = {}
-
-            def read(entry: str) -> torch.Tensor:
-                path = files[entry]
-                if path not in opened:
-                    opened[path] = stack.enter_context(safe_open(path, framework="pt"))
-                found: torch.Tensor = opened[path].get_tensor(entry)
-                return found
-
-            made: dict[str, torch.Tensor] = {}
+            if id(tensor) not in wanted:  # else tied to one that has a source
+                wanted[id(tensor)] = self._known(name), tensor
+        made: dict[str, torch.Tensor] = {}
+        with self._opened() as read, torch.no_grad():
             for known, tensor in wanted.values():
                 if known not in made:
                     made |= self._sources[known].weights(self._model, read)
                 tensor.copy_(made.pop(known))
+
+    @contextmanager
+    def _opened(self) -> Iterator[Read]:
+        """What reads entries; files that it has opened are closed at the end."""
+        from safetensors import safe_open
+
+        assert self._files is not None
+        files = self._files
+        with ExitStack() as stack:
+            opened: dict[Path, Any] = {}
+
+            def read(entry: str, experts: range | None) -> torch.Tensor:
+                path = files[entry]
+                if path not in opened:
+                    opened[path] = stack.enter_context(safe_open(path, framework="pt"))
+                found: torch.Tensor = (
+                    opened[path].get_tensor(entry)
+                    if experts is None
+                    else opened[path].get_slice(entry)[experts.start : experts.stop]
+                )
+                return found
+
+            yield read
+
+    def _known(self, name: str) -> str:
+        """The weight, or one that is tied to it, that the files have."""
+        known = name if name in self._sources else self._tie_of(name)
+        if known is None or known not in self._sources:
+            raise ConfigError(
+                f"the safetensors files have nothing that becomes {name}: load the model whole with "
+                "from_pretrained and pass it, or save it in its own names with save_pretrained(..., "
+                "save_original_format=False)"
+            )
+        return known
 
     def _tie_of(self, name: str) -> str | None:
         """Another name of the same parameter in the model."""
@@ -139,3 +216,20 @@ def materialize(module: nn.Module, device: torch.device) -> None:
                         made = nn.Parameter(made, requires_grad=tensor.requires_grad)
                     seen[id(tensor)] = made
                 held[key] = seen[id(tensor)]
+
+
+def stand_in(module: nn.Module) -> None:
+    """Let parameters of `module` that are on the meta device be on the CPU without room for their values: all are one
+    NaN. Filling them with one value works, other writing is an error of torch."""
+    for part in module.modules():
+        for key, param in part._parameters.items():
+            if param is not None and param.is_meta:
+                nothing = torch.full((), torch.nan, dtype=param.dtype).expand(param.shape)
+                part._parameters[key] = nn.Parameter(nothing, requires_grad=param.requires_grad)
+
+
+def is_empty(param: torch.Tensor) -> bool:
+    """Whether a parameter has no values: on the meta device, or as `stand_in` makes it."""
+    if param.is_meta:
+        return True
+    return param.dim() > 0 and not any(param.stride()) and bool(param[(0,) * param.dim()].isnan())

@@ -2,21 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Protocol
+from collections.abc import Callable, Sequence
+from typing import Any, Protocol
 
 import torch
 from torch import nn
 
 from ..comm.nest import Nest
+from .loading import Weights, is_empty
 from .losses import ModelConfig
 from .runner import BlockRange, Runner
+
+EXPERTS = "experts"
+"""Last name of the modules whose weights come last: transformers calls them so in all models."""
 
 
 class StageSource(Protocol):
     """What a stage asks of the adapter that it is cut from (`ModelAdapter`)."""
 
-    def fill(self, stage: Stage) -> None: ...
+    @property
+    def weights(self) -> Weights | None: ...
 
     def modules_of(self, spans: tuple[BlockRange, ...]) -> dict[str, nn.Module]: ...
 
@@ -28,6 +33,10 @@ class StageSource(Protocol):
 class Stage(nn.Module):
     """A piece of a model as a module of its own.
 
+    Of a model on the meta device it gets its weights when it is first moved to a device, so that counting is cheap;
+    those of experts when anything else is done with it. A rank that shares experts with others has taken its own by
+    then (`share`), and none of them holds all.
+
     Args:
         adapter: of the model.
         spans: what it runs; `forward` runs the first, `finish` the second.
@@ -38,13 +47,16 @@ class Stage(nn.Module):
 
     whole_model: dict[str, object]
     _runners: list[Runner]
+    _weights: Weights | None
 
     def __init__(self, adapter: StageSource, spans: tuple[BlockRange, ...]) -> None:
         super().__init__()
         owned = adapter.modules_of(spans)
         for name, module in owned.items():
             self._place(name, module)
-        self.__dict__["_fill"] = adapter.fill
+        self.__dict__["_weights"] = adapter.weights
+        self._waiting: tuple[str, ...] = ()
+        self._empty = adapter.weights is not None
         self.__dict__["whole_model"] = adapter.description()
         # The runners' models share these modules and hold stubs, so they are no submodules.
         self.__dict__["_runners"] = [adapter.runner(span, owned) for span in spans]
@@ -59,10 +71,12 @@ class Stage(nn.Module):
             What the next piece takes: a hidden state, or (hidden state, inputs that all stages need). The last piece
             returns logits (or the last hidden state); the model's whole output if the batch is a dict with labels.
         """
+        self.fill()
         return self._runners[0](message)
 
     def finish(self, message: Nest) -> Nest:
         """Run the second range of a piece that holds both ends of the model."""
+        self.fill()
         return self._runners[1](message)
 
     @property
@@ -85,14 +99,61 @@ class Stage(nn.Module):
         return self
 
     def fill(self) -> None:
-        """Give weights to what is still on the meta device."""
-        fill, self.__dict__["_fill"] = self.__dict__["_fill"], None
-        if fill is not None:
-            fill(self)
+        """Give weights to what has none."""
+        self._fill_but(())
+        for path in self.unread:
+            experts = self.get_submodule(path)
+            device = next((param.device for param in self.parameters() if not is_empty(param)), torch.device("cpu"))
+            assert self._weights is not None
+            self._weights.fill_experts(experts, path)
+            experts.to(device)
+        self._waiting, self.__dict__["_weights"] = (), None
+
+    @property
+    def unread(self) -> list[str]:
+        """Names of modules of experts that have no weights yet."""
+        found = []
+        for path in self._waiting:
+            if any(is_empty(param) for param in self.get_submodule(path).parameters()):
+                found.append(path)
+        return found
+
+    def share(self, path: str, names: Sequence[str], experts: range | None, total: int) -> dict[str, torch.Tensor]:
+        """Weights of a module of experts that is `unread`; see `Weights.share`."""
+        assert self._weights is not None
+        held = {name: self.get_submodule(path).get_parameter(name).detach() for name in names}
+        empty = [name for name, value in held.items() if is_empty(value)]  # others are as the user has made them
+        read = self._weights.share(path, empty, experts, total)
+        part = slice(None) if experts is None else slice(experts.start, experts.stop)
+        return {name: read[name] if name in read else value[part] for name, value in held.items()}
+
+    def _fill_but(self, without: tuple[str, ...]) -> None:
+        if self._empty:
+            assert self._weights is not None
+            self._weights.fill(self, without)
+            self._empty, self._waiting = False, without
+
+    def _save_to_state_dict(self, *args: Any) -> None:
+        if not self._empty:
+            self.fill()
+        super()._save_to_state_dict(*args)
+
+    def _load_from_state_dict(self, *args: Any) -> None:
+        self.fill()
+        super()._load_from_state_dict(*args)
 
     def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> Stage:
-        self.fill()  # a stage gets its weights when it is first moved to a device, so that counting is cheap
-        return super()._apply(fn, recurse)
+        if not self._empty:
+            self.fill()
+        self._fill_but(tuple(name for name, part in self.named_modules() if _of_experts(name, part)))
+        apart = [(self.get_submodule(path.rpartition(".")[0]), self.get_submodule(path)) for path in self._waiting]
+        for parent, _ in apart:
+            parent._modules[EXPERTS] = None
+        try:
+            return super()._apply(fn, recurse)
+        finally:
+            for parent, experts in apart:
+                parent._modules[EXPERTS] = experts
 
     def _place(self, name: str, module: nn.Module) -> None:
         *path, last = name.split(".")
@@ -102,3 +163,7 @@ class Stage(nn.Module):
                 place.add_module(part, nn.Module())
             place = place._modules[part]  # type: ignore[assignment]
         place.add_module(last, module)
+
+
+def _of_experts(name: str, module: nn.Module) -> bool:
+    return name.rpartition(".")[2] == EXPERTS and next(module.parameters(), None) is not None

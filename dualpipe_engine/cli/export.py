@@ -10,8 +10,8 @@ from .arguments import Commands
 
 _DESCRIPTION = """\
 Write the weights of a checkpoint as one state dict, OUT/model.safetensors. For a model of Hugging Face transformers
-that came through an adapter, config.json is put beside it, so that from_pretrained(OUT) loads it. Needs torch and
-safetensors.
+that came through an adapter, and for DeepSeek-V3 of dualpipe_engine.models, config.json is put beside it, so that
+from_pretrained(OUT) loads it. Needs torch and safetensors.
 """
 
 

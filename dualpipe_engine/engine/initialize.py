@@ -35,7 +35,7 @@ from .placing.experts import make_expert_groups
 from .placing.grid import Place, groups_of, set_device
 from .placing.module import place
 from .placing.param_groups import GroupMap, check_dtypes, name_parameters
-from .placing.shared_blocks import check_blocks, connect_blocks, overlap_blocks, share_blocks
+from .placing.shared_blocks import check_blocks, connect_blocks, overlap_blocks, read_rest, share_blocks
 from .placing.stages import set_activation_checkpointing
 from .plan import agree, lowered_plan, make_lowered_plan, unmeasured_costs
 
@@ -123,11 +123,14 @@ def _under_schedule(
     given_groups = groups_of(model)
     with watch.section("initialize"), noting_groups() as made_groups:
         agree_on_job(settings, model)
+        given = None if model_parameters is None else list(model_parameters)  # of the module as it is now
+        name_parameters(model)
         if (shared := expert_parallel.read_section(settings.get(expert_parallel.NAME))) is not None:
             check_blocks(model, shared)
+            share_blocks(model, shared)
+        read_rest(model)
         base_grid = model._grid
         dualpipe, plan, costs = _choose_plan(model, settings, dualpipe, training_data, collate_fn)
-        given = None if model_parameters is None else list(model_parameters)  # of the module as it is now
         placed = _place(model, settings, dualpipe, plan, costs)
         groups = GroupMap(model, given, optimizer, base_grid.pp_proc_group, lr_scheduler)
         optimizer, given = groups.apply()
@@ -189,14 +192,10 @@ def _place(model: PipelineModule, settings: Settings, dualpipe: DualPipeConfig, 
     """Convert the module into the stages of this rank, and check them. Collective."""
     base_grid = model._grid
     bounds = stage_bounds(model, plan, dualpipe, costs)
-    name_parameters(model)
     placed = place(model, plan.placement, bounds)
-    shared = expert_parallel.read_section(settings.get(expert_parallel.NAME))
-    if shared is not None:
-        share_blocks(model, shared)
     make_expert_groups(model, base_grid)
     agree_on_copies(model, model.dualpipe_layers, placed.replica)
-    if shared is not None:
+    if expert_parallel.read_section(settings.get(expert_parallel.NAME)) is not None:
         connect_blocks(model)
         model.dualpipe_unphased = overlap_blocks(model) if dualpipe.overlap is not False else {}
     set_activation_checkpointing(model, settings.get("pipeline", {}))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -130,6 +131,12 @@ class MoEConfig:
     def adds_loss(self) -> bool:
         """Whether an auxiliary loss travels down the pipeline."""
         return self.balancing == "loss" or self.sequence_loss > 0
+
+    @classmethod
+    def from_fields(cls, fields: Mapping[str, Any]) -> MoEConfig:
+        """From what `dataclasses.asdict` has made of one."""
+        yarn = fields.get("yarn")
+        return cls(**{**fields, "yarn": None if yarn is None else Yarn(**yarn)})
 
     @classmethod
     def from_hf(cls, config: DeepseekV3Config, **choices: Any) -> MoEConfig:

@@ -6,7 +6,7 @@ Each rank reads the entries of its own layers and experts, and writes layers tha
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack
 from pathlib import Path
 from types import ModuleType
@@ -21,7 +21,6 @@ from ..errors import ConfigError, MissingExtraError
 from .block import DenseBlock, MoEBlock
 from .config import MoEConfig
 from .experts import Experts
-from .mtp import MTPBlock
 from .safetensors_folder import INDEX, files_of
 from .transformer import EMBEDDING, FinalNorm, Head, TokenEmbedding
 
@@ -95,34 +94,43 @@ def numbered(module: nn.Module, config: MoEConfig) -> dict[int, nn.Module]:
     return dict(sorted(found.items()))
 
 
-def entries(layer: nn.Module, number: int, config: MoEConfig, whole: bool) -> Iterator[Entry]:
+def entries(names: Iterable[str], number: int, config: MoEConfig, experts: range) -> Iterator[Entry]:
     """What the tensors of a layer are made of.
 
     Args:
-        layer: one of `numbered`.
-        number: its number.
+        names: of the tensors.
+        number: of the layer in `layers(config)`.
         config: of the model.
-        whole: all experts, not only those of this rank.
+        experts: those that are wanted, of all.
+
+    Raises:
+        KeyError: the layer is none of these.
     """
-    if not isinstance(layer, (DenseBlock, MoEBlock)):
-        for own in layer.state_dict():
+    later = number - config.blocks - 3  # behind the blocks stand the final norm and the embedding's second use
+    if not (1 <= number <= config.blocks or 0 <= later < config.mtp_depth):
+        for own in names:
             yield Entry(own, None, (_ENDS[own.split(".")[-2]],))
         return
-    # Behind the blocks stand the final norm and the embedding's second use.
-    prefix = f"model.layers.{number - 3 if isinstance(layer, MTPBlock) else number - 1}."
-    for own in layer.state_dict():
+    prefix = f"model.layers.{number - 3 if later >= 0 else number - 1}."
+    for own in names:
         stem, kind = own.rsplit(".", 1)
         if stem == "experts":
-            experts = layer.experts
-            assert isinstance(experts, Experts)
-            first, count = (0, config.experts) if whole else (experts.rank * experts.num_local, experts.num_local)
-            for expert in range(first, first + count):
-                names = tuple(f"{prefix}mlp.experts.{expert}.{part}.weight" for part in _EXPERT[kind])
-                yield Entry(own, expert, names)
+            for expert in experts:
+                parts = tuple(f"{prefix}mlp.experts.{expert}.{part}.weight" for part in _EXPERT[kind])
+                yield Entry(own, expert, parts)
         elif kind == "bias":
             yield Entry(own, None, (f"{prefix}mlp.gate.e_score_correction_bias",))
         else:
             yield Entry(own, None, tuple(f"{prefix}{part}.weight" for part in _BLOCK[stem]))
+
+
+def _entries_of(layer: nn.Module, number: int, config: MoEConfig) -> Iterator[Entry]:
+    """Of a layer with the experts of this rank."""
+    experts = range(0)
+    if isinstance(layer, MoEBlock):
+        first = layer.experts.rank * layer.experts.num_local
+        experts = range(first, first + layer.experts.num_local)
+    return entries(layer.state_dict(), number, config, experts)
 
 
 @torch.no_grad()
@@ -161,7 +169,7 @@ def load(module: nn.Module, config: MoEConfig, folder: str | Path) -> None:
             return found
 
         for number, layer in numbered(module, config).items():
-            _fill(layer, entries(layer, number, config, whole=False), read)
+            _fill(layer, _entries_of(layer, number, config), read)
 
 
 def _fill(layer: nn.Module, wanted: Iterator[Entry], read: Callable[[str], Tensor]) -> None:
@@ -211,7 +219,7 @@ def save(module: nn.Module, config: MoEConfig, folder: str | Path, hf_config: De
                 stack.enter_context(layer.experts.whole(owner[number] == rank))
             if owner[number] != rank:
                 continue
-            tensors = _published(layer, number, config)
+            tensors = published(layer.state_dict(), number, config)
             name = f"model-{order.index(number) + 1:05d}-of-{len(order):05d}.safetensors"
             save_file(tensors, folder / name, metadata={"format": "pt"})
             written |= dict.fromkeys(tensors, name)
@@ -227,10 +235,19 @@ def save(module: nn.Module, config: MoEConfig, folder: str | Path, hf_config: De
         dist.barrier()
 
 
-def _published(layer: nn.Module, number: int, config: MoEConfig) -> dict[str, Tensor]:
-    """The entries of a layer whose experts are whole."""
-    held, found = layer.state_dict(), dict[str, Tensor]()
-    for own, expert, names in entries(layer, number, config, whole=True):
+def published(held: Mapping[str, Tensor], number: int, config: MoEConfig) -> dict[str, Tensor]:
+    """The entries of a layer.
+
+    Args:
+        held: its tensors, experts whole.
+        number: of the layer in `layers(config)`.
+        config: of the model.
+
+    Raises:
+        KeyError: the layer is none of these.
+    """
+    found = dict[str, Tensor]()
+    for own, expert, names in entries(held, number, config, range(config.experts)):
         tensor: Tensor = held[own] if expert is None else held[own][expert].t()
         # Tensors that share memory are refused, and so is memory with gaps.
         found |= {

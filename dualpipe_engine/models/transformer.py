@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
+
 import torch
 from deepspeed.pipe import LayerSpec, TiedLayerSpec
 from torch import Tensor, nn
@@ -11,16 +13,22 @@ from ..comm.nest import Nest
 from .block import DenseBlock, MoEBlock, Passed, initialise, joined, split
 from .config import MoEConfig
 from .mtp import MTPBlock, look_ahead
+from .published_config import hf_of
 
 EMBEDDING = "embedding"  #: key of the tie, where later tokens are predicted
 _IGNORED = -100  # labels that do not count, as in torch's cross entropy
 
 
 class TokenEmbedding(nn.Module):
-    """Tokens `[batch, length]` to the first state."""
+    """Tokens `[batch, length]` to the first state.
+
+    Attributes:
+        whole_model: what a checkpoint keeps of the model, for `dualpipe export`.
+    """
 
     def __init__(self, config: MoEConfig) -> None:
         super().__init__()
+        self.whole_model = {"config": hf_of(config), "published": asdict(config)}
         self.table = nn.Embedding(config.vocabulary, config.hidden)
         nn.init.normal_(self.table.weight, std=0.02 if config.init_std is None else config.init_std)
         self._with_loss, self.depth = config.adds_loss, config.mtp_depth

@@ -11,6 +11,7 @@ import pytest
 import torch
 import training
 from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
 
 from dualpipe_engine.cli import main
 from dualpipe_engine.engine.config import read_config
@@ -109,6 +110,8 @@ def test_training_and_checkpoints(ranks, tmp_path, name):
     exported = load_file(tmp_path / "exported" / "model.safetensors")
     assert exported.keys() == found[0]["weights"].keys() == weights.keys()
     assert all(torch.equal(exported[key], value) for key, value in found[0]["weights"].items())
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "exported", dtype="auto").state_dict()
+    assert loaded.keys() == exported.keys() and all(torch.equal(loaded[key], exported[key]) for key in loaded)
     for key, value in found[0]["weights"].items():
         torch.testing.assert_close(value, weights[key], rtol=1e-4, atol=1e-5, msg=lambda text, k=key: f"{k}: {text}")
 

@@ -51,6 +51,15 @@ def moved(model, folder, steps=2):
     return found | {"next": next_loss, "read and evaluated": sum(evaluated) / 2, "read and trained": trained}
 
 
+def saved(model, folder, written, zero=1):
+    """Train with shared experts; a checkpoint, and the weights in the published format."""
+    config, engine, replica = start(model, "dualpipe", ranks=2, replicas=2, zero=zero)
+    engine.train_batch(training.stream(replica))
+    engine.save_checkpoint(folder)
+    hf_weights.save(engine.module, config, written)
+    engine.destroy()
+
+
 def low_precision(model):
     """What is in which dtype under bf16, and how often the busiest expert was chosen."""
     _, engine, replica = start(model, "dualpipe", ranks=2, replicas=1, precision="bf16")

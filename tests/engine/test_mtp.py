@@ -2,17 +2,25 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import moe_runs
 import mtp_runs
 import pytest
 import torch
 import training
+from safetensors.torch import load_file
 from test_moe import assemble
 from torch import nn
 from torch.nn import functional
+from transformers import DeepseekV3ForCausalLM
 
+from dualpipe_engine.adapters import get_model_adapter
+from dualpipe_engine.cli import main
 from dualpipe_engine.models.block import MoEBlock
+from dualpipe_engine.models.config import MoEConfig
 from dualpipe_engine.models.mtp import MTPBlock
+from dualpipe_engine.models.positions import Yarn
 from dualpipe_engine.models.routing import rebalance
 from dualpipe_engine.models.transformer import FinalNorm, Head, TokenEmbedding, layers
 
@@ -32,6 +40,8 @@ LONG = {
     "1f1b": {"model": {"mtp_depth": 1}, "schedule": "1f1b"},
     "zb1p, no phases": {"model": {"mtp_depth": 1} | GROUPED, "schedule": "zb1p", "overlap": False},
 }
+#: What a configuration of transformers does not say, or says in one way only.
+OWN = {"expert_parallel": 1, "sequence_loss": 0.0, "norm_eps": None, "init_std": None}
 FURTHER = {"mtp_depth": 3, "expert_parallel": 1, "sequence_loss": 0.2}
 SPREAD = {  # without a shared rank later tokens are predicted on several stages
     "dualpipe": {"model": FURTHER, "schedule": "dualpipe", "method": "uniform"},
@@ -183,6 +193,31 @@ def test_weights_move_to_another_cut_in_the_published_format(ranks, tmp_path):
         assert rank["read and evaluated"] == pytest.approx(rank["evaluated"], rel=1e-5)
         assert rank["evaluated"] < rank["next"] - 0.5, "evaluation is of the next token alone"
         assert rank["read and evaluated"] < rank["read and trained"] - 0.5
+
+
+def test_checkpoints_become_folders_of_transformers(ranks, tmp_path):
+    model = {"mtp_depth": 1, "dense_blocks": 1, "yarn": Yarn(factor=4.0, length=16), "q_rank": 8} | GROUPED
+    ranks.run(4, mtp_runs.saved, model=model, folder=str(tmp_path / "saved"), written=str(tmp_path / "written"))
+    out = tmp_path / "out"
+    assert main(["export", "--checkpoint", str(tmp_path / "saved"), "--out", str(out)]) == 0
+    written = {}
+    for path in (tmp_path / "written").glob("*.safetensors"):
+        written |= load_file(path)
+    exported = load_file(out / "model.safetensors")
+    assert exported.keys() == written.keys() and all(torch.equal(exported[key], written[key]) for key in written)
+    theirs = DeepseekV3ForCausalLM.from_pretrained(out)
+    ours = moe_runs.config(**model)
+    assert replace(MoEConfig.from_hf(theirs.config), **OWN) == replace(ours, **OWN, value_head=8, normalised=True)
+    held = theirs.state_dict()
+    assert torch.equal(held["model.layers.0.mlp.down_proj.weight"], written["model.layers.0.mlp.down_proj.weight"])
+    for block in range(1, ours.blocks):
+        prefix = f"model.layers.{block}.mlp.experts."
+        for expert in range(ours.experts):
+            parts = [written[f"{prefix}{expert}.{part}_proj.weight"] for part in ("gate", "up", "down")]
+            assert torch.equal(held[f"{prefix}gate_up_proj"][expert], torch.cat(parts[:2]))
+            assert torch.equal(held[f"{prefix}down_proj"][expert], parts[2])
+    again = get_model_adapter(folder=str(out)).stage(1, ours.blocks).state_dict()
+    assert again and all(torch.equal(value, held[key]) for key, value in again.items())
 
 
 @pytest.mark.all

@@ -9,6 +9,7 @@ from deepspeed.pipe import LayerSpec, PipelineModule, TiedLayerSpec
 from torch import nn
 
 from ...errors import CheckpointError
+from ...models.config import MoEConfig
 from ...schedule.plain_json import parse
 from .files import DESCRIPTION
 
@@ -26,27 +27,29 @@ class LayerFile(TypedDict):
 
 
 class WholeModel(TypedDict):
-    """What an adapter says of the model that it has cut (`whole_model` of its layers).
+    """What the layers say of the model that they are cut from (`whole_model`).
 
     Attributes:
         config: of a model of transformers; None for another.
+        published: of our own transformer, which has the published format; None for another.
     """
 
     config: dict[str, object] | None
+    published: MoEConfig | None
 
 
 class Description(TypedDict):
     """Attributes:
     layers: in the order of the model.
-    model: None where no adapter has cut it.
+    model: None where they say nothing.
     """
 
     layers: list[LayerFile]
     model: WholeModel | None
 
 
-def description(module: PipelineModule) -> Description:
-    """The description of what `module` saves."""
+def description(module: PipelineModule) -> dict[str, object]:
+    """The description of what `module` saves, as JSON has it."""
     layers: list[LayerFile] = []
     for spec in module._layer_specs:
         tied = isinstance(spec, TiedLayerSpec)
@@ -66,9 +69,11 @@ def read_description(folder: Path) -> Description:
     try:
         found = parse(path.read_text())
         layers: list[LayerFile] = [{"file": bool(each["file"]), "tied": each["tied"]} for each in found["layers"]]
-        config = (found["model"] or {}).get("config")
+        model = found["model"] or {}
+        config, fields = model.get("config"), model.get("published")
+        ours = None if fields is None else MoEConfig.from_fields(fields)
         if not (config is None or isinstance(config, dict)):
             raise TypeError("its configuration is no object")
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise CheckpointError(f"{path} cannot be read ({type(error).__name__}: {error})") from None
-    return {"layers": layers, "model": None if found["model"] is None else {"config": config}}
+    return {"layers": layers, "model": {"config": config, "published": ours} if model else None}

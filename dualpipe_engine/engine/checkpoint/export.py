@@ -4,21 +4,27 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import TypeAlias
 
 from torch import Tensor
 
 from ...errors import CheckpointError, MissingExtraError
+from ...models.hf_weights import published
 from .description import Description, read_description
 from .files import DESCRIPTION, damages, peek
 
 WEIGHTS = "model.safetensors"
+
+Held: TypeAlias = dict[int, tuple[dict[str, Tensor], str]]
+"""Number of a layer -> its tensors, and what to put before their names."""
 
 
 def export(checkpoint: Path, out: Path) -> list[Path]:
     """Write the weights of a checkpoint into a folder.
 
     Names are those of the whole model where an adapter cut it, and then the folder loads with `from_pretrained` if the
-    model came from transformers; else those of the whole PipelineModule on one rank, tied weights once.
+    model came from transformers; those of published DeepSeek-V3 where `models` has the layers and transformers the same
+    model; else those of the whole PipelineModule on one rank, tied weights once.
 
     Args:
         checkpoint: folder of one checkpoint, or of several, whose latest is taken.
@@ -37,18 +43,21 @@ def export(checkpoint: Path, out: Path) -> list[Path]:
         raise MissingExtraError('export needs safetensors: pip install "dualpipe_engine[hf]"') from None
     folder = _one(checkpoint)
     about = read_description(folder)
-    weights: dict[str, Tensor] = {}
-    for path, prefix in _layers(folder, about):
-        for name, tensor in peek(path, weights_only=True).items():
-            weights.setdefault(prefix + name, tensor)
+    held = {
+        number: (peek(path, weights_only=True), prefix) for number, (path, prefix) in _layers(folder, about).items()
+    }
+    config, weights = _config(about), _published(held, about)
+    if weights is None:
+        config = config if _is_whole(about) else None
+        weights = {prefix + name: tensor for layer, prefix in reversed(held.values()) for name, tensor in layer.items()}
     out.mkdir(parents=True, exist_ok=True)
     written = [out / WEIGHTS]
     # Tensors that share memory are refused, and so is memory with gaps.
     whole = {name: tensor.clone().contiguous() for name, tensor in weights.items()}
     save_file(whole, written[0], metadata={"format": "pt"})
-    if about["model"] is not None and about["model"]["config"] is not None:
+    if config is not None:
         written.append(out / "config.json")
-        written[1].write_text(json.dumps(about["model"]["config"], indent=2) + "\n")
+        written[1].write_text(json.dumps(config, indent=2) + "\n")
     return written
 
 
@@ -64,15 +73,38 @@ def _one(checkpoint: Path) -> Path:
     return folder
 
 
-def _layers(folder: Path, about: Description) -> list[tuple[Path, str]]:
-    """Files of layers in their order, and what to put before the names in each."""
+def _config(about: Description) -> dict[str, object] | None:
+    return None if about["model"] is None else about["model"]["config"]
+
+
+def _is_whole(about: Description) -> bool:
+    """Whether an adapter has cut the model, so that names in the files are those of the whole one."""
+    return about["model"] is not None and about["model"]["published"] is None
+
+
+def _published(held: Held, about: Description) -> dict[str, Tensor] | None:
+    """The entries of published DeepSeek-V3; None where the model is no other, or has other layers too."""
+    config = None if about["model"] is None else about["model"]["published"]
+    if config is None or _config(about) is None:
+        return None
+    found: dict[str, Tensor] = {}
+    try:
+        for number, (layer, _) in held.items():
+            found |= published(layer, number, config)
+    except (KeyError, IndexError):
+        return None
+    return found
+
+
+def _layers(folder: Path, about: Description) -> dict[int, tuple[Path, str]]:
+    """Number of a layer -> its file, and what to put before the names in it."""
     if cut := sorted(folder.glob("layer_*-model_[0-9]*-model_states.pt")):
         raise CheckpointError(f"{cut[0]} holds a part of a layer: export does not join tensor-parallel weights")
-    found = []
+    found = {}
     for number, layer in enumerate(about["layers"]):
         if layer["file"]:
             prefix = f"{number}." if layer["tied"] is None else f"tied_modules.{layer['tied']}."
-            found.append((folder / f"layer_{number:02d}-model_states.pt", "" if about["model"] else prefix))
-    if wrong := damages(path for path, _ in found):
+            found[number] = folder / f"layer_{number:02d}-model_states.pt", "" if _is_whole(about) else prefix
+    if wrong := damages(path for path, _ in found.values()):
         raise CheckpointError(f"the checkpoint is not whole: {', '.join(wrong)}")
     return found

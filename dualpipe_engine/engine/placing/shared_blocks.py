@@ -1,8 +1,9 @@
-"""Blocks of experts in the layers of others ("expert_parallel" in the JSON): found before layers are placed, shared
-between replicas after it."""
+"""Blocks of experts in the layers of others ("expert_parallel" in the JSON): found and shared between replicas before
+layers are placed, connected after it."""
 
 from __future__ import annotations
 
+from deepspeed.accelerator import get_accelerator
 from deepspeed.module_inject.auto_ep_config import AutoEPConfig
 from deepspeed.module_inject.auto_ep_layer import ReplacementSourceMap, collect_replacement_sources
 from deepspeed.moe.layer import MoE
@@ -15,6 +16,7 @@ from ...errors import ConfigError
 from ...models.autoep.decoder import offer_phases
 from ...models.autoep.find import Found, find_blocks
 from ...models.autoep.layer import SharedMoE
+from ...models.autoep.weights import Unread
 from ..checks.agreement import raise_everywhere
 from .carry import layers_of
 from .module import PlacedModule
@@ -71,20 +73,24 @@ def check_blocks(module: PipelineModule, config: AutoEPConfig) -> None:
     raise_everywhere(wrong)
 
 
-def share_blocks(module: PlacedModule, config: AutoEPConfig) -> None:
-    """Let DeepSpeed's layers, with this rank's share of the experts, take the place of the blocks.
+def share_blocks(module: PipelineModule, config: AutoEPConfig) -> None:
+    """Let DeepSpeed's layers, with this rank's share of the experts, take the place of the blocks. Experts that nobody
+    has read are read now, those of the share alone.
 
     Args:
-        module: placed; parameters know their names.
+        module: as its constructor left it; parameters know their names. Layers go to ranks with the same share.
         config: the "expert_parallel" section.
     """
-    rank = module.dualpipe_place.replica % config.autoep_size
-    for number in module.dualpipe_layers:
-        layer = module._modules.get(str(number))
+    rank = module._grid.data_parallel_id % config.autoep_size
+    device = get_accelerator().device_name(module.local_rank)
+    for number, (_, layer) in layers_of(module).items():
         for path, spec, completed in _blocks(layer, number, config):
             assert layer is not None
             source = layer.get_submodule(path)
             made = SharedMoE(spec, source, config.autoep_size, rank, completed).train(source.training)
+            if isinstance(layer, Unread) and f"{path}.{spec.experts_name}" in layer.unread:
+                made.take(layer, f"{path}.{spec.experts_name}")
+            made.to(device)
             sources = collect_replacement_sources(source, made, spec, config.autoep_size, rank).sources
             for param in made.parameters():
                 param.ds_pipe_replicated = False
@@ -92,6 +98,17 @@ def share_blocks(module: PlacedModule, config: AutoEPConfig) -> None:
                     take_name(param, of[0])
             parent, _, name = path.rpartition(".")
             setattr(layer.get_submodule(parent), name, made)
+
+
+def read_rest(module: PipelineModule) -> None:
+    """Give values to all that has none yet.
+
+    Args:
+        module: as its constructor left it.
+    """
+    for part in list(module.modules()):
+        if isinstance(part, Unread):
+            part.fill()
 
 
 def overlap_blocks(module: PlacedModule) -> dict[int, str]:

@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from ...comm.all_to_all import Counts, exchange
 from ...comm.stream import SharedStream, shared_stream
 from ...comm.tickets import Tickets
-from .weights import form_of
+from .weights import Unread, form_of
 
 State = dict[str, Any]
 
@@ -66,6 +66,24 @@ class SharedMoE(AutoEPMoELayer):
         self._whole: dict[str, Tensor] | None = None
         self._stream: SharedStream | None = None
         self._stops = self._by_itself = False
+
+    @torch.no_grad()
+    def take(self, layer: Unread, path: str) -> None:
+        """Take the share of this rank from a layer that has read no experts.
+
+        Args:
+            layer: which holds the block that is replaced.
+            path: of its module of experts, from the layer.
+        """
+        first = self.ep_rank * self.num_local_experts
+        experts = range(first, first + self.num_local_experts)
+
+        def read(names: list[str], some: range | None) -> dict[str, Tensor]:
+            return layer.share(path, names, some, self.num_experts)
+
+        own = (self.experts.w1, self.experts.w2, self.experts.w3)
+        for param, value in zip(own, self._form.share(read, experts), strict=True):
+            param.copy_(value)
 
     @contextmanager
     def stopping(self) -> Iterator[None]:

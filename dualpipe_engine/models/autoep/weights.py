@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from collections.abc import Callable, Sequence
+from typing import NamedTuple, Protocol, runtime_checkable
 
 import torch
 from deepspeed.module_inject.auto_ep_config import MoELayerSpec
@@ -10,6 +11,28 @@ from deepspeed.moe.fused_expert_layout import classify_fused_gate_up_layout
 from torch import Tensor, nn
 
 Dict = dict[str, Tensor]
+
+
+@runtime_checkable
+class Unread(Protocol):
+    """A layer whose experts have no values yet, so that a rank can take a share of them."""
+
+    @property
+    def unread(self) -> list[str]:
+        """Names of the modules, from the layer."""
+
+    def share(self, path: str, names: Sequence[str], experts: range | None, total: int) -> Dict:
+        """Weights of a module.
+
+        Args:
+            path: of the module.
+            names: of the weights, from the module.
+            experts: of stacked ones, `[total, ...]`, those of these experts; None: all of each.
+            total: experts in all.
+        """
+
+    def fill(self) -> None:
+        """Give values to all that has none."""
 
 
 class SourceForm(NamedTuple):
@@ -45,6 +68,19 @@ class SourceForm(NamedTuple):
         parts = self._stacked({name: given.pop(full) for name, full in names.items()})
         given.update({f"{prefix}experts.{name}": part for name, part in zip(("w1", "w2", "w3"), parts, strict=True)})
 
+    def share(self, read: Callable[[list[str], range | None], Dict], experts: range) -> tuple[Tensor, Tensor, Tensor]:
+        """w1, w2 and w3, `[len(experts), ...]`, of experts that nobody has read.
+
+        Args:
+            read: from names within the module of experts to weights; of stacked ones those of some experts, where a
+                range is given.
+            experts: these.
+        """
+        names = self._names()
+        if self.spec.expert_storage == "fused_3d":
+            return self._stacked(read(names, experts))
+        return self._stacked(read([name for name in names if int(name.split(".")[0]) in experts], None))
+
     def _others(self, prefix: str) -> list[tuple[str, str]]:
         """Pairs of names of everything else; ours and those of the block."""
         spec = self.spec
@@ -79,9 +115,12 @@ class SourceForm(NamedTuple):
     def _stacked(self, given: Dict) -> tuple[Tensor, Tensor, Tensor]:
         values = list(given.values())
         if self.spec.expert_storage != "fused_3d":
-            count = self.spec.num_experts
+            count = len(values) // (2 if self.spec.expert_w3_name is None else 3)
             values = [torch.stack(values[start : start + count]) for start in range(0, len(values), count)]
-        elif self.hidden_first:
+        return self._parts(values)
+
+    def _parts(self, values: list[Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+        if self.hidden_first:
             values = [value.transpose(1, 2) for value in values]
         if len(values) == 3:
             return values[0], values[1], values[2]
