@@ -38,6 +38,7 @@ class PipelineEvaluation(Trainer):
     _loss: TrainerLoss
     compute_metrics: Any
     preprocess_logits_for_metrics: Any
+    _for_the_loss: tuple[str, ...] = ("labels",)  #: names of inputs that the stages do not need
     _everywhere = True  #: whether all ranks are given the logits
     _shrink: Callable[[Nest, Nest], Nest] | None = None  #: what makes less of the logits before they travel
 
@@ -53,6 +54,19 @@ class PipelineEvaluation(Trainer):
     def _one_batch(self, inputs: Batch) -> AbstractContextManager[None]:
         """Around what the stages do with a batch, in training and in evaluation."""
         return nullcontext()
+
+    def _split(self, inputs: Batch) -> list[Batch]:
+        return split_batch(inputs, self._num_chunks)
+
+    def _rows_of(self, inputs: Batch) -> int:
+        return rows_of(inputs)
+
+    def _labels_of(self, inputs: Batch) -> tuple[bool, Nest]:
+        """Whether a batch has what a loss needs, and its labels as the Trainer hands them to metrics."""
+        labels = tuple(inputs.get(name) for name in self.label_names)
+        if not labels or any(each is None for each in labels):
+            return False, None
+        return True, labels[0] if len(labels) == 1 else labels
 
     def evaluation_loop(self, dataloader: DataLoader, description: str, *args: Any, **kwargs: Any) -> EvalLoopOutput:
         engine = self._make_engine()
@@ -108,14 +122,12 @@ class PipelineEvaluation(Trainer):
         engine = self._make_engine()
         model.eval()
         inputs = self._prepare_inputs(inputs)
-        self._rows = rows_of(inputs)
-        labels: Any = tuple(inputs.get(name) for name in self.label_names)
-        labelled = bool(labels) and all(each is not None for each in labels)
+        self._rows = self._rows_of(inputs)
+        labelled, labels = self._labels_of(inputs)
         if prediction_loss_only and not labelled:
             return None, None, None
-        labels = None if not labelled else labels[0] if len(labels) == 1 else labels
         items = self._items_of(inputs) if labelled else None
-        micros = with_weights(split_batch(inputs, self._num_chunks), items, shifted=self._shifted())
+        micros = with_weights(self._split(inputs), items, 1, self._shifted(), self._for_the_loss)
         with self._one_batch(inputs), self._loss.evaluating(labelled, prediction_loss_only, ignore_keys) as kept:
             mean: Any = engine.eval_batch(iter(micros), num_micro_batches=len(micros))
         loss = mean.detach() if labelled else None

@@ -32,7 +32,11 @@ Computing: TypeAlias = Any
 
 
 def with_weights(
-    micros: list[dict[str, Any]], items: torch.Tensor | int | None, replicas: int = 1, shifted: bool = False
+    micros: list[dict[str, Any]],
+    items: torch.Tensor | int | None,
+    replicas: int = 1,
+    shifted: bool = False,
+    for_the_loss: Sequence[str] = ("labels",),
 ) -> list[Micro]:
     """Micro-batches as pairs (inputs, what the loss needs).
 
@@ -41,6 +45,7 @@ def with_weights(
         items: labels that count, over all replicas; None where the loss is a mean.
         replicas: of the pipeline, over which the engine takes the mean.
         shifted: the first label of a row counts for nothing, as in causal language models.
+        for_the_loss: names of inputs that the stages do not need.
     """
     counts = [_counted(inputs, shifted) for inputs in micros]
     count, total = float("nan") if items is None else float(items), sum(counts)
@@ -48,7 +53,8 @@ def with_weights(
     for number, (inputs, own) in enumerate(zip(micros, counts, strict=True)):
         share = own * len(micros) / total if total else 1.0
         numbers = torch.tensor([count, float(replicas * len(micros)), share, float(number)], dtype=torch.float64)
-        weighted.append(({name: value for name, value in inputs.items() if name != "labels"}, (inputs, numbers)))
+        kept = {name: value for name, value in inputs.items() if name not in for_the_loss}
+        weighted.append((kept, (inputs, numbers)))
     return weighted
 
 
@@ -79,10 +85,15 @@ class TrainerLoss:
         self._labelled = True
         self._kept: dict[int, Nest] | None = None
         self._ignored: tuple[str, ...] = ()
+        self._keep: Callable[[Nest, Mapping[str, Any]], Nest] | None = None
 
     @contextmanager
     def evaluating(
-        self, labelled: bool, loss_only: bool, ignored: Sequence[str] | None = None
+        self,
+        labelled: bool,
+        loss_only: bool,
+        ignored: Sequence[str] | None = None,
+        keep: Callable[[Nest, Mapping[str, Any]], Nest] | None = None,
     ) -> Iterator[dict[int, Nest]]:
         """Within, no gradients are wanted.
 
@@ -90,6 +101,7 @@ class TrainerLoss:
             labelled: there are labels; without, losses are zero and `compute_loss` is not called.
             loss_only: nobody wants the logits.
             ignored: names of outputs that are no logits; None: those that the model's configuration names.
+            keep: what is kept without labels, of an output and the inputs; None: the output.
 
         Yields:
             Logits of the micro-batches that end on this rank, by their numbers; filled as they end.
@@ -98,17 +110,18 @@ class TrainerLoss:
         if ignored is None:
             ignored = getattr(self._model.config, "keys_to_ignore_at_inference", ["cache"])
         self._labelled, self._kept, self._ignored = labelled, None if loss_only else kept, (*ignored, "loss")
+        self._keep = keep
         try:
             yield kept
         finally:
-            self._labelled, self._kept = True, None
+            self._labelled, self._kept, self._keep = True, None, None
 
     def __call__(self, output: Nest, labels: tuple[dict[str, Any], torch.Tensor]) -> torch.Tensor:
         inputs, numbers = labels
         count, micros, share, number = numbers.tolist()
         if not self._labelled:
             if self._kept is not None:
-                self._kept[int(number)] = output
+                self._kept[int(number)] = output if self._keep is None else self._keep(output, inputs)
             return torch.zeros((), device=numbers.device)
         if self._is_sum is None and count == count:
             self._is_sum = self._ask(output, inputs, count)

@@ -20,7 +20,7 @@ import dualpipe_engine
 from dualpipe_engine.adapters import ModelAdapter, gather_state_dict, get_model_adapter
 from dualpipe_engine.errors import CheckpointError, ConfigError
 
-from .batches import Batch, Model, split_batch
+from .batches import Batch, Model
 from .evaluation import PipelineEvaluation
 from .loss import StandIn, TrainerLoss, with_weights
 from .optimizer import OptimizerView, rebuilt
@@ -82,7 +82,10 @@ class DualPipeTrainer(PipelineEvaluation):
         self._num_chunks, self._schedule = num_chunks, schedule
         self._extra = dict(deepspeed_config or {})
         self._profiling = enable_profiling
-        super().__init__(model, args, *positional, **options)
+        if positional:
+            super().__init__(model, args, *positional, **options)
+        else:
+            super().__init__(model=model, args=args, **options)
         refuse_arguments(self.args)
         refuse_hooks(self)
         if self._num_chunks < 1:
@@ -227,10 +230,10 @@ class DualPipeTrainer(PipelineEvaluation):
         engine = self._make_engine()
         model.train()
         inputs = self._prepare_inputs(inputs)
-        micros = split_batch(inputs, self._num_chunks)
+        micros = self._split(inputs)
         if engine.gradient_accumulation_steps() != len(micros):
             engine.set_train_batch_size(len(micros) * engine.train_micro_batch_size_per_gpu() * self._replicas)
-        labelled = with_weights(micros, num_items_in_batch, self._replicas, self._shifted())
+        labelled = with_weights(micros, num_items_in_batch, self._replicas, self._shifted(), self._for_the_loss)
         with self._one_batch(inputs):
             loss: torch.Tensor = engine.train_batch(iter(labelled))
         return loss.detach().clone().to(self.args.device)

@@ -9,6 +9,7 @@ try:
 except ImportError as error:
     raise MissingExtraError('the trainers of TRL need it: pip install "dualpipe_engine[trl]"') from error
 
+from .dpo import DualPipeDPOTrainer
 from .sft import DualPipeSFTTrainer
 
-__all__ = ["DualPipeSFTTrainer"]
+__all__ = ["DualPipeDPOTrainer", "DualPipeSFTTrainer"]

@@ -57,11 +57,19 @@ class BatchMetrics(DualPipeTrainer):
             yield
         finally:
             self._metrics, self._total_train_tokens = kept, tokens
-        engine = self._make_engine()
-        fields = share(collect(self._fields, engine), engine)
+        fields = self._together(self._fields, len(inputs["input_ids"]))
         self._fields.clear()
         if fields is not None:
             self._measure(Whole(fields), inputs)
+
+    def _together(self, fields: dict[int, Nest], rows: int) -> dict[str, torch.Tensor] | None:
+        """Fields [rows, ...] of the micro-batches as those of the batch, on all ranks; None: there are none."""
+        engine = self._make_engine()
+        found = share(collect(fields, engine), engine)
+        if found is None:
+            return None
+        order = torch.cat([micro["rows"] for micro in self._split({"rows": torch.arange(rows)})]).argsort()
+        return {name: value[order.to(value.device)] for name, value in found.items()}
 
     @torch.no_grad()
     def _measure(self, model: Model, inputs: Batch) -> None:

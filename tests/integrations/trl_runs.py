@@ -79,3 +79,31 @@ def sft(folder, stock=False, steps=4, config=None, rows=None, **options):
     if not stock:
         trainer._engine.destroy()
     return told(trainer)
+
+
+def dpo(folder, stock=False, steps=4, config=None, **options):
+    import datasets
+    import trl
+
+    arguments = trl.DPOConfig(**start(folder, steps, precompute_ref_log_probs=True) | (config or {}))
+    if stock:
+        kind = trl.DPOTrainer
+    else:
+        from dualpipe_engine.integrations.trl import DualPipeDPOTrainer as kind
+    tokenizer = make_tokenizer()
+    rows = datasets.Dataset.from_dict(
+        {
+            "prompt": [f"Question {at}?" for at in range(20)],
+            "chosen": [f" It is {at * at}, {'as ever' * (at % 3)}." for at in range(20)],
+            "rejected": [f" No {'idea' * (at % 4)}" for at in range(20)],
+        }
+    )
+    trainer = kind(
+        model=make_model(len(tokenizer)), args=arguments, train_dataset=rows, eval_dataset=rows.select(range(7)),
+        processing_class=tokenizer, **options,
+    )  # fmt: skip
+    trainer.train()
+    trainer.evaluate()
+    if not stock:
+        trainer._engine.destroy()
+    return told(trainer)
