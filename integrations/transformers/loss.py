@@ -12,7 +12,8 @@ for two numbers of items.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any, TypeAlias
 
 import torch
@@ -31,7 +32,11 @@ Computing: TypeAlias = Any
 
 
 def with_weights(
-    micros: list[dict[str, Any]], items: torch.Tensor | int | None, replicas: int = 1, shifted: bool = False
+    micros: list[dict[str, Any]],
+    items: torch.Tensor | int | None,
+    replicas: int = 1,
+    shifted: bool = False,
+    for_the_loss: Sequence[str] = ("labels",),
 ) -> list[Micro]:
     """Micro-batches as pairs (inputs, what the loss needs).
 
@@ -40,14 +45,16 @@ def with_weights(
         items: labels that count, over all replicas; None where the loss is a mean.
         replicas: of the pipeline, over which the engine takes the mean.
         shifted: the first label of a row counts for nothing, as in causal language models.
+        for_the_loss: names of inputs that the stages do not need.
     """
     counts = [_counted(inputs, shifted) for inputs in micros]
     count, total = float("nan") if items is None else float(items), sum(counts)
     weighted = []
-    for inputs, own in zip(micros, counts, strict=True):
+    for number, (inputs, own) in enumerate(zip(micros, counts, strict=True)):
         share = own * len(micros) / total if total else 1.0
-        numbers = torch.tensor([count, float(replicas * len(micros)), share], dtype=torch.float64)
-        weighted.append(({name: value for name, value in inputs.items() if name != "labels"}, (inputs, numbers)))
+        numbers = torch.tensor([count, float(replicas * len(micros)), share, float(number)], dtype=torch.float64)
+        kept = {name: value for name, value in inputs.items() if name not in for_the_loss}
+        weighted.append((kept, (inputs, numbers)))
     return weighted
 
 
@@ -66,26 +73,80 @@ class TrainerLoss:
         trainer: whose `compute_loss` it is.
         model: the whole model, whose attributes a loss may look at.
         own: the model's own loss of (output, labels); None: it is not known.
+        stand_in: makes the model that `compute_loss` is given; as `StandIn`.
     """
 
-    def __init__(self, trainer: Computing, model: Model, own: Loss | None) -> None:
+    def __init__(
+        self, trainer: Computing, model: Model, own: Loss | None, stand_in: Callable[..., StandIn] | None = None
+    ) -> None:
         self._trainer, self._model, self._own = trainer, model, own
+        self._stand_in = stand_in or StandIn
         self._is_sum: bool | None = trainer.loss_is_scaled_for_ga
+        self._labelled = True
+        self._kept: dict[int, Nest] | None = None
+        self._ignored: tuple[str, ...] = ()
+        self._keep: Callable[[Nest, Mapping[str, Any]], Nest] | None = None
+
+    @contextmanager
+    def evaluating(
+        self,
+        labelled: bool,
+        loss_only: bool,
+        ignored: Sequence[str] | None = None,
+        keep: Callable[[Nest, Mapping[str, Any]], Nest] | None = None,
+    ) -> Iterator[dict[int, Nest]]:
+        """Within, no gradients are wanted.
+
+        Args:
+            labelled: there are labels; without, losses are zero and `compute_loss` is not called.
+            loss_only: nobody wants the logits.
+            ignored: names of outputs that are no logits; None: those that the model's configuration names.
+            keep: what is kept without labels, of an output and the inputs; None: the output.
+
+        Yields:
+            Logits of the micro-batches that end on this rank, by their numbers; filled as they end.
+        """
+        kept: dict[int, Nest] = {}
+        if ignored is None:
+            ignored = getattr(self._model.config, "keys_to_ignore_at_inference", ["cache"])
+        self._labelled, self._kept, self._ignored = labelled, None if loss_only else kept, (*ignored, "loss")
+        self._keep = keep
+        try:
+            yield kept
+        finally:
+            self._labelled, self._kept, self._keep = True, None, None
 
     def __call__(self, output: Nest, labels: tuple[dict[str, Any], torch.Tensor]) -> torch.Tensor:
         inputs, numbers = labels
-        count, micros, share = numbers.tolist()
-        if count != count:
-            return self._of(output, inputs, None) * share
-        if self._is_sum is None:
+        count, micros, share, number = numbers.tolist()
+        if not self._labelled:
+            if self._kept is not None:
+                self._kept[int(number)] = output if self._keep is None else self._keep(output, inputs)
+            return torch.zeros((), device=numbers.device)
+        if self._is_sum is None and count == count:
             self._is_sum = self._ask(output, inputs, count)
-        return self._of(output, inputs, count) * (micros if self._is_sum else share)
+        loss = self._of(output, inputs, None if count != count else count, int(number))
+        return loss * (micros if self._is_sum and count == count else share)
 
-    def _of(self, output: Nest, inputs: dict[str, Any], count: float | None) -> torch.Tensor:
-        trainer, stand_in = self._trainer, StandIn(self._model, self._own, output, inputs)
+    def _of(self, output: Nest, inputs: dict[str, Any], count: float | None, number: int | None = None) -> torch.Tensor:
+        trainer, stand_in = self._trainer, self._stand_in(self._model, self._own, output, inputs, number)
+        kept = self._kept if number is not None else None
+        options = {} if kept is None else {"return_outputs": True}
         with trainer._alone(), trainer.compute_loss_context_manager():
-            loss = trainer.compute_loss(stand_in, dict(inputs), num_items_in_batch=count)
+            found = trainer.compute_loss(stand_in, dict(inputs), num_items_in_batch=count, **options)
+        if kept is None or number is None:
+            return found
+        loss, outputs = found
+        kept[number] = self._logits(outputs)
         return loss
+
+    def _logits(self, outputs: Nest) -> Nest:
+        """What a Trainer takes for logits of the outputs that `compute_loss` returns beside the loss."""
+        if isinstance(outputs, Mapping):
+            found = tuple(value for name, value in outputs.items() if name not in self._ignored)
+        else:
+            found = tuple(outputs[1:])
+        return found[0] if len(found) == 1 else found
 
     @torch.no_grad()
     def _ask(self, output: Nest, inputs: dict[str, Any], count: float) -> bool | None:
@@ -110,10 +171,13 @@ class StandIn:
         own: the model's loss of (output, labels); None: it is not known.
         output: logits.
         inputs: of the micro-batch.
+        number: of the micro-batch; None: its loss is computed for another purpose.
     """
 
-    def __init__(self, model: Model, own: Loss | None, output: Nest, inputs: Mapping[str, Any]) -> None:
-        self._model, self._own, self._output, self._inputs = model, own, output, inputs
+    def __init__(
+        self, model: Model, own: Loss | None, output: Nest, inputs: Mapping[str, Any], number: int | None = None
+    ) -> None:
+        self._model, self._own, self._output, self._inputs, self._number = model, own, output, inputs, number
 
     def __call__(self, *args: object, **given: object) -> SequenceClassifierOutput:
         """

@@ -28,6 +28,8 @@ def refuse_arguments(args: TrainingArguments) -> None:
         "neftune_noise_alpha": "hooks an embedding that only one rank has, after the engine was made",
         "fsdp": "shards a model that no rank runs: ZeRO is set in deepspeed_config=",
         "optim_target_modules": "belongs to optimizers that hook into the backward",
+        "bf16_full_eval": "casts a model that no rank runs: bf16=True trains and evaluates in bf16",
+        "fp16_full_eval": "casts a model that no rank runs: fp16=True trains and evaluates in fp16",
         "include_num_input_tokens_seen": "counts the ranks of a pipeline as replicas",
     }.items():
         if getattr(args, name, None) not in (None, False, "", "no", [], {}):

@@ -14,14 +14,15 @@ import torch.distributed as dist
 from accelerate.data_loader import prepare_data_loader
 from torch.utils.data import DataLoader
 from transformers import Trainer, TrainingArguments
-from transformers.trainer_utils import EvalLoopOutput, TrainOutput
+from transformers.trainer_utils import TrainOutput
 
 import dualpipe_engine
 from dualpipe_engine.adapters import ModelAdapter, gather_state_dict, get_model_adapter
 from dualpipe_engine.errors import CheckpointError, ConfigError
 
-from .batches import Batch, Model, rows_of, split_batch
-from .loss import TrainerLoss, with_weights
+from .batches import Batch, Model
+from .evaluation import PipelineEvaluation
+from .loss import StandIn, TrainerLoss, with_weights
 from .optimizer import OptimizerView, rebuilt
 from .refusals import refuse_arguments, refuse_hooks, refuse_optimizer
 
@@ -34,7 +35,7 @@ ENGINE_TAG = "engine"  #: folder of the engine's own state in a Trainer's checkp
 SCHEDULER = "scheduler.pt"
 
 
-class DualPipeTrainer(Trainer):
+class DualPipeTrainer(PipelineEvaluation):
     """A Trainer for models that are too large for one device: every process runs some stages of the model.
 
     Start it with a launcher (`torchrun`, `deepspeed`), one process a device. `per_device_train_batch_size` is the batch
@@ -81,7 +82,10 @@ class DualPipeTrainer(Trainer):
         self._num_chunks, self._schedule = num_chunks, schedule
         self._extra = dict(deepspeed_config or {})
         self._profiling = enable_profiling
-        super().__init__(model, args, *positional, **options)
+        if positional:
+            super().__init__(model, args, *positional, **options)
+        else:
+            super().__init__(model=model, args=args, **options)
         refuse_arguments(self.args)
         refuse_hooks(self)
         if self._num_chunks < 1:
@@ -112,10 +116,11 @@ class DualPipeTrainer(Trainer):
             )
         adapter = get_model_adapter(_base_model(self.model))
         deepspeed.init_distributed(verbose=False)  # takes the process group that is there
+        self._loss = self._batch_loss(adapter)
         module = PipelineModule(
             adapter.to_layer_specs(),
             topology=PipeDataParallelTopology(self._stages, self._replicas),
-            loss_fn=self._batch_loss(adapter),
+            loss_fn=self._loss,
             partition_method="parameters",
             dynamic_shape=True,
         )
@@ -153,7 +158,10 @@ class DualPipeTrainer(Trainer):
             if self.compute_loss_func is None and type(self).compute_loss is Trainer.compute_loss:
                 raise
             own = None
-        return TrainerLoss(self, _base_model(self.model), own)
+        return TrainerLoss(self, _base_model(self.model), own, self._stand_in)
+
+    def _stand_in(self, *given: Any) -> StandIn:
+        return StandIn(*given)
 
     def _shifted(self) -> bool:
         """Whether the model is a causal language model, whose labels are those of the tokens before."""
@@ -220,11 +228,14 @@ class DualPipeTrainer(Trainer):
         self, model: Model, inputs: Batch, num_items_in_batch: torch.Tensor | int | None = None
     ) -> torch.Tensor:
         engine = self._make_engine()
-        micros = split_batch(self._prepare_inputs(inputs), self._num_chunks)
+        model.train()
+        inputs = self._prepare_inputs(inputs)
+        micros = self._split(inputs)
         if engine.gradient_accumulation_steps() != len(micros):
             engine.set_train_batch_size(len(micros) * engine.train_micro_batch_size_per_gpu() * self._replicas)
-        labelled = with_weights(micros, num_items_in_batch, self._replicas, self._shifted())
-        loss: torch.Tensor = engine.train_batch(iter(labelled))
+        labelled = with_weights(micros, num_items_in_batch, self._replicas, self._shifted(), self._for_the_loss)
+        with self._one_batch(inputs):
+            loss: torch.Tensor = engine.train_batch(iter(labelled))
         return loss.detach().clone().to(self.args.device)
 
     def _get_num_items_in_batch(self, batch_samples: list[Batch], device: torch.device) -> torch.Tensor | int | None:
@@ -278,48 +289,17 @@ class DualPipeTrainer(Trainer):
 
     @contextmanager
     def _alone(self) -> Iterator[None]:
-        """Let the Trainer count for one process."""
-        averaging = self.args.average_tokens_across_devices
+        """Let the Trainer, and its `compute_loss`, count for one process: the ranks that run the last stage are few."""
+        averaging, gathers = self.args.average_tokens_across_devices, ("gather", "gather_for_metrics")
         self.args.average_tokens_across_devices = False
+        for name in gathers:
+            setattr(self.accelerator, name, lambda value, *args, **kwargs: value)
         try:
             yield
         finally:
             self.args.average_tokens_across_devices = averaging
-
-    # -- evaluation ----------------------------------------------------------------------------------------------
-
-    def evaluation_loop(self, *args: Any, **kwargs: Any) -> EvalLoopOutput:
-        self._rows = 0
-        self.gather_function = lambda value: value[: self._rows]  # every rank sees all of the data
-        return super().evaluation_loop(*args, **kwargs)
-
-    def prediction_step(
-        self, model: Model, inputs: Batch, prediction_loss_only: bool, ignore_keys: list[str] | None = None
-    ) -> tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]:
-        engine = self._make_engine()
-        inputs = self._prepare_inputs(inputs)
-        micros = split_batch(inputs, self._num_chunks)
-        self._rows = rows_of(inputs)
-        labels: Any = tuple(inputs.get(name) for name in self.label_names)
-        labelled = bool(labels) and all(each is not None for each in labels)
-        items = None
-        if labelled:
-            with self._alone():
-                items = super()._get_num_items_in_batch([inputs], self.args.device)
-        weighted = with_weights(micros, items, shifted=self._shifted())
-        count = len(weighted)
-        if prediction_loss_only and labelled:
-            return engine.eval_batch(iter(weighted), num_micro_batches=count).detach(), None, None
-        outputs = engine.eval_batch(iter(weighted), compute_loss=False, reduce_output=None, num_micro_batches=count)
-        source = engine.place.has_outputs
-        box: list[Any] = [outputs if engine.global_rank == source else None]
-        dist.broadcast_object_list(box, src=source, group=engine._pipeline_group)
-        logits = torch.cat(box[0])
-        if not labelled:
-            return None, logits, None
-        loss_fn = engine.module.loss_fn
-        losses = [loss_fn(output, needed) for output, (_, needed) in zip(box[0], weighted, strict=True)]
-        return torch.stack(losses).mean(), logits, labels[0] if len(labels) == 1 else labels
+            for name in gathers:
+                delattr(self.accelerator, name)
 
     # -- saving and loading --------------------------------------------------------------------------------------
 
@@ -387,10 +367,11 @@ class _Pipeline:
         return getattr(self._model, name)
 
     def train(self, mode: bool = True) -> _Pipeline:
+        self._model.train(mode)
         return self
 
     def eval(self) -> _Pipeline:
-        return self
+        return self.train(False)
 
     def to(self, *args: Any, **kwargs: Any) -> _Pipeline:
         return self

@@ -93,20 +93,32 @@ def test_auxiliary_losses_are_refused():
 DEFAULT = ("sequence classes", "masked", "smoothed", "own loss", "own optimizer and schedule")
 
 
+def assert_kinds(ours, theirs):
+    for name, expected in theirs.items():
+        for found in ours:
+            for what in ("losses", "eval"):
+                assert found[name][what] == pytest.approx(expected[what], abs=1e-6), f"{name}: {what}"
+            assert found[name]["norms"] == pytest.approx(expected["norms"], rel=1e-4), name
+            assert found[name]["rates"] == expected["rates"], name
+            for what in {"logits", "bare"} & set(found[name]):
+                torch.testing.assert_close(found[name][what], expected[what], rtol=0, atol=2e-6, msg=name)
+
+
 @pytest.mark.parametrize(
     "names", [DEFAULT, pytest.param(tuple(set(kinds.KINDS) - set(DEFAULT)), marks=pytest.mark.all)]
 )
 def test_heads_losses_and_optimizers_are_those_of_the_trainer(ranks, tmp_path, names):
     theirs = ranks.run(1, kinds.run_kinds, names=names, folder=str(tmp_path / "stock"), stock=True)[0]
-    ours = ranks.run(2, kinds.run_kinds, names=names, folder=str(tmp_path / "ours"), num_chunks=3)
-    for name in names:
-        for found in ours:
-            for what in ("losses", "eval"):
-                assert found[name][what] == pytest.approx(theirs[name][what], abs=1e-6), f"{name}: {what}"
-            assert found[name]["norms"] == pytest.approx(theirs[name]["norms"], rel=1e-4), name
-            assert found[name]["rates"] == theirs[name]["rates"], name
-            for what in {"logits", "bare"} & set(found[name]):
-                torch.testing.assert_close(found[name][what], theirs[name][what], rtol=0, atol=2e-6, msg=name)
+    assert_kinds(ranks.run(2, kinds.run_kinds, names=names, folder=str(tmp_path / "ours"), num_chunks=3), theirs)
+
+
+@pytest.mark.all
+@pytest.mark.parametrize("name", list(kinds.KINDS))
+def test_twenty_steps_on_four_ranks_are_those_of_one_process(ranks, tmp_path, name):
+    job = {"names": [name], "steps": 20}
+    theirs = ranks.run(1, kinds.run_kinds, folder=str(tmp_path / "stock"), stock=True, **job)[0]
+    assert len(theirs[name]["losses"]) == 20
+    assert_kinds(ranks.run(4, kinds.run_kinds, folder=str(tmp_path / "ours"), num_chunks=4, **job), theirs)
 
 
 def test_the_call_of_the_docs_starts_in_fresh_processes(tmp_path):
@@ -136,6 +148,7 @@ def arguments(**given):
         ({"auto_find_batch_size": True}, "auto_find_batch_size"),
         ({"include_num_input_tokens_seen": "all"}, "include_num_input_tokens_seen"),
         ({"optim_target_modules": ["mlp"]}, "optim_target_modules"),
+        ({"bf16_full_eval": True}, "bf16_full_eval"),
         ({"gradient_accumulation_steps": 2}, "num_chunks"),
     ],
 )

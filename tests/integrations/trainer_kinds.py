@@ -131,6 +131,7 @@ KINDS = {
         "data": Pictures,
         "collate": None,
     },
+    "causal": token_rows(model=make_model),
     "smoothed": token_rows(model=make_model, args={"label_smoothing_factor": 0.1}),
     "mean of tokens": token_rows(model=make_model, options=lambda model: {"compute_loss_func": mean_over_tokens}),
     "sum of tokens": token_rows(model=make_model, options=lambda model: {"compute_loss_func": sum_over_tokens}),
@@ -149,7 +150,7 @@ KINDS = {
 }
 
 
-def run_kind(name, folder, stock, **options):
+def run_kind(name, folder, stock, steps=STEPS, **options):
     """Losses and norms of a few steps, loss and logits of an evaluation, logits of rows without labels."""
     from accelerate.state import AcceleratorState, GradientState, PartialState
 
@@ -162,7 +163,7 @@ def run_kind(name, folder, stock, **options):
     else:
         from dualpipe_engine.compat import DualPipeTrainer as kind
     arguments = transformers.TrainingArguments(
-        output_dir=folder, max_steps=STEPS, per_device_train_batch_size=8, per_device_eval_batch_size=8,
+        output_dir=folder, max_steps=steps, per_device_train_batch_size=8, per_device_eval_batch_size=8,
         learning_rate=3e-3, logging_steps=1, report_to=[], use_cpu=True, disable_tqdm=True, optim="adamw_torch",
         dataloader_pin_memory=False, save_strategy="no", **given.get("args", {}),
     )  # fmt: skip

@@ -1,0 +1,146 @@
+"""Evaluation and prediction of a Trainer on the stages.
+
+The loss is the engine's. Logits are kept where the last stage has made them, and only if somebody asks for them: for
+metrics they go to one rank of the pipeline, which computes the metrics and tells the others; for `predict`, which
+returns them, to all.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.distributed as dist
+from torch.utils.data import DataLoader
+from transformers import Trainer
+from transformers.trainer_utils import EvalLoopOutput
+
+from dualpipe_engine.comm.nest import Nest
+from dualpipe_engine.errors import DualPipeError
+
+from .batches import Batch, Model, rows_of, split_batch
+from .loss import TrainerLoss, with_weights
+from .outputs import collect, share
+
+if TYPE_CHECKING:
+    from dualpipe_engine.engine.engine import DualPipeEngine
+
+Found = tuple[torch.Tensor | None, Nest, Nest]
+"""Loss, logits and labels of a batch, as `prediction_step` returns them."""
+
+
+class PipelineEvaluation(Trainer):
+    """The part of `DualPipeTrainer` that evaluates. Every pipeline sees all of the data."""
+
+    _num_chunks: int
+    _loss: TrainerLoss
+    compute_metrics: Any
+    preprocess_logits_for_metrics: Any
+    _for_the_loss: tuple[str, ...] = ("labels",)  #: names of inputs that the stages do not need
+    _everywhere = True  #: whether all ranks are given the logits
+    _shrink: Callable[[Nest, Nest], Nest] | None = None  #: what makes less of the logits before they travel
+
+    def _make_engine(self) -> DualPipeEngine:
+        raise NotImplementedError
+
+    def _shifted(self) -> bool:
+        raise NotImplementedError
+
+    def _alone(self) -> AbstractContextManager[None]:
+        raise NotImplementedError
+
+    def _one_batch(self, inputs: Batch) -> AbstractContextManager[None]:
+        """Around what the stages do with a batch, in training and in evaluation."""
+        return nullcontext()
+
+    def _split(self, inputs: Batch) -> list[Batch]:
+        return split_batch(inputs, self._num_chunks)
+
+    def _rows_of(self, inputs: Batch) -> int:
+        return rows_of(inputs)
+
+    def _labels_of(self, inputs: Batch) -> tuple[bool, Nest]:
+        """Whether a batch has what a loss needs, and its labels as the Trainer hands them to metrics."""
+        labels = tuple(inputs.get(name) for name in self.label_names)
+        if not labels or any(each is None for each in labels):
+            return False, None
+        return True, labels[0] if len(labels) == 1 else labels
+
+    def evaluation_loop(self, dataloader: DataLoader, description: str, *args: Any, **kwargs: Any) -> EvalLoopOutput:
+        engine = self._make_engine()
+        overridden = type(self).prediction_step is not PipelineEvaluation.prediction_step
+        everywhere = overridden or description == "Prediction"
+        metrics = self.compute_metrics
+        failed: list[Exception] = []
+
+        def told(*given: Any, **options: Any) -> dict[str, Any]:
+            try:
+                found: dict[str, Any] = metrics(*given, **options)
+                return found
+            except Exception as error:
+                failed.append(error)
+                return {}
+
+        with self._as_one_process(everywhere, overridden):
+            if everywhere or metrics is None:
+                return super().evaluation_loop(dataloader, description, *args, **kwargs)
+            self.compute_metrics = told
+            try:
+                found = super().evaluation_loop(dataloader, description, *args, **kwargs)
+            finally:
+                self.compute_metrics = metrics
+        box = [found.metrics, repr(failed[0]) if failed else None]
+        dist.broadcast_object_list(box, src=engine.place.has_outputs, group=engine._pipeline_group)
+        if failed:
+            raise failed[0]
+        if box[1] is not None:
+            raise DualPipeError(f"compute_metrics has failed on rank {engine.place.has_outputs}: {box[1]}")
+        return found._replace(metrics=box[0])
+
+    @contextmanager
+    def _as_one_process(self, everywhere: bool, overridden: bool) -> Iterator[None]:
+        """All ranks have the whole batch, or nothing of it: none pads or gathers."""
+        accelerator, shrink = self.accelerator, self.preprocess_logits_for_metrics
+        pad = accelerator.pad_across_processes
+        self._everywhere = everywhere
+        if everywhere and not overridden:
+            self._shrink, self.preprocess_logits_for_metrics = shrink, None
+        accelerator.pad_across_processes = lambda value, *args, **kwargs: value
+        self.gather_function = lambda value: value[: self._rows] if isinstance(value, torch.Tensor) else value
+        try:
+            yield
+        finally:
+            accelerator.pad_across_processes = pad
+            self._everywhere, self._shrink, self.preprocess_logits_for_metrics = True, None, shrink
+
+    def prediction_step(
+        self, model: Model, inputs: Batch, prediction_loss_only: bool, ignore_keys: list[str] | None = None
+    ) -> Found:
+        """As the Trainer's. In an evaluation logits and labels are None on all ranks but one of each pipeline."""
+        engine = self._make_engine()
+        model.eval()
+        inputs = self._prepare_inputs(inputs)
+        self._rows = self._rows_of(inputs)
+        labelled, labels = self._labels_of(inputs)
+        if prediction_loss_only and not labelled:
+            return None, None, None
+        items = self._items_of(inputs) if labelled else None
+        micros = with_weights(self._split(inputs), items, 1, self._shifted(), self._for_the_loss)
+        with self._one_batch(inputs), self._loss.evaluating(labelled, prediction_loss_only, ignore_keys) as kept:
+            mean: Any = engine.eval_batch(iter(micros), num_micro_batches=len(micros))
+        loss = mean.detach() if labelled else None
+        if prediction_loss_only:
+            return loss, None, None
+        logits, here = collect(kept, engine), engine.global_rank == engine.place.has_outputs
+        if not self._everywhere:
+            return (loss, logits, labels) if here else (loss, None, None)
+        if self._shrink is not None and here:
+            logits = self._shrink(logits, labels)
+        return loss, share(logits, engine), labels
+
+    def _items_of(self, inputs: Batch) -> torch.Tensor | int | None:
+        """Labels of a batch that count, for `compute_loss`."""
+        with self._alone():
+            return Trainer._get_num_items_in_batch(self, [inputs], self.args.device)
