@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TypeAlias
 
 import torch
 import torch.distributed as dist
@@ -11,10 +10,11 @@ from deepspeed.runtime.pipe.engine import PipelineEngine
 
 from ...comm.from_all import from_all
 from ...errors import CheckpointError
+from ..given import SavedState
 from .files import DESCRIPTION, damage, damages, other_tags, peek
 from .sums import changed, listed
+from .ties import Layout, with_own, without_own
 
-Layout: TypeAlias = list[list[tuple[str | None, torch.Size]]]  #: name and shape of each parameter, by group
 LAYOUT = "dualpipe_layout"  #: in the saved state: the parameters that an optimizer steps
 
 
@@ -97,6 +97,20 @@ class CheckpointChecks(PipelineEngine):
         groups = () if self.optimizer is None else self.optimizer.param_groups
         return [[(names.get(param), param.shape) for param in group["params"]] for group in groups]
 
+    def _lacks_own_of_ties(self, layout: Layout) -> bool:
+        """Whether the state was saved for the same parameters but those that tied layers have of their own, and can be
+        loaded nevertheless: ZeRO cuts all parameters of a rank together."""
+        own = self._layout()
+        less = without_own(self.module, own)
+        return less != own and _same(layout, less) and isinstance(self.optimizer, torch.optim.Optimizer)
+
+    def _for_own_layout(self, saved: SavedState) -> SavedState:
+        """What a file holds, where it is the state of an optimizer with what the own one has besides."""
+        layout = saved.get(LAYOUT) if isinstance(saved, dict) else None
+        if layout is not None and self._lacks_own_of_ties(layout):
+            return {**saved, "optimizer": with_own(self.module, saved["optimizer"], self._layout())}
+        return saved
+
     def _check_layout(self, folder: Path) -> None:
         """The optimizer's state must be that of the same parameters, cut among as many copies.
 
@@ -109,7 +123,7 @@ class CheckpointChecks(PipelineEngine):
             saved = peek(path)
             shapes = saved.get("param_shapes")
             layout = saved.get(LAYOUT) or (shapes and [list(group.items()) for group in shapes])
-            same = layout is None or [[tuple(each) for each in group] for group in layout] == self._layout()
+            same = layout is None or _same(layout, self._layout()) or self._lacks_own_of_ties(layout)
             copies = saved.get("dp_world_size")
             if same and self.zero_optimization() and copies != self.seq_dp_world_size:
                 why = f"its optimizer state is cut among {copies} copies of each stage, not {self.seq_dp_world_size}"
@@ -124,3 +138,7 @@ class CheckpointChecks(PipelineEngine):
                 '"checkpoint": {"load_universal": true} in the configuration',
                 everywhere=True,
             )
+
+
+def _same(saved: Layout, own: Layout) -> bool:
+    return [[tuple(each) for each in group] for group in saved] == own

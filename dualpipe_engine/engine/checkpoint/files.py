@@ -7,7 +7,7 @@ import re
 import secrets
 import shutil
 import zipfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path, PurePath
 
@@ -179,9 +179,13 @@ def naming(path: str | Path) -> Iterator[None]:
 
 
 @contextmanager
-def naming_reads(reader: CheckpointEngine) -> Iterator[None]:
+def reading(reader: CheckpointEngine, fitted: Callable[[SavedState], SavedState]) -> Iterator[None]:
     """Let every `reader.load(path, ...)` within the body name the file that it fails on; those of layers hold weights,
     and nothing else of them is unpickled.
+
+    Args:
+        reader: DeepSpeed's checkpoint engine.
+        fitted: makes of what another file holds what `load` returns.
 
     Raises:
         CheckpointError: a file cannot be read.
@@ -192,7 +196,7 @@ def naming_reads(reader: CheckpointEngine) -> Iterator[None]:
         with naming(path):
             if PurePath(path).name.startswith("layer_"):
                 return torch.load(path, map_location, weights_only=True)
-            return load(path, map_location)
+            return fitted(load(path, map_location))
 
     reader.load = named
     try:

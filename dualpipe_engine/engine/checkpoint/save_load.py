@@ -6,6 +6,7 @@ import json
 import os
 import time
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack
 from pathlib import Path
 
 import torch.distributed as dist
@@ -23,14 +24,15 @@ from .files import (
     DESCRIPTION,
     checked_tag,
     damage,
-    naming_reads,
     new_job,
     peek,
+    reading,
     standing,
 )
 from .on_signal import SaveOnSignal
 from .save import Save
 from .state import check_ties, random_state, set_random_state, universal_info
+from .ties import named_as_saved
 
 WAIT_S = 60.0  #: at most, for another job that saves into the same folder
 
@@ -219,7 +221,10 @@ class Checkpoints(CheckpointChecks):
             self._check_files(folder, states)
             if states and not universal:
                 self._check_layout(folder)
-        with naming_reads(self.checkpoint_engine):
+        with ExitStack() as stack:
+            stack.enter_context(reading(self.checkpoint_engine, self._for_own_layout))
+            if universal and tag is not None:
+                stack.enter_context(named_as_saved(self.module, self.param_names, Path(load_dir, tag)))
             path, client_state = super().load_checkpoint(
                 load_dir,
                 tag,
