@@ -7,6 +7,8 @@ import json
 import os
 import subprocess
 import sys
+import time
+import types
 from io import StringIO
 from pathlib import Path
 from types import SimpleNamespace
@@ -33,6 +35,7 @@ def test_planner_rows_count_the_ops_of_their_plans(report):
         plan = make_plan("dualpipe", 4, 16, optimize=optimize)
         assert (row["compute_ops"], row["ops"]) == (plan.num_ops, lower(plan).num_ops)
         assert row["seconds"] == pytest.approx(row["make"] + row["lower"] + row["verify"])
+        assert row["yardsticks"] == pytest.approx(row["seconds"] / sys.modules["planner"].yardstick())
         assert row["ops_per_second"] == pytest.approx(row["ops"] / row["seconds"])
 
 
@@ -56,6 +59,43 @@ def test_contestants_are_chosen_by_words_of_their_names(report):
     assert schedules.chosen("") == schedules.names() and "ours auto" in schedules.names()
     with pytest.raises(ValueError, match="--only: no name has nonsense; there are stock 1f1b, "):
         schedules.chosen("stock,nonsense")
+
+
+def test_a_step_is_explained_by_part_and_kind_of_op(report):
+    """Known amounts of time in a wait, in a part of the engine and in the stage, each within one op of a program."""
+    import sleeping
+
+    from dualpipe_engine.runtime import executor
+    from dualpipe_engine.schedule.op import F, I, Op
+    from dualpipe_engine.schedule.progress import Position, waiting
+
+    explain = importlib.import_module("explain")
+    position = Position()
+
+    def busy(module):
+        """Python code of a module, for two looks."""
+        names = {"time": time}
+        exec("def spin():\n end = time.perf_counter() + 0.04\n while time.perf_counter() < end: pass", names)
+        return types.FunctionType(names["spin"].__code__, vars(module) | {"time": time})
+
+    def step():
+        position.op = Op(F, 0, 0)
+        busy(sleeping)()
+        with waiting():
+            time.sleep(0.04)
+        position.op = Op(I, 0, 0)
+        busy(executor)()
+        position.op = None
+
+    found = explain.look_at(step, 2, position)
+    spent = {(part, kind): seconds for part, kind, seconds in found["parts"]}
+    assert sum(spent.values()) == pytest.approx(found["step"], rel=0.1)
+    known = [("model", F), (explain.WAITING, F), ("executor and stages", I)]
+    assert sum(spent[place] for place in known) >= 0.8 * found["step"]
+    assert all(spent[place] >= 0.02 for place in known)  # each holds the thread for 0.04 s
+    assert explain.columns(["STEP", "RECV_F", "W", explain.BETWEEN, "F", "REDUCE"]) == [
+        "F", "W", "RECV_F", "REDUCE", "STEP", explain.BETWEEN,
+    ]  # fmt: skip
 
 
 def test_tables_json_and_png(report, tmp_path):

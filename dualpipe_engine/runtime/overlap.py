@@ -177,19 +177,17 @@ class PhasedChunk(StageChunk):
         segments: list[_Segment] = []
         entered, leaves = self._enter(inputs)  # leaves that collect what goes back to the stage before
         for phase, following in pairwise(self._phases):
-            if phase.kind == COMPUTE:
-                tickets = Tickets(phase.name, self._log)
-                state = phase.run(entered)
-                segments.append(_Segment(leaves, _edges(state, ()), tickets))
-            else:
-                tickets = Tickets(phase.name, self._log, leads_on=following.kind == COMM)
+            travels = phase.kind == COMM
+            tickets = Tickets(phase.name, self._log, leads_on=following.kind == COMM)
+            if travels:
                 yield None
-                state = phase.run(entered, tickets)
-                segments.append(_Segment(leaves, _edges(state, _differentiable(entered)), tickets))
-                del entered  # only what has been posted needs it, and only until then
-                yield tickets
+            state = phase.run(entered, tickets) if travels else phase.run(entered)
+            segments.append(_Segment(leaves, _edges(state, _differentiable(entered) if travels else ()), tickets))
+            # Before the wait, after which the host has to be quick. What has been posted keeps what it needs.
             entered, leaves = _cut(state)
             del state
+            if travels:
+                yield tickets
         output = self._phases[-1].run(entered)
         self._segments[micro] = segments
         if not self.is_last:

@@ -12,7 +12,7 @@ import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import deepspeed
 import torch
@@ -24,6 +24,7 @@ from torch.distributed import pipelining
 import dualpipe_engine
 from dualpipe_engine.schedule.orders.registry import placement_of
 from dualpipe_engine.schedule.plan import Plan
+from dualpipe_engine.schedule.progress import Position
 from dualpipe_engine.schedule.search.make_plan import make_plan
 from dualpipe_engine.schedule.timing.costs import CostModel
 from dualpipe_engine.schedule.timing.simulate import simulate
@@ -106,8 +107,33 @@ def best_plan(job: Job, schedule: str) -> tuple[Plan, float]:
     return plan, simulate(plan, costs).makespan
 
 
-def ours(job: Job, schedule: str) -> tuple[Callable[[], Any], float, str]:
-    """This engine with a named schedule or "auto"; also the simulated makespan and the schedule that runs."""
+class Started(NamedTuple):
+    """A pipeline that is ready.
+
+    Args:
+        step: runs a batch.
+        runs: the schedule.
+        simulated: makespan in seconds; None: it has no plan.
+        position: in its program; None: it has none.
+    """
+
+    step: Callable[[], Any]
+    runs: str
+    simulated: float | None = None
+    position: Position | None = None
+
+
+def started(name: str, job: Job) -> Started:
+    """A contestant by its name."""
+    who, _, schedule = name.partition(" ")
+    if who == "ours":
+        return ours(job, schedule)
+    kinds = {"stock": stock, "torch": torch_pipelining, "DeepSeek": deepseek}
+    return Started(kinds[who](job, schedule), schedule)
+
+
+def ours(job: Job, schedule: str) -> Started:
+    """This engine with a named schedule or "auto"."""
     with tempfile.TemporaryDirectory() as own:
         box = [own]
         dist.broadcast_object_list(box, src=0)  # one folder for all ranks
@@ -127,7 +153,7 @@ def ours(job: Job, schedule: str) -> tuple[Callable[[], Any], float, str]:
     costs = job.costs.for_placement(engine.plan.placement)
     makespan = simulate(engine.plan.compute_only(), costs).makespan
     data = micro_batches()
-    return lambda: engine.train_batch(data), makespan, engine.plan.schedule
+    return Started(lambda: engine.train_batch(data), engine.plan.schedule, makespan, engine.watch.position)
 
 
 def torch_pipelining(job: Job, name: str) -> Callable[[], Any]:
@@ -182,8 +208,8 @@ class _Listing(OverlappingStage):
         return [output], loss
 
 
-def deepseek(job: Job) -> Callable[[], Any]:
-    """DeepSeek's own DualPipe. It is written for CUDA; on CPU it is told where to allocate."""
+def deepseek(job: Job, schedule: str) -> Callable[[], Any]:
+    """DeepSeek's own DualPipe, its only `schedule`. It is written for CUDA; on CPU it is told where to allocate."""
     import dualpipe
     import dualpipe.comm
 

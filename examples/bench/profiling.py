@@ -62,7 +62,7 @@ def measure(rank: int, schedule: str, micros: int, times: Times, pairs: int) -> 
     def step(profiled: bool) -> float:
         used = observer if profiled else silent
         engine._observer = engine._context.observer = engine._executor._observer = used
-        engine._tail.reduction._lane._observer = used
+        engine._tail.reduction._side_stream._observer = used
         if not profiled:
             disable_profiling()
         dist.barrier()

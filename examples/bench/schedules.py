@@ -76,7 +76,7 @@ def chosen(words: str) -> list[str]:
 
 def rows(rank: int, times: Times, micros: list[int], steps: int, contestants: list[str]) -> list[dict[str, Any]]:
     """Measure on one rank; all ranks measure the same."""
-    from contestants import Job, deepseek, ours, stock, torch_pipelining
+    from contestants import Job, started
     from rich.progress import Progress
 
     found: list[dict[str, Any]] = []
@@ -90,20 +90,13 @@ def rows(rank: int, times: Times, micros: list[int], steps: int, contestants: li
                     continue
                 job = Job(dist.get_world_size(), count, times)
                 progress.update(task, description=f"{name}, {count} micro-batches")
-                simulated, runs = None, name
-                who, _, schedule = name.partition(" ")
-                if who == "stock":
-                    step = stock(job, schedule)
-                elif name == DEEPSEEK:
-                    step = deepseek(job)
-                elif who == "torch":
-                    step = torch_pipelining(job, schedule)
-                else:
-                    step, simulated, taken = ours(job, schedule)
-                    runs = f"{name} ({taken})" if schedule == AUTO else name
-                seconds = timed(step, steps)
-                found.append({"name": runs, "micro_batches": count, "seconds": seconds, "simulated": simulated})
-                del step
+                pipeline = started(name, job)
+                runs = f"{name} ({pipeline.runs})" if name.endswith(AUTO) else name
+                seconds = timed(pipeline.step, steps)
+                found.append(
+                    {"name": runs, "micro_batches": count, "seconds": seconds, "simulated": pipeline.simulated}
+                )
+                del pipeline
                 gc.collect()
                 leave_groups()
                 progress.advance(task)

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from common import CPU, DEVICE, Facts, Run, asleep, free_port, synchronize
+from common import CPU, DEVICE, Facts, Run, asleep, synchronize
 
 from dualpipe_engine.comm.all_to_all import Counts, _Exchange
 from dualpipe_engine.comm.device import EventMoment, side_stream
@@ -31,9 +31,8 @@ def helper(run: Run) -> Facts:
 def wait_returns(run: Run) -> Facts:
     """An all-to-all behind 200 ms of device work: `wait` gives the host back at once, and the rows are right. Rows that
     follow their counts do not wait for later work."""
-    address = f"tcp://127.0.0.1:{free_port()}"
     options = {} if CPU else {"device_id": DEVICE}
-    dist.init_process_group("gloo" if CPU else "nccl", init_method=address, rank=0, world_size=1, **options)
+    dist.init_process_group("gloo" if CPU else "nccl", store=dist.HashStore(), rank=0, world_size=1, **options)
     group, found = dist.group.WORLD, {}
     for how in ("python",) if CPU else ("python", "build"):
         stream = open_stream(DEVICE, how)

@@ -13,7 +13,7 @@ from functools import partial
 from pathlib import Path
 
 from checks_engine import SIZES, _settings, start, stream
-from common import CPU, Facts, Run, enter_rank, free_port, together
+from common import CPU, Facts, Run, enter_rank, open_store, together
 
 TIMEOUT_S, START_S = 12.0, 45.0
 
@@ -27,8 +27,8 @@ def struck(fault: str, ranks: int = 2 if CPU else 4) -> Facts:
     """Rank 1 is struck between two batches; seconds until the others have ended."""
     lost, context = 1, mp.get_context("spawn")
     with tempfile.TemporaryDirectory() as name:
-        folder, port = Path(name), free_port()
-        workers = [context.Process(target=_train, args=(rank, ranks, port, folder)) for rank in range(ranks)]
+        folder, store = Path(name), open_store()
+        workers = [context.Process(target=_train, args=(rank, ranks, store.port, folder)) for rank in range(ranks)]
         for worker in workers:
             worker.start()
         others = [worker for rank, worker in enumerate(workers) if rank != lost]

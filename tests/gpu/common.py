@@ -5,7 +5,6 @@ from __future__ import annotations
 import multiprocessing as mp
 import os
 import pickle
-import socket
 import sys
 import time
 import traceback
@@ -36,17 +35,9 @@ def synchronize() -> None:
         torch.cuda.synchronize()
 
 
-_TAKEN: set[int] = set()
-
-
-def free_port() -> int:
-    while True:
-        with socket.socket() as sock:
-            sock.bind(("127.0.0.1", 0))
-            port = int(sock.getsockname()[1])
-        if port not in _TAKEN:  # by ranks that have not bound it yet
-            _TAKEN.add(port)
-            return port
+def open_store() -> torch.distributed.TCPStore:
+    """Where ranks meet: it listens already, so that nobody else can take its port, for as long as it is kept."""
+    return torch.distributed.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
 
 
 def together(calls: Sequence[Callable[[], Any]]) -> list[Any]:
@@ -64,7 +55,8 @@ def enter_rank(rank: int, world: int, port: int, backend: str = "gloo", device: 
     os.environ.update(RANK=str(rank), WORLD_SIZE=str(world), LOCAL_RANK="0", OMP_NUM_THREADS="1")
     os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
     torch.set_num_threads(1)
-    torch.distributed.init_process_group(backend, rank=rank, world_size=world)
+    store = torch.distributed.TCPStore("127.0.0.1", port, is_master=False)
+    torch.distributed.init_process_group(backend, store=store, rank=rank, world_size=world)
 
 
 def _rank(rank: int, world: int, port: int, options: Facts, pipe: Any, function: Any, arguments: Facts) -> None:
@@ -91,10 +83,12 @@ def run_ranks(world: int, function: Callable[..., Any], options: Facts | None = 
     Raises:
         AssertionError: a rank failed, or has not answered in time; the message holds its traceback.
     """
-    context, port, workers = mp.get_context("spawn"), free_port(), []
+    context, store, workers = mp.get_context("spawn"), open_store(), []
     for rank in range(world):
         ours, theirs = context.Pipe()
-        worker = context.Process(target=_rank, args=(rank, world, port, options or {}, theirs, function, arguments))
+        worker = context.Process(
+            target=_rank, args=(rank, world, store.port, options or {}, theirs, function, arguments)
+        )
         worker.start()
         theirs.close()
         workers.append((worker, ours))

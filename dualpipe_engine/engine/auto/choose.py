@@ -143,7 +143,9 @@ def _measure(
     device = torch.device(get_accelerator().device_name(module.local_rank))
     if dist.get_rank() == 0:
         logger.info(f'"schedule": "auto" measures {ranks} stages on {device}')
-    _cast(module, settings, {"bf16": torch.bfloat16, "fp16": torch.half}.get(job["precision"]))
+    types = DeepSpeedConfig(settings, module._grid)
+    dtype = {"bf16": torch.bfloat16, "fp16": torch.half}.get(job["precision"])
+    _cast(module, types, dtype)
     set_activation_checkpointing(module, settings.get("pipeline", {}))
     costs = probe_stages(
         module,
@@ -154,6 +156,7 @@ def _measure(
         split_backward=config.split_backward is not False,
         overlap=config.overlap is not False,
         timeout_s=config.p2p_timeout_s,
+        sums=_sums(types, dtype),
     )
     trained = [param for param in module.parameters() if param.requires_grad]
     numel = sum(param.numel() for param in trained)
@@ -164,15 +167,22 @@ def _measure(
     return Measurement(costs, ranks, len(module._layer_specs), reduction, state, memory, job)
 
 
-def _cast(module: PipelineModule, settings: Settings, dtype: torch.dtype | None) -> None:
+def _cast(module: PipelineModule, types: DeepSpeedConfig, dtype: torch.dtype | None) -> None:
     """Cast the module with DeepSpeed's own hands, as its engine does in any case, for a second time then: parameters,
     and buffers only where "data_types" asks for it."""
     if dtype is None:
         return
-    types = DeepSpeedConfig(settings, module._grid)
     buffers = None if types.buffer_dtype is None else DtypeEnum(types.buffer_dtype).value
     kept = keep_in_fp32_pattern(module, types.keep_in_fp32_modules, dtype)
     DeepSpeedEngine._cast_module_mixed_precision(SimpleNamespace(module=module), dtype, buffers, False, kept)
+
+
+def _sums(types: DeepSpeedConfig, dtype: torch.dtype | None) -> torch.dtype | None:
+    """Of what dtype DeepSpeed's optimizer will keep sums of gradients beside those of autograd; None: it will not."""
+    given = types.grad_accum_dtype
+    accumulated = dtype if given is None else DtypeEnum(given).value
+    beside = accumulated != (dtype or torch.float32) or (dtype is torch.bfloat16 and types.zero_optimization_stage == 0)
+    return accumulated if beside else None
 
 
 def _memory(

@@ -8,7 +8,7 @@ states and the model's seeds are left as they were.
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
 import torch
@@ -52,6 +52,7 @@ def probe_stages(
     split_backward: bool,
     overlap: bool,
     timeout_s: float,
+    sums: torch.dtype | None = None,
 ) -> CostModel:
     """Seconds and activation bytes of each stage of the linear cut, and seconds of a transfer.
 
@@ -66,6 +67,7 @@ def probe_stages(
         split_backward: measure I and W apart; otherwise I stands for the whole backward.
         overlap: measure F&B where the stages bring an overlapped pair.
         timeout_s: seconds after which a transfer is given up.
+        sums: of what dtype the optimizer keeps sums of its own, to which W adds; None: autograd's do.
     """
     stage, ranks = place.rank, len(place.pipeline)
     num_micro = max(1, min(num_micro, 2 * ranks))
@@ -89,7 +91,7 @@ def probe_stages(
             group, edges_of = module._grid.pp_proc_group, place.placement.edges()
             transport = transport_of(group)(place.pipeline, stage, group, device, edges=edges_of, timeout_s=timeout_s)
         edges = Edges(transport, device, timeout_s, dynamic_shape=module.dynamic_shape)
-        bench = _Bench(module, place, chunk, edges, device)
+        bench = _Bench(module, place, chunk, edges, device, _sums_of(module, sums))
         try:
             bench.run(make_plan("zb1p" if split_backward else "1f1b", ranks, num_micro), next_batch)
             if any(from_all(chunk.brings_overlap)):
@@ -111,11 +113,17 @@ class _Bench:
     """
 
     def __init__(
-        self, module: PipelineModule, place: Place, chunk: StageChunk, edges: Edges, device: torch.device
+        self,
+        module: PipelineModule,
+        place: Place,
+        chunk: StageChunk,
+        edges: Edges,
+        device: torch.device,
+        sums: Sequence[tuple[torch.Tensor, torch.Tensor]],
     ) -> None:
         self._module, self._place, self._device = module, place, device
         self._observer = Observer(place.rank, device)
-        self._executor = Executor(place.rank, {place.rank: chunk}, edges, self._observer)
+        self._executor = Executor(place.rank, {place.rank: chunk}, edges, self._observer, _Adding(sums))
         self._side = side_stream(device)
         self.spans: list[Span] = []
 
@@ -130,6 +138,35 @@ class _Bench:
             self._executor.run(lowered, feed)
             if number:
                 self.spans.extend(self._observer.spans())
+
+
+class _Adding:
+    """The executor's `Tail` that adds gradients to sums, as the optimizer's would, and does nothing else.
+
+    Args:
+        sums: (parameter, its sum).
+    """
+
+    def __init__(self, sums: Sequence[tuple[torch.Tensor, torch.Tensor]]) -> None:
+        self._sums = sums
+
+    def accumulate(self, stage: int) -> None:
+        for param, total in self._sums:
+            if param.grad is not None:
+                total.add_(param.grad)
+                param.grad = None
+
+    def reduce(self, stage: int) -> None:
+        pass
+
+    def step(self, losses: Mapping[int, torch.Tensor]) -> None:
+        pass
+
+
+def _sums_of(module: torch.nn.Module, dtype: torch.dtype | None) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    if dtype is None:
+        return []
+    return [(param, torch.zeros_like(param, dtype=dtype)) for param in module.parameters() if param.requires_grad]
 
 
 def _same_on_all(place: Place, seconds: tuple[float, ...], size: int, hop: float) -> CostModel:

@@ -41,9 +41,12 @@ class AllReduce:
         self._side_stream.clear()
 
     def accumulate(self, stage: int) -> None:
-        if self._sums:
-            self._context.optimizer.update_hp_grads(clear_lp_grads=False)
-            self._context.optimizer.clear_lp_grads(set_to_none=True)
+        # What `update_hp_grads` does, in one pass over a gradient: it makes an fp32 copy first.
+        for param, total in self._sums.items():
+            if param.grad is not None:
+                total.add_(param.grad.view_as(total))
+                param._hp_grad = total  # type: ignore[attr-defined]  # where DeepSpeed looks for a tied weight's
+                param.grad = None
         self._side_stream.poll()
 
     def reduce(self, stage: int) -> None:

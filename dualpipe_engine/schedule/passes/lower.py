@@ -5,13 +5,16 @@ from __future__ import annotations
 from collections import defaultdict
 
 from ...errors import PlanError
+from ..gc_paused import collector_paused
 from ..op import COMPUTE, GRADIENTS, NONE, REDUCE, STEP, F, Op, W, atoms
 from ..placement import Placement
 from ..plan import Plan
+from .routes import Routes
 
 _Slots = list[dict[int, list[Op]]]  # per rank: the ops to add at an index of the compute program
 
 
+@collector_paused()
 def lower(plan: Plan, *, train: bool = True) -> Plan:
     """Add sends, receives and the tail to the compute ops of every rank.
 
@@ -60,32 +63,27 @@ def lower(plan: Plan, *, train: bool = True) -> Plan:
 
 def _transfers(plan: Plan) -> tuple[_Slots, _Slots]:
     """Sends by the index of the op that they follow, receives by the index of the op that they precede."""
-    placement = plan.placement
-    last = placement.num_stages - 1
+    routes = Routes(plan.placement, plan.num_micro)
     sends: _Slots = [defaultdict(list) for _ in plan.programs]
     arriving: dict[tuple[int, int], list[Op]] = defaultdict(list)  # directed edge -> receives in the order of the sends
-    consumer: dict[Op, int] = {}  # receive -> index of the op that uses it
+    consumer: dict[tuple[bool, int, int], int] = {}  # of a receive -> index of the op that uses it
     for rank, program in enumerate(plan.programs):
         for index, op in enumerate(program):
             for part in atoms(op):
                 if part.kind == W:
                     continue
-                consumer[part.receive()] = index
-                send = part.send()
-                arrival = send.other_end()
-                if not 0 <= arrival.stage <= last:
-                    continue
-                neighbour = placement.rank_of(arrival.stage, arrival.micro)
-                if neighbour != rank:
+                consumer[part.kind == F, part.stage, part.micro] = index
+                if (target := routes.ends(part).target) is not None:
+                    send = part.send()
                     sends[rank][index].append(send)
-                    arriving[rank, neighbour].append(arrival)
+                    arriving[rank, target].append(send.other_end())
     befores = [_before(program) for program in plan.programs]
     posts: _Slots = [defaultdict(list) for _ in plan.programs]
     for (_, rank), receives in sorted(arriving.items()):
         latest, under = len(plan.programs[rank]), befores[rank]
         slots = []
         for receive in reversed(receives):
-            latest = min(latest, under[consumer[receive]])
+            latest = min(latest, under[consumer[receive.is_forward, receive.stage, receive.micro]])
             slots.append(latest)
         for receive, slot in zip(receives, reversed(slots), strict=True):
             posts[rank][slot].append(receive)

@@ -22,14 +22,15 @@ On a lowered plan also:
 
 from __future__ import annotations
 
-from collections import Counter, deque
+from collections import Counter, defaultdict, deque
 from dataclasses import dataclass
 
 from ...errors import PlanError
 from ..gc_paused import collector_paused
-from ..op import COMM, COMPUTE, FB, GRADIENTS, RECEIVES, REDUCE, SENDS, STEP, B, F, I, Op, W, atoms
+from ..op import COMM, COMPUTE, FB, GRADIENTS, REDUCE, SENDS, STEP, B, F, I, Op, W, atoms
 from ..plan import Plan
 from ..walk import walk
+from .routes import Routes
 
 
 class VerifyError(PlanError):
@@ -81,12 +82,14 @@ def verify(
     train = not kinds.isdisjoint((B, I, W, FB))
     lowered = not kinds <= COMPUTE
     peaks = [_check_compute(plan, rank, train, activation_cap, pending_w_cap) for rank in range(len(plan.programs))]
-    receives = tuple(_check_transfers(plan, rank, recv_buffers) if lowered else 0 for rank in range(len(plan.programs)))
+    routes, receives = Routes(plan.placement, plan.num_micro), [0] * len(plan.programs)
     if lowered:
-        _check_edges(plan)
+        messages = _Messages()
+        receives = [_check_transfers(plan, rank, routes, messages, recv_buffers) for rank in range(len(plan.programs))]
+        _check_edges(plan, messages)
         _check_tail(plan, train)
-    _check_completion(plan, lowered)
-    return Report(tuple(alive for alive, _ in peaks), tuple(pending for _, pending in peaks), receives)
+    _check_completion(plan, routes if lowered else None)
+    return Report(tuple(alive for alive, _ in peaks), tuple(pending for _, pending in peaks), tuple(receives))
 
 
 _NEW, _FORWARDED, _PENDING, _DONE = range(4)
@@ -153,85 +156,81 @@ def _check_pair(plan: Plan, rank: int, index: int, op: Op) -> None:
         raise VerifyError(plan, 4, rank, index, "a pair holds different micro-batches")
 
 
-def _remote(plan: Plan, rank: int, op: Op) -> int | None:
-    """The rank at the other end of a transfer; None when rule 6 is broken."""
-    placement, other = plan.placement, op.other_end().stage
-    stages = range(placement.num_stages)
-    if not 0 <= op.micro < plan.num_micro or op.stage not in stages or other not in stages:
-        return None
-    if placement.rank_of(op.stage, op.micro) != rank:
-        return None
-    peer = placement.rank_of(other, op.micro)
-    return None if peer == rank else peer
+class _Messages:
+    """What all ranks send and receive.
+
+    Attributes:
+        sent: (source, target) -> the sends, in order.
+        received: the same of the receives, each with its position in the target's program.
+    """
+
+    def __init__(self) -> None:
+        self.sent: dict[tuple[int, int], list[Op]] = defaultdict(list)
+        self.received: dict[tuple[int, int], list[tuple[Op, int]]] = defaultdict(list)
 
 
-def _check_transfers(plan: Plan, rank: int, recv_buffers: int | None) -> int:
-    """Rules 6, 7 (buffers) and 8 on one rank; returns the most posted receives of one edge and kind."""
-    placement, last = plan.placement, plan.placement.num_stages - 1
+def _check_transfers(plan: Plan, rank: int, routes: Routes, messages: _Messages, recv_buffers: int | None) -> int:
+    """Rules 5 (each stands once), 6, 7 (buffers) and 8 on one rank; returns the most posted receives of one edge and
+    kind."""
     made: set[tuple[bool, int, int]] = set()
     moved: set[Op] = set()
-    posted: Counter[tuple[str, int]] = Counter()
+    arriving: set[tuple[bool, int, int]] = set()
+    unsent: dict[tuple[bool, int, int], int] = {}  # result -> position of the op that has made it
+    posted: Counter[tuple[bool, int]] = Counter()
     peak = 0
     for index, op in enumerate(plan.programs[rank]):
         if op.kind in COMM:
-            peer = _remote(plan, rank, op)
-            if peer is None:
+            home, target, source = routes.ends(op)
+            peer = target if op.kind in SENDS else source
+            if home != rank or peer is None:
                 raise VerifyError(plan, 6, rank, index, "there is no such transfer to or from another rank")
             if op in moved:
                 raise VerifyError(plan, 5, rank, index, "this transfer stands here twice")
             moved.add(op)
-            result = op.is_forward, op.stage, op.micro
-            if op.kind in SENDS and result not in made:
-                raise VerifyError(plan, 8, rank, index, "the tensor is sent before it is made")
-            if op.kind in RECEIVES:
-                if result in made:
-                    raise VerifyError(plan, 8, rank, index, "the receive is posted after the op that uses it")
-                posted[op.kind, peer] += 1
-                peak = max(peak, posted[op.kind, peer])
-                if recv_buffers is not None and posted[op.kind, peer] > recv_buffers:
+            forward = op.is_forward
+            result = forward, op.stage, op.micro
+            if op.kind in SENDS:
+                if unsent.pop(result, None) is None:
+                    raise VerifyError(plan, 8, rank, index, "the tensor is sent before it is made")
+                messages.sent[rank, peer].append(op)
+                continue
+            if result in made:
+                raise VerifyError(plan, 8, rank, index, "the receive is posted after the op that uses it")
+            messages.received[peer, rank].append((op, index))
+            arriving.add(result)
+            posted[forward, peer] += 1
+            if posted[forward, peer] > peak:
+                peak = posted[forward, peer]
+                if recv_buffers is not None and peak > recv_buffers:
                     raise VerifyError(plan, 7, rank, index, f"more than {recv_buffers} receives on this edge")
         elif op.kind in COMPUTE:
             for part in atoms(op):
                 if part.kind == W:
                     continue
-                made.add((part.is_forward, part.stage, part.micro))
-                need = part.receive()
-                source = need.other_end().stage
-                if 0 <= source <= last and placement.rank_of(source, part.micro) != rank:
-                    if need not in moved:
-                        raise VerifyError(plan, 8, rank, index, f"{need} has not been posted before")
-                    posted[need.kind, placement.rank_of(source, part.micro)] -= 1
-    _check_all_sent(plan, rank, moved)
+                forward = part.kind == F
+                result = forward, part.stage, part.micro
+                _, target, source = routes.ends(part)
+                made.add(result)
+                if target is not None:
+                    unsent[result] = index
+                if source is not None:
+                    if result not in arriving:
+                        raise VerifyError(plan, 8, rank, index, f"{part.receive()} has not been posted before")
+                    posted[forward, source] -= 1
+    if unsent:
+        (forward, stage, micro), index = min(unsent.items(), key=lambda each: each[1])
+        send = Op(F if forward else B, stage, micro).send()
+        raise VerifyError(plan, 5, rank, index, f"{send} does not follow, but the other rank needs it")
     return peak
 
 
-def _check_all_sent(plan: Plan, rank: int, moved: set[Op]) -> None:
-    for index, op in enumerate(plan.programs[rank]):
-        if op.kind in COMPUTE:
-            for part in atoms(op):
-                send = part.send()
-                if part.kind != W and send not in moved and _remote(plan, rank, send) is not None:
-                    raise VerifyError(plan, 5, rank, index, f"{send} does not follow, but the other rank needs it")
-
-
-def _check_edges(plan: Plan) -> None:
+def _check_edges(plan: Plan, messages: _Messages) -> None:
     """Rule 5: both ends of a directed edge list its messages in one order."""
-    sent: dict[tuple[int, int], list[Op]] = {}
-    received: dict[tuple[int, int], list[tuple[Op, int]]] = {}
-    for rank, program in enumerate(plan.programs):
-        for index, op in enumerate(program):
-            if op.kind in COMM:
-                peer = _remote(plan, rank, op)
-                assert peer is not None
-                if op.kind in SENDS:
-                    sent.setdefault((rank, peer), []).append(op)
-                else:
-                    received.setdefault((peer, rank), []).append((op.other_end(), index))
-    for (source, target), posts in received.items():
-        messages = sent.get((source, target), [])
-        for place, (awaited, index) in enumerate(posts):
-            message = messages[place] if place < len(messages) else None
-            if message != awaited:
+    for (source, target), posts in messages.received.items():
+        sent = messages.sent[source, target]
+        for place, (receive, index) in enumerate(posts):
+            message = sent[place] if place < len(sent) else None
+            if message != receive.other_end():
                 what = "nothing" if message is None else str(message)
                 raise VerifyError(
                     plan, 5, target, index, f"as message {place} of this edge rank {source} sends {what}: orders differ"
@@ -264,8 +263,9 @@ def _check_tail(plan: Plan, train: bool) -> None:
             raise VerifyError(plan, 10, rank, index, f"rank {twin} reduces the same stages in another order")
 
 
-def _check_completion(plan: Plan, lowered: bool) -> None:
-    """Rules 3, 4 and 7: run all programs, each op as soon as its inputs are there."""
+def _check_completion(plan: Plan, routes: Routes | None) -> None:
+    """Rules 3, 4 and 7: run all programs, each op as soon as its inputs are there; with `routes` what goes to another
+    rank is there when it is sent."""
     num_micro, last = plan.num_micro, plan.placement.num_stages - 1
     outputs = num_micro  # key of a result: forwards of stage s at (s + 1) * M, gradients of stage s behind all of these
     grads = (last + 2) * num_micro
@@ -277,18 +277,18 @@ def _check_completion(plan: Plan, lowered: bool) -> None:
         kind, stage, micro, parts = op = plan.programs[rank][position]
         made = []
         if kind in COMPUTE:
-            for part, at_stage, number, _ in parts or (op,):
-                if part == F:
+            for part in parts or (op,):
+                of, at_stage, number, _ = part
+                if of == F:
                     key = at_stage * num_micro + number
-                elif part == W:
+                elif of == W:
                     continue
                 else:
                     key = grads + (at_stage + 1) * num_micro + number
                 if not there[key]:
                     return key
-                made.append(at_stage * num_micro + number + (outputs if part == F else grads))
-            if lowered:  # what goes to another rank is there when it is sent
-                made = [key for key in made if _stays(plan, rank, key, grads)]
+                if routes is None or routes.ends(part).target is None:
+                    made.append(at_stage * num_micro + number + (outputs if of == F else grads))
         elif kind in SENDS:
             made = [stage * num_micro + micro + (outputs if op.is_forward else grads)]
         for key in made:
@@ -299,18 +299,6 @@ def _check_completion(plan: Plan, lowered: bool) -> None:
     for rank, program in enumerate(plan.programs):
         if at[rank] < len(program):
             _stuck(plan, rank, at[rank], waiting, grads)
-
-
-def _stays(plan: Plan, rank: int, key: int, grads: int) -> bool:
-    """Whether the consumer of a result is on the same rank, or there is none."""
-    num_micro = plan.num_micro
-    if key < grads:
-        stage, micro = key // num_micro, key % num_micro
-    else:
-        stage, micro = (key - grads) // num_micro - 1, key % num_micro
-    if not 0 <= stage < plan.placement.num_stages:
-        return True
-    return plan.placement.rank_of(stage, micro) == rank
 
 
 def _stuck(plan: Plan, rank: int, index: int, waiting: dict[int, list[int]], grads: int) -> None:
