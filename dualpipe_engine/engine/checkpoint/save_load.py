@@ -223,8 +223,8 @@ class Checkpoints(CheckpointChecks):
                 self._check_layout(folder)
         with ExitStack() as stack:
             stack.enter_context(reading(self.checkpoint_engine, self._for_own_layout))
-            if universal and tag is not None and states:
-                stack.enter_context(named_as_saved(self.module, self.optimizer.param_names, Path(load_dir, tag)))
+            if universal and tag is not None:
+                stack.enter_context(named_as_saved(self.module, self.param_names, Path(load_dir, tag)))
             path, client_state = super().load_checkpoint(
                 load_dir,
                 tag,

@@ -71,7 +71,3 @@ def of_shared(folder):
     engine = start("dualpipe", 0)
     engine.load_checkpoint(folder, tag="1")
     return there, told(engine)
-
-
-def both(folder):
-    return through_universal(f"{folder}/universal"), of_shared(f"{folder}/shared")
