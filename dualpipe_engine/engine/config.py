@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import signal
 from difflib import get_close_matches
 from pathlib import Path
@@ -34,7 +35,15 @@ DEEPSPEED_KEYS = frozenset(
     )
 )
 #: Keys of ours that somebody relies on: they are not to be passed over.
-_PROMISES = ("stages_per_rank", "activation_cap", "check_twins", "check_finite", "save_on_signal", "save_folder")
+_PROMISES = (
+    "stages_per_rank",
+    "activation_cap",
+    "check_twins",
+    "check_finite",
+    "recompute",
+    "save_on_signal",
+    "save_folder",
+)
 
 
 class DualPipeConfig(BaseModel):
@@ -70,6 +79,9 @@ class DualPipeConfig(BaseModel):
     layer_costs: str | None = None
     """File with the seconds of each layer, for "pairs"; null estimates them from parameters."""
 
+    recompute: bool | list[str] = False
+    """Modules that are computed again in the backward, so that nothing of them is kept: regular expressions, looked for
+    in names of modules within their layers, or class names; true: what layers list in their attribute `recomputed`."""
     save_on_signal: str | None = None
     """A signal, such as "SIGTERM", at which all ranks save after the batch and end with 128 + its number."""
     save_folder: str | None = None
@@ -124,6 +136,7 @@ def read_config(config: object) -> tuple[Settings, DualPipeConfig]:
         refuse_keys(data, STOCK)
         expert_parallel.read_section(data.get(expert_parallel.NAME))
     _check_signal(parsed)
+    _check_recompute(parsed)
     if parsed.schedule == AUTO and parse_counts(parsed.partition_method) is not None:
         raise ConfigError(
             f'"partition_method": "{parsed.partition_method}" fixes the number of stages, which "schedule": "auto" '
@@ -167,6 +180,16 @@ def _check_async(config: Settings, schedule: object) -> None:
             '"checkpoint": {"async": true} is for our schedules, stock DeepSpeed would not know it: leave it out, or '
             'set "schedule" in the "pipeline" section'
         )
+
+
+def _check_recompute(config: DualPipeConfig) -> None:
+    for name in config.recompute if isinstance(config.recompute, list) else ():
+        try:
+            compiled = re.compile(name)
+        except re.error as error:
+            raise ConfigError(f'"recompute": {name!r} is no regular expression: {error}') from None
+        if compiled.search(""):
+            raise ConfigError(f'"recompute": {name!r} matches anything: give a part of a name, such as "norm"')
 
 
 def _check_signal(config: DualPipeConfig) -> None:

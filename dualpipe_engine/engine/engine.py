@@ -26,6 +26,7 @@ from ..runtime.apex_support import apex_status
 from ..runtime.chunk import StageChunk
 from ..runtime.executor import Executor
 from ..runtime.observer import Observer
+from ..runtime.recompute import Recompute
 from ..runtime.weight_grad import DeferredWeightGrads, install
 from ..schedule.op import I, atoms
 from ..schedule.plan import Plan
@@ -181,7 +182,8 @@ class DualPipeEngine(LifeCycle, Evaluation, Measuring, Reporting, Checkpoints, L
             if self.global_rank == 0 and apex.message:
                 logger.info(apex.message)
             self._store = DeferredWeightGrads(apex.wgrad if self.device.type == "cuda" else None)
-            self.weight_split = install(module, self._store)
+        self._recompute = Recompute(module.dualpipe_recomputed) if module.dualpipe_recomputed else None
+        self._install()
         self._transfers: list[Transfer] = []  # of the last batch, within phases
         self._additional = AdditionalLosses(module, self._pipeline_group, self._replica_group)
         self._chunks = {stage: self._make_chunk(stage, view) for stage, view in context.views.items()}
@@ -225,6 +227,13 @@ class DualPipeEngine(LifeCycle, Evaluation, Measuring, Reporting, Checkpoints, L
             failing=self.watch,
         )
 
+    def _install(self) -> None:
+        """Let modules defer their weight gradients, and those that "recompute" names compute again."""
+        if self._store is not None:
+            self.weight_split = install(self.module, self._store)
+        if self._recompute is not None:
+            self._recompute.install()
+
     def _make_chunk(self, stage: int, view: PipelineModule) -> StageChunk:
         is_last = stage == self.plan.placement.num_stages - 1
         overlap = self.dualpipe_config.overlap is not False
@@ -234,6 +243,7 @@ class DualPipeEngine(LifeCycle, Evaluation, Measuring, Reporting, Checkpoints, L
             by_phases=overlap and has_phases(self.module),
             timeout_s=self.dualpipe_config.p2p_timeout_s,
             log=self._transfers,
+            recompute=self._recompute,
             overlap=overlap,
             is_last=is_last,
             loss_fn=self._additional.watch(self.module.loss_fn) if is_last else None,
@@ -320,8 +330,8 @@ class DualPipeEngine(LifeCycle, Evaluation, Measuring, Reporting, Checkpoints, L
                 raise ConfigError('train_batch() needs an optimizer: add "optimizer" to the DeepSpeed configuration')
             if data_iter is not None:
                 self.set_dataiterator(data_iter)
-            if self._trained.changed() and self._store is not None:
-                self.weight_split = install(self.module, self._store)
+            if self._trained.changed():
+                self._install()
             self._written.begin()
             feed = self._feed(self.micro_batches, fingerprint=not self._checked_stream)
         except Exception as error:

@@ -35,6 +35,7 @@ from .placing.experts import make_expert_groups
 from .placing.grid import Place, groups_of, set_device
 from .placing.module import place
 from .placing.param_groups import GroupMap, check_dtypes, name_parameters
+from .placing.recomputed import recomputed_modules
 from .placing.shared_blocks import check_blocks, connect_blocks, overlap_blocks, read_rest, share_blocks
 from .placing.stages import set_activation_checkpointing
 from .plan import agree, lowered_plan, make_lowered_plan, unmeasured_costs
@@ -199,7 +200,8 @@ def _place(model: PipelineModule, settings: Settings, dualpipe: DualPipeConfig, 
         connect_blocks(model)
         model.dualpipe_unphased = overlap_blocks(model) if dualpipe.overlap is not False else {}
     set_activation_checkpointing(model, settings.get("pipeline", {}))
-    check_statistics(model, plan.placement)
+    model.dualpipe_recomputed = recomputed_modules(model, dualpipe.recompute)
+    check_statistics(model, plan.placement, model.dualpipe_recomputed)
     return placed
 
 

@@ -42,6 +42,27 @@ class GroupedQueryAttention(nn.Module):
         return out
 
 
+class Turned(nn.Module):
+    """Queries or keys of heads from a part without position and one with, which heads may share.
+
+    Args:
+        rotary: turns the latter.
+    """
+
+    def __init__(self, rotary: Rotary) -> None:
+        super().__init__()
+        self.rotary = rotary
+
+    def forward(self, plain: Tensor, position: Tensor) -> Tensor:
+        """Put the parts together.
+
+        Args:
+            plain: [batch, heads, length, width].
+            position: [batch, heads or 1, length, rotary width].
+        """
+        return torch.cat([plain, self.rotary(position).expand(-1, plain.shape[1], -1, -1)], dim=-1)
+
+
 class LatentAttention(nn.Module):
     """Attention with keys and values compressed together, and one rotary key for all heads, on
     `[batch, length, hidden]` (DeepSeek-V3 report, section 2.1.1)."""
@@ -50,7 +71,7 @@ class LatentAttention(nn.Module):
         super().__init__()
         self.heads, self.head, self.kv_rank, self.turned = config.heads, config.head, config.kv_rank, config.rotary
         self.value_head = config.head if config.value_head is None else config.value_head
-        self.rotary = Rotary(config.theta, config.interleaved, config.yarn)
+        self.turn = Turned(Rotary(config.theta, config.interleaved, config.yarn))
         self.scale = _softmax_scale(config, self.head + self.turned)
         eps = None if config.norm_eps is None else LATENT_EPS
         queries = self.heads * (self.head + self.turned)
@@ -67,11 +88,10 @@ class LatentAttention(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         batch, length, _ = x.shape
         query = self.query(x).view(batch, length, self.heads, -1).transpose(1, 2)
-        query = torch.cat([query[..., : self.head], self.rotary(query[..., self.head :])], dim=-1)
+        query = self.turn(query[..., : self.head], query[..., self.head :])
         latent, position = self.compress(x).split([self.kv_rank, self.turned], dim=-1)
-        position = self.rotary(position.unsqueeze(1)).expand(-1, self.heads, -1, -1)
         expanded = self.expand(self.norm(latent)).view(batch, length, self.heads, -1).transpose(1, 2)
-        key = torch.cat([expanded[..., : self.head], position], dim=-1)
+        key = self.turn(expanded[..., : self.head], position.unsqueeze(1))
         value = expanded[..., self.head :]
         mixed = scaled_dot_product_attention(query, key, value, is_causal=True, scale=self.scale)
         out: Tensor = self.out(mixed.transpose(1, 2).reshape(batch, length, self.heads * self.value_head))

@@ -67,8 +67,19 @@ def initialise(layer: nn.Module, config: MoEConfig) -> None:
             nn.init.normal_(part.weight, std=config.init_std)
 
 
+#: What DeepSeek-V3 computes again in the backward: norms, activation functions, and what the up-projections of latent
+#: attention make (arXiv 2412.19437, section 3.2.3).
+RECOMPUTED = ("norm", "activation", r"attention\.(expand|turn|query\.[12])")
+
+
 class DenseBlock(nn.Module):
-    """A pre-norm block without experts."""
+    """A pre-norm block without experts.
+
+    Attributes:
+        recomputed: names of modules that `"recompute": true` stands for.
+    """
+
+    recomputed = RECOMPUTED
 
     def __init__(self, config: MoEConfig) -> None:
         super().__init__()
@@ -89,7 +100,12 @@ class MoEBlock(nn.Module):
     Args:
         config: sizes.
         rank: of the ranks that share the experts, the number of this one.
+
+    Attributes:
+        recomputed: names of modules that `"recompute": true` stands for.
     """
+
+    recomputed = RECOMPUTED
 
     def __init__(self, config: MoEConfig, rank: int = 0) -> None:
         super().__init__()

@@ -39,16 +39,20 @@ class FeedForward(nn.Module):
     def __init__(self, hidden: int, inner: int) -> None:
         super().__init__()
         self.up = nn.Linear(hidden, 2 * inner, bias=False)
+        self.activation = Gated()
         self.down = nn.Linear(inner, hidden, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        out: Tensor = self.down(_gated(self.up(x)))
+        out: Tensor = self.down(self.activation(self.up(x)))
         return out
 
 
-def _gated(x: Tensor) -> Tensor:
-    gate, value = x.chunk(2, dim=-1)
-    return functional.silu(gate) * value
+class Gated(nn.Module):
+    """The activation function of SwiGLU, `[..., 2 * inner]` to `[..., inner]`."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        gate, value = x.chunk(2, dim=-1)
+        return functional.silu(gate) * value
 
 
 class Experts(nn.Module):
@@ -74,6 +78,7 @@ class Experts(nn.Module):
         self.group: dist.ProcessGroup | None = None
         self.multiply_adds = config.top_k * 3 * config.hidden * config.expert_inner
         self._whole: dict[str, Tensor] = {}
+        self.activation = Gated()
         self.up = nn.Parameter(torch.empty(self.num_local, config.hidden, 2 * config.expert_inner))
         self.down = nn.Parameter(torch.empty(self.num_local, config.expert_inner, config.hidden))
         seed = int(torch.randint(1 << 40, ()))
@@ -114,7 +119,7 @@ class Experts(nn.Module):
         return self._feed(padded, roomy).index_select(0, places)
 
     def _feed(self, rows: Tensor, sizes: Sizes) -> Tensor:
-        return _grouped(_gated(_grouped(rows, self.up, sizes)), self.down, sizes)
+        return _grouped(self.activation(_grouped(rows, self.up, sizes)), self.down, sizes)
 
     @contextmanager
     def whole(self, keep: bool) -> Iterator[None]:

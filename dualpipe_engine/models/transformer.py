@@ -40,7 +40,13 @@ class TokenEmbedding(nn.Module):
 
 
 class FinalNorm(nn.Module):
-    """The norm behind the last block, where more than the head needs its result."""
+    """The norm behind the last block, where more than the head needs its result.
+
+    Attributes:
+        recomputed: names of modules that `"recompute": true` stands for.
+    """
+
+    recomputed = ("norm",)
 
     def __init__(self, config: MoEConfig) -> None:
         super().__init__()
@@ -56,7 +62,10 @@ class Head(nn.Module):
 
     Attributes:
         multiply_adds: of a token, for estimates.
+        recomputed: names of modules that `"recompute": true` stands for.
     """
+
+    recomputed = ("norm",)
 
     def __init__(self, config: MoEConfig) -> None:
         super().__init__()

@@ -126,7 +126,7 @@ def uninstall(module: nn.Module) -> None:
     for part in module.modules():
         if hasattr(part, _OWN):
             setattr(part, _OWN, None)
-        if isinstance(vars(part).get("forward"), _Forward):
+        while isinstance(vars(part).get("forward"), Forward):
             vars(part)["forward"].remove()
 
 
@@ -187,8 +187,8 @@ class DeferReport:
         return [(name, param) for name, param in self._module.named_parameters() if param.requires_grad]
 
 
-class _Forward:
-    """A replacement of a module's forward; `remove` puts the former one back."""
+class Forward:
+    """A replacement of a module's forward; `remove` puts the former one back, also from under another one."""
 
     def __init__(self, module: nn.Module) -> None:
         self._module = module
@@ -200,13 +200,16 @@ class _Forward:
         return _same, (self._plain,)
 
     def remove(self) -> None:
-        if self._own:
+        top = vars(self._module).get("forward")
+        if isinstance(top, Forward) and top._plain is self:
+            top._plain, top._own = self._plain, self._own
+        elif self._own:
             self._module.forward = self._plain
         else:
             vars(self._module).pop("forward", None)
 
 
-class _LinearForward(_Forward):
+class _LinearForward(Forward):
     """`nn.Linear.forward` without the mode, whose few microseconds would be paid most often here."""
 
     def __init__(self, module: nn.Linear, store: DeferredWeightGrads) -> None:
@@ -223,7 +226,7 @@ class _LinearForward(_Forward):
         return result
 
 
-class _ScopedForward(_Forward):
+class _ScopedForward(Forward):
     """A forward under the mode."""
 
     def __init__(self, module: nn.Module, mode: SplitMode) -> None:

@@ -32,6 +32,7 @@ from ..config import DualPipeConfig
 from ..given import Collate, Dataset, Settings
 from ..placing.grid import Place
 from ..placing.partition import layer_name
+from ..placing.recomputed import recomputed_modules
 from ..placing.stages import set_activation_checkpointing
 from .link_probe import reduction_seconds
 from .stage_probe import probe_stages
@@ -157,6 +158,7 @@ def _measure(
         overlap=config.overlap is not False,
         timeout_s=config.p2p_timeout_s,
         sums=_sums(types, dtype),
+        recomputed=recomputed_modules(module, config.recompute),
     )
     trained = [param for param in module.parameters() if param.requires_grad]
     numel = sum(param.numel() for param in trained)
@@ -234,6 +236,7 @@ def _describe(module: PipelineModule, settings: Settings, config: DualPipeConfig
         "precision": on[0] if on else "fp32",
         "zero stage": str(settings.get("zero_optimization", {}).get("stage", 0)),
         "activation checkpoint interval": str(interval),
+        **({"recompute": str(config.recompute)} if config.recompute else {}),
         "split_backward": str(config.split_backward),
         "overlap": str(config.overlap),
         "device": device,

@@ -14,6 +14,7 @@ from contextlib import contextmanager
 import torch
 import torch.distributed as dist
 from deepspeed.pipe import PipelineModule
+from torch import nn
 
 from ...comm.device import side_stream
 from ...comm.from_all import from_all
@@ -23,6 +24,7 @@ from ...comm.transports import transport_of
 from ...runtime.chunk import StageChunk
 from ...runtime.executor import Executor
 from ...runtime.observer import Observer
+from ...runtime.recompute import Recompute
 from ...runtime.weight_grad import DeferredWeightGrads, install, uninstall
 from ...schedule.orders.paired import paired_plan
 from ...schedule.passes.lower import lower
@@ -53,6 +55,7 @@ def probe_stages(
     overlap: bool,
     timeout_s: float,
     sums: torch.dtype | None = None,
+    recomputed: dict[str, nn.Module] | None = None,
 ) -> CostModel:
     """Seconds and activation bytes of each stage of the linear cut, and seconds of a transfer.
 
@@ -68,6 +71,7 @@ def probe_stages(
         overlap: measure F&B where the stages bring an overlapped pair.
         timeout_s: seconds after which a transfer is given up.
         sums: of what dtype the optimizer keeps sums of its own, to which W adds; None: autograd's do.
+        recomputed: modules of this rank that are computed again in the backward, by name.
     """
     stage, ranks = place.rank, len(place.pipeline)
     num_micro = max(1, min(num_micro, 2 * ranks))
@@ -76,11 +80,15 @@ def probe_stages(
         store = DeferredWeightGrads() if split_backward else None
         if store is not None:
             install(view, store)
+        recompute = Recompute(recomputed) if recomputed else None
+        if recompute is not None:
+            recompute.install()
         chunk = make_chunk(
             view,
             stage,
             by_phases=overlap and has_phases(module),
             timeout_s=timeout_s,
+            recompute=recompute,
             is_last=stage == ranks - 1,
             loss_fn=module.loss_fn if stage == ranks - 1 else None,
             store=store,

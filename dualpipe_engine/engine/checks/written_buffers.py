@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import zlib
+from collections.abc import Mapping
 from typing import NoReturn
 
 import torch
@@ -23,26 +24,31 @@ _REMEDY = (
 )
 
 
-def check_statistics(module: PipelineModule, placement: Placement) -> None:
+def check_statistics(module: PipelineModule, placement: Placement, recomputed: Mapping[str, nn.Module]) -> None:
     """Refuse layers whose forwards keep statistics of what they see, where two copies see half of it each, or where
     activations are recomputed, so that it is seen twice. Collective over all ranks.
+
+    Args:
+        module: the stages of this rank.
+        placement: of all stages.
+        recomputed: modules that are computed again, by name.
 
     Raises:
         ConfigError: there is one.
     """
+    twice = "but would see each twice, as activations are recomputed: leave out {}, or take a normalization without "
+    kept = [(name, part) for name, part in module.named_modules() if isinstance(part, _NormBase)]
+    kept = [(name, part) for name, part in kept if part.running_mean is not None]
     if placement.num_directions > 1:
         why = f"but each of its two copies would see half of them: {_REMEDY}"
     elif module.activation_checkpoint_interval > 0:
-        why = (
-            "but would see each twice, as activations are recomputed: leave out activation_checkpoint_interval, or "
-            "take a normalization without statistics"
-        )
+        why = twice.format("activation_checkpoint_interval") + "statistics"
     else:
-        return
+        again = {inner for part in recomputed.values() for inner in part.modules()}
+        kept = [(name, part) for name, part in kept if part in again]
+        why = twice.format('its name in "recompute"') + "statistics"
     wrong = [
-        f"{name} ({type(part).__name__}) keeps statistics of the batches that it sees, {why}"
-        for name, part in module.named_modules()
-        if isinstance(part, _NormBase) and part.running_mean is not None
+        f"{name} ({type(part).__name__}) keeps statistics of the batches that it sees, {why}" for name, part in kept
     ]
     raise_everywhere(wrong[:1])
 

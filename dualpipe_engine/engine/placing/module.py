@@ -37,6 +37,8 @@ class PlacedModule(PipelineModule):
     """Layer number of each entry of `forward_funcs`."""
     dualpipe_unphased: dict[int, str]
     """Layers with shared experts that offer no phases, and why."""
+    dualpipe_recomputed: dict[str, nn.Module]
+    """Modules that are computed again in the backward, by number of the layer and name."""
 
     def stage_owner(self, layer_idx: int) -> int:
         """The pipe position, in DeepSpeed's grid, of the layer."""
@@ -101,6 +103,7 @@ def place(module: PipelineModule, placement: Placement, bounds: Sequence[int]) -
     module.__class__ = type(kind.__name__, (PlacedModule, kind), {"__module__": kind.__module__})
     module.dualpipe_placement, module.dualpipe_place, module.dualpipe_layers = placement, placed, layers
     module.dualpipe_unphased = {}
+    module.dualpipe_recomputed = {}
     module.forward_funcs = functions
     module.fwd_map = {str(layer): index for index, layer in enumerate(layers) if str(layer) in module._modules}
     module._local_start, module._local_stop = 0, len(layers)

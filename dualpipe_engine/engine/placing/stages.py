@@ -16,12 +16,15 @@ from ...comm.tickets import Transfer
 from ...errors import ConfigError
 from ...runtime.chunk import ChunkOptions, StageChunk
 from ...runtime.overlap import PhasedChunk, phases_of
-from ...runtime.phases import Phased
+from ...runtime.phases import COMPUTE, Phased
+from ...runtime.recompute import Recompute
 from ..given import LayerFunction, Settings
 from .module import PlacedModule
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
+
+_OVERLAPPED = "overlapped_forward_backward"
 
 
 def stage_views(module: PlacedModule) -> dict[int, PipelineModule]:
@@ -65,6 +68,7 @@ def make_chunk(
     by_phases: bool,
     timeout_s: float,
     log: list[Transfer] | None = None,
+    recompute: Recompute | None = None,
     **options: Unpack[ChunkOptions],
 ) -> StageChunk:
     """The chunk that runs a stage.
@@ -75,16 +79,31 @@ def make_chunk(
         by_phases: run it by phases, as `has_phases` allows; all stages of a rank alike, so that they can pair.
         timeout_s: seconds after which a transfer within a phase is given up.
         log: takes what became of the transfers within phases.
+        recompute: modules that are computed again; None: there are none.
         options: of `StageChunk`.
+
+    Raises:
+        ConfigError: modules shall be computed again in a stage that runs by its own `overlapped_forward_backward`.
     """
     if not by_phases:
-        return StageChunk(_runnable(view), stage, **options)
-    recomputed = view.activation_checkpoint_interval > 0
+        runnable = _runnable(view)
+        if recompute is not None and options.get("overlap", True) and hasattr(type(runnable), _OVERLAPPED):
+            raise ConfigError(
+                f'"recompute" does not reach into the {_OVERLAPPED} of {type(runnable).__name__}: set '
+                '"overlap": false, or leave out "recompute"'
+            )
+        return StageChunk(runnable if recompute is None else recompute.within(runnable), stage, **options)
+    interval = view.activation_checkpoint_interval > 0
 
-    def recompute(layer: LayerFunction) -> bool:
-        return recomputed and view._is_checkpointable([layer])
+    def whole(layer: LayerFunction) -> bool:
+        return interval and view._is_checkpointable([layer])
 
-    return PhasedChunk(view, stage, phases_of(view.forward_funcs, recompute), timeout_s, log, **options)
+    phases = phases_of(view.forward_funcs, whole)
+    if recompute is not None:
+        phases = [
+            phase._replace(run=recompute.within(phase.run)) if phase.kind == COMPUTE else phase for phase in phases
+        ]
+    return PhasedChunk(view, stage, phases, timeout_s, log, **options)
 
 
 def has_phases(module: PipelineModule) -> bool:
@@ -98,7 +117,7 @@ def _runnable(view: PipelineModule) -> LayerFunction:
     """The stage as its chunk runs it: the view, its layers alone where its forward does no more than call them, or its
     only layer where that brings `overlapped_forward_backward`."""
     functions = view.forward_funcs
-    if len(functions) == 1 and hasattr(type(functions[0]), "overlapped_forward_backward"):
+    if len(functions) == 1 and hasattr(type(functions[0]), _OVERLAPPED):
         return functions[0]
     own = type(view).forward is not PipelineModule.forward
     return view if own or view.seed_layers or view.activation_checkpoint_interval > 0 else _Layers(view)
