@@ -10,14 +10,15 @@ from pathlib import Path
 from typing import Any
 
 import torch.distributed as dist
-from deepspeed.utils import logger
+from deepspeed.utils import groups, logger
 
 from ...comm.nest import Nest
 from ...errors import CheckpointError, ConfigError
 from ..given import CheckpointEngine
-from ..placing.experts import has_experts
+from ..placing.experts import expert_shares, has_experts, told_universal_loader
 from ..placing.partition import same_random_state
 from .checks import LAYOUT, CheckpointChecks
+from .convert import SHARES
 from .files import (
     DESCRIPTION,
     checked_tag,
@@ -216,9 +217,14 @@ class Checkpoints(CheckpointChecks):
             folder = standing(Path(load_dir, tag))
             tag = str(folder.relative_to(load_dir))
             self._check_files(folder, states)
-            if states and not universal:
+            if universal:
+                self._check_groups(folder)
+            elif states:
                 self._check_layout(folder)
-        with naming_reads(self.checkpoint_engine):
+        with naming_reads(self.checkpoint_engine), told_universal_loader(self.module):
+            if universal and tag is not None and next(folder.glob("layer_*"), None) is not None:
+                # buffers and what is not trained; the optimizer's own copies of weights follow
+                self.module.load_state_dir(str(folder), self.checkpoint_engine, load_module_strict)
             path, client_state = super().load_checkpoint(
                 load_dir,
                 tag,
@@ -291,6 +297,11 @@ class Checkpoints(CheckpointChecks):
             "micro_offset": self.module.micro_offset,
             "replicas": self.place.replicas,
             "data": self.data_iterator.state_dict() if hasattr(self.data_iterator, "state_dict") else None,
+            SHARES: {
+                "position": self.checkpoint_mp_rank,
+                "copy": groups._get_data_parallel_rank(),
+                "experts": expert_shares(self.module),
+            },
         }
         save.writer.save(state, str(self._own_file(save.folder, dist.get_rank())))
         if dist.get_rank() == 0:
