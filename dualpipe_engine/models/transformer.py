@@ -12,7 +12,7 @@ from torch.nn import functional
 from ..comm.nest import Nest
 from .block import DenseBlock, MoEBlock, Passed, initialise, joined, split
 from .config import MoEConfig
-from .hf_config import hf_of
+from .hf_config_of import hf_of
 from .mtp import MTPBlock, look_ahead
 
 EMBEDDING = "embedding"  #: key of the tie, where later tokens are predicted
