@@ -55,6 +55,7 @@ COMMANDS = {
     "memory": ["--config", "--ranks", "--params-per-stage", "--activation-bytes"],
     "doctor": [],
     "export": ["--checkpoint", "--out"],
+    "convert": ["--checkpoint", "--out"],
 }
 OTHERS = {
     "--format": ["json", "csv", "table", "x"],

@@ -12,6 +12,7 @@ from .. import __version__
 from ..errors import DualPipeError
 from ..schedule.gc_paused import collector_paused
 from .compare import add_compare
+from .convert import add_convert
 from .doctor import add_doctor
 from .draw import add_draw
 from .export import add_export
@@ -42,6 +43,7 @@ examples:
   dualpipe compare --ranks 8 --micro-batches 32 --layer-costs 0.2,1x40,3
   dualpipe compare --model deepseek-v3 --gpus 2048 --hardware h800
   dualpipe export --checkpoint runs/gpt --out exported
+  dualpipe convert --checkpoint runs/gpt/global_step100 --out runs/gpt/global_step100_universal
   dualpipe memory --config ds.json --ranks 8 --params-per-stage 8.75e8 --activation-bytes 6e8
 
 exit codes: 0 done; 1 nobody reads the output (a closed pipe); 2 the request cannot work (the reason is on stderr)
@@ -68,7 +70,7 @@ def _parser() -> argparse.ArgumentParser:
     shape: dict[str, Any] = {"formatter_class": argparse.RawDescriptionHelpFormatter, "epilog": _EPILOG}
     parser = argparse.ArgumentParser(prog="dualpipe", description=_DESCRIPTION, **shape)
     parser.add_argument("--version", action="version", version=f"dualpipe_engine {__version__}")
-    commands = parser.add_subparsers(metavar="plan|draw|compare|memory|doctor|report|export", required=True)
-    for add in (add_plan, add_draw, add_compare, add_memory, add_doctor, add_report, add_export):
+    commands = parser.add_subparsers(metavar="plan|draw|compare|memory|doctor|report|export|convert", required=True)
+    for add in (add_plan, add_draw, add_compare, add_memory, add_doctor, add_report, add_export, add_convert):
         add(commands, shape)
     return parser

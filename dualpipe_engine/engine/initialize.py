@@ -31,7 +31,7 @@ from .config import AUTO, STOCK, DualPipeConfig, check_zero, find_config, micro_
 from .engine import DualPipeEngine
 from .given import Collate, Dataset, Loader, Optimizer, ParamEntry, Scheduler, Settings
 from .placing.balance import stage_bounds
-from .placing.experts import make_expert_groups
+from .placing.experts import make_expert_groups, stand_in_for_experts
 from .placing.grid import Place, groups_of, set_device
 from .placing.module import place
 from .placing.param_groups import GroupMap, check_dtypes, name_parameters
@@ -195,6 +195,7 @@ def _place(model: PipelineModule, settings: Settings, dualpipe: DualPipeConfig, 
     bounds = stage_bounds(model, plan, dualpipe, costs)
     placed = place(model, plan.placement, bounds)
     make_expert_groups(model, base_grid)
+    stand_in_for_experts(model)
     agree_on_copies(model, model.dualpipe_layers, placed.replica)
     if expert_parallel.read_section(settings.get(expert_parallel.NAME)) is not None:
         connect_blocks(model)

@@ -12,8 +12,8 @@ from torch.nn import functional
 from ..comm.nest import Nest
 from .block import DenseBlock, MoEBlock, Passed, initialise, joined, split
 from .config import MoEConfig
+from .hf_config_of import hf_of
 from .mtp import MTPBlock, look_ahead
-from .published_config import hf_of
 
 EMBEDDING = "embedding"  #: key of the tie, where later tokens are predicted
 _IGNORED = -100  # labels that do not count, as in torch's cross entropy

@@ -15,7 +15,7 @@ import weakref
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import partial
-from typing import Any, NoReturn, TypeAlias
+from typing import NoReturn, TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -28,7 +28,7 @@ from ..comm.nest import Nest
 from ..errors import ConfigError, PipelineRuntimeError
 from .weight_grad import Forward
 
-Hooks: TypeAlias = tuple[Callable[[Tensor], Any], Callable[[Any], Tensor]]
+Hooks: TypeAlias = tuple[Callable[[Tensor], object], Callable[..., Tensor]]
 Random: TypeAlias = tuple[Tensor, list[int], list[Tensor]]
 """The state of the CPU's generator, devices, and the states of theirs."""
 
@@ -117,7 +117,8 @@ class _Kept:
     def get(self) -> Tensor:
         if self._unpack is not None:
             return self._unpack(self._packed)
-        tensor: Tensor = self._packed
+        tensor = self._packed
+        assert isinstance(tensor, Tensor)
         if tensor._version != self._version:
             raise PipelineRuntimeError(
                 f"a tensor of shape {list(tensor.shape)} was changed in place after it was saved for the backward: "
@@ -159,7 +160,7 @@ class _Part:
 class _Output:
     """An output of a call, as long as its memory is there."""
 
-    def __init__(self, storage: weakref.ref[Any], call: _Call, index: int, tensor: Tensor) -> None:
+    def __init__(self, storage: weakref.ref[torch.UntypedStorage], call: _Call, index: int, tensor: Tensor) -> None:
         self._storage, self._call, self._index = storage, call, index
         self._version, self._offset, self._dtype = tensor._version, tensor.storage_offset(), tensor.dtype
 
@@ -209,7 +210,7 @@ class _Recomputed(Forward):
 class _Call:
     """One call of a named module, to be repeated in the backward."""
 
-    def __init__(self, forward: _Recomputed, recompute: Recompute, given: list[Any], form: pytree.TreeSpec) -> None:
+    def __init__(self, forward: _Recomputed, recompute: Recompute, given: list[Nest], form: pytree.TreeSpec) -> None:
         self._forward, self._form = forward, form
         self._given = [
             (recompute.keep(value), value.requires_grad) if isinstance(value, Tensor) else value for value in given

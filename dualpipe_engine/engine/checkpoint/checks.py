@@ -66,7 +66,10 @@ class CheckpointChecks(PipelineEngine):
         models = [Path(name) for name in self._get_all_ckpt_names(str(folder.parent), folder.name)]
         files = models or [folder / "mp_rank_00_model_states.pt"]
         if self.load_universal_checkpoint():
-            return files + sorted(folder.glob("zero/**/*.pt"))[dist.get_rank() :: dist.get_world_size()]
+            there = sorted(
+                [*folder.glob("zero/**/*.pt"), *folder.glob("layer_*.pt"), *folder.glob("dualpipe_rank_*.pt")]
+            )
+            return files + there[dist.get_rank() :: dist.get_world_size()]
         for index, layer in enumerate(self.module.forward_funcs):
             if hasattr(layer, "load_state_dict"):
                 paths = self.module.ckpt_layer_path_list(str(folder), index)
@@ -88,6 +91,27 @@ class CheckpointChecks(PipelineEngine):
             if damage(model) or peek(model).get("dp_world_size", 0) <= rank:
                 return []  # said elsewhere, or saved by fewer copies, as `_check_layout` will say
         return [Path(there[0] if there else names[0])]
+
+    def _check_groups(self, folder: Path) -> None:
+        """A Universal Checkpoint must have the options of all groups of parameters of this rank: DeepSpeed passes over
+        the states of others without a word.
+
+        Raises:
+            CheckpointError: it has fewer, or the optimizer is not one that loads it.
+        """
+        wrong = None
+        if not self.zero_optimization() and not self.using_bf16_optimizer:
+            wrong = 'it loads into ZeRO-1 and ZeRO-2 only: set "zero_optimization": {"stage": 1}'
+        else:
+            saved = len(peek(folder / "zero" / "optimizer_state.pt").get("param_groups", ()))
+            groups = len(self.optimizer.param_groups)
+            if groups > saved:
+                wrong = (
+                    f"it has {saved} groups of parameters, this rank {groups}: pass initialize the groups with which "
+                    "it was saved; where ranks begin to share experts let it be one"
+                )
+        if reason := next(filter(None, from_all(wrong)), None):
+            raise CheckpointError(f"{folder} is a Universal Checkpoint, and {reason}", everywhere=True)
 
     def _layout(self) -> Layout:
         """Which parameters the optimizer of this rank steps, in its order: what its state belongs to."""
@@ -132,9 +156,8 @@ class CheckpointChecks(PipelineEngine):
         if reason := next(filter(None, from_all(why)), None):
             raise CheckpointError(
                 f"{folder} was saved by another schedule or other ranks: {reason}. Pass load_optimizer_states=False to "
-                "load the weights alone, or convert it (ZeRO-1 and ZeRO-2): `python -m "
-                f"deepspeed.checkpoint.ds_to_universal --inject_missing_state --input_folder {folder} "
-                f'--output_folder {folder}_universal`, then load tag="{folder.name}_universal" with '
+                "load the weights alone, or convert it (ZeRO-1 and ZeRO-2): `dualpipe convert --checkpoint "
+                f'{folder} --out {folder}_universal`, then load tag="{folder.name}_universal" with '
                 '"checkpoint": {"load_universal": true} in the configuration',
                 everywhere=True,
             )

@@ -10,15 +10,16 @@ from contextlib import ExitStack
 from pathlib import Path
 
 import torch.distributed as dist
-from deepspeed.utils import logger
+from deepspeed.utils import groups, logger
 
 from ...comm.from_all import from_all
 from ...comm.nest import Nest
 from ...errors import CheckpointError, ConfigError
 from ..given import CheckpointEngine, ClientState
-from ..placing.experts import has_experts
+from ..placing.experts import expert_shares, has_experts, told_universal_loader
 from ..placing.partition import same_random_state
 from .checks import LAYOUT, CheckpointChecks
+from .convert import SHARES
 from .description import description
 from .files import (
     DESCRIPTION,
@@ -219,12 +220,18 @@ class Checkpoints(CheckpointChecks):
             folder = standing(Path(load_dir, tag))
             tag = str(folder.relative_to(load_dir))
             self._check_files(folder, states)
-            if states and not universal:
+            if universal:
+                self._check_groups(folder)
+            elif states:
                 self._check_layout(folder)
         with ExitStack() as stack:
             stack.enter_context(reading(self.checkpoint_engine, self._for_own_layout))
+            stack.enter_context(told_universal_loader(self.module))
             if universal and tag is not None:
                 stack.enter_context(named_as_saved(self.module, self.param_names, Path(load_dir, tag)))
+            if universal and tag is not None and next(folder.glob("layer_*"), None) is not None:
+                # buffers and what is not trained; the optimizer's own copies of weights follow
+                self.module.load_state_dir(str(folder), self.checkpoint_engine, load_module_strict)
             path, client_state = super().load_checkpoint(
                 load_dir,
                 tag,
@@ -296,6 +303,11 @@ class Checkpoints(CheckpointChecks):
             "micro_offset": self.module.micro_offset,
             "replicas": self.place.replicas,
             "data": self.data_iterator.state_dict() if hasattr(self.data_iterator, "state_dict") else None,
+            SHARES: {
+                "position": self.checkpoint_mp_rank,
+                "copy": groups._get_data_parallel_rank(),
+                "experts": expert_shares(self.module),
+            },
         }
         save.writer.save(state, str(self._own_file(save.folder, dist.get_rank())))
         if dist.get_rank() == 0:

@@ -103,7 +103,7 @@ def universal_info(module: PipelineModule) -> dict[str, object]:
             "save_checkpoint(client_state={'universal_checkpoint_info': ...})"
         )
     if any(from_all(has_experts(module))):  # it would take the share of one rank for the whole
-        refused[".*"] = "ranks share the experts of its layers: load it with as many ranks and the same schedule"
+        refused[".*"] = "ranks share the experts of its layers: convert it with `dualpipe convert`"
     return {
         UNIVERSAL_CHECKPOINT_VERSION_KEY: UNIVERSAL_CHECKPOINT_VERSION_VALUE,
         PIPELINE_REPLICATED_PARAMETER_PATTERNS: [pattern for pattern, held in shared.items() if 0 in held],

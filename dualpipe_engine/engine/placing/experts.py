@@ -12,6 +12,7 @@ from contextlib import ExitStack, contextmanager
 import torch.distributed as dist
 from deepspeed.moe.utils import is_moe_param
 from deepspeed.pipe import PipelineModule
+from deepspeed.runtime import base_optimizer
 from deepspeed.runtime.pipe.topology import PipelineParallelGrid
 from deepspeed.utils import groups
 from torch import nn
@@ -21,6 +22,7 @@ from ...comm.from_all import from_all
 from ...errors import ConfigError
 from ...models.autoep.layer import SharedMoE
 from ...models.experts import Experts
+from .param_groups import PLACEHOLDER, add_placeholder
 
 _ABSENT = object()
 
@@ -71,6 +73,19 @@ def make_expert_groups(module: PipelineModule, base_grid: PipelineParallelGrid) 
     return own
 
 
+def stand_in_for_experts(module: PipelineModule) -> None:
+    """Let a rank without experts have a parameter where others have theirs: DeepSpeed's optimizers keep those apart in
+    groups of their own, and take a collective for each group. Collective over all ranks.
+
+    Args:
+        module: placed.
+    """
+    mine = {param.group_name for param in module.parameters() if is_moe_param(param) and param.requires_grad}
+    for name in sorted(set().union(*from_all(mine)) - mine):
+        param = add_placeholder(module)
+        param.allreduce, param.group_name = False, name  # type: ignore[attr-defined]
+
+
 @contextmanager
 def connected_experts(module: PipelineModule) -> Iterator[None]:
     """Let the layers of a module that is not placed yet run in the body; they and their groups are gone from it after.
@@ -106,6 +121,44 @@ def connected_experts(module: PipelineModule) -> Iterator[None]:
 def has_experts(module: nn.Module) -> bool:
     """Whether any parameter is held by some of the ranks of its stage only."""
     return any(is_moe_param(param) for param in module.parameters())
+
+
+def expert_shares(module: nn.Module) -> dict[str, tuple[int, int] | None]:
+    """Name of each parameter of experts -> (number of this rank among those that share them, how many these are); None
+    for those of DeepSpeed's own layer, which are parameters of single experts."""
+    found: dict[str, tuple[int, int] | None] = {}
+    for path, part in module.named_modules():
+        if isinstance(part, Experts):
+            found |= {f"{path}.{name}": (part.rank, part.ep_size) for name, _ in part.named_parameters()}
+        elif isinstance(part, SharedMoE):
+            names = [name for name, _ in part.experts.named_parameters()]
+            found |= {f"{path}.experts.{name}": (part.ep_rank, part.ep_size) for name in names}
+    for name, param in module.named_parameters():
+        if is_moe_param(param) and not name.startswith(PLACEHOLDER):
+            found.setdefault(name, None)
+    return found
+
+
+@contextmanager
+def told_universal_loader(module: nn.Module) -> Iterator[None]:
+    """Let DeepSpeed's loader of Universal Checkpoints know which experts this rank has. It would ask its process
+    groups, and find those of other engines too.
+
+    Raises:
+        ConfigError: layers share their experts between different numbers of ranks.
+    """
+    places = {place for place in expert_shares(module).values() if place is not None}
+    if len(places) > 1:
+        raise ConfigError(
+            "Universal Checkpoints load where all layers share their experts between as many ranks: give them one "
+            "expert-parallel size, or pass load_optimizer_states=False for a checkpoint as it was saved"
+        )
+    kept = base_optimizer._get_universal_checkpoint_ep_info
+    base_optimizer._get_universal_checkpoint_ep_info = lambda: next(iter(places), (0, 1))
+    try:
+        yield
+    finally:
+        base_optimizer._get_universal_checkpoint_ep_info = kept
 
 
 def whole_experts(module: nn.Module, keep: bool) -> ExitStack:

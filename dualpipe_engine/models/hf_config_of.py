@@ -1,4 +1,4 @@
-"""The config.json of transformers' DeepSeek-V3 that says what a `MoEConfig` does."""
+"""The configuration of transformers' DeepSeek-V3 that says what a `MoEConfig` does."""
 
 from __future__ import annotations
 

@@ -1,0 +1,77 @@
+"""Runs that go on with another number of pipeline ranks, replicas and ranks that share experts, on pooled ranks."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import moe_runs
+import torch
+import torch.distributed as dist
+import training
+
+MICROS = 8  #: of all replicas, in a step
+SIZES = {"blocks": 6, "sequence_loss": 0.1}
+
+
+def stream(replica, replicas, skip):
+    """The micro-batches of a replica, from step `skip` on: of each step all replicas together read the same."""
+    data, each, number = training.stream(0), MICROS // replicas, 0
+    while True:
+        for micro in range(MICROS):
+            pair = next(data)
+            if number >= skip and micro // each == replica:
+                yield pair
+        number += 1
+
+
+def ours(ranks, replicas, experts, schedule, zero):
+    config = training.settings(MICROS // replicas, replicas, zero=zero, schedule=schedule)
+    return moe_runs.make_module(moe_runs.config(expert_parallel=experts, **SIZES), ranks, replicas), config
+
+
+def adapted(ranks, replicas, experts, schedule, zero):
+    """Mixtral by AutoEP."""
+    from deepspeed.pipe import PipelineModule
+    from deepspeed.runtime.pipe.topology import PipeDataParallelTopology
+    from transformers import MixtralConfig, MixtralForCausalLM
+
+    from dualpipe_engine.adapters import get_model_adapter
+
+    sizes = {"vocab_size": training.VOCABULARY, "hidden_size": 16, "intermediate_size": 8, "num_hidden_layers": 6}
+    heads = {"num_attention_heads": 2, "num_key_value_heads": 2, "num_local_experts": 4, "num_experts_per_tok": 2}
+    config = MixtralConfig(**sizes, **heads, initializer_range=0.3)
+    torch.manual_seed(5)
+    adapter = get_model_adapter(MixtralForCausalLM(config))
+    topology = PipeDataParallelTopology(ranks, replicas)
+    module = PipelineModule(adapter.to_layer_specs(), topology=topology, loss_fn=adapter.loss_fn)
+    settings = training.settings(MICROS // replicas, replicas, zero=zero, schedule=schedule)
+    return module, settings | {"expert_parallel": {"enabled": True, "autoep_size": experts}}
+
+
+def hop(model, ranks, replicas, experts, schedule, folder, load=None, save=None, steps=2, skip=0, zero=1):
+    """Losses of some steps; what is saved is converted too."""
+    import dualpipe_engine
+    from dualpipe_engine.engine.checkpoint.convert import convert
+
+    module, config = {"ours": ours, "adapted": adapted}[model](ranks, replicas, experts, schedule, zero)
+    if load is not None:
+        config["checkpoint"] = {"load_universal": True}
+        with torch.no_grad():
+            for part in module.state_dict().values():  # what a checkpoint has
+                part.fill_(0.5 if part.is_floating_point() else 0)
+    engine, *_ = dualpipe_engine.initialize(model=module, config=config)
+    if load is not None:
+        engine.load_checkpoint(folder, tag=load)
+    data = stream(engine.place.replica, replicas, skip)
+    losses = [float(engine.train_batch(data)) for _ in range(steps)]
+    if save is not None:
+        engine.save_checkpoint(folder, tag=save)
+        if dist.get_rank() == 0:
+            convert(Path(folder, save), Path(folder, f"{save}u"))
+        dist.barrier()
+    engine.destroy()
+    return losses
+
+
+def hops(links):
+    return [hop(**link) for link in links]
