@@ -33,7 +33,15 @@ DEEPSPEED_KEYS = frozenset(
     )
 )
 #: Keys of ours that somebody relies on: they are not to be passed over.
-_PROMISES = ("stages_per_rank", "activation_cap", "check_twins", "check_finite", "save_on_signal", "save_folder")
+_PROMISES = (
+    "stages_per_rank",
+    "activation_cap",
+    "check_twins",
+    "check_finite",
+    "load_report_steps",
+    "save_on_signal",
+    "save_folder",
+)
 
 
 class DualPipeConfig(BaseModel):
@@ -62,6 +70,8 @@ class DualPipeConfig(BaseModel):
     """Compare all copies of every parameter by hash after every so many steps; null: never."""
     check_finite: bool = False
     """NaN or inf: true also looks at every weight gradient and ends the run before the optimizer steps; false warns."""
+    load_report_steps: int | None = Field(default=None, ge=1)
+    """Report after every so many steps how evenly the experts of each layer were used; null: with "steps_per_print"."""
     partition_method: str | None = None
     """How layers are cut into stages: "pairs" so that ranks have equal work and the plan runs fast, "parameters",
     "uniform" or "type:REGEX"; null keeps the PipelineModule's cut, or its method where the schedule has more stages."""

@@ -37,6 +37,8 @@ class PlacedModule(PipelineModule):
     """Layer number of each entry of `forward_funcs`."""
     dualpipe_unphased: dict[int, str]
     """Layers with shared experts that offer no phases, and why."""
+    dualpipe_counts: bool
+    """Whether any layer of the pipeline counts the rows of its experts."""
 
     def stage_owner(self, layer_idx: int) -> int:
         """The pipe position, in DeepSpeed's grid, of the layer."""
