@@ -66,10 +66,14 @@ class TrainerLoss:
         trainer: whose `compute_loss` it is.
         model: the whole model, whose attributes a loss may look at.
         own: the model's own loss of (output, labels); None: it is not known.
+        stand_in: makes the model that `compute_loss` is given; as `StandIn`.
     """
 
-    def __init__(self, trainer: Computing, model: Model, own: Loss | None) -> None:
+    def __init__(
+        self, trainer: Computing, model: Model, own: Loss | None, stand_in: Callable[..., StandIn] | None = None
+    ) -> None:
         self._trainer, self._model, self._own = trainer, model, own
+        self._stand_in = stand_in or StandIn
         self._is_sum: bool | None = trainer.loss_is_scaled_for_ga
 
     def __call__(self, output: Nest, labels: tuple[dict[str, Any], torch.Tensor]) -> torch.Tensor:
@@ -82,7 +86,7 @@ class TrainerLoss:
         return self._of(output, inputs, count) * (micros if self._is_sum else share)
 
     def _of(self, output: Nest, inputs: dict[str, Any], count: float | None) -> torch.Tensor:
-        trainer, stand_in = self._trainer, StandIn(self._model, self._own, output, inputs)
+        trainer, stand_in = self._trainer, self._stand_in(self._model, self._own, output, inputs)
         with trainer._alone(), trainer.compute_loss_context_manager():
             loss = trainer.compute_loss(stand_in, dict(inputs), num_items_in_batch=count)
         return loss
@@ -110,7 +114,12 @@ class StandIn:
         own: the model's loss of (output, labels); None: it is not known.
         output: logits.
         inputs: of the micro-batch.
+
+    Attributes:
+        auxiliary: (weight, loss over routers), of which the loss with labels has the product; None: there is none.
     """
+
+    auxiliary: tuple[float, torch.Tensor] | None = None
 
     def __init__(self, model: Model, own: Loss | None, output: Nest, inputs: Mapping[str, Any]) -> None:
         self._model, self._own, self._output, self._inputs = model, own, output, inputs
@@ -130,7 +139,11 @@ class StandIn:
         labels, loss = given.get("labels"), None
         if labels is not None:
             loss = self._loss(labels, given.get("num_items_in_batch"))
-        return SequenceClassifierOutput(loss=loss, logits=self._output)
+        found = SequenceClassifierOutput(loss=loss, logits=self._output)
+        if self.auxiliary is not None:
+            weight, found.aux_loss = self.auxiliary
+            found.loss = None if loss is None else loss + weight * found.aux_loss
+        return found
 
     def _loss(self, labels: Nest, items: object) -> torch.Tensor:
         text = type(self._model).__name__

@@ -19,11 +19,14 @@ from transformers.trainer_utils import EvalLoopOutput, TrainOutput
 import dualpipe_engine
 from dualpipe_engine.adapters import ModelAdapter, gather_state_dict, get_model_adapter
 from dualpipe_engine.errors import CheckpointError, ConfigError
+from dualpipe_engine.models.autoep.section import NAME as EXPERT_PARALLEL
+from dualpipe_engine.models.autoep.section import read_section
 
 from .batches import Batch, Model, rows_of, split_batch
 from .loss import TrainerLoss, with_weights
 from .optimizer import OptimizerView, rebuilt
 from .refusals import refuse_arguments, refuse_hooks, refuse_optimizer
+from .routed_loss import RoutedLoss
 
 if TYPE_CHECKING:
     from deepspeed.pipe import PipelineModule
@@ -56,6 +59,8 @@ class DualPipeTrainer(Trainer):
         num_stages: pipeline ranks; by default all processes. More processes than stages make replicas.
         deepspeed_config: sections added to the configuration that the Trainer makes, for instance
             `{"zero_optimization": {"stage": 0}}`.
+        expert_parallel: the section of that name: experts of the model are shared by replicas, for instance
+            `{"enabled": True, "autoep_size": 2}`. How evenly they are used goes to the logs.
         enable_profiling: keep a profile of the run in `dualpipe_profile.json` in the output folder.
         options: as for `Trainer`.
 
@@ -74,12 +79,17 @@ class DualPipeTrainer(Trainer):
         schedule: str = "dualpipe",
         num_stages: int | None = None,
         deepspeed_config: Mapping[str, Any] | None = None,
+        expert_parallel: Mapping[str, Any] | None = None,
         enable_profiling: bool = False,
         **options: Any,
     ) -> None:
         self._engine: DualPipeEngine | None = None
         self._num_chunks, self._schedule = num_chunks, schedule
         self._extra = dict(deepspeed_config or {})
+        if expert_parallel is not None:
+            if EXPERT_PARALLEL in self._extra:
+                raise ConfigError("expert_parallel= is in deepspeed_config= too: leave one of them out")
+            self._extra[EXPERT_PARALLEL] = dict(expert_parallel)
         self._profiling = enable_profiling
         super().__init__(model, args, *positional, **options)
         refuse_arguments(self.args)
@@ -105,11 +115,6 @@ class DualPipeTrainer(Trainer):
         from deepspeed.runtime.pipe.topology import PipeDataParallelTopology
 
         dualpipe_engine_config = self._configuration()
-        if getattr(getattr(_base_model(self.model), "config", None), "output_router_logits", False):
-            raise ConfigError(
-                "DualPipeTrainer has no auxiliary loss over routers: set output_router_logits=False in the model's "
-                "configuration, or train its adapter's PipelineModule by dualpipe_engine.initialize"
-            )
         adapter = get_model_adapter(_base_model(self.model))
         deepspeed.init_distributed(verbose=False)  # takes the process group that is there
         module = PipelineModule(
@@ -134,6 +139,9 @@ class DualPipeTrainer(Trainer):
         precision = {"bf16": {"enabled": bool(args.bf16)}, "fp16": {"enabled": bool(args.fp16)}}
         extra = copy.deepcopy(self._extra)
         pipeline = {"schedule": self._schedule, **extra.pop("pipeline", {})}
+        if read_section(extra.get(EXPERT_PARALLEL)) is not None:
+            every = args.logging_steps  # below 1 a share of all steps
+            pipeline = {"load_report_steps": int(every) if every >= 1 else 10} | pipeline
         return {
             "train_micro_batch_size_per_gpu": max(1, args.per_device_train_batch_size // self._num_chunks),
             "gradient_accumulation_steps": self._num_chunks,
@@ -148,12 +156,13 @@ class DualPipeTrainer(Trainer):
 
     def _batch_loss(self, adapter: ModelAdapter) -> TrainerLoss:
         try:
-            own = adapter.loss_fn
+            own = adapter.own_loss
         except ConfigError:
             if self.compute_loss_func is None and type(self).compute_loss is Trainer.compute_loss:
                 raise
             own = None
-        return TrainerLoss(self, _base_model(self.model), own)
+        weight, model = adapter.auxiliary_weight, _base_model(self.model)
+        return TrainerLoss(self, model, own) if weight is None else RoutedLoss(self, model, own, weight)
 
     def _shifted(self) -> bool:
         """Whether the model is a causal language model, whose labels are those of the tokens before."""
@@ -237,6 +246,13 @@ class DualPipeTrainer(Trainer):
         dist.all_reduce(total, group=self._make_engine()._replica_group)
         return total
 
+    def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
+        """As the Trainer's; beside the loss stands how evenly experts were used in the step last reported."""
+        report = None if self._engine is None else self._engine.expert_load
+        if report is not None and "loss" in logs:
+            logs = logs | report.values()
+        super().log(logs, *args, **kwargs)
+
     def _clip_grad_norm(self, model: Model) -> float | None:
         return self._get_grad_norm(model)
 
@@ -314,7 +330,7 @@ class DualPipeTrainer(Trainer):
         source = engine.place.has_outputs
         box: list[Any] = [outputs if engine.global_rank == source else None]
         dist.broadcast_object_list(box, src=source, group=engine._pipeline_group)
-        logits = torch.cat(box[0])
+        logits = torch.cat([output[0] if isinstance(output, tuple) else output for output in box[0]])
         if not labelled:
             return None, logits, None
         loss_fn = engine.module.loss_fn
