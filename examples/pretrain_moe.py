@@ -13,22 +13,18 @@ from __future__ import annotations
 from functools import partial
 from typing import Any
 
-from training import parse_arguments, run
+from training import expert_loads, parse_arguments, run
 
 from dualpipe_engine.models.config import MoEConfig
-from dualpipe_engine.models.routing import Router
 from dualpipe_engine.models.transformer import layers, loss
 
 REPLICAS = 2
 MTP_WEIGHT = 0.3
 
 
-def loads(engine: Any) -> list[tuple[str, str]]:
-    """How even the experts of this rank's blocks were used in the last step."""
-    found = [part.load for part in engine.module.modules() if isinstance(part, Router)]
-    text = ", ".join(f"{float(load.max() / load.mean()):.2f}" for load in found if load.any())
-    rows = [("losses in training", f"with {MTP_WEIGHT} x that of the byte after the next; held out: of the next byte")]
-    return rows + ([("busiest expert over the mean, blocks of rank 0", text)] if text else [])
+def rows(engine: Any) -> list[tuple[str, str]]:
+    what = f"with {MTP_WEIGHT} x that of the byte after the next; held out: of the next byte"
+    return [("losses in training", what), *expert_loads(engine)]
 
 
 def main() -> None:
@@ -44,7 +40,7 @@ def main() -> None:
         sequence_loss=1e-4,
         mtp_depth=1,
     )
-    run(args, lambda replica: layers(config, replica), partial(loss, mtp_weight=MTP_WEIGHT), REPLICAS, "moe-", loads)
+    run(args, lambda replica: layers(config, replica), partial(loss, mtp_weight=MTP_WEIGHT), REPLICAS, "moe-", rows)
 
 
 if __name__ == "__main__":

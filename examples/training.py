@@ -92,8 +92,21 @@ def train(engine: Any, data: Any, folder: Path, steps: int, console: Console | N
             progress.update(task, advance=1, loss=losses[-1], speed=tokens / seconds, step=seconds)
             if console is not None:
                 row = {"step": step, "loss": losses[-1], "lr": engine.get_lr()[0], "seconds": seconds}
-                log.write(json.dumps(row | {"tokens_per_second": tokens / seconds}) + "\n")
+                row["tokens_per_second"] = tokens / seconds
+                load = getattr(engine, "expert_load", None)
+                if load is not None and load.step == step + 1:
+                    row |= load.values()
+                log.write(json.dumps(row) + "\n")
     return losses
+
+
+def expert_loads(engine: Any) -> list[tuple[str, str]]:
+    """How evenly the experts of each layer were used, for the table at the end."""
+    load = engine.expert_load
+    if load is None:
+        return []
+    text = ", ".join(f"{each.uneven:.2f}" for each in load.layers)
+    return [(f"busiest expert over the mean, each layer, step {load.step}", text)]
 
 
 def report(
@@ -153,6 +166,8 @@ def run(
     settings = json.loads(Path(args.deepspeed_config).read_text())
     if args.schedule:
         settings.setdefault("pipeline", {})["schedule"] = args.schedule
+        if args.schedule == "1f1b-deepspeed":
+            settings["pipeline"].pop("load_report_steps", None)  # DeepSpeed's engine has no such report
     settings["steps_per_print"] = None
     deepspeed.init_distributed(verbose=False)
     torch.manual_seed(1)

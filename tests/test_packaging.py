@@ -77,6 +77,7 @@ ROOMS = [
     "engine.auto",
     "engine.plan",
     "engine.timelines",
+    "engine.load_report",
     "engine.reporting",
     "engine.surface",
     "engine.life_cycle",

@@ -110,8 +110,21 @@ class ModelAdapter:
         Raises:
             ConfigError: its class has none that is known.
         """
-        own = own_loss(self.model)
-        return own if self._routing is None else self._routing.with_loss(own)
+        return self.own_loss if self._routing is None else self._routing.with_loss(self.own_loss)
+
+    @property
+    def own_loss(self) -> LossFn:
+        """The same without the auxiliary loss over routers, of the logits alone.
+
+        Raises:
+            ConfigError: its class has none that is known.
+        """
+        return own_loss(self.model)
+
+    @property
+    def auxiliary_weight(self) -> float | None:
+        """Factor of the auxiliary loss over routers; None: outputs come without it."""
+        return None if self._routing is None else self._routing.weight
 
     @property
     def tied(self) -> bool:

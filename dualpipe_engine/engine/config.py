@@ -41,6 +41,7 @@ _PROMISES = (
     "check_twins",
     "check_finite",
     "recompute",
+    "load_report_steps",
     "save_on_signal",
     "save_folder",
 )
@@ -72,6 +73,8 @@ class DualPipeConfig(BaseModel):
     """Compare all copies of every parameter by hash after every so many steps; null: never."""
     check_finite: bool = False
     """NaN or inf: true also looks at every weight gradient and ends the run before the optimizer steps; false warns."""
+    load_report_steps: int | None = Field(default=None, ge=1)
+    """Report after every so many steps how evenly the experts of each layer were used; null: with "steps_per_print"."""
     partition_method: str | None = None
     """How layers are cut into stages: "6,6,5,5" are the layers of each, first stage first; "pairs" so that ranks have
     equal work and the plan runs fast, "parameters", "uniform" or "type:REGEX"; null keeps the PipelineModule's cut, or

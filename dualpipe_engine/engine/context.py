@@ -81,6 +81,7 @@ class Context:
         partitions_gradients: whether every B and W is to be reduced by itself (ZeRO-2).
         steps: what is left to DeepSpeed.
         optimizer: DeepSpeed's; another one when a client configures it anew.
+        load_report_steps: after how many steps the loads of experts are reported; None: never.
     """
 
     module: PlacedModule
@@ -96,6 +97,7 @@ class Context:
     partitions_gradients: bool
     steps: Steps
     optimizer: Optimizer
+    load_report_steps: int | None
 
     @property
     def sums_in_fp32(self) -> bool:

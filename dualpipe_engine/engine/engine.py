@@ -46,6 +46,7 @@ from .config import DualPipeConfig
 from .context import Context, Groups, Scaling, Steps
 from .given import Optimizer, ParamEntry, Settings
 from .life_cycle import LifeCycle
+from .load_report import LoadReporter
 from .placing.experts import has_experts
 from .placing.grid import Place
 from .placing.module import PlacedModule
@@ -112,6 +113,7 @@ class DualPipeEngine(LifeCycle, Evaluation, Measuring, Reporting, Checkpoints, L
         self.totals = Totals(groups, self.device, self.signals_here)
         self._init_pipeline_state(base_grid)
         self._context = self._make_context(plan)
+        self._load_reporter = LoadReporter(self._context, self._pipeline_group)
         self._init_executor()
         # They have transfers of their own, or DeepSpeed's reduction asks which gradients there are.
         bound = has_experts(self.module) or has_phases(self.module) or self.is_model_parallel
@@ -153,7 +155,14 @@ class DualPipeEngine(LifeCycle, Evaluation, Measuring, Reporting, Checkpoints, L
             partitions_gradients=self.zero_optimization_partition_gradients(),
             steps=Steps(self._reduce_all, lambda: self._exec_optimizer_step(), lambda: self.global_steps),
             optimizer=self.optimizer,
+            load_report_steps=self._load_report_steps(),
         )
+
+    def _load_report_steps(self) -> int | None:
+        if not self.module.dualpipe_counts:
+            return None
+        every: int | None = self.dualpipe_config.load_report_steps or self.steps_per_print()
+        return every
 
     def _scaling(self) -> Scaling:
         dtype, copies = self.communication_data_type, self.mpu.get_data_parallel_world_size()

@@ -30,6 +30,7 @@ from .checks.written_buffers import check_statistics
 from .config import AUTO, STOCK, DualPipeConfig, check_zero, find_config, micro_batches, read_config
 from .engine import DualPipeEngine
 from .given import Collate, Dataset, Loader, Optimizer, ParamEntry, Scheduler, Settings
+from .load_report import check_load_report
 from .placing.balance import stage_bounds
 from .placing.experts import make_expert_groups, stand_in_for_experts
 from .placing.grid import Place, groups_of, set_device
@@ -194,6 +195,7 @@ def _place(model: PipelineModule, settings: Settings, dualpipe: DualPipeConfig, 
     base_grid = model._grid
     bounds = stage_bounds(model, plan, dualpipe, costs)
     placed = place(model, plan.placement, bounds)
+    model.dualpipe_counts = check_load_report(model, dualpipe)
     make_expert_groups(model, base_grid)
     stand_in_for_experts(model)
     agree_on_copies(model, model.dualpipe_layers, placed.replica)

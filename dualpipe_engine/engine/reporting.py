@@ -6,6 +6,9 @@ from deepspeed.runtime.pipe.engine import TRAIN_BATCH_TIMER, PipelineEngine
 from deepspeed.utils import logger
 
 from ..comm.from_all import from_all
+from ..profiling.expert_load import LoadReport
+from ..schedule.progress import waiting
+from .load_report import LoadReporter
 from .placing.grid import Place
 
 
@@ -13,6 +16,8 @@ class Reporting(PipelineEngine):
     """The part of `DualPipeEngine` that reports."""
 
     place: Place
+    _load_reporter: LoadReporter
+    expert_load: LoadReport | None = None  #: of the last step that was reported ("load_report_steps")
 
     def _report_split(self) -> None:
         """After the first batch, whose forwards show it: which share of the weights runs in W, and what does not; and
@@ -42,6 +47,19 @@ class Reporting(PipelineEngine):
             loss = self.agg_train_loss
             assert loss is not None
             self.monitor.write_events([("Train/Samples/train_loss", loss.item(), self.global_samples)])
+        self._report_loads()
+
+    def _report_loads(self) -> None:
+        """Where it is due. Collective over the ranks of a pipeline."""
+        if not self._load_reporter.due():
+            return
+        with waiting():
+            self.expert_load = report = self._load_reporter.report()
+        if self.global_rank == 0:
+            print(f"steps: {report.step} {report}")
+            if self.monitor.enabled:
+                seen = self.global_samples
+                self.monitor.write_events([(f"Train/Samples/{name}", x, seen) for name, x in report.values().items()])
 
     def _wall_clock(self) -> str:
         """The milliseconds of each kind of op on this rank in the last training batch."""

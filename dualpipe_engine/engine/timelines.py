@@ -12,6 +12,8 @@ from deepspeed.runtime.pipe.engine import PipelineEngine
 
 from ..comm.from_all import from_all
 from ..comm.stream import transfer_of
+from ..profiling.expert_load import LoadReport
+from ..profiling.profile import EXPERT_LOAD
 from ..profiling.profiler import ProfiledJob, current_profiler
 from ..schedule.op import COMPUTE
 from ..schedule.timeline import Hop, Span, Timeline
@@ -23,6 +25,8 @@ Measured = TypeVar("Measured", Span, Hop)
 
 class Measuring(PipelineEngine):
     """The part of `DualPipeEngine` that measures."""
+
+    expert_load: LoadReport | None
 
     def timeline(self) -> Timeline:
         """When each op of the last training batch ran on each rank of this pipeline.
@@ -75,7 +79,7 @@ class Measuring(PipelineEngine):
 
     def _profile_facts(self) -> dict[str, object]:
         """What `Profile.facts` names."""
-        config = self.dualpipe_config
+        config, load = self.dualpipe_config, self.expert_load
         return {
             "schedule": config.schedule,
             "optimize": config.optimize,
@@ -86,4 +90,5 @@ class Measuring(PipelineEngine):
             "zero_stage": self.zero_optimization_stage(),
             "weight_split": None if self._store is None else self.weight_split.share,
             "device": self.device.type,
+            EXPERT_LOAD: None if load is None else load.to_json(),
         }

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from .config import MoEConfig
+from .counting import Counting, counters
 
 
 class Routing(NamedTuple):
@@ -34,7 +35,7 @@ def count(experts: Tensor, num_experts: int) -> Tensor:
     return flat.new_zeros(num_experts).scatter_add_(0, flat, torch.ones_like(flat))
 
 
-class Router(nn.Module):
+class Router(Counting, nn.Module):
     """Top-k gate.
 
     "bias": sigmoid scores; a bias that only the choice sees falls where an expert has had more tokens than the mean,
@@ -44,17 +45,11 @@ class Router(nn.Module):
     tokens of one micro-batch. The weights of the chosen experts add up to `routed_scale`, except with one expert, where
     that would leave the gate without a gradient, unless `normalised` says otherwise.
 
-    Buffers stay in fp32 whatever the weights are cast to.
-
-    Attributes:
-        counts: [experts], tokens that this rank has sent to each expert since the last `rebalance`.
-        load: [experts], the same over all copies, of the last batch.
     """
 
     bias: Tensor
-    counts: Tensor
-    load: Tensor
-    _keep_in_fp32_modules_strict = ("bias", "counts", "load")  # DeepSpeed looks here when it casts buffers
+    follows = True
+    _keep_in_fp32_modules_strict = ("bias", "counts", "load")
 
     def __init__(self, config: MoEConfig) -> None:
         super().__init__()
@@ -62,8 +57,8 @@ class Router(nn.Module):
         self.weight = nn.Parameter(torch.empty(config.experts, config.hidden))
         nn.init.normal_(self.weight, std=0.02 if config.init_std is None else config.init_std)
         self.register_buffer("bias", torch.zeros(config.experts))
-        self.register_buffer("counts", torch.zeros(config.experts), persistent=False)
-        self.register_buffer("load", torch.zeros(config.experts), persistent=False)
+        for name, zeros in counters(config.experts):
+            self.register_buffer(name, zeros, persistent=False)
 
     def forward(self, x: Tensor, sequences: int = 1) -> Routing:
         """Route `x [tokens, hidden]`, one after another those of `sequences` of one length; gates are computed in fp32
@@ -81,9 +76,7 @@ class Router(nn.Module):
         if config.top_k > 1 if config.normalised is None else config.normalised:
             weights = weights / weights.sum(dim=-1, keepdim=True)
         counts = count(experts, config.experts)
-        # Recomputation, which is part of a backward, must not count again.
-        if self.training and torch._C._current_graph_task_id() == -1:
-            self.counts += counts
+        self.note(counts)
         loss = scores.new_zeros(1)
         if config.balancing == "loss" and self.training:
             share = counts.to(precise) / experts.numel()
@@ -115,24 +108,26 @@ class Router(nn.Module):
     @torch.no_grad()
     def rebalance(self, load: Tensor) -> None:
         """Move the biases after a step by what all copies have counted, `load [experts]`."""
-        self.load.copy_(load)
-        self.counts.zero_()
+        super().rebalance(load)
         if self.config.balancing == "bias":
             self.bias += self.config.bias_rate * torch.sign(load.mean() - load).to(self.bias.dtype)
 
 
-def rebalance(module: nn.Module, group: dist.ProcessGroup | None) -> None:
-    """Rebalance all routers of a rank by the tokens of one batch.
+def rebalance(module: nn.Module, group: dist.ProcessGroup | None, due: bool = False) -> None:
+    """Tell those who count on a rank what all copies have counted in one batch, and start anew.
 
     Args:
-        module: holds the routers.
+        module: holds routers, and blocks of others that count.
         group: the ranks that hold copies of them, the mirror included; collective over it. None: this rank alone.
+        due: whether all of them are told, not only those that follow.
     """
-    routers = [part for part in module.modules() if isinstance(part, Router)]
-    if not routers:
-        return
-    counts = torch.cat([router.counts for router in routers])
-    if group is not None:
-        dist.all_reduce(counts, group=group)
-    for router, load in zip(routers, counts.split([len(router.counts) for router in routers]), strict=True):
-        router.rebalance(load)
+    counting = [part for part in module.modules() if isinstance(part, Counting)]
+    told = [part for part in counting if due or part.follows]
+    if told:
+        counts = torch.cat([part.counts for part in told])
+        if group is not None:
+            dist.all_reduce(counts, group=group)
+        for part, load in zip(told, counts.split([len(part.counts) for part in told]), strict=True):
+            part.rebalance(load)
+    for part in counting:
+        part.counts.zero_()

@@ -6,6 +6,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from ..profiling.breakdown import CATEGORIES, COMMUNICATION, DATA_TIME, OPTIMIZER, OTHER, REDUCING, WAITING
+from ..profiling.expert_load import PREFIX, UNEVEN, LoadReport
 from ..profiling.profile import Profile
 from ..schedule.op import COMPUTE, FB, B, F, I, W
 from ..schedule.search.compare import Row
@@ -207,6 +208,47 @@ def communication(profile: Profile) -> Figure:
             )
     figure.update_layout(barmode="stack", height=340, legend=_BELOW)
     figure.update_yaxes(title_text="ms of a step")
+    return figure
+
+
+def expert_rows(load: LoadReport) -> Figure:
+    """A row a layer, a column an expert: its rows by the mean of the layer."""
+    from plotly.graph_objects import Figure, Heatmap
+
+    shares = [[each * len(layer.rows) / max(1, sum(layer.rows)) for each in layer.rows] for layer in load.layers]
+    picture = Heatmap(
+        z=[_rounded(row) for row in shares],
+        y=[f"layer {layer.layer}" for layer in load.layers],
+        colorscale="RdBu_r",
+        zmid=1.0,
+        ygap=2,
+        colorbar={"title": {"text": "by the mean"}},
+        customdata=[list(layer.rows) for layer in load.layers],
+        hovertemplate="%{y}, expert %{x}: %{customdata} rows, %{z:.2f}x the mean<extra></extra>",
+    )
+    figure = Figure(picture)
+    figure.update_layout(height=150 + 24 * len(load.layers))
+    figure.update_yaxes(autorange="reversed", type="category")
+    figure.update_xaxes(title_text="expert")
+    return figure
+
+
+def unevenness(history: Sequence[Mapping[str, float]]) -> Figure | None:
+    """The busiest expert of each layer by the mean over the steps; None where nothing of it was logged."""
+    from plotly.graph_objects import Figure, Scatter
+
+    names = dict.fromkeys(name for row in history for name in row if PREFIX in name and name.endswith(UNEVEN))
+    figure = Figure()
+    for name in names:
+        found = _series(history, [name])
+        assert found is not None
+        layer = name.partition(PREFIX)[2].removesuffix(f"/{UNEVEN}").replace("_", " ", 1)
+        figure.add_trace(Scatter(name=layer, x=found[0], y=found[1], mode="lines+markers"))
+    if not names:
+        return None
+    figure.update_layout(height=340, showlegend=True, legend=_BELOW)
+    figure.update_xaxes(title_text="step")
+    figure.update_yaxes(title_text="busiest expert, by the mean")
     return figure
 
 

@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING, Any
 
 from ..errors import MissingExtraError, ProfileError
 from ..profiling.doctor import diagnose
+from ..profiling.expert_load import LoadReport
+from ..profiling.profile import EXPERT_LOAD
 from ..schedule.search.compare import Row, fastest
 from ..schedule.search.job_costs import gib
 from . import figures
@@ -113,6 +115,9 @@ def _sections(run: Run) -> Iterator[tuple[str, str, str]]:
         + _plot("step", figures.where_time_goes(profile))
         + _plot("communication", figures.communication(profile)),
     )
+    load = profile.expert_load
+    if load is not None:
+        yield "experts", "Expert load", _experts(load, run)
     yield (
         "memory",
         "Memory over the step",
@@ -131,7 +136,8 @@ def _sections(run: Run) -> Iterator[tuple[str, str, str]]:
         + _plot("what-if", figures.choices(rows, profile.plan.schedule))
         + _choices(rows, profile.plan.schedule),
     )
-    yield "job", "The job", _json({**profile.facts, **({"config": run.config} if run.config else {})})
+    facts = {name: value for name, value in profile.facts.items() if name != EXPERT_LOAD}
+    yield "job", "The job", _json({**facts, **({"config": run.config} if run.config else {})})
 
 
 def _cards(run: Run) -> str:
@@ -167,6 +173,29 @@ def _findings(run: Run) -> str:
             f"<small>costs {_ms(each.cost)} a step{gain}</small></li>"
         )
     return f"<ol>{''.join(lines)}</ol>"
+
+
+def _experts(load: LoadReport, run: Run) -> str:
+    """Rows of each expert by the mean of its layer, the numbers of each layer, and what the log has of them."""
+    heads = ("layer", "busiest expert, by the mean", "least used, of all rows", "busiest rank, by the mean", "ranks")
+    lines = ["<tr>" + "".join(f"<th>{head}</th>" for head in heads) + "</tr>"]
+    for each in load.layers:
+        mark = ' class="now"' if each is load.worst else ""
+        cells = (
+            escape(each.layer),
+            f"{each.uneven:.2f}",
+            f"{each.least:.2%}",
+            f"{each.busiest_rank:.2f}",
+            str(each.ranks),
+        )
+        lines.append(f"<tr{mark}>" + "".join(f"<td>{cell}</td>" for cell in cells) + "</tr>")
+    over_time = figures.unevenness(run.history)
+    return (
+        _say(f"Rows of each expert in step {load.step}, all micro-batches and replicas; no row is dropped.")
+        + _plot("experts", figures.expert_rows(load))
+        + f'<div class="scroll"><table>{"".join(lines)}</table></div>'
+        + ("" if over_time is None else _plot("unevenness", over_time))
+    )
 
 
 def _choices(rows: Sequence[Row], current: str) -> str:

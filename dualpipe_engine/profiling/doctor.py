@@ -152,6 +152,30 @@ def _unbalanced(case: _Case) -> Finding | None:
     )
 
 
+def _uneven_experts(case: _Case) -> Finding | None:
+    load = case.profile.expert_load
+    if load is None:
+        return None
+    kept = [1 - load.excess(stage) for stage in range(case.plan.placement.num_stages)]
+    f, i, w, fb = zip(
+        *([part * kept[stage] for part in case.costs.at(stage)] for stage in range(len(kept))), strict=True
+    )
+    even = replace(case.costs, f=f, i=i, w=w, fb=None if case.costs.fb is None else fb)
+    saved = [sum(case.costs.duration(op) - even.duration(op) for op in program) for program in case.plan.programs]
+    cost, worst = max(saved), max(load.layers, key=lambda layer: layer.busiest_rank)
+    if cost < 0.03 * case.step:
+        return None
+    return Finding(
+        "uneven experts",
+        cost,
+        case.makespan - simulate(case.plan, even).makespan,
+        f"the ranks that share experts wait for the busiest of them for about {case.share(cost)}: in layer "
+        f"{worst.layer} it has {worst.busiest_rank:.2f}x the mean of the rows, its busiest expert {worst.uneven:.2f}x.",
+        'Balance the routers: a larger bias_rate or sequence_loss ("bias"), a larger weight of the auxiliary loss '
+        "(router_aux_loss_coef with output_router_logits=True); or let fewer ranks share the experts.",
+    )
+
+
 def _few_micro_batches(case: _Case) -> Finding | None:
     plan, cost = case.plan, max(rank.bubble for rank in case.pipeline)
     if plan.schedule not in KNOWN:
@@ -376,6 +400,7 @@ def _guarded(check: Callable[[_Case], Finding | None]) -> Callable[[_Case], Find
 _CHECKS = [
     _straggler,
     _guarded(_unbalanced),
+    _guarded(_uneven_experts),
     _guarded(_few_micro_batches),
     _guarded(_overlap),
     _guarded(_other_schedule),

@@ -19,8 +19,10 @@ from ..schedule.timeline import Timeline
 from ..schedule.timing.costs import CostModel
 from ..schedule.timing.simulate import simulate
 from .breakdown import CATEGORIES
+from .expert_load import LoadReport
 
 KEY = "dualpipe_profile"
+EXPERT_LOAD = "expert_load"
 VERSION = 1
 
 
@@ -78,7 +80,7 @@ class Profile:
         steps: seconds of each recorded step, oldest first.
         makespan: seconds from the first to the last compute op of the first pipeline, mean over the steps.
         facts: what is known of the job: "schedule", "micro_batch_size", "zero_stage", "device" ("cpu", "cuda"),
-            "weight_split" (0..1), "partition_method", "environment".
+            "weight_split" (0..1), "partition_method", "environment", "expert_load" (see `expert_load.LoadReport`).
     """
 
     plan: Plan
@@ -98,6 +100,12 @@ class Profile:
         """Index of the recorded step whose length is the median."""
         middle = median(self.steps)
         return min(range(len(self.steps)), key=lambda index: abs(self.steps[index] - middle))
+
+    @property
+    def expert_load(self) -> LoadReport | None:
+        """How evenly experts were used in the last step that was reported; None: no layer has experts."""
+        data = self.facts.get(EXPERT_LOAD)
+        return None if data is None else LoadReport.from_json(data)
 
     def simulated(self) -> Timeline:
         """The plan simulated with the measured costs, transfers for nothing."""
@@ -136,7 +144,12 @@ class Profile:
             costs.check(plan.placement.num_stages)
             if not ranks or not data["steps"]:
                 raise ValueError("it holds no rank or no step")
-            return cls(plan, costs, ranks, data["steps"], data["makespan"], data["facts"])
+            made = cls(plan, costs, ranks, data["steps"], data["makespan"], data["facts"])
+            if (load := made.expert_load) is not None and not all(
+                0 <= each.stage < plan.placement.num_stages for each in load.layers
+            ):
+                raise ValueError("experts are on a stage that there is not")
+            return made
         except (KeyError, TypeError, ValueError, AttributeError, PlanError) as error:
             raise ProfileError(f"the profile is damaged ({type(error).__name__}: {error})") from None
 

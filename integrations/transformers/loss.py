@@ -172,7 +172,12 @@ class StandIn:
         output: logits.
         inputs: of the micro-batch.
         number: of the micro-batch; None: its loss is computed for another purpose.
+
+    Attributes:
+        auxiliary: (weight, loss over routers), of which the loss with labels has the product; None: there is none.
     """
+
+    auxiliary: tuple[float, torch.Tensor] | None = None
 
     def __init__(
         self, model: Model, own: Loss | None, output: Nest, inputs: Mapping[str, Any], number: int | None = None
@@ -194,7 +199,11 @@ class StandIn:
         labels, loss = given.get("labels"), None
         if labels is not None:
             loss = self._loss(labels, given.get("num_items_in_batch"))
-        return SequenceClassifierOutput(loss=loss, logits=self._output)
+        found = SequenceClassifierOutput(loss=loss, logits=self._output)
+        if self.auxiliary is not None:
+            weight, found.aux_loss = self.auxiliary
+            found.loss = None if loss is None else loss + weight * found.aux_loss
+        return found
 
     def _loss(self, labels: Nest, items: object) -> torch.Tensor:
         text = type(self._model).__name__

@@ -19,12 +19,15 @@ from transformers.trainer_utils import TrainOutput
 import dualpipe_engine
 from dualpipe_engine.adapters import ModelAdapter, gather_state_dict, get_model_adapter
 from dualpipe_engine.errors import CheckpointError, ConfigError
+from dualpipe_engine.models.autoep.section import NAME as EXPERT_PARALLEL
+from dualpipe_engine.models.autoep.section import read_section
 
 from .batches import Batch, Model
 from .evaluation import PipelineEvaluation
 from .loss import StandIn, TrainerLoss, with_weights
 from .optimizer import OptimizerView, rebuilt
 from .refusals import refuse_arguments, refuse_hooks, refuse_optimizer
+from .routed_loss import RoutedLoss
 
 if TYPE_CHECKING:
     from deepspeed.pipe import PipelineModule
@@ -57,6 +60,8 @@ class DualPipeTrainer(PipelineEvaluation):
         num_stages: pipeline ranks; by default all processes. More processes than stages make replicas.
         deepspeed_config: sections added to the configuration that the Trainer makes, for instance
             `{"zero_optimization": {"stage": 0}}`.
+        expert_parallel: the section of that name: experts of the model are shared by replicas, for instance
+            `{"enabled": True, "autoep_size": 2}`. How evenly they are used goes to the logs.
         enable_profiling: keep a profile of the run in `dualpipe_profile.json` in the output folder.
         options: as for `Trainer`.
 
@@ -75,12 +80,17 @@ class DualPipeTrainer(PipelineEvaluation):
         schedule: str = "dualpipe",
         num_stages: int | None = None,
         deepspeed_config: Mapping[str, Any] | None = None,
+        expert_parallel: Mapping[str, Any] | None = None,
         enable_profiling: bool = False,
         **options: Any,
     ) -> None:
         self._engine: DualPipeEngine | None = None
         self._num_chunks, self._schedule = num_chunks, schedule
         self._extra = dict(deepspeed_config or {})
+        if expert_parallel is not None:
+            if EXPERT_PARALLEL in self._extra:
+                raise ConfigError("expert_parallel= is in deepspeed_config= too: leave one of them out")
+            self._extra[EXPERT_PARALLEL] = dict(expert_parallel)
         self._profiling = enable_profiling
         if positional:
             super().__init__(model, args, *positional, **options)
@@ -109,11 +119,6 @@ class DualPipeTrainer(PipelineEvaluation):
         from deepspeed.runtime.pipe.topology import PipeDataParallelTopology
 
         dualpipe_engine_config = self._configuration()
-        if getattr(getattr(_base_model(self.model), "config", None), "output_router_logits", False):
-            raise ConfigError(
-                "DualPipeTrainer has no auxiliary loss over routers: set output_router_logits=False in the model's "
-                "configuration, or train its adapter's PipelineModule by dualpipe_engine.initialize"
-            )
         adapter = get_model_adapter(_base_model(self.model))
         deepspeed.init_distributed(verbose=False)  # takes the process group that is there
         self._loss = self._batch_loss(adapter)
@@ -139,6 +144,9 @@ class DualPipeTrainer(PipelineEvaluation):
         precision = {"bf16": {"enabled": bool(args.bf16)}, "fp16": {"enabled": bool(args.fp16)}}
         extra = copy.deepcopy(self._extra)
         pipeline = {"schedule": self._schedule, **extra.pop("pipeline", {})}
+        if read_section(extra.get(EXPERT_PARALLEL)) is not None:
+            every = args.logging_steps  # below 1 a share of all steps
+            pipeline = {"load_report_steps": int(every) if every >= 1 else 10} | pipeline
         return {
             "train_micro_batch_size_per_gpu": max(1, args.per_device_train_batch_size // self._num_chunks),
             "gradient_accumulation_steps": self._num_chunks,
@@ -153,12 +161,15 @@ class DualPipeTrainer(PipelineEvaluation):
 
     def _batch_loss(self, adapter: ModelAdapter) -> TrainerLoss:
         try:
-            own = adapter.loss_fn
+            own = adapter.own_loss
         except ConfigError:
             if self.compute_loss_func is None and type(self).compute_loss is Trainer.compute_loss:
                 raise
             own = None
-        return TrainerLoss(self, _base_model(self.model), own, self._stand_in)
+        weight, model = adapter.auxiliary_weight, _base_model(self.model)
+        if weight is None:
+            return TrainerLoss(self, model, own, self._stand_in)
+        return RoutedLoss(self, model, own, weight, self._stand_in)
 
     def _stand_in(self, *given: Any) -> StandIn:
         return StandIn(*given)
@@ -247,6 +258,13 @@ class DualPipeTrainer(PipelineEvaluation):
         total = torch.as_tensor(items, dtype=torch.float64, device=device)
         dist.all_reduce(total, group=self._make_engine()._replica_group)
         return total
+
+    def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
+        """As the Trainer's; beside the loss stands how evenly experts were used in the step last reported."""
+        report = None if self._engine is None else self._engine.expert_load
+        if report is not None and "loss" in logs:
+            logs = logs | report.values()
+        super().log(logs, *args, **kwargs)
 
     def _clip_grad_norm(self, model: Model) -> float | None:
         return self._get_grad_norm(model)

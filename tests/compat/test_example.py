@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -57,3 +58,24 @@ def test_transformer():
     result = subprocess.run([*command, "--blocks", "2"], capture_output=True, text=True, timeout=300, check=False)
     assert result.returncode == 0, result.stderr
     assert "loss" in result.stdout
+
+
+@pytest.mark.all
+@pytest.mark.parametrize("name", ["moe", "qwen3_moe"])
+def test_models_with_experts_report_their_load(tmp_path, name):
+    pytest.importorskip("plotly")
+    settings = json.loads((EXAMPLES / f"{name}.json").read_text())
+    assert settings["pipeline"]["load_report_steps"] == 10
+    settings["pipeline"]["load_report_steps"] = 2
+    (tmp_path / "ds.json").write_text(json.dumps(settings))
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "4"]
+    command += [str(EXAMPLES / f"pretrain_{name}.py"), "--deepspeed_config", str(tmp_path / "ds.json")]
+    result = subprocess.run(
+        [*command, "--steps", "2", "--blocks", "3", "--name", "run"],
+        capture_output=True, text=True, timeout=300, check=False, cwd=tmp_path,
+    )  # fmt: skip
+    assert result.returncode == 0, result.stderr
+    first, second = map(json.loads, (tmp_path / "runs" / "run" / "metrics.jsonl").read_text().splitlines())
+    loads = [value for key, value in second.items() if key.endswith("max_over_mean")]
+    assert len(loads) == 3 and min(loads) >= 1 and not any(key.startswith("expert_load") for key in first)
+    assert '<section id="experts">' in (tmp_path / "runs" / "run" / "report.html").read_text()

@@ -39,6 +39,7 @@ CASES = {
     "parameters off the device": (4, 8, offloaded(2, "param", "cpu"), '"offload_param": {"device": "cpu"}'),
     "small cap": (4, 8, training.settings(8, schedule="dualpipe", activation_cap=1), "cap"),
     "bad value": (4, 8, training.settings(4, schedule="dualpipe", p2p_timeout_s=-1), "p2p_timeout_s"),
+    "loads without experts": (4, 8, training.settings(4, schedule="dualpipe", load_report_steps=2), "there are none"),
     "no plan file": (4, 8, training.settings(4, schedule="nowhere.csv"), "there is no plan file"),
 }
 

@@ -82,14 +82,6 @@ def test_lora_trains_and_saves_the_adapter(ranks, tmp_path):
         torch.testing.assert_close(value, expected[name], rtol=1e-4, atol=1e-5)
 
 
-def test_auxiliary_losses_are_refused():
-    model = runs.make_model()
-    model.config.output_router_logits = True
-    trainer = SimpleNamespace(_engine=None, _configuration=dict, model=model)
-    with pytest.raises(ConfigError, match="output_router_logits=False"):
-        DualPipeTrainer._make_engine(trainer)
-
-
 DEFAULT = ("sequence classes", "masked", "smoothed", "own loss", "own optimizer and schedule")
 
 

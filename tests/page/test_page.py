@@ -15,6 +15,7 @@ from dualpipe_engine.page import figures
 from dualpipe_engine.page.html import page, save_page
 from dualpipe_engine.page.run import PROFILE, read_run
 from dualpipe_engine.page.what_if import what_if
+from dualpipe_engine.profiling.expert_load import LayerLoad, LoadReport
 from dualpipe_engine.profiling.profile import KEY
 from dualpipe_engine.schedule.search.make_plan import make_plan
 from dualpipe_engine.schedule.timing.simulate import held_over_time, peak_activations, simulate
@@ -159,3 +160,20 @@ def test_a_browser_shows_it_without_an_error(tmp_path, scheme):
     found = subprocess.run(command, capture_output=True, text=True, timeout=300)
     assert "CONSOLE" not in found.stderr
     assert found.stdout.count('class="main-svg"') >= found.stdout.count("Plotly.newPlot") >= 5
+
+
+def test_loads_of_experts_are_shown_with_what_the_log_has_of_them(tmp_path):
+    load = LoadReport(2, (LayerLoad("1", 0, (3, 1, 0, 0), 2, 0.5), LayerLoad("4", 3, (1, 1, 1, 1), 2, 0.5)))
+    folder = folder_of(tmp_path, profile("1f1b", micros=4, expert_load=load.to_json()))
+    rows = [{"step": step, "loss": 1.0, **load.values()} for step in (0, 1)]
+    (folder / "metrics.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    run = read_run(folder)
+    text = page(run)
+    assert "<h2>Expert load</h2>" in text
+    assert '<tr class="now"><td>1</td><td>3.00</td><td>0.00%</td><td>2.00</td><td>2</td></tr>' in text
+    assert "expert_load" not in text[text.index('<section id="job">') :]
+    (picture,) = figures.expert_rows(load).data
+    assert [list(row) for row in picture.z] == [[3, 1, 0, 0], [1, 1, 1, 1]]
+    lines = {line.name: list(line.y) for line in figures.unevenness(run.history).data}
+    assert lines == {"layer 1": [3, 3], "layer 4": [1, 1]} and figures.unevenness([{"step": 0}]) is None
+    assert "<h2>Expert load</h2>" not in page(read_run(folder_of(tmp_path, profile("1f1b", micros=4))))

@@ -14,7 +14,7 @@ from torch.nn.modules.batchnorm import _NormBase
 
 from ...comm.from_all import from_all
 from ...errors import PipelineRuntimeError
-from ...models.routing import Router
+from ...models.counting import Counting
 from ...schedule.placement import Placement
 from .agreement import raise_everywhere
 
@@ -123,7 +123,7 @@ class WrittenBuffers:
         raise PipelineRuntimeError(text, everywhere=self._replicas == 1)
 
     def _buffers(self) -> list[tuple[str, torch.Tensor]]:
-        counted = {id(part.counts) for part in self._module.modules() if isinstance(part, Router)}
+        counted = {id(part.counts) for part in self._module.modules() if isinstance(part, Counting)}
         return [(name, each) for name, each in self._module.named_buffers() if id(each) not in counted]
 
 

@@ -39,6 +39,8 @@ class PlacedModule(PipelineModule):
     """Layers with shared experts that offer no phases, and why."""
     dualpipe_recomputed: dict[str, nn.Module]
     """Modules that are computed again in the backward, by number of the layer and name."""
+    dualpipe_counts: bool
+    """Whether any layer of the pipeline counts the rows of its experts."""
 
     def stage_owner(self, layer_idx: int) -> int:
         """The pipe position, in DeepSpeed's grid, of the layer."""

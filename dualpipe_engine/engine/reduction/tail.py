@@ -85,7 +85,9 @@ class GradientTail:
         self._finite.before_step(context.steps.done() + 1)
         with waiting(alone=False):  # the user's optimizer may fail, too
             context.steps.step()
-            rebalance(context.module, context.groups.copies)
+            every = context.load_report_steps
+            due = every is not None and context.steps.done() % every == 0
+            rebalance(context.module, context.groups.copies, due)
 
     def forget(self) -> None:
         """Drop the gradients of a batch that was not stepped."""

@@ -27,6 +27,7 @@ from torch import Tensor, nn
 from ...comm.all_to_all import Counts, exchange
 from ...comm.stream import SharedStream, shared_stream
 from ...comm.tickets import Tickets
+from ..counting import Counting, counters
 from .weights import Unread, form_of
 
 State = dict[str, Any]
@@ -44,7 +45,7 @@ class Reached(BaseException):
         self.hidden = hidden
 
 
-class SharedMoE(AutoEPMoELayer):
+class SharedMoE(Counting, AutoEPMoELayer):
     """A MoE block whose experts are shared by ranks.
 
     A state dict is that of this rank, in DeepSpeed's names; where the block is `whole` it is what the block would have
@@ -62,6 +63,8 @@ class SharedMoE(AutoEPMoELayer):
         super().__init__(spec, source, size, rank, config, deepep_scope=0)  # without a buffer of DeepEP to share
         for name in [name for name, part in self._modules.items() if part is self.router and name != "router"]:
             delattr(self, name)  # for recorders of whole models
+        for buffer, zeros in counters(spec.num_experts, self.tokens_per_expert.device):
+            self.register_buffer(buffer, zeros, persistent=False)
         self._form = form_of(spec, source)
         self._whole: dict[str, Tensor] | None = None
         self._stream: SharedStream | None = None
@@ -167,6 +170,7 @@ class SharedMoE(AutoEPMoELayer):
         """
         x = hidden.reshape(-1, hidden.shape[-1])
         scores, experts, counts = self.router(x, self.expert_bias)
+        self.note(counts)
         order = torch.argsort(experts.view(-1), stable=True)
         rows = apply_scores_before_experts_if_enabled(
             x[order // self.top_k], scores.view(-1)[order], score_apply=self.score_apply
