@@ -20,7 +20,7 @@ if [ "${1:-}" = --shuffle ]; then
     shift 2
 fi
 EXTRAS=test
-case " $* " in *" --all "*) EXTRAS=test,docs ;; esac  # the site is built
+case " $* " in *" --all "*) EXTRAS=test,docs,trl ;; esac  # the site is built, TRL trains
 # shellcheck disable=SC1091
 . "$ROOT/examples/setup_env.sh"
 cd "$ROOT"
