@@ -155,6 +155,7 @@ def test_training_and_checkpoints_with_experts(ranks, tmp_path, zero):
         checkpoint_runs.convert(tmp_path / "global_step2", tmp_path / "universal")
 
 
+@pytest.mark.all
 def test_auto_measures_experts_that_ranks_share(ranks, tmp_path):
     path = tmp_path / "costs.json"
     found = ranks.run(4, moe_runs.measured, path=path, ranks=2)

@@ -189,6 +189,7 @@ def test_training_and_checkpoints(ranks, tmp_path, schedule):
         assert rank["same"] and rank["resumed"] == rank["losses"][2:]
 
 
+@pytest.mark.all
 def test_weights_move_to_another_cut_in_the_published_format(ranks, tmp_path):
     found = ranks.run(4, mtp_runs.moved, model={"mtp_depth": 1, "bias_rate": 0.05} | GROUPED, folder=str(tmp_path))
     for rank in found:

@@ -48,7 +48,9 @@ def test_trains_to_the_same_bits(ranks, cases):
 @pytest.mark.parametrize(
     ("more", "precision"),
     [
-        ({"model": {"expert_parallel": 2, "mtp_depth": 1, "balancing": "loss"}}, "fp32"),
+        pytest.param(
+            {"model": {"expert_parallel": 2, "mtp_depth": 1, "balancing": "loss"}}, "fp32", marks=pytest.mark.all
+        ),
         pytest.param({"model": {"attention": "grouped"}}, "bf16", marks=pytest.mark.all),
         pytest.param({"activation_checkpoint_interval": 1, "use_reentrant": False}, "fp32", marks=pytest.mark.all),
         pytest.param({"activation_checkpoint_interval": 1, "overlap": False}, "fp32", marks=pytest.mark.all),

@@ -57,6 +57,7 @@ def test_accumulated_batches(ranks, tmp_path):
         assert (each["step"], each["lr"]) == (stock["step"], stock["lr"])
 
 
+@pytest.mark.all
 def test_replicas_share_the_samples(ranks, tmp_path):
     """Two pipelines with batches of 16 do what one process does with batches of 32."""
     [stock] = ranks.run(1, runs.train, kind="stock", folder=str(tmp_path / "stock"), devices=1, batch=32, steps=4)

@@ -25,6 +25,7 @@ def assert_alike(found, expected):
         torch.testing.assert_close(torch.as_tensor(found), torch.as_tensor(expected), rtol=0, atol=2e-6)
 
 
+@pytest.mark.all
 def test_predictions_are_those_of_one_process(ranks, tmp_path):
     theirs = ranks.run(1, runs.outputs, folder=str(tmp_path / "stock"), stock=True)[0]
     for ours in ranks.run(2, runs.outputs, folder=str(tmp_path / "ours")):

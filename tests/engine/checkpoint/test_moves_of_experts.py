@@ -23,6 +23,7 @@ def links(model, folder, layouts, steps):
     return found
 
 
+@pytest.mark.all
 def test_experts_move_to_another_number_of_ranks(ranks, tmp_path):
     for straight, one, two in ranks.run(4, move_runs.hops, links=links("ours", tmp_path, LAYOUTS[:2], 1)):
         assert [*one, *two] == pytest.approx(straight, rel=1e-6)
