@@ -53,7 +53,11 @@ def test_trains_to_the_same_bits(ranks, cases):
         ),
         pytest.param({"model": {"attention": "grouped"}}, "bf16", marks=pytest.mark.all),
         pytest.param({"activation_checkpoint_interval": 1, "use_reentrant": False}, "fp32", marks=pytest.mark.all),
-        pytest.param({"activation_checkpoint_interval": 1, "overlap": False}, "fp32", marks=pytest.mark.all),
+        pytest.param(
+            {"activation_checkpoint_interval": 1, "use_reentrant": False, "overlap": False},
+            "fp32",
+            marks=pytest.mark.all,
+        ),
         pytest.param({"split_backward": False}, "fp32", marks=pytest.mark.all),
     ],
 )

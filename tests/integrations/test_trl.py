@@ -22,7 +22,7 @@ def assert_same(ours, theirs, steps):
     for found, expected in zip(ours, theirs, strict=True):
         assert found.keys() == expected.keys()
         for name, value in expected.items():
-            near = {"abs": 1e-6}
+            near = {"abs": 1e-6, "rel": 1e-6}
             if name == "grad_norm":
                 near = {"rel": 1e-4}
             elif any(each in name for each in ("logps", "logits", "rewards")):  # sums over the tokens of a row
