@@ -58,6 +58,14 @@ def told(trainer):
     ]
 
 
+def trained(trainer, stock):
+    trainer.train()
+    trainer.evaluate()
+    if not stock:
+        trainer._engine.destroy()
+    return told(trainer)
+
+
 def sft(folder, stock=False, steps=4, config=None, rows=None, **options):
     import datasets
     import trl
@@ -74,11 +82,7 @@ def sft(folder, stock=False, steps=4, config=None, rows=None, **options):
         eval_dataset=datasets.Dataset.from_dict({name: values[:8] for name, values in rows.items()}),
         processing_class=tokenizer, **options,
     )  # fmt: skip
-    trainer.train()
-    trainer.evaluate()
-    if not stock:
-        trainer._engine.destroy()
-    return told(trainer)
+    return trained(trainer, stock)
 
 
 def dpo(folder, stock=False, steps=4, config=None, **options):
@@ -102,8 +106,4 @@ def dpo(folder, stock=False, steps=4, config=None, **options):
         model=make_model(len(tokenizer)), args=arguments, train_dataset=rows, eval_dataset=rows.select(range(7)),
         processing_class=tokenizer, **options,
     )  # fmt: skip
-    trainer.train()
-    trainer.evaluate()
-    if not stock:
-        trainer._engine.destroy()
-    return told(trainer)
+    return trained(trainer, stock)

@@ -19,7 +19,7 @@ import torch
 
 from ...errors import CheckpointError
 from ..given import ParamGroup, SavedState
-from ..placing.param_groups import PLACEHOLDER
+from ..placing.param_groups import PLACEHOLDER, placeholder_name
 from .files import DESCRIPTION, PARTIAL, damages, peek, sync, write_text
 
 SHARES = "shares"  #: in the files of the ranks: `placing.experts.expert_shares`, and where the rank stands
@@ -220,7 +220,7 @@ def _write_placeholders(folder: Path, like: States, groups: int) -> None:
         for key, value in like.items()
     }
     for number in range(groups):
-        _write(folder / (f"{PLACEHOLDER}_{number}" if number else PLACEHOLDER), nothing, False)
+        _write(folder / placeholder_name(number), nothing, False)
 
 
 def _groups(files: Iterable[Path]) -> list[ParamGroup]:

@@ -49,13 +49,18 @@ def take_name(param: nn.Parameter, other: nn.Parameter) -> None:
     setattr(param, _NAME, getattr(other, _NAME))
 
 
+def placeholder_name(number: int) -> str:
+    """The name of a rank's placeholder with that number."""
+    return f"{PLACEHOLDER}_{number}" if number else PLACEHOLDER
+
+
 def add_placeholder(module: PipelineModule) -> nn.Parameter:
     """Register a parameter that stands where this rank trains none."""
     number = sum(name.startswith(PLACEHOLDER) for name in module._parameters)
     param = nn.Parameter(torch.zeros(1, device=get_accelerator().device_name(module.local_rank)))
     param.ds_pipe_replicated = False  # type: ignore[attr-defined]
     setattr(param, _NAME, PLACEHOLDER)
-    module.register_parameter(f"{PLACEHOLDER}_{number}" if number else PLACEHOLDER, param)
+    module.register_parameter(placeholder_name(number), param)
     return param
 
 
