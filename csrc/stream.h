@@ -50,7 +50,8 @@ class CommStream {
   // Each posts at once and returns a ticket; call them without the GIL. `what` names the transfer in errors.
   Shared send(const Group& group, const at::Tensor& tensor, int peer, int tag, std::string what);
   Shared recv(const Group& group, const at::Tensor& tensor, int peer, int tag, std::string what);
-  // `behind` false: behind what this stream was given before alone, not behind the current stream.
+  // `behind` false: behind what this stream was given before alone, not behind the current stream: `in` is there, as the
+  // caller has seen, and the memory of `out` is another stream's.
   Shared all_to_all(const Group& group, const at::Tensor& out, const at::Tensor& in, std::vector<int64_t> receive,
                     std::vector<int64_t> send, std::string what, bool behind);
 

@@ -17,6 +17,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from ..schedule.progress import waiting
+from .communicators import beside
 from .stream import SharedStream, shared_stream
 from .tickets import Moments, Tickets
 
@@ -42,8 +43,8 @@ def exchange(
         tickets: takes the ticket, of the backward too; the result (the gradient) holds no data before its `wait`. The
             rows must then be used by nothing else that backward adds up. None: wait here.
         stream: posts it, and the backward; None: the one of the device, opened for this exchange if nobody has it.
-        ready: the rows had been computed when `stream` posted what it posted last, as the counts of these rows. So they
-            travel right behind that, under what the device has been given to compute since.
+        ready: the host has seen that the rows are there, as it has when it has read their numbers, which were made
+            behind them. So they travel at once, under what the device has been given to compute since.
 
     Returns:
         [sum(receive), ...], on one rank the rows themselves.
@@ -114,7 +115,7 @@ class Counts:
 
     Args:
         sent: [ranks * each] int64; rows of this rank for each expert, say, of every rank.
-        group: the ranks.
+        group: the ranks; the numbers travel beside its rows, see `beside`.
         tickets: takes the ticket of the exchange; its `wait` brings the numbers to the host. None: wait here.
         stream: posts it.
 
@@ -135,7 +136,7 @@ class Counts:
         self._stream = stream
         each = [1] * ranks
         what = f"all-to-all of counts of group rank {group.rank()}"
-        self._ticket = stream.posts.all_to_all(group, self.both[1], self.both[0], each, each, what)
+        self._ticket = stream.counts.all_to_all(beside(group), self.both[1], self.both[0], each, each, what)
         if tickets is None:
             self.wait(TIMEOUT_S)
         else:

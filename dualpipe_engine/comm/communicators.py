@@ -24,6 +24,8 @@ Pair = tuple[int, int]  #: two ranks; of a directed edge source and destination
 
 MAX_CTAS = 4  #: thread blocks of a transfer between two ranks: a posted receive keeps them busy until its peer sends
 
+_BESIDE: dict[dist.ProcessGroup, dist.ProcessGroup] = {}
+
 
 def matches_by_tag(group: dist.ProcessGroup) -> bool:
     """Whether messages of a group find each other by tag; else the k-th send meets the peer's k-th receive."""
@@ -106,9 +108,21 @@ def connect(groups: Sequence[dist.ProcessGroup | None], pairs: Sequence[Pair | N
             post([token], dist.get_group_rank(group, pair[sends]), 0).wait()
 
 
+def put_beside(group: dist.ProcessGroup, other: dist.ProcessGroup) -> None:
+    """Let `other`, of the same ranks, carry what must not queue behind the messages of `group`: see `beside`."""
+    _BESIDE[group] = other
+
+
+def beside(group: dist.ProcessGroup) -> dist.ProcessGroup:
+    """The communicator for small messages that the host waits for; the group itself where nothing was put beside it."""
+    return _BESIDE.get(group, group)
+
+
 def close(groups: Iterable[dist.ProcessGroup | None]) -> None:
     """Give groups back; the ends of each do so in one order. Those that went with the world are left alone."""
     for group in groups:
+        if group is not None:
+            _BESIDE.pop(group, None)
         if group is not None and group in dist.distributed_c10d._world.pg_map:
             dist.destroy_process_group(group)
 

@@ -83,7 +83,7 @@ class CommStream(Protocol):
         """Exchange blocks of rows: `send[i]` rows to, `receive[i]` rows from group rank i.
 
         With `behind` False the exchange follows what this communication stream was given before, and not what the
-        current stream was given since: `rows` must have been there before that, and the memory of `out` must be free
+        current stream was given: the host must have seen that `rows` are there, and the memory of `out` must be free
         whatever the current stream is doing, as memory that was allocated under another stream is.
         """
 
@@ -108,15 +108,24 @@ def open_stream(device: torch.device, how: str | None = None) -> CommStream:
 
 
 class SharedStream:
-    """The communication stream that all exchanges on a device go through, and one beside it for what the host reads.
+    """The communication streams that all exchanges on a device go through.
 
     Get it by `shared_stream`, and keep it: it closes with the last reference.
+
+    Attributes:
+        posts: takes rows.
+        counts: takes numbers of rows, which the host waits for, beside rows that are under way; where only the device
+            has an order that they could wait in, a stream of its own.
+        side: for the copy that the host reads.
     """
 
     def __init__(self, device: torch.device) -> None:
-        self.posts = open_stream(device)
+        self.posts = self.counts = open_stream(device)
         self.side = side_stream(device)
         weakref.finalize(self, self.posts.close)
+        if device.type != "cpu":
+            self.counts = open_stream(device)
+            weakref.finalize(self, self.counts.close)
 
 
 _SHARED: weakref.WeakValueDictionary[torch.device, SharedStream] = weakref.WeakValueDictionary()

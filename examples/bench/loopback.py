@@ -2,7 +2,8 @@
 
 The real communication stream posts them to a process group of one rank (`Loop`), which copies as a network would:
 beside the computation, on the copy engines. How much it copies is chosen so that communication takes as long as
-computation, a little less and a little more: the pair, at best, takes as long as the longer of the two.
+computation, a little less and a little more: the pair, at best, takes as long as the longer of the two. Communication
+is what the exchanges of a pair take alone, computation what its halves take one after the other, less the exchanges.
 
 On the CPU (`--device cpu`, in fp32) the same runs with gloo; it shows that the benchmark works, and hides nothing.
 """
@@ -54,7 +55,7 @@ class Loop(dist.ProcessGroup):
         device: of the tensors.
 
     Attributes:
-        amount: how often rows travel to the host and back; a part of them for what is left of it. Counts do not.
+        amount: the part of the rows that travels to the host and back; the others stay, as counts do.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -66,9 +67,10 @@ class Loop(dist.ProcessGroup):
         self._under_way: list[_Copied] = []
 
     def alltoall_base(self, out: Tensor, rows: Tensor, receive: Any, send: Any, options: Any = None) -> _Copied:
-        out.copy_(rows)
-        if rows.is_floating_point():
-            self._there_and_back(out, rows)
+        far = round(self.amount * len(rows)) if rows.is_floating_point() else 0
+        out[far:].copy_(rows[far:])
+        if far:
+            self._there_and_back(out[:far], rows[:far])
         event = torch.Event(out.device)
         event.record()
         self._under_way = [*self._under_way[-7:], _Copied(event)]
@@ -77,14 +79,11 @@ class Loop(dist.ProcessGroup):
     all_to_all_single = alltoall_base  # since torch 2.13
 
     def _there_and_back(self, out: Tensor, rows: Tensor) -> None:
-        if self._host is None or self._host.shape != rows.shape:
+        if self._host is None or len(self._host) < len(rows):
             self._host = torch.empty(rows.shape, dtype=rows.dtype, pin_memory=True)
-        left = self.amount
-        while left > 0:
-            some = slice(0, max(1, round(min(1.0, left) * len(rows))))
-            self._host[some].copy_(rows[some], non_blocking=True)
-            out[some].copy_(self._host[some], non_blocking=True)
-            left -= 1
+        host = self._host[: len(rows)]
+        host.copy_(rows, non_blocking=True)
+        out.copy_(host, non_blocking=True)
 
 
 class LoopBack(AllToAll):
@@ -125,11 +124,12 @@ class Bench:
         self._device, self._repeats = device, repeats
         self.loop: Any = SimpleNamespace(amount=0.0) if on_cpu else Loop(device)
         dtype = torch.float32 if on_cpu else torch.bfloat16
-        group, posts = _gloo_of_one() if on_cpu else self.loop, SharedStream(device)
+        group, self._posts = _gloo_of_one() if on_cpu else self.loop, SharedStream(device)
+        self._group, self._exchanges, self._top_k = group, 4 * config.blocks, config.top_k
         blocks = torch.nn.Sequential()
         for _ in range(config.blocks):
             block = MoEBlock(config).to(device, dtype)
-            block.dispatcher = LoopBack(config, group, posts)
+            block.dispatcher = LoopBack(config, group, self._posts)
             blocks.append(block)
         store = DeferredWeightGrads()
         install(blocks, store)
@@ -148,6 +148,17 @@ class Bench:
             self._chunk.forward(0, self._fresh())
             self._chunk.input_backward(0, self._grads)
             self._chunk.weight_backward(0)
+
+        return self._timed(run)
+
+    def exchanges(self) -> float:
+        """Seconds of the exchanges of rows of a pair, and of nothing else."""
+        rows = self._inputs.flatten(0, 1).repeat(self._top_k, 1)
+        out = torch.empty_like(rows)
+
+        def run() -> None:
+            for _ in range(self._exchanges):
+                self._posts.posts.all_to_all(self._group, out, rows, [len(rows)], [len(rows)], "exchange").wait(60.0)
 
         return self._timed(run)
 
@@ -192,15 +203,14 @@ def measure(device: torch.device, repeats: int = 3) -> list[dict[str, float]]:
     of the host that queued it; "ratio" is the pair over the longer of the first two."""
     on_cpu = device.type == "cpu"
     bench = Bench(device, SMALL if on_cpu else LARGE, (2, 32) if on_cpu else (4, 2048), repeats)
-    compute = bench.halves()
-    bench.loop.amount = 0.25
-    once = 4 * max(1e-9, bench.halves() - compute)
+    stays = bench.exchanges()
+    compute = bench.halves() - stays
+    bench.loop.amount = 1.0
+    travels = bench.exchanges()
     rows = []
     for balance in BALANCES:
-        bench.loop.amount = balance * compute / once
-        alone = bench.halves()
-        communication = max(0.0, alone - compute)
-        pair = bench.pair()
+        bench.loop.amount = (balance * compute - stays) / (travels - stays)
+        communication, alone, pair = bench.exchanges(), bench.halves(), bench.pair()
         ratio = pair / max(compute, communication)
         rows.append({"balance": balance, "compute": compute, "communication": communication})
         rows[-1] |= {"sequential": alone, "pair": pair, "host": bench._host, "ratio": ratio}

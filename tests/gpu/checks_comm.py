@@ -13,6 +13,7 @@ import torch.distributed as dist
 from common import CPU, DEVICE, Facts, Run, asleep, synchronize
 
 from dualpipe_engine.comm.all_to_all import Counts, _Exchange
+from dualpipe_engine.comm.communicators import close, put_beside
 from dualpipe_engine.comm.device import EventMoment, side_stream
 from dualpipe_engine.comm.stream import open_stream
 from dualpipe_engine.comm.tickets import Tickets
@@ -58,9 +59,11 @@ def wait_returns(run: Run) -> Facts:
 
 
 def _rows_that_are_ready(group: Any, posts: Any, how: str) -> None:
-    """Rows travel behind their counts, not behind what the device was given to compute since, whose memory they leave
-    alone."""
-    stream: Any = SimpleNamespace(posts=posts, side=side_stream(DEVICE))
+    """Rows travel as soon as the host has their counts, which came over a communicator of their own, not behind what
+    the device was given to compute since, whose memory they leave alone."""
+    counting = open_stream(DEVICE, how)
+    put_beside(group, beside := dist.new_group([0]))
+    stream: Any = SimpleNamespace(posts=posts, counts=counting, side=side_stream(DEVICE))
     start = None if CPU else EventMoment(torch.cuda.current_stream())
     base = torch.arange(1 << 20, dtype=torch.float32, device=DEVICE)
     asleep(20.0)
@@ -78,6 +81,8 @@ def _rows_that_are_ready(group: Any, posts: Any, how: str) -> None:
     if start is not None and busy is not None:
         ends = [moment.since(start._event) for each in moments for moment in each[1:2] if moment is not None]
         assert ends and max(ends) < busy.since(start._event), f"{how}: rows that were ready waited for later work"
+    counting.close()
+    close([beside])
 
 
 def staging(run: Run) -> Facts:

@@ -298,7 +298,7 @@ def _stage_seconds() -> Facts:
 
     # On a GPU so much that the device is what takes the time.
     wide = {} if CPU else {"hidden": 4096, "heads": 16, "head": 128, "expert_inner": 2048}
-    length, rank = LENGTH if CPU else 4096, torch.distributed.get_rank()
+    length, rank = LENGTH if CPU else 8192, torch.distributed.get_rank()
     module, replica = build(MOE | wide | {"blocks": 2, "expert_parallel": 1}, 2)
     for param in module.parameters():
         param.data = param.data.bfloat16()

@@ -17,6 +17,16 @@ from dualpipe_engine.runtime.overlap import PhasedChunk, phases_of
 from dualpipe_engine.runtime.weight_grad import DeferredWeightGrads, install
 
 
+class Two:
+    """A group of two ranks."""
+
+    def size(self):
+        return 2
+
+    def rank(self):
+        return 0
+
+
 class Mirror:
     """Two ranks that send each other the same: what goes out comes back."""
 
@@ -33,8 +43,8 @@ def block_of(kind, **changes):
         return fake_device.on_device(kind(config))
     block = kind(config)
     if config.expert_parallel > 1:
-        block.dispatcher = AllToAll(SimpleNamespace(size=lambda: 2, rank=lambda: 0), config.experts)
-        block.dispatcher._stream = SimpleNamespace(posts=Mirror(), side=device.Side(fake_device.Stream()))
+        block.dispatcher, side = AllToAll(Two(), config.experts), device.Side(fake_device.Stream())
+        block.dispatcher._stream = SimpleNamespace(posts=Mirror(), counts=Mirror(), side=side)
     return fake_device.on_device(block)
 
 

@@ -17,7 +17,7 @@ from deepspeed.runtime.pipe.topology import PipelineParallelGrid
 from deepspeed.utils import groups
 from torch import nn
 
-from ...comm.communicators import close
+from ...comm.communicators import close, matches_by_tag, put_beside
 from ...comm.from_all import from_all
 from ...errors import ConfigError
 from ...models.autoep.layer import SharedMoE
@@ -70,6 +70,13 @@ def make_expert_groups(module: PipelineModule, base_grid: PipelineParallelGrid) 
                     if dist.get_rank() in ranks:
                         table[name], ranks_table[name] = group, ranks
                         own.append(group)
+            if not matches_by_tag(base_grid.ds_model_proc_group):
+                # Numbers of rows, which the host waits for, would queue behind rows in a communicator's one order.
+                for ranks in sharing:
+                    counting = dist.new_group(ranks, group_desc=f"dualpipe_counts_{size}")
+                    if dist.get_rank() in ranks:
+                        put_beside(groups._EXPERT_PARALLEL_GROUP[name], counting)
+                        own.append(counting)
     return own
 
 
