@@ -10,7 +10,7 @@ import strict_backend
 import torch
 import torch.distributed as dist
 
-from dualpipe_engine.comm.communicators import rounds_of
+from dualpipe_engine.comm.communicators import beside, rounds_of
 from dualpipe_engine.comm.transport import GroupTransport
 from dualpipe_engine.schedule.placement import LINEAR, Placement
 
@@ -217,9 +217,13 @@ def train_from(**kwargs):
 
 def moe(**kwargs):
     import moe_runs
+    from deepspeed.utils import groups
 
     found = moe_runs.train(**kwargs)
-    return {key: found.get(key) for key in ("replica", "losses", "norm", "same", "resumed")}
+    rows = groups._get_expert_parallel_group("ep_size_2")
+    return {key: found.get(key) for key in ("replica", "losses", "norm", "same", "resumed")} | {
+        "counts_apart": beside(rows) is not rows
+    }
 
 
 def deepseek():

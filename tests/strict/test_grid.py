@@ -120,6 +120,7 @@ def test_shared_experts_and_checkpoints(on_twin, tmp_path, schedule, pp, micros,
     given = {"model": {"blocks": 2 * pp}, "settings": settings, "ranks": pp, "folder": str(tmp_path), "steps": 1}
     for each in on_twin(2 * pp, strict_runs.moe, eager, in_flight, **given):
         assert each["same"]
+        assert each["counts_apart"]
         assert each["resumed"] == each["losses"][1:]
 
 
