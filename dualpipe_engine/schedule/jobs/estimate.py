@@ -141,17 +141,30 @@ def make_job(
         ranks = known[0]
     if ranks is None:
         raise ConfigError(f"say how many pipeline ranks {model.name} has: --ranks N")
-    has_experts = any(layer.experts for layer in model.layers)
-    if experts is not None and experts > 1 and not has_experts:
-        raise ConfigError(f"{model.name} has no experts to share: leave --expert-parallel out")
     if experts is None:
+        has_experts = any(layer.experts for layer in model.layers)
         experts = known[1] if known else max(1, gcd(gpus // ranks, 8)) if has_experts else 1
+    check_shared(model, experts)
     length = length or (known[3] if known else 4096)
     if micro_batches is None and known:
         micro_batches = max(1, known[2] * ranks // (gpus * sequences))
     if micro_batches is None:
         raise ConfigError(f"say how many micro-batches a pipeline of {model.name} runs in a step: --micro-batches M")
     return Job(gpus, ranks, experts, micro_batches, sequences, length, fp8, deep_ep)
+
+
+def check_shared(model: ModelShape, experts: int) -> None:
+    """Whether so many ranks can share the experts of each layer.
+
+    Raises:
+        ConfigError: they cannot.
+    """
+    counts = {layer.num_experts for layer in model.layers if layer.experts}
+    if experts > 1 and not counts:
+        raise ConfigError(f"{model.name} has no experts to share: leave --expert-parallel out")
+    for count in counts:
+        if count % experts:
+            raise ConfigError(f"{experts} ranks cannot share {count} experts of {model.name}: choose --expert-parallel")
 
 
 def layer_seconds(layer: LayerShape, job: Job, hardware: Hardware) -> Seconds:

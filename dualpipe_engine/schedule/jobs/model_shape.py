@@ -24,8 +24,8 @@ KNOWN: dict[str, dict[str, Any]] = {
     },
     "qwen3-235b-a22b": {
         "model_type": "qwen3_moe", "hidden_size": 4096, "num_hidden_layers": 94, "num_attention_heads": 64,
-        "num_key_value_heads": 4, "head_dim": 128, "moe_intermediate_size": 1536, "num_experts": 128, "num_experts_per_tok": 8,
-        "vocab_size": 151936,
+        "num_key_value_heads": 4, "head_dim": 128, "moe_intermediate_size": 1536, "num_experts": 128,
+        "num_experts_per_tok": 8, "vocab_size": 151936,
     },
     "mixtral-8x7b": {
         "hidden_size": 4096, "num_hidden_layers": 32, "num_attention_heads": 32, "num_key_value_heads": 8,
@@ -46,6 +46,7 @@ class LayerShape:
         name: "embedding", "dense", "moe", "head", and for multi-token prediction "norm", "ahead" and "mtp".
         params: parameters, those of routed experts aside.
         experts: parameters of all routed experts.
+        num_experts: how many these are.
         tied: of `params`, those that the embedding has too: a rank that holds both has them once.
         dense: multiply-adds in matrix products, routed experts aside.
         routed: the same in the routed experts of a token.
@@ -63,6 +64,7 @@ class LayerShape:
     name: str
     params: int
     experts: int = 0
+    num_experts: int = 0
     tied: int = 0
     dense: int = 0
     routed: int = 0
@@ -185,6 +187,7 @@ def _moe_block(config: Mapping[str, Any]) -> LayerShape | None:
         "moe",
         matrices + attention.vectors + 2 * hidden,
         experts=experts * expert,
+        num_experts=experts,
         dense=matrices,
         routed=top_k * expert,
         context=attention.context,
