@@ -141,3 +141,18 @@ def test_overlap_on_one_device_runs_on_the_cpu_too():
     assert found.returncode == 0, found.stderr
     rows = [line for line in found.stdout.splitlines() if line.startswith("| ") and " ms " in line]
     assert len(rows) == 3 and all(float(row.split("|")[-2]) > 0 for row in rows)
+
+
+@pytest.mark.all
+@pytest.mark.parametrize("model", ["plain", "qwen3-moe"])
+def test_overlap_over_a_slow_link(model, monkeypatch):
+    monkeypatch.syspath_prepend(BENCH)
+    if not importlib.import_module("link").usable():
+        pytest.skip("needs root, network namespaces, ip and tc")
+    words = f"overlap.py --model {model} --ratios 1 --pairs 1 --layers 1 --kilobytes 256"
+    done = subprocess.run([sys.executable, *words.split()], cwd=BENCH, capture_output=True, text=True, timeout=240)
+    assert done.returncode == 0, done.stderr[-3000:]
+    *_, row = done.stdout.splitlines()
+    ratio, *times, hidden = (cell.strip() for cell in row.strip("|").split("|"))
+    assert ratio == "1" and all(float(each.removesuffix(" ms")) > 0 for each in times)
+    assert len(times) == 4 and 0 < float(hidden.removesuffix("%")) <= 110

@@ -267,7 +267,7 @@ def test_memory(tmp_path, capsys):
     base = ["memory", "--config", str(config), "--ranks", "4", "--params-per-stage", "1e3", "--activation-bytes", "10"]
     assert main([*base, "--format", "json"]) == 0
     rows = {row["schedule"]: row["ranks"] for row in json.loads(capsys.readouterr().out)["schedules"]}
-    wanted = {"weights": 4000, "gradients": 8000, "optimizer": 12000, "activations": 50, "total": 24050}
+    wanted = {"weights": 4000, "gradients": 8000, "optimizer": 12000, "activations": 50, "total": 24050, "host": 0}
     assert all({**rank, "activations": 50, "total": 24050} == wanted for rank in rows["dualpipe"])
     assert rows["1f1b"][0] == {
         "weights": 2000,
@@ -275,6 +275,7 @@ def test_memory(tmp_path, capsys):
         "optimizer": 12000,
         "activations": 40,
         "total": 18040,
+        "host": 0,
     }
     assert main(base) == 0
     assert "dualpipe" in capsys.readouterr().out

@@ -13,7 +13,7 @@ def add_job(parser: argparse.ArgumentParser) -> list[argparse.Action]:
     job = parser.add_argument_group(
         "whole jobs", "estimate memory and speed of a model on a cluster from FLOPs, bandwidths and the simulator"
     )
-    job.add_argument("--model", metavar="NAME", help="deepseek-v3, ..., or a Hugging Face config.json")
+    job.add_argument("--model", metavar="NAME", help="deepseek-v3, ..., or a Hugging Face config.json, or its folder")
     hardware = "h800 (default), h100, h200, a100, or a .json file"
     return [
         job.add_argument("--gpus", type=whole, metavar="N", help="GPUs of the whole job"),
@@ -21,6 +21,11 @@ def add_job(parser: argparse.ArgumentParser) -> list[argparse.Action]:
         job.add_argument("--expert-parallel", type=whole, metavar="N", help="ranks that share the experts of a layer"),
         job.add_argument("--micro-batch-size", type=whole, metavar="N", help="sequences (default: 1)"),
         job.add_argument("--sequence-length", type=whole, metavar="N", help="tokens (default: 4096, or as published)"),
+        job.add_argument(
+            "--all-to-all",
+            action="store_true",
+            help="rows travel once for each expert, not by DeepEP once a rank",
+        ),
         job.add_argument("--no-fp8", action="store_true", help="matrix products in bf16 where the hardware has FP8"),
     ]
 
@@ -38,7 +43,7 @@ def estimate_job(args: argparse.Namespace) -> None:
     model, hardware = load_shape(args.model), load_hardware(args.hardware or "h800")
     sequences = 1 if args.micro_batch_size is None else args.micro_batch_size
     counts = (args.gpus, args.ranks, args.expert_parallel, args.micro_batches, sequences)
-    job = make_job(model, *counts, args.sequence_length, not args.no_fp8)
+    job = make_job(model, *counts, args.sequence_length, not args.no_fp8, not args.all_to_all)
     rows = estimate(model, job, hardware, args.stages_per_rank)
     if args.format == "json":
         print_json(estimate_data(rows, model, job, hardware))

@@ -5,14 +5,17 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from ..errors import ConfigError
-from ..schedule.jobs.memory import compare_memory, training_of
+from ..schedule.jobs.memory import MemoryRow, compare_memory, training_of
+from ..schedule.jobs.model_memory import Shape, model_memory
+from ..schedule.jobs.model_shape import load_shape
 from ..schedule.placement import MOST_RANKS
 from ..schedule.plain_json import parse
-from .arguments import Commands, add_stages, finite, whole
+from .arguments import Commands, add_stages, finite, refuse, whole
 
 _DESCRIPTION = """\
 Bytes of weights, gradients, optimizer state and activations on each rank for every schedule, beside stock 1F1B
@@ -21,7 +24,12 @@ Bytes of weights, gradients, optimizer state and activations on each rank for ev
 Precision, ZeRO stage, gradient accumulation dtype and optimizer are read from the configuration. dualpipe holds every
 stage on two ranks: weights and gradients double, but ZeRO-1 divides the optimizer state among both, and ZeRO-2 the
 gradients as well. Stock 1F1B has no ZeRO-2, so its row shows ZeRO-1 then. Not counted: what lives for one op only (a
-fresh gradient, buffers of transfers), and what the allocator wastes.
+fresh gradient, buffers of transfers), and what the allocator wastes. With "offload_optimizer" the optimizer state is in
+host memory, in a column of its own.
+
+--model takes the parameters and activations of a transformer from its config.json, its stages cut so that ranks have
+equal work. Experts, and their optimizer state, are divided by the ranks that share them: the "autoep_size" of the
+configuration, or --expert-parallel. Activations are those of transformers' layers, nothing computed again.
 """
 
 
@@ -35,16 +43,27 @@ def add_memory(commands: Commands, shape: dict[str, Any]) -> None:
         "trained parameters of 1/N of the model, such as 8.75e8, or one number for each of the N parts, with commas; "
         "with tensor parallelism those of one tensor rank"
     )
-    parser.add_argument("--params-per-stage", type=_counts, metavar="P[,P..]", required=True, help=params)
     alive = "bytes that one micro-batch keeps from its forward to its backward on 1/N of the model (default: 0)"
-    parser.add_argument("--activation-bytes", type=_count, default=0, metavar="B", help=alive)
+    given = [
+        parser.add_argument("--params-per-stage", type=_counts, metavar="P[,P..]", help=params),
+        parser.add_argument("--activation-bytes", type=_count, default=0, metavar="B", help=alive),
+    ]
+    whole_model = "deepseek-v3, ..., or a Hugging Face config.json, or its folder, in place of --params-per-stage"
+    parser.add_argument("--model", metavar="NAME", help=whole_model)
+    size = "sequences of a micro-batch (default: train_micro_batch_size_per_gpu, or 1)"
+    shared = "ranks that share the experts of a layer (default: the autoep_size, or 1)"
+    modelled = [
+        parser.add_argument("--expert-parallel", type=whole, metavar="N", help=shared),
+        parser.add_argument("--micro-batch-size", type=whole, metavar="N", help=size),
+        parser.add_argument("--sequence-length", type=whole, metavar="N", help="tokens (default: 4096)"),
+    ]
     parser.add_argument(
         "--micro-batches", type=whole, metavar="M", help="micro-batches (default: the gradient_accumulation_steps)"
     )
     parser.add_argument("--replicas", type=whole, default=1, metavar="D", help="data-parallel pipelines (default: 1)")
     add_stages(parser)
     parser.add_argument("--format", choices=("table", "json"), default="table", help="json has every rank's bytes")
-    parser.set_defaults(run=_run)
+    parser.set_defaults(run=partial(_run, given, modelled))
 
 
 def _count(text: str) -> int:
@@ -61,7 +80,7 @@ def _counts(text: str) -> list[int]:
         raise argparse.ArgumentTypeError(f"{text!r} is no number of parameters, nor such numbers with commas") from None
 
 
-def _run(args: argparse.Namespace) -> None:
+def _run(given: list[argparse.Action], modelled: list[argparse.Action], args: argparse.Namespace) -> None:
     from ..viz.memory import memory_data, memory_table
     from ..viz.terminal import wide_console
 
@@ -76,10 +95,12 @@ def _run(args: argparse.Namespace) -> None:
         raise ConfigError(f"{args.config} has no gradient_accumulation_steps: say --micro-batches M")
     if not (1 <= args.ranks <= MOST_RANKS and args.replicas >= 1):
         raise ConfigError(f"--ranks and --replicas start at 1, and a pipeline has at most {MOST_RANKS:,} ranks")
-    params = args.params_per_stage
-    params = params * args.ranks if len(params) == 1 else params
-    stages = args.stages_per_rank
-    rows = compare_memory(training_of(config), args.ranks, micro, params, args.activation_bytes, args.replicas, stages)
+    if args.model is not None:
+        refuse(args, given, "with --model, whose config.json says it")
+        rows = _of_model(args, config, micro)
+    else:
+        refuse(args, modelled, "without --model")
+        rows = _of_stages(args, config, micro)
     if args.format == "json":
         shape = {"ranks": args.ranks, "micro_batches": micro, "replicas": args.replicas}
         sys.stdout.write(json.dumps({**shape, "schedules": memory_data(rows)}) + "\n")
@@ -87,3 +108,27 @@ def _run(args: argparse.Namespace) -> None:
     stage = config.get("zero_optimization", {}).get("stage", 0)
     title = f"ZeRO-{stage}, {args.ranks} ranks x {args.replicas} replicas, {micro} micro-batches"
     wide_console().print(memory_table(rows, title))
+
+
+def _of_stages(args: argparse.Namespace, config: dict[str, Any], micro: int) -> list[MemoryRow]:
+    params = args.params_per_stage
+    if params is None:
+        raise ConfigError("say what a stage holds: --params-per-stage P, or --model with a config.json")
+    params = params * args.ranks if len(params) == 1 else params
+    stages = args.stages_per_rank
+    return compare_memory(training_of(config), args.ranks, micro, params, args.activation_bytes, args.replicas, stages)
+
+
+def _of_model(args: argparse.Namespace, config: dict[str, Any], micro: int) -> list[MemoryRow]:
+    experts, sequences = args.expert_parallel, args.micro_batch_size
+    section = config.get("expert_parallel") or {}
+    if experts is None:
+        experts = section.get("autoep_size", 1) if section.get("enabled") else 1
+    if sequences is None:
+        sequences = config.get("train_micro_batch_size_per_gpu", 1)
+    for name, value in (("autoep_size", experts), ("train_micro_batch_size_per_gpu", sequences)):
+        if not isinstance(value, int):
+            raise ConfigError(f"{args.config}: {name} must be a whole number, got {value!r}")
+    length = 4096 if args.sequence_length is None else args.sequence_length
+    shape = Shape(args.ranks, micro, args.replicas, experts, sequences, length)
+    return model_memory(load_shape(args.model), training_of(config), shape, args.stages_per_rank)

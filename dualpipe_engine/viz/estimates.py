@@ -65,7 +65,7 @@ def assumption_table(job: Job, hardware: Hardware) -> Table:
     for what in (job, hardware):
         for name, value in asdict(what).items():
             table.add_row(name.replace("_", " "), f"{value:g}" if isinstance(value, float) else str(value))
-    table.add_row("all-to-all", "dispatch and bf16 combine cross nodes; hidden in F&B pairs, paid in full elsewhere")
+    table.add_row("all-to-all", "dispatch and bf16 combine; hidden in F&B pairs, paid in full elsewhere")
     table.add_row("recomputed", "norms, latent up-projections and activation functions")
     table.add_row("optimizer", "ZeRO-1: fp32 weights, bf16 moments, fp32 gradients reduced after the schedule")
     return table

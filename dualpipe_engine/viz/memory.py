@@ -22,17 +22,19 @@ def memory_table(rows: Sequence[MemoryRow], title: str = "") -> Table:
 
     table = Table(title=Text(title) if title else None, title_justify="left", caption_justify="left")
     table.add_column("schedule", no_wrap=True)
-    for kind in (*KINDS, "total", "of stock"):
+    host = any(row.ranks and row.fullest.host for row in rows)
+    for kind in (*KINDS, "total", "of stock", *(["on the host"] if host else [])):
         table.add_column(kind, justify="right")
     stock = _stock(rows).total
     for row in rows:
         if not row.ranks:
-            table.add_row(row.schedule, *["-"] * 6, style="dim")
+            table.add_row(row.schedule, *["-"] * (6 + host), style="dim")
             continue
         fullest = row.fullest
         share = f"{fullest.total / stock:.2f}x" if stock else "-"
         sizes = [gib(getattr(fullest, kind)) for kind in KINDS]
-        table.add_row(row.schedule, *sizes, gib(fullest.total), share)
+        there = [gib(fullest.host)] if host else []
+        table.add_row(row.schedule, *sizes, gib(fullest.total), share, *there)
     notes = ["on the fullest rank; activations: at the peak of the schedule's reference order"]
     table.caption = Text("\n".join(notes + [row.reason for row in rows if row.reason]))
     return table

@@ -1,6 +1,6 @@
 """How much of the expert all-to-all an F&B pair hides, beside the same forward and backward one after the other.
 
-    python examples/bench/overlap.py [--ratios 0.5 1 2] [--compute sleep|real] [--out overlap.png]
+    python examples/bench/overlap.py [--model qwen3-moe] [--ratios 0.5 1 2] [--compute sleep|real] [--out overlap.png]
     python examples/bench/overlap.py --cuda
 
 Two ranks share the experts of a stage of some layers, over a link that is made slow (`link.py`; needs root). A layer
@@ -8,6 +8,9 @@ has attention, counts, dispatch, experts and combine as the model of `dualpipe_e
 dispatcher; its computation takes `ratio` times as long as one of its all-to-alls, forward and backward alike. Times are
 medians over pairs. "computation" is what the computation of a pair took, "hidden" the part of the all-to-all time of
 the sequential run that an overlapped pair does not wait for: 1 - (pair - computation) / (sequential - computation).
+
+With --model qwen3-moe a layer is a decoder layer of transformers under DeepSpeed's AutoEP (`decoder.py`). Its own
+computation counts too, as what the sequential run does not wait for transfers; work is added to it up to `ratio`.
 
 --cuda runs a stage of MoE blocks in bf16 on one GPU with a loop-back all-to-all through pinned memory (`loopback.py`);
 `--cuda --device cpu` runs the same on the CPU, to see that it works.
@@ -27,12 +30,14 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from dualpipe_engine.comm.tickets import Transfer
 from dualpipe_engine.models.dispatch import AllToAll
 from dualpipe_engine.models.routing import Routing, count
 from dualpipe_engine.runtime.overlap import PhasedChunk, phases_of
 from dualpipe_engine.runtime.phases import COMM, COMPUTE, Phase
 
 WIDTH, EXPERTS = 256, 4
+PLAIN, QWEN3_MOE = "plain", "qwen3-moe"
 
 
 class Work:
@@ -101,50 +106,64 @@ def measure(args: argparse.Namespace) -> list[dict[str, float]]:
     """On each rank: for every ratio the seconds of pairs, of halves one after the other, and of their computation."""
     torch.set_num_threads(1)
     dist.init_process_group("gloo")
-    tokens = args.kilobytes * 1024 // (4 * WIDTH) * 2  # half of the rows travel
-    experts = (torch.arange(tokens) % EXPERTS).view(-1, 1)
     work = Work(args.compute == "real")
-    routing = Routing(experts, torch.ones(tokens, 1), torch.zeros(1), count(experts, EXPERTS))
-    layers = [Layer(work, routing) for _ in range(args.layers)]
-    chunk = PhasedChunk(torch.nn.Identity(), 0, phases_of(layers), 120.0, is_last=False)
-    grads = [torch.ones(tokens, WIDTH)]
+    log: list[Transfer] = []
+    layers, like = _stage(args, work)
+    chunk = PhasedChunk(torch.nn.Identity(), 0, phases_of(layers), 120.0, log, is_last=False)
+    grads = [torch.ones_like(like)]
+
+    def inputs() -> torch.Tensor:
+        return like.clone().requires_grad_()
 
     def sequential(micro: int) -> None:
-        chunk.forward(micro + 1, torch.ones(tokens, WIDTH, requires_grad=True))
+        chunk.forward(micro + 1, inputs())
         chunk.backward(micro, grads)
 
     def paired(micro: int) -> None:
-        inputs = torch.ones(tokens, WIDTH, requires_grad=True)
-        chunk.overlapped(micro + 1, inputs, None, chunk, micro, grads, 1.0)
+        chunk.overlapped(micro + 1, inputs(), None, chunk, micro, grads, 1.0)
 
-    def timed(run: Any, repeats: int) -> tuple[float, float]:
-        """Median seconds, and of these computation."""
-        chunk.forward(0, torch.ones(tokens, WIDTH, requires_grad=True))
+    def timed(run: Any, repeats: int) -> tuple[float, float, float]:
+        """Median seconds, and of these added work, and the layers' own computation where nothing overlaps."""
+        chunk.forward(0, inputs())
         found = []
         for micro in range(repeats + 1):
             dist.barrier()
+            log.clear()
             work.spent, start = 0.0, time.perf_counter()
             run(micro)
-            found.append((time.perf_counter() - start, work.spent))
+            seconds = time.perf_counter() - start
+            found.append((seconds, work.spent, seconds - work.spent - sum(each.waited for each in log)))
         chunk.clear()
-        times, spent = zip(*found[1:], strict=True)  # the first warms up
-        return median(times), median(spent)
+        times, spent, own = zip(*found[1:], strict=True)  # the first warms up
+        return median(times), median(spent), median(own) if args.model == QWEN3_MOE else 0.0
 
     transfers = 4 * args.layers
-    idle, _ = timed(sequential, 3)
     rows = []
     for ratio in args.ratios:
-        for _ in range(2):  # a link that rested passes a burst: the exchange that counts is that between computations
-            alone, busy = (idle, 0.0) if not work.seconds else timed(sequential, args.pairs)
-            work.seconds = _agreed(ratio * (alone - busy) / transfers)
-        alone, busy = timed(sequential, args.pairs)
-        pair, spent = timed(paired, args.pairs)
-        hidden = 1 - (pair - spent) / (alone - busy)
-        rows.append({"ratio": ratio, "exchange": alone - busy, "compute": spent, "sequential": alone, "pair": pair})
-        rows[-1]["hidden"] = hidden
+        for _ in range(3):  # a link that rested passes a burst: the exchange that counts is that between computations
+            alone, busy, own = timed(sequential, args.pairs if work.seconds else 3)
+            work.seconds = max(0.0, _agreed(ratio * (alone - busy - own) - own) / transfers)
+        alone, busy, own = timed(sequential, args.pairs)
+        pair, spent, _ = timed(paired, args.pairs)
+        exchange, compute = alone - busy - own, spent + own
+        rows.append({"ratio": ratio, "exchange": exchange, "compute": compute, "sequential": alone, "pair": pair})
+        rows[-1]["hidden"] = 1 - (pair - compute) / exchange
     dist.barrier()
     dist.destroy_process_group()
     return rows
+
+
+def _stage(args: argparse.Namespace, work: Work) -> tuple[list[Any], torch.Tensor]:
+    """The layers, and what they take."""
+    rows = args.kilobytes * 1024 // (4 * WIDTH) * 2  # half of them travel
+    if args.model == QWEN3_MOE:
+        from decoder import LENGTH, TOP_K, decoder_layers
+
+        layers = decoder_layers(args.layers, WIDTH, EXPERTS, lambda x: _Busy.apply(x, work))
+        return layers, torch.randn(max(1, rows // TOP_K // LENGTH), LENGTH, WIDTH)
+    experts = (torch.arange(rows) % EXPERTS).view(-1, 1)
+    routing = Routing(experts, torch.ones(rows, 1), torch.zeros(1), count(experts, EXPERTS))
+    return [Layer(work, routing) for _ in range(args.layers)], torch.ones(rows, WIDTH)
 
 
 def _agreed(seconds: float) -> float:
@@ -184,6 +203,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--ratios", type=float, nargs="+", default=[0.5, 1.0, 2.0], help="computation / all-to-all")
     parser.add_argument("--compute", choices=["sleep", "real"], default="sleep")
+    parser.add_argument("--model", choices=[PLAIN, QWEN3_MOE], default=PLAIN, help="whose layers")
     parser.add_argument("--layers", type=int, default=4, help="of the stage")
     parser.add_argument("--pairs", type=int, default=5, help="timed for each ratio")
     parser.add_argument("--kilobytes", type=int, default=2048, help="that a rank sends in one all-to-all")

@@ -17,6 +17,7 @@ from deepspeed.runtime.config import DeepSpeedConfig, DtypeEnum
 from deepspeed.runtime.engine import DeepSpeedEngine
 from deepspeed.runtime.keep_in_fp32 import keep_in_fp32_pattern
 from deepspeed.utils import logger
+from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset
 
 from ...comm.from_all import from_all
@@ -30,6 +31,7 @@ from ...schedule.search.job_costs import Measurement
 from ...schedule.timing.bound import plan_bound
 from ..config import DualPipeConfig
 from ..given import Collate, Dataset, Settings
+from ..placing.experts import numel_by_sharing
 from ..placing.grid import Place
 from ..placing.partition import layer_name
 from ..placing.recomputed import recomputed_modules
@@ -165,7 +167,7 @@ def _measure(
     dtype = trained[0].dtype if trained else torch.float32
     placements = placements_on(ranks, len(module._layer_specs))
     reduction = reduction_seconds(grid, place, numel, dtype, placements)
-    state, memory = _memory(settings, place, numel, dtype, placements)
+    state, memory = _memory(settings, place, trained, dtype, placements)
     return Measurement(costs, ranks, len(module._layer_specs), reduction, state, memory, job)
 
 
@@ -188,29 +190,44 @@ def _sums(types: DeepSpeedConfig, dtype: torch.dtype | None) -> torch.dtype | No
 
 
 def _memory(
-    settings: Settings, place: Place, numel: int, dtype: torch.dtype, placements: Sequence[Placement]
+    settings: Settings, place: Place, trained: Sequence[Tensor], dtype: torch.dtype, placements: Sequence[Placement]
 ) -> tuple[dict[str, int], int]:
     """For each placement the bytes that the fullest rank has yet to allocate for weights, gradients and Adam's state,
-    and nine tenths of the bytes that are free on the fullest device."""
+    and nine tenths of the bytes that are free on the fullest device. State that the configuration keeps on the host is
+    not the device's, but where the device is the host; that of experts is divided by the copies of a share."""
     accelerator = get_accelerator()
-    free = accelerator.available_memory()
+    free, on_cpu = accelerator.available_memory(), accelerator.device_name() == "cpu"
+    numel = numel_by_sharing(trained)
     stages = from_all((socket.gethostname(), place.pipeline, place.rank, numel))
-    if accelerator.device_name() == "cpu":  # the ranks of a host share it
+    if on_cpu:  # the ranks of a host share it
         free //= sum(host == socket.gethostname() for host, *_ in stages)
-    sizes = [size for _, size in sorted((rank, size) for _, line, rank, size in stages if line == place.pipeline)]
-    partitioned = settings.get("zero_optimization", {}).get("stage", 0) > 0
+    of_stages = [each for _, each in sorted((rank, each) for _, line, rank, each in stages if line == place.pipeline)]
+    zero = settings.get("zero_optimization", {})
+    partitioned = zero.get("stage", 0) > 0
+    on_host = not on_cpu and _on_host(zero)
     low = dtype.itemsize < 4
 
     def bytes_of(placement: Placement) -> int:
-        held, copies = placement.held(sizes, place.rank), placement.num_directions * place.replicas
-        gradients = held * (4 + (dtype.itemsize if low else 0))
-        optimizer = held * (8 + (4 if low else 0)) // (copies if partitioned else 1)
-        return max(0, held - numel) * dtype.itemsize + gradients + optimizer
+        total = 0
+        for sharing in {each for stage in of_stages for each in stage}:
+            held = placement.held([stage.get(sharing, 0) for stage in of_stages], place.rank)
+            copies = placement.num_directions * place.replicas // sharing
+            total += max(0, held - numel.get(sharing, 0)) * dtype.itemsize
+            total += held * (4 + (dtype.itemsize if low else 0))
+            if not on_host:
+                total += held * (8 + (4 if low else 0)) // (copies if partitioned else 1)
+        return total
 
     states = {placement.key: bytes_of(placement) for placement in placements}
     of_ranks = from_all((states, free))
     most = {name: max(each[name] for each, _ in of_ranks) for name in states}
     return most, min(room for _, room in of_ranks) * 9 // 10
+
+
+def _on_host(zero: Settings) -> bool:
+    """Whether the optimizer's state is to be in host memory."""
+    device = (zero.get("offload_optimizer") or {}).get("device")
+    return zero.get("stage", 0) > 0 and (bool(zero.get("cpu_offload")) or device == "cpu")
 
 
 def _micro_size(settings: Settings, num_micro: int, replicas: int) -> int:
@@ -225,7 +242,7 @@ def _describe(module: PipelineModule, settings: Settings, config: DualPipeConfig
     layers = [layer_name(layer) for layer in module._layer_specs]
     digest = hashlib.sha256(repr((layers, [int(part) for part in module.parts], shapes)).encode()).hexdigest()
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else get_accelerator().device_name()
-    section = settings.get("pipeline", {})
+    section, zero = settings.get("pipeline", {}), settings.get("zero_optimization", {})
     interval = section.get("activation_checkpoint_interval", 0) or module.activation_checkpoint_interval
     on = [name for name in ("bf16", "fp16") if settings.get(name, {}).get("enabled")]
     return {
@@ -234,7 +251,8 @@ def _describe(module: PipelineModule, settings: Settings, config: DualPipeConfig
         "replicas": str(module._grid.data_parallel_size),
         "micro-batch size": str(micro_size),
         "precision": on[0] if on else "fp32",
-        "zero stage": str(settings.get("zero_optimization", {}).get("stage", 0)),
+        "zero stage": str(zero.get("stage", 0)),
+        **({"optimizer state": "on the host"} if _on_host(zero) else {}),
         "activation checkpoint interval": str(interval),
         **({"recompute": str(config.recompute)} if config.recompute else {}),
         "split_backward": str(config.split_backward),

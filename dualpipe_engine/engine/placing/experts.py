@@ -6,7 +6,7 @@ ranks of the other groups, the mirror's included.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 
 import torch.distributed as dist
@@ -15,7 +15,7 @@ from deepspeed.pipe import PipelineModule
 from deepspeed.runtime import base_optimizer
 from deepspeed.runtime.pipe.topology import PipelineParallelGrid
 from deepspeed.utils import groups
-from torch import nn
+from torch import Tensor, nn
 
 from ...comm.communicators import close, matches_by_tag, put_beside
 from ...comm.from_all import from_all
@@ -123,6 +123,15 @@ def connected_experts(module: PipelineModule) -> Iterator[None]:
         else:
             own[key] = value
     close(made)
+
+
+def numel_by_sharing(params: Iterable[Tensor]) -> dict[int, int]:
+    """Ranks that share a parameter's layer -> elements of those parameters; 1: each rank has all of it."""
+    found: dict[int, int] = {}
+    for param in params:
+        sharing = int(param.group_name.rpartition("_")[2]) if is_moe_param(param) else 1  # type: ignore[attr-defined]
+        found[sharing] = found.get(sharing, 0) + param.numel()
+    return found
 
 
 def has_experts(module: nn.Module) -> bool:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import random
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from itertools import pairwise
 
 import numpy as np
 import torch
@@ -15,6 +14,7 @@ from deepspeed.runtime import utils as ds_utils
 from torch import nn
 
 from ...errors import ConfigError
+from ...schedule.cuts import together
 from ...schedule.placement import Placement
 from ..given import LayerEntry
 
@@ -46,21 +46,8 @@ def cut_layers(module: PipelineModule, num_stages: int, method: str | None) -> l
 
 def kept_together(bounds: Sequence[int], layers: Sequence[LayerEntry], placement: Placement) -> list[int]:
     """Where first and last stage share a rank, a cut that leaves layers whose specification says `with_next` in one
-    stage with the layer behind them, so that what they share with the first layer is there.
-
-    Args:
-        bounds: the cut; it stays where there are too few layers for another.
-        layers: of the model.
-        placement: of its stages.
-    """
-    if placement.num_stages - 1 not in placement.stages_of(placement.rank(0)):
-        return list(bounds)
-    found = list(bounds)
-    for index in reversed(range(1, len(found) - 1)):
-        found[index] = min(found[index], found[index + 1] - 1)
-        while found[index] > 0 and getattr(layers[found[index] - 1], "with_next", False):
-            found[index] -= 1
-    return found if all(start < stop for start, stop in pairwise(found)) else list(bounds)
+    stage with the layer behind them; see `schedule.cuts.together`."""
+    return together.kept_together(bounds, [getattr(layer, "with_next", False) for layer in layers], placement)
 
 
 def check_layers(module: PipelineModule, num_stages: int) -> None:

@@ -7,19 +7,21 @@ is paid in full.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from math import gcd
 
 from ...errors import ConfigError, PlanError
 from ..cuts.balanced import balance_pairs
+from ..cuts.together import kept_together
 from ..orders.registry import with_stages
 from ..placement import Placement
 from ..search.make_plan import make_plan
 from ..timing.costs import CostModel
 from ..timing.simulate import peak_bytes, simulate
 from .hardware import Hardware
-from .model_shape import LayerShape, ModelShape
+from .model_shape import LayerShape, ModelShape, held_params
 
 
 @dataclass(frozen=True)
@@ -34,6 +36,8 @@ class Job:
         sequences: sequences of a micro-batch.
         length: tokens of a sequence.
         fp8: matrix products and dispatched tokens in FP8, where the hardware has it.
+        deep_ep: tokens travel by DeepEP, once to each rank or node of their experts; otherwise by all-to-all, in bf16,
+            once for each expert.
     """
 
     gpus: int
@@ -43,6 +47,7 @@ class Job:
     sequences: int = 1
     length: int = 4096
     fp8: bool = True
+    deep_ep: bool = True
 
     def __post_init__(self) -> None:
         if min(self.gpus, self.ranks, self.experts, self.micro_batches, self.sequences, self.length) < 1:
@@ -122,6 +127,7 @@ def make_job(
     sequences: int = 1,
     length: int | None = None,
     fp8: bool = True,
+    deep_ep: bool = True,
 ) -> Job:
     """A job; what is None is taken from how the model was trained, where that was published.
 
@@ -138,12 +144,27 @@ def make_job(
     if experts is None:
         has_experts = any(layer.experts for layer in model.layers)
         experts = known[1] if known else max(1, gcd(gpus // ranks, 8)) if has_experts else 1
+    check_shared(model, experts)
     length = length or (known[3] if known else 4096)
     if micro_batches is None and known:
         micro_batches = max(1, known[2] * ranks // (gpus * sequences))
     if micro_batches is None:
         raise ConfigError(f"say how many micro-batches a pipeline of {model.name} runs in a step: --micro-batches M")
-    return Job(gpus, ranks, experts, micro_batches, sequences, length, fp8)
+    return Job(gpus, ranks, experts, micro_batches, sequences, length, fp8, deep_ep)
+
+
+def check_shared(model: ModelShape, experts: int) -> None:
+    """Whether so many ranks can share the experts of each layer.
+
+    Raises:
+        ConfigError: they cannot.
+    """
+    counts = {layer.num_experts for layer in model.layers if layer.experts}
+    if experts > 1 and not counts:
+        raise ConfigError(f"{model.name} has no experts to share: leave --expert-parallel out")
+    for count in counts:
+        if count % experts:
+            raise ConfigError(f"{experts} ranks cannot share {count} experts of {model.name}: choose --expert-parallel")
 
 
 def layer_seconds(layer: LayerShape, job: Job, hardware: Hardware) -> Seconds:
@@ -153,21 +174,51 @@ def layer_seconds(layer: LayerShape, job: Job, hardware: Hardware) -> Seconds:
     peak = hardware.fp8 * hardware.fp8_efficiency if fp8 else hardware.bf16 * hardware.bf16_efficiency
     if not layer.context:  # embedding and heads stay in bf16
         peak = hardware.bf16 * hardware.bf16_efficiency
-    used = 0 if layer.name == "embedding" else layer.dense + layer.routed * hardware.imbalance
-    product = 2 * used * job.tokens / (peak * share)
+    imbalance = hardware.imbalance if job.experts > 1 else 1.0
+    product = 2 * (layer.dense + layer.routed * imbalance) * job.tokens / (peak * share)
     core = 2 * layer.context * job.length / 2 * job.tokens / (hardware.bf16 * hardware.attention_efficiency * share)
     moved = 2 * layer.moved * job.tokens / (hardware.bandwidth * hardware.memory_efficiency)
-    # A token's dispatch, and its combined result in bf16, to each node of its experts.
-    sent = layer.rows * layer.fan_out * ((1 if fp8 else 2) + 2) * job.tokens if job.experts > 1 else 0
-    comm = sent / (hardware.network * hardware.network_efficiency)
+    comm = 0.0
+    if job.experts > 1:
+        inside = job.experts <= hardware.gpus_per_node and hardware.nvlink > 0
+        link = (hardware.nvlink if inside else hardware.network) * hardware.network_efficiency
+        comm = all_to_all_bytes(layer, job, hardware) / link
     # The attention core's backward has five products for the forward's two.
     return Seconds(product + core + moved, product + 2.5 * core + 2 * moved, product, comm)
+
+
+def all_to_all_bytes(layer: LayerShape, job: Job, hardware: Hardware) -> float:
+    """Bytes that a rank sends in the dispatch and the combine of one forward, with even loads: within one node to other
+    ranks, else to other nodes. Those of a backward are as many."""
+    nodes = -(-job.experts // hardware.gpus_per_node)
+    places = nodes if nodes > 1 else job.experts
+    copies = layer.top_k * (1 - 1 / places)
+    if job.deep_ep:  # to each place that any of its experts falls on
+        copies = (places - 1) * (1 - (1 - 1 / places) ** layer.top_k)
+        if layer.groups:
+            copies = min(copies, layer.groups * (1 - 1 / places))
+    dispatched = 1 if job.fp8 and job.deep_ep and hardware.fp8 else 2
+    return layer.rows * copies * (dispatched + 2) * job.tokens
+
+
+def cut_model(model: ModelShape, placement: Placement, weights: Sequence[float]) -> list[int]:
+    """Bounds of the stages of the cut that gives ranks equal work.
+
+    Args:
+        model: what is cut.
+        placement: of its stages.
+        weights: time of each layer, in any unit.
+
+    Raises:
+        PlanError: there are fewer layers than stages.
+    """
+    return kept_together(balance_pairs(weights, placement), [layer.with_next for layer in model.layers], placement)
 
 
 def stage_costs(model: ModelShape, placement: Placement, job: Job, hardware: Hardware) -> CostModel:
     """Costs of the stages of the cut that gives ranks equal work."""
     times = [layer_seconds(layer, job, hardware) for layer in model.layers]
-    bounds = balance_pairs([t.f + t.i + t.w for t in times], placement)
+    bounds = cut_model(model, placement, [t.f + t.i + t.w for t in times])
     f, i, w, fb, kept = [], [], [], [], []
     for start, stop in pairwise(bounds):
         held = times[start:stop]
@@ -190,7 +241,7 @@ def state_bytes(model: ModelShape, placement: Placement, job: Job, hardware: Har
     section 3.3.2), partitioned over all copies of a stage.
     """
     weights = [t.f + t.i + t.w for t in (layer_seconds(layer, job, hardware) for layer in model.layers)]
-    bounds = balance_pairs(weights, placement)
+    bounds = cut_model(model, placement, weights)
     copies = placement.num_directions * job.replicas
     expert_copies = copies // job.experts
     most, slowest = 0.0, 0.0
@@ -198,7 +249,7 @@ def state_bytes(model: ModelShape, placement: Placement, job: Job, hardware: Har
         held = [
             layer for stage in placement.stages_of(rank) for layer in model.layers[bounds[stage] : bounds[stage + 1]]
         ]
-        dense = sum(layer.held - layer.experts for layer in held)
+        dense = held_params(held)
         routed = sum(layer.experts for layer in held) / job.experts
         weight = 3 if job.fp8 and hardware.fp8 else 2
         state = (dense + routed) * (weight + 4) + 8 * (dense / copies + routed / expert_copies)

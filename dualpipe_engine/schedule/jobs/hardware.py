@@ -21,13 +21,15 @@ class Hardware:
         bandwidth: bytes/s of device memory.
         memory: bytes of device memory.
         network: bytes/s that a GPU sends to other nodes.
+        nvlink: bytes/s that a GPU sends to others of its node; 0: it does so over the network.
+        gpus_per_node: GPUs of a node.
         sms: streaming multiprocessors.
         comm_sms: of them, those that communication kernels hold (20 in DeepSeek-V3's report, section 3.2.2).
         fp8_efficiency: part of the FP8 peak that fine-grained scaled matrix products of a layer sustain.
         bf16_efficiency: the same in bf16.
         attention_efficiency: part of the bf16 peak that the causal attention core sustains.
         memory_efficiency: part of the memory bandwidth that other kernels sustain.
-        network_efficiency: part of the network bandwidth that all-to-all and reductions sustain.
+        network_efficiency: part of the bandwidth of links that all-to-all and reductions sustain.
         pair_efficiency: part of a pair's time in which it computes, where communication hides under it (97.2 % in
             DeepSeek's published trace of DualPipe).
         imbalance: tokens of the busiest expert rank by those of the mean one.
@@ -39,6 +41,8 @@ class Hardware:
     bandwidth: float
     memory: float
     network: float
+    nvlink: float = 0.0
+    gpus_per_node: int = 8
     sms: int = 132
     comm_sms: int = 20
     fp8_efficiency: float = 0.42
@@ -53,10 +57,10 @@ class Hardware:
 KNOWN = {
     each.name: each
     for each in (
-        Hardware("h800", 989e12, 1979e12, 3.35e12, 80e9, 50e9),
-        Hardware("h100", 989e12, 1979e12, 3.35e12, 80e9, 50e9),
-        Hardware("h200", 989e12, 1979e12, 4.8e12, 141e9, 50e9),
-        Hardware("a100", 312e12, 0.0, 2.0e12, 80e9, 25e9, sms=108),
+        Hardware("h800", 989e12, 1979e12, 3.35e12, 80e9, 50e9, 200e9),
+        Hardware("h100", 989e12, 1979e12, 3.35e12, 80e9, 50e9, 450e9),
+        Hardware("h200", 989e12, 1979e12, 4.8e12, 141e9, 50e9, 450e9),
+        Hardware("a100", 312e12, 0.0, 2.0e12, 80e9, 25e9, 300e9, sms=108),
     )
 }
 

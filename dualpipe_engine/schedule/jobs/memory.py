@@ -11,10 +11,11 @@ What a DeepSpeed configuration keeps for a parameter, in bytes (`low`: 2 in bf16
 | ZeRO-2 | low | 4 / copies | (state + 4) / copies |
 
 `copies` are the ranks that hold the same stages: the replicas, and twice as many in the bidirectional placement; the 4
-of the optimizer is the fp32 master weight. Left out is what lives for one op only: the gradient that a backward has
-just made (vectors and embedding tables: from I to W), and buffers of transfers and reductions. Under ZeRO-1 it can be
-less, or up to 4 / copies more: a stage leaves for the fp32 partition while the rank's other stage runs. DeepSpeed's own
-engine keeps the bf16 gradient of the last micro-batch beside the sum, so there it is 2 more.
+of the optimizer is the fp32 master weight. With `"offload_optimizer": {"device": "cpu"}` the optimizer's part is host
+memory, with 4 / copies of gradients. Left out is what lives for one op only: the gradient that a backward has just made
+(vectors and embedding tables: from I to W), and buffers of transfers and reductions. Under ZeRO-1 it can be less, or up
+to 4 / copies more: a stage leaves for the fp32 partition while the rank's other stage runs. DeepSpeed's own engine
+keeps the bf16 gradient of the last micro-batch beside the sum, so there it is 2 more.
 """
 
 from __future__ import annotations
@@ -46,6 +47,7 @@ class Training:
         partitioned: the optimizer state is divided among the copies of a stage.
         gradients_partitioned: the gradients are too.
         stock_gradients: as `gradients`, of DeepSpeed's own pipeline engine.
+        offloaded: the optimizer state is in host memory, with gradients in fp32 that the host steps on.
     """
 
     weights: int
@@ -54,6 +56,7 @@ class Training:
     partitioned: bool
     gradients_partitioned: bool
     stock_gradients: int
+    offloaded: bool = False
 
     @property
     def stock(self) -> Training:
@@ -63,12 +66,13 @@ class Training:
 
 @dataclass(frozen=True)
 class Memory:
-    """Bytes of one rank."""
+    """Bytes of one rank; `host` are those in host memory."""
 
     weights: int
     gradients: int
     optimizer: int
     activations: int
+    host: int = 0
 
     @property
     def total(self) -> int:
@@ -113,7 +117,9 @@ def training_of(config: Mapping[str, Any]) -> Training:
         return Training(low, low, state + master, kind == "bf16", False, low + beside)
     gradients = _WIDTHS[accumulation]
     beside = low if kind == "bf16" and gradients == 4 else 0
-    return Training(low, 4 if zero == 2 else gradients, state + 4, True, zero == 2, gradients + beside)
+    offload = section("zero_optimization").get("offload_optimizer") or {}
+    on_host = bool(section("zero_optimization").get("cpu_offload")) or offload.get("device", "none") == "cpu"
+    return Training(low, 4 if zero == 2 else gradients, state + 4, True, zero == 2, gradients + beside, on_host)
 
 
 def _state_bytes(optimizer: Mapping[str, Any]) -> int:
@@ -143,18 +149,29 @@ def rank_memory(
         activations: bytes of activations on each rank.
     """
     copies = placement.num_directions * replicas
-    found = []
-    for rank in range(placement.num_ranks):
-        held = sum(params[stage] for stage in placement.stages_of(rank))
-        found.append(
-            Memory(
-                weights=held * training.weights,
-                gradients=-(-held * training.gradients // (copies if training.gradients_partitioned else 1)),
-                optimizer=-(-held * training.optimizer // (copies if training.partitioned else 1)),
-                activations=activations[rank] if activations is not None else 0,
-            )
-        )
-    return tuple(found)
+    held = [sum(params[stage] for stage in placement.stages_of(rank)) for rank in range(placement.num_ranks)]
+    kept = activations if activations is not None else [0] * placement.num_ranks
+    return tuple(state_of(training, [(each, copies)], size) for each, size in zip(held, kept, strict=True))
+
+
+def state_of(training: Training, params: Sequence[tuple[int, int]], activations: int = 0) -> Memory:
+    """The bytes of one rank.
+
+    Args:
+        training: what is kept for a parameter.
+        params: (parameters, ranks that hold copies of them).
+        activations: bytes of them.
+    """
+    weights = gradients = optimizer = on_host = 0
+    for held, copies in params:
+        weights += held * training.weights
+        gradients += -(-held * training.gradients // (copies if training.gradients_partitioned else 1))
+        state = -(-held * training.optimizer // (copies if training.partitioned else 1))
+        if training.offloaded:
+            on_host += state + -(-held * 4 // copies)
+        else:
+            optimizer += state
+    return Memory(weights, gradients, optimizer, activations, on_host)
 
 
 def compare_memory(

@@ -5,11 +5,11 @@ Read from a Hugging Face `config.json`; the shapes of some public models are bui
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from difflib import get_close_matches
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from ...errors import ConfigError
 from ..plain_json import parse
@@ -20,12 +20,12 @@ KNOWN: dict[str, dict[str, Any]] = {
         "hidden_size": 7168, "num_hidden_layers": 61, "first_k_dense_replace": 3, "num_attention_heads": 128,
         "q_lora_rank": 1536, "kv_lora_rank": 512, "qk_nope_head_dim": 128, "qk_rope_head_dim": 64, "v_head_dim": 128,
         "intermediate_size": 18432, "moe_intermediate_size": 2048, "n_routed_experts": 256, "n_shared_experts": 1,
-        "num_experts_per_tok": 8, "topk_group": 4, "vocab_size": 129280, "num_nextn_predict_layers": 1,
+        "num_experts_per_tok": 8, "n_group": 8, "topk_group": 4, "vocab_size": 129280, "num_nextn_predict_layers": 1,
     },
     "qwen3-235b-a22b": {
-        "hidden_size": 4096, "num_hidden_layers": 94, "num_attention_heads": 64, "num_key_value_heads": 4,
-        "head_dim": 128, "moe_intermediate_size": 1536, "num_experts": 128, "num_experts_per_tok": 8,
-        "vocab_size": 151936,
+        "model_type": "qwen3_moe", "hidden_size": 4096, "num_hidden_layers": 94, "num_attention_heads": 64,
+        "num_key_value_heads": 4, "head_dim": 128, "moe_intermediate_size": 1536, "num_experts": 128,
+        "num_experts_per_tok": 8, "vocab_size": 151936,
     },
     "mixtral-8x7b": {
         "hidden_size": 4096, "num_hidden_layers": 32, "num_attention_heads": 32, "num_key_value_heads": 8,
@@ -43,36 +43,45 @@ class LayerShape:
     """One layer; costs are those of one token.
 
     Args:
-        name: "dense", "moe", "embedding", "head", or "shared head": one whose weights are another layer's.
-        dense: parameters that every token uses.
+        name: "embedding", "dense", "moe", "head", and for multi-token prediction "norm", "ahead" and "mtp".
+        params: parameters, those of routed experts aside.
         experts: parameters of all routed experts.
-        routed: parameters of the routed experts that a token uses.
+        num_experts: how many these are.
+        tied: of `params`, those that the embedding has too: a rank that holds both has them once.
+        dense: multiply-adds in matrix products, routed experts aside.
+        routed: the same in the routed experts of a token.
         context: multiply-adds of the attention core for each token of context.
         moved: elements that go through memory outside of matrix products in a forward.
         kept: elements kept for the backward, where norms, up-projections and activation functions are computed again.
-        rows: elements that a token sends to each node of its experts; 0: no experts.
-        fan_out: the most nodes that a token is sent to.
+        saved: elements in the precision of the weights that autograd keeps of transformers' code, where nothing is.
+        saved_fp32: elements that it keeps in fp32 beside them.
+        rows: elements that a token sends to the rank of an expert; 0: no experts.
+        top_k: experts of a token.
+        groups: the most groups of experts, such as those of one node, that a token goes to; 0: any.
+        with_next: whether it stays in one stage with the next layer, see `schedule.cuts.together`.
     """
 
     name: str
-    dense: int
+    params: int
     experts: int = 0
+    num_experts: int = 0
+    tied: int = 0
+    dense: int = 0
     routed: int = 0
     context: int = 0
     moved: int = 0
     kept: int = 0
+    saved: int = 0
+    saved_fp32: int = 0
     rows: int = 0
-    fan_out: int = 0
-
-    @property
-    def held(self) -> int:
-        """Parameters that exist for this layer."""
-        return self.experts + (0 if self.name == "shared head" else self.dense)
+    top_k: int = 0
+    groups: int = 0
+    with_next: bool = False
 
 
 @dataclass(frozen=True)
 class ModelShape:
-    """A transformer as a list of layers, the multi-token prediction module (if any) as one layer and one more head."""
+    """A transformer as a list of layers, in the order of `dualpipe_engine.models.transformer.layers`."""
 
     name: str
     hidden: int
@@ -80,27 +89,36 @@ class ModelShape:
 
     @property
     def parameters(self) -> int:
-        return sum(layer.held for layer in self.layers)
+        return sum(layer.params + layer.experts - layer.tied for layer in self.layers)
 
     @property
     def active(self) -> int:
-        """Parameters in matrix products of a token."""
-        return sum(layer.dense + layer.routed for layer in self.layers if layer.name != "embedding")
+        """Parameters in matrix products of a token, as often as they are used."""
+        return sum(layer.dense + layer.routed for layer in self.layers)
+
+
+def held_params(layers: Sequence[LayerShape]) -> int:
+    """Parameters of a rank that holds these layers, routed experts aside; what is tied counts once."""
+    tied = [layer.tied for layer in layers if layer.tied]
+    own = sum(layer.params for layer in layers) - sum(tied)
+    return own + (max(tied) if tied and all(layer.name != "embedding" for layer in layers) else 0)
 
 
 def load_shape(model: str) -> ModelShape:
-    """The shape of a built-in model, or of a Hugging Face `config.json`.
+    """The shape of a built-in model, or of a Hugging Face `config.json` or the folder that has one.
 
     Raises:
         ConfigError: the name is unknown, or the file is no such configuration.
     """
     if model in KNOWN:
         return shape_of(model, KNOWN[model])
+    if Path(model).is_dir():
+        model = str(Path(model) / "config.json")
     if not model.endswith(".json"):
         near = get_close_matches(model, KNOWN, n=1, cutoff=0.0)[0]
         raise ConfigError(
             f"unknown model {model!r}: did you mean {near!r}? There are {', '.join(KNOWN)}, or a config.json of "
-            "Hugging Face"
+            "Hugging Face, or its folder"
         )
     try:
         config = parse(Path(model).read_text())
@@ -112,66 +130,160 @@ def load_shape(model: str) -> ModelShape:
 def shape_of(name: str, config: Mapping[str, Any]) -> ModelShape:
     """The shape that the fields of a Hugging Face configuration describe."""
     hidden, count = int(config["hidden_size"]), int(config["num_hidden_layers"])
-    attention, context, heads_moved, heads_kept = _attention(config)
-    experts = _first(config, "n_routed_experts", "num_local_experts", "num_experts")
-    dense_width = int(config.get("intermediate_size") or 0)
-    first_moe = int(config.get("first_k_dense_replace") or 0) if experts else count
-    dense = LayerShape(
+    dense, moe = _dense_block(config), _moe_block(config)
+    blocks = [moe if moe is not None and _has_experts(config, number) else dense for number in range(count)]
+    size = int(config["vocab_size"])
+    table = size * hidden
+    depth = _first(config, "num_mtp_layers", "num_nextn_predict_layers")
+    tied = table if config.get("tie_word_embeddings") else 0
+    norm = _norm(hidden)
+    head = LayerShape(
+        "head",
+        table + (0 if depth else hidden),
+        tied=tied,
+        dense=(1 + depth) * table,
+        moved=(1 + depth) * 2 * size,
+        kept=(1 + depth) * hidden,
+        saved=norm[0] * (not depth) + hidden * depth,
+        saved_fp32=norm[1] * (not depth) + (1 + depth) * size,
+    )
+    further: list[LayerShape] = []
+    if depth:
+        further.append(LayerShape("norm", hidden, saved=norm[0], saved_fp32=norm[1], with_next=True))
+        further.append(LayerShape("ahead", table, tied=table, moved=2 * depth * hidden, with_next=True))
+        further += [_mtp_block(blocks[-1], hidden)] * depth
+    embedding = LayerShape("embedding", table, moved=2 * hidden)
+    return ModelShape(name, hidden, (embedding, *blocks, *further, head))
+
+
+def _dense_block(config: Mapping[str, Any]) -> LayerShape:
+    hidden, width = int(config["hidden_size"]), int(config.get("intermediate_size") or 0)
+    attention, norm = _attention(config), _norm(hidden)
+    product = 3 * hidden * width
+    return LayerShape(
         "dense",
-        attention + 3 * hidden * dense_width,
-        context=context,
-        moved=10 * hidden + heads_moved + 4 * dense_width,
-        kept=3 * hidden + heads_kept + 2 * dense_width,
-    )
-    blocks = [dense] * first_moe
-    if experts:
-        top_k = int(config["num_experts_per_tok"])
-        shared = int(config.get("n_shared_experts") or 0)
-        width = int(config.get("moe_intermediate_size") or dense_width)
-        expert = 3 * hidden * width
-        moe = LayerShape(
-            "moe",
-            attention + shared * expert + experts * hidden,
-            experts=experts * expert,
-            routed=top_k * expert,
-            context=context,
-            moved=10 * hidden + heads_moved + 4 * top_k * hidden + 4 * (top_k + shared) * width,
-            kept=3 * hidden + heads_kept + top_k * hidden + 2 * (top_k + shared) * width,
-            rows=hidden,
-            fan_out=int(config.get("topk_group") or top_k),
-        )
-        blocks += [moe] * (count - first_moe)
-    vocabulary = int(config["vocab_size"]) * hidden
-    head = LayerShape("head", vocabulary, moved=2 * int(config["vocab_size"]), kept=hidden)
-    shared_head = replace(head, name="shared head")
-    extra = int(config.get("num_nextn_predict_layers") or 0)
-    return ModelShape(
-        name,
-        hidden,
-        (LayerShape("embedding", vocabulary, moved=2 * hidden), *blocks, head, *([blocks[-1], shared_head] * extra)),
+        attention.matrices + attention.vectors + product + 2 * hidden + (2 * width + hidden) * _on(config, "mlp_bias"),
+        dense=attention.matrices + product,
+        context=attention.context,
+        moved=10 * hidden + attention.moved + 4 * width,
+        kept=3 * hidden + attention.kept + 2 * width,
+        saved=2 * norm[0] + attention.saved + 4 * width,
+        saved_fp32=2 * norm[1] + attention.saved_fp32,
     )
 
 
-def _attention(config: Mapping[str, Any]) -> tuple[int, int, int, int]:
-    """Parameters, multiply-adds for each token of context, elements moved and elements kept of one attention."""
+def _moe_block(config: Mapping[str, Any]) -> LayerShape | None:
+    """A block with experts; None: the model has none."""
+    hidden = int(config["hidden_size"])
+    experts = _first(config, "n_routed_experts", "num_local_experts", "num_experts")
+    if not experts:
+        return None
+    top_k, shared = int(config["num_experts_per_tok"]), int(config.get("n_shared_experts") or 0)
+    own = config.get("moe_intermediate_size") if config.get("model_type") != "mixtral" else None
+    width = int(own or config.get("intermediate_size") or 0)
+    expert, attention, norm = 3 * hidden * width, _attention(config), _norm(hidden)
+    matrices = attention.matrices + shared * expert + experts * hidden
+    return LayerShape(
+        "moe",
+        matrices + attention.vectors + 2 * hidden,
+        experts=experts * expert,
+        num_experts=experts,
+        dense=matrices,
+        routed=top_k * expert,
+        context=attention.context,
+        moved=10 * hidden + attention.moved + 4 * top_k * hidden + 4 * (top_k + shared) * width,
+        kept=3 * hidden + attention.kept + top_k * hidden + 2 * (top_k + shared) * width,
+        # Rows before and after the experts, what the experts keep, and the scores and places of the router.
+        saved=2 * norm[0] + attention.saved + 2 * top_k * hidden + 4 * (top_k + shared) * width,
+        saved_fp32=2 * norm[1] + attention.saved_fp32 + experts + 9 * top_k,
+        rows=hidden,
+        top_k=top_k,
+        groups=int(config.get("topk_group") or 0) if int(config.get("n_group") or 1) > 1 else 0,
+    )
+
+
+def _has_experts(config: Mapping[str, Any], number: int) -> bool:
+    """Whether block `number` is one with experts."""
+    if number < int(config.get("first_k_dense_replace") or 0) or number in (config.get("mlp_only_layers") or ()):
+        return False
+    return (number + 1) % int(config.get("decoder_sparse_step") or 1) == 0
+
+
+def _mtp_block(block: LayerShape, hidden: int) -> LayerShape:
+    """A block that is entered from two streams, which are joined by a projection, and left by a norm of its own."""
+    norm = _norm(hidden)
+    return replace(
+        block,
+        name="mtp",
+        params=block.params + 2 * hidden * hidden + 3 * hidden,
+        dense=block.dense + 2 * hidden * hidden,
+        kept=block.kept + 2 * hidden,
+        saved=block.saved + 3 * norm[0],
+        saved_fp32=block.saved_fp32 + 3 * norm[1],
+        with_next=True,
+    )
+
+
+def _norm(width: int) -> tuple[int, int]:
+    """Elements that a norm and the product behind it keep: in the precision of the weights, and in fp32."""
+    return 2 * width, width + 1
+
+
+class _Attention(NamedTuple):
+    """Of one attention: parameters of matrices and of vectors; the rest as in `LayerShape`."""
+
+    matrices: int
+    vectors: int
+    context: int
+    moved: int
+    kept: int
+    saved: int
+    saved_fp32: int
+
+
+def _attention(config: Mapping[str, Any]) -> _Attention:
     hidden, heads = int(config["hidden_size"]), int(config["num_attention_heads"])
+    kind, biased = config.get("model_type"), _on(config, "attention_bias")
     if rank := int(config.get("kv_lora_rank") or 0):  # multi-head latent attention
         nope, rope, value = (int(config[key]) for key in ("qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim"))
-        query_rank = int(config.get("q_lora_rank") or 0)
-        query = heads * (nope + rope)
-        params = hidden * query_rank + query_rank * query if query_rank else hidden * query
-        params += hidden * (rank + rope) + rank * heads * (nope + value) + heads * value * hidden
-        return (
-            params,
+        query_rank, query = int(config.get("q_lora_rank") or 0), heads * (nope + rope)
+        down, up = _norm(query_rank) if query_rank else (0, 0), _norm(rank)
+        matrices = hidden * query_rank + query_rank * query if query_rank else hidden * query
+        matrices += hidden * (rank + rope) + rank * heads * (nope + value) + heads * value * hidden
+        return _Attention(
+            matrices,
+            query_rank + rank + (query_rank + rank + rope + hidden) * biased,
             heads * (nope + rope + value),
             2 * heads * (nope + rope) * 2 + 2 * heads * value,
-            (query_rank + rank + rope + heads * value),
+            query_rank + rank + rope + heads * value,
+            down[0] + up[0] + 2 * query + 2 * heads * value,
+            down[1] + up[1] + heads,
         )
     size = int(config.get("head_dim") or hidden // heads)
     kv_heads = int(config.get("num_key_value_heads") or heads)
-    params = hidden * size * (heads + 2 * kv_heads) + heads * size * hidden
-    moved = 2 * size * (heads + 2 * kv_heads) + 2 * heads * size
-    return params, 2 * heads * size, moved, size * (2 * heads + 2 * kv_heads)
+    queries, keys = heads * size, kv_heads * size
+    vectors = (queries + 2 * keys) * max(biased, kind in _BIASED) + hidden * biased
+    saved, saved_fp32 = 2 * queries + 2 * keys, heads
+    if kind in _NORMED:  # a norm of each query and key, of which positions keep nothing
+        vectors += 2 * size
+        saved, saved_fp32 = saved + queries + keys, saved_fp32 + queries + keys + heads + kv_heads
+    return _Attention(
+        hidden * (queries + 2 * keys) + queries * hidden,
+        vectors,
+        2 * queries,
+        2 * (queries + 2 * keys) + 2 * queries,
+        2 * queries + 2 * keys,
+        saved,
+        saved_fp32,
+    )
+
+
+#: Models whose queries, keys and values have biases, and those whose queries and keys have norms, whatever they say.
+_BIASED, _NORMED = ("qwen2", "qwen2_moe"), ("qwen3", "qwen3_moe")
+
+
+def _on(config: Mapping[str, Any], key: str) -> int:
+    return int(bool(config.get(key)))
 
 
 def _first(config: Mapping[str, Any], *keys: str) -> int:

@@ -1,0 +1,138 @@
+"""Bytes of each rank for a whole model under every schedule, from its shape and a DeepSpeed configuration.
+
+Experts are divided by the ranks that share them, and their gradients and optimizer state by the copies of a share.
+Activations are what autograd keeps of transformers' layers with memory-efficient attention, nothing computed again,
+with even loads of experts. Stages are cut so that ranks have equal work.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+
+from ...errors import ConfigError, PlanError
+from ..orders.registry import SCHEDULES, with_stages
+from ..placement import Placement
+from ..search.make_plan import make_plan
+from ..timing.costs import CostModel
+from ..timing.simulate import peak_bytes
+from .estimate import check_shared, cut_model
+from .memory import STOCK, Memory, MemoryRow, Training, state_of
+from .model_shape import LayerShape, ModelShape, held_params
+
+
+@dataclass(frozen=True)
+class Shape:
+    """How the ranks and a batch are divided.
+
+    Args:
+        ranks: pipeline ranks.
+        micro_batches: of one pipeline.
+        replicas: data-parallel pipelines.
+        experts: ranks that share the experts of a layer.
+        sequences: of a micro-batch.
+        length: tokens of a sequence.
+
+    Raises:
+        ConfigError: the replicas cannot share experts so.
+    """
+
+    ranks: int
+    micro_batches: int
+    replicas: int = 1
+    experts: int = 1
+    sequences: int = 1
+    length: int = 4096
+
+    def __post_init__(self) -> None:
+        if min(self.experts, self.sequences, self.length, self.micro_batches) < 1:
+            raise ConfigError(f"counts must be at least 1: {self}")
+        if self.replicas % self.experts:
+            raise ConfigError(
+                f"experts are shared by {self.experts} ranks, but the pipeline has {self.replicas} replicas: their "
+                f"number must be a multiple of {self.experts}; say --replicas D"
+            )
+
+
+def layer_activations(layer: LayerShape, width: int) -> int:
+    """Bytes of a token that autograd keeps from a layer's forward to its backward.
+
+    Args:
+        layer: the layer.
+        width: bytes of an element of the weights.
+    """
+    return layer.saved * width + layer.saved_fp32 * 4
+
+
+def model_memory(
+    model: ModelShape, training: Training, shape: Shape, stages_per_rank: int | None = None
+) -> list[MemoryRow]:
+    """Stock 1F1B, then every schedule in its reference order.
+
+    Args:
+        model: what is trained.
+        training: what is kept for a parameter.
+        shape: ranks and batch.
+        stages_per_rank: of the schedules that take any number; None: their own.
+
+    Raises:
+        ConfigError: the model's experts cannot be shared so.
+    """
+    check_shared(model, shape.experts)
+    rows, known = [], with_stages(stages_per_rank)
+    for name in (STOCK, *SCHEDULES):
+        schedule = "1f1b" if name == STOCK else name
+        try:
+            placement, stages = known[schedule].on(shape.ranks), known[schedule].stages_per_rank
+            bounds = bounds_of(model, placement, shape)
+            costs = CostModel(activation_bytes=_activations(model, bounds, shape, training.weights))
+            plan = make_plan(schedule, shape.ranks, shape.micro_batches, costs, stages_per_rank=stages)
+            peaks = peak_bytes(plan, costs)
+        except PlanError as error:
+            rows.append(MemoryRow(name, reason=str(error)))
+            continue
+        kept = training.stock if name == STOCK else training
+        rows.append(MemoryRow(name, stages_memory(model, bounds, placement, kept, shape, peaks)))
+    return rows
+
+
+def bounds_of(model: ModelShape, placement: Placement, shape: Shape) -> list[int]:
+    """Bounds of the stages: stage s has layers bounds[s] to bounds[s + 1] - 1."""
+    work = [float(each.dense + each.routed + each.context * shape.length // 2) for each in model.layers]
+    return cut_model(model, placement, work)
+
+
+def stages_memory(
+    model: ModelShape,
+    bounds: Sequence[int],
+    placement: Placement,
+    training: Training,
+    shape: Shape,
+    activations: Sequence[int],
+) -> tuple[Memory, ...]:
+    """The bytes of each rank for a cut.
+
+    Args:
+        model: what is trained.
+        bounds: of the stages.
+        placement: of the stages.
+        training: what is kept for a parameter.
+        shape: ranks and batch.
+        activations: bytes of them on each rank.
+    """
+    copies, found = placement.num_directions * shape.replicas, []
+    for rank in range(placement.num_ranks):
+        held = [
+            layer for stage in placement.stages_of(rank) for layer in model.layers[bounds[stage] : bounds[stage + 1]]
+        ]
+        routed = sum(layer.experts for layer in held) // shape.experts
+        params = [(held_params(held), copies), (routed, copies // shape.experts)]
+        found.append(state_of(training, params, activations[rank]))
+    return tuple(found)
+
+
+def _activations(model: ModelShape, bounds: Sequence[int], shape: Shape, width: int) -> tuple[int, ...]:
+    tokens = shape.sequences * shape.length
+    sizes = [layer_activations(layer, width) * tokens for layer in model.layers]
+    return tuple(sum(sizes[start:stop]) for start, stop in pairwise(bounds))
