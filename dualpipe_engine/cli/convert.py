@@ -9,8 +9,8 @@ from typing import Any
 from .arguments import Commands
 
 _DESCRIPTION = """\
-Join the optimizer state of a checkpoint (ZeRO-1 and ZeRO-2) parameter by parameter, experts that ranks share included:
-a Universal Checkpoint of DeepSpeed, which loads under any schedule, number of ranks and expert-parallel size with
+Join the optimizer state of a checkpoint parameter by parameter, experts that ranks share included: a Universal
+Checkpoint of DeepSpeed, which loads under any schedule, number of ranks, expert-parallel size and ZeRO stage with
 "checkpoint": {"load_universal": true} in the configuration. Needs torch.
 """
 

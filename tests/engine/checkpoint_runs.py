@@ -93,8 +93,22 @@ def merged_stream(replicas, micros):
             yield from islice(each, micros // replicas)
 
 
-def hop(config, ranks, folder, load=None, save=None, replicas=1, steps=0, skip=0, merged=1, universal=False, **options):
-    """Load, evaluate, train, evaluate, save: one link of a chain of schedules; `universal`: convert what is saved."""
+def hop(
+    config,
+    ranks,
+    folder,
+    load=None,
+    save=None,
+    replicas=1,
+    steps=0,
+    skip=0,
+    merged=1,
+    universal=False,
+    ours=False,
+    **options,
+):
+    """Load, evaluate, train, evaluate, save: one link of a chain of schedules; `universal`: convert what is saved, by
+    DeepSpeed's converter; `ours`: by our own."""
     engine = start(config, ranks, replicas)
     if load is not None:
         engine.load_checkpoint(folder, tag=load, **options)
@@ -113,10 +127,10 @@ def hop(config, ranks, folder, load=None, save=None, replicas=1, steps=0, skip=0
     if save is not None:
         engine.save_checkpoint(folder, tag=save)
     engine.destroy()
-    if universal:
+    if universal or ours:
         dist.barrier()
         if dist.get_rank() == 0:
-            convert(Path(folder, save), Path(folder, f"{save}u"))
+            (own_convert if ours else convert)(Path(folder, save), Path(folder, f"{save}u"))
             Path(folder, "latest_universal").write_text(f"{save}u")
         dist.barrier()
     return found
@@ -134,6 +148,12 @@ def save_with_a_function(config, ranks, folder):
     engine, *_ = dualpipe_engine.initialize(model=training.make_module(ranks, 2), config=config)
     engine.train_batch(training.stream(0))
     engine.save_checkpoint(folder, tag="x")
+
+
+def own_convert(source, target):
+    from dualpipe_engine.engine.checkpoint.convert import convert
+
+    convert(source, target)
 
 
 def convert(source, target):

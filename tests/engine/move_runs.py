@@ -29,6 +29,13 @@ def ours(ranks, replicas, experts, schedule, zero):
     return moe_runs.make_module(moe_runs.config(expert_parallel=experts, **SIZES), ranks, replicas), config
 
 
+def predicting(ranks, replicas, experts, schedule, zero):
+    """DeepSeek-V3 with groups of experts, and one further token predicted."""
+    config = training.settings(MICROS // replicas, replicas, zero=zero, schedule=schedule)
+    model = moe_runs.config(expert_parallel=experts, mtp_depth=1, experts=8, groups=4, kept_groups=2, **SIZES)
+    return moe_runs.make_module(model, ranks, replicas), config
+
+
 def adapted(ranks, replicas, experts, schedule, zero):
     """Mixtral by AutoEP."""
     from deepspeed.pipe import PipelineModule
@@ -53,9 +60,10 @@ def hop(model, ranks, replicas, experts, schedule, folder, load=None, save=None,
     import dualpipe_engine
     from dualpipe_engine.engine.checkpoint.convert import convert
 
-    module, config = {"ours": ours, "adapted": adapted}[model](ranks, replicas, experts, schedule, zero)
+    make = {"ours": ours, "predicting": predicting, "adapted": adapted}[model]
+    module, config = make(ranks, replicas, experts, schedule, zero)
     if load is not None:
-        config["checkpoint"] = {"load_universal": True}
+        config["checkpoint"] = {"load_universal": load.endswith("u")}
         with torch.no_grad():
             for part in module.state_dict().values():  # what a checkpoint has
                 part.fill_(0.5 if part.is_floating_point() else 0)

@@ -11,15 +11,33 @@ from deepspeed.runtime.pipe.engine import PipelineEngine
 from ...comm.from_all import from_all
 from ...errors import CheckpointError
 from ..given import SavedState
+from ..placing.experts import expert_shares
 from .files import DESCRIPTION, damage, damages, other_tags, peek
 from .sums import changed, listed
 from .ties import Layout, with_own, without_own
+from .unpartitioned import Shares, file_of_experts, with_experts
 
 LAYOUT = "dualpipe_layout"  #: in the saved state: the parameters that an optimizer steps
 
 
 class CheckpointChecks(PipelineEngine):
     """The part of `DualPipeEngine` that looks at a checkpoint."""
+
+    @property
+    def cuts_states(self) -> bool:
+        """Whether the copies of a stage have a part of the optimizer's state each: ZeRO, and DeepSpeed's BF16_Optimizer
+        without it."""
+        return bool(self.zero_optimization() or self.using_bf16_optimizer)
+
+    def _own_shares(self) -> Shares:
+        """The experts whose states lie in files of this package; those of DeepSpeed's layers have some of its own."""
+        return {} if self.has_moe_layers else expert_shares(self.module)
+
+    def _experts_file(self, folder: Path) -> Path | None:
+        """Where a checkpoint without ZeRO has the states of this rank's experts, if not in the file of the model."""
+        nowhere = self.cuts_states or self.optimizer is None
+        number = 0 if nowhere else file_of_experts(self._own_shares(), self.place.replica)
+        return Path(self._get_optimizer_ckpt_name(str(folder.parent), folder.name, number)) if number else None
 
     def _check_files(self, folder: Path, states: bool) -> None:
         """Every file that a rank is about to read must be there and the one that was saved. Each is read through by one
@@ -75,8 +93,10 @@ class CheckpointChecks(PipelineEngine):
                 paths = self.module.ckpt_layer_path_list(str(folder), index)
                 number = self.module.dualpipe_layers[index]
                 files += map(Path, paths or [f"{folder}/layer_{number:02d}-model_states.pt"])
-        if states and self.zero_optimization():
+        if states and self.cuts_states:
             files += self._needed_optimizer_files(folder)
+        elif states and (experts := self._experts_file(folder)) is not None:
+            files.append(experts)
         return files + [path for path in (folder / DESCRIPTION, *folder.glob("dualpipe_rank_*.pt")) if path.is_file()]
 
     def _needed_optimizer_files(self, folder: Path) -> list[Path]:
@@ -88,34 +108,13 @@ class CheckpointChecks(PipelineEngine):
         there = [name for name in names if Path(name).exists()]
         if not there:
             model = Path(self._get_ckpt_name(str(folder.parent), folder.name))
-            if damage(model) or peek(model).get("dp_world_size", 0) <= rank:
-                return []  # said elsewhere, or saved by fewer copies, as `_check_layout` will say
+            if damage(model) or peek(model).get("dp_world_size", 0) <= rank or _is_whole(peek(model)):
+                return []  # said elsewhere, or saved by fewer copies or without ZeRO, as `_check_layout` will say
         return [Path(there[0] if there else names[0])]
-
-    def _check_groups(self, folder: Path) -> None:
-        """A Universal Checkpoint must have the options of all groups of parameters of this rank: DeepSpeed passes over
-        the states of others without a word.
-
-        Raises:
-            CheckpointError: it has fewer, or the optimizer is not one that loads it.
-        """
-        wrong = None
-        if not self.zero_optimization() and not self.using_bf16_optimizer:
-            wrong = 'it loads into ZeRO-1 and ZeRO-2 only: set "zero_optimization": {"stage": 1}'
-        else:
-            saved = len(peek(folder / "zero" / "optimizer_state.pt").get("param_groups", ()))
-            groups = len(self.optimizer.param_groups)
-            if groups > saved:
-                wrong = (
-                    f"it has {saved} groups of parameters, this rank {groups}: pass initialize the groups with which "
-                    "it was saved; where ranks begin to share experts let it be one"
-                )
-        if reason := next(filter(None, from_all(wrong)), None):
-            raise CheckpointError(f"{folder} is a Universal Checkpoint, and {reason}", everywhere=True)
 
     def _layout(self) -> Layout:
         """Which parameters the optimizer of this rank steps, in its order: what its state belongs to."""
-        if self.zero_optimization():
+        if self.cuts_states:
             return [list(group.items()) for group in self._get_zero_param_shapes()]
         names = {param: name for name, param in self.module.named_parameters()}
         groups = () if self.optimizer is None else self.optimizer.param_groups
@@ -128,15 +127,26 @@ class CheckpointChecks(PipelineEngine):
         less = without_own(self.module, own)
         return less != own and _same(layout, less) and isinstance(self.optimizer, torch.optim.Optimizer)
 
-    def _for_own_layout(self, saved: SavedState) -> SavedState:
-        """What a file holds, where it is the state of an optimizer with what the own one has besides."""
+    def _for_own_layout(self, saved: SavedState, folder: Path | None) -> SavedState:
+        """What a file of a checkpoint holds, where it is the state of an optimizer: with this rank's experts in it, and
+        with what the own optimizer has besides.
+
+        Args:
+            saved: what it holds.
+            folder: of the checkpoint; None where no state of an optimizer is wanted.
+        """
         layout = saved.get(LAYOUT) if isinstance(saved, dict) else None
-        if layout is not None and self._lacks_own_of_ties(layout):
+        if layout is None or folder is None:
+            return saved
+        experts = self._experts_file(folder)
+        if experts is not None:
+            saved = {**saved, "optimizer": with_experts(saved["optimizer"], peek(experts)["optimizer"])}
+        if self._lacks_own_of_ties(layout):
             return {**saved, "optimizer": with_own(self.module, saved["optimizer"], self._layout())}
         return saved
 
     def _check_layout(self, folder: Path) -> None:
-        """The optimizer's state must be that of the same parameters, cut among as many copies.
+        """The optimizer's state must be that of the same parameters, cut among as many copies, or by none.
 
         Raises:
             CheckpointError: it is not.
@@ -149,18 +159,25 @@ class CheckpointChecks(PipelineEngine):
             layout = saved.get(LAYOUT) or (shapes and [list(group.items()) for group in shapes])
             same = layout is None or _same(layout, self._layout()) or self._lacks_own_of_ties(layout)
             copies = saved.get("dp_world_size")
-            if same and self.zero_optimization() and copies != self.seq_dp_world_size:
+            if _is_whole(saved) == self.cuts_states:
+                why = f"its optimizer state was saved with{'out' if self.cuts_states else ''} ZeRO"
+            elif same and self.cuts_states and copies != self.seq_dp_world_size:
                 why = f"its optimizer state is cut among {copies} copies of each stage, not {self.seq_dp_world_size}"
             elif same and layout is not None:
                 why = ""
         if reason := next(filter(None, from_all(why)), None):
             raise CheckpointError(
                 f"{folder} was saved by another schedule or other ranks: {reason}. Pass load_optimizer_states=False to "
-                "load the weights alone, or convert it (ZeRO-1 and ZeRO-2): `dualpipe convert --checkpoint "
+                "load the weights alone, or convert it: `dualpipe convert --checkpoint "
                 f'{folder} --out {folder}_universal`, then load tag="{folder.name}_universal" with '
                 '"checkpoint": {"load_universal": true} in the configuration',
                 everywhere=True,
             )
+
+
+def _is_whole(saved: SavedState) -> bool:
+    """Whether the file of a pipe position has the optimizer's state, which no copies have cut."""
+    return saved.get("optimizer") is not None and "base_optimizer_state" not in saved["optimizer"]
 
 
 def _same(saved: Layout, own: Layout) -> bool:

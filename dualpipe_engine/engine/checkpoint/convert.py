@@ -4,55 +4,43 @@
     zero_pp_rank_0_mp_rank_00   ->    N.experts.up of rank 0, of rank 1  -> zero/N.experts.up/{fp32,exp_avg,...}.pt
 
 DeepSpeed's own converter does that for parameters that all copies of a stage hold. Of experts that ranks share it knows
-neither which rank has which, nor in which order to join them; here the ranks have said so in their own files.
+neither which rank has which, nor in which order to join them; here the ranks have said so in their own files. Nor does
+it convert what was saved without ZeRO (`unpartitioned.py`).
 """
 
 from __future__ import annotations
 
 import re
 import shutil
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import NamedTuple, TypeAlias
+from typing import NamedTuple
 
 import torch
 
 from ...errors import CheckpointError
-from ..given import ParamGroup, SavedState
-from ..placing.param_groups import PLACEHOLDER, placeholder_name
+from ..given import ParamGroup
+from ..placing.param_groups import ORIGIN, PLACEHOLDER, placeholder_name
+from .checks import LAYOUT
+from .description import read_description
 from .files import DESCRIPTION, PARTIAL, damages, peek, sync, write_text
+from .partitioned import FILE, States, of_all_ranks, partitioned_states
+from .saved_weights import SavedWeights
+from .ties import Layout
+from .universal import PLAIN
+from .unpartitioned import by_name
 
 SHARES = "shares"  #: in the files of the ranks: `placing.experts.expert_shares`, and where the rank stands
 _OWN, _LAYERS, _CUT = "dualpipe_rank_*.pt", "layer_*-model_states.pt", "layer_*-model_[0-9]*-model_states.pt"
-_ZERO_FILE = re.compile(r"zero_pp_rank_(\d+)_mp_rank_(\d+)_optim_states\.pt$")
-_OF_RANKS = ("base_optimizer_state", "param_slice_mappings", "single_partition_of_fp32_groups")
-_OF_GROUPS = ("params", "param_names", "name", "moe")  #: keys of a group that hold on its ranks alone
-
-States: TypeAlias = dict[str, SavedState]
-"""Of a parameter, or of a part of it: "fp32" and what the optimizer keeps, by name."""
-
-
-class _Part(NamedTuple):
-    """A fragment of a parameter.
-
-    Args:
-        position: pipe position of the rank that has it.
-        share: number of the rank among those that share an expert.
-        copy: number of the rank among all copies of the stage.
-        states: flat.
-    """
-
-    position: int
-    share: int
-    copy: int
-    states: States
+_MODEL = re.compile(r"^mp_rank_(\d+)_model_states\.pt$")
+_OF_GROUPS = ("params", "param_names", "name", "moe", ORIGIN)  #: keys of a group that hold on its ranks alone
 
 
 def convert(source: Path, target: Path) -> None:
     """Write a Universal Checkpoint.
 
     Args:
-        source: folder of one checkpoint of this engine, with ZeRO-1 or ZeRO-2.
+        source: folder of one checkpoint of this engine.
         target: made; another folder beside the source.
 
     Raises:
@@ -64,9 +52,11 @@ def convert(source: Path, target: Path) -> None:
     aside = Path(f"{target}{PARTIAL}")
     shutil.rmtree(aside, ignore_errors=True)
     try:
-        _write_all(files, aside)
-        for path in (*files.models, *files.own, *source.glob(_LAYERS), source / DESCRIPTION):
+        _write_all(files, source, aside)
+        for path in (*files.own, *source.glob(_LAYERS), source / DESCRIPTION):
             shutil.copy2(path, aside)
+        for path in files.models:
+            torch.save(peek(path) | {"optimizer": None}, aside / path.name)
         sync(aside)
         aside.rename(target)
         write_text(target.parent / "latest_universal", target.name)
@@ -82,8 +72,9 @@ class _Files(NamedTuple):
     """What is read of a checkpoint.
 
     Args:
-        zero: the optimizer's state, a file for each copy of each position.
-        models: what belongs to each position.
+        zero: the optimizer's state under ZeRO, a file for each copy of each position.
+        models: what belongs to each position; without ZeRO the optimizer's state too, but of experts of other ranks
+            than the first.
         own: what this package keeps of each rank.
     """
 
@@ -96,44 +87,108 @@ class _Files(NamedTuple):
         """The files of a folder, looked at."""
         there = sorted(folder.iterdir()) if folder.is_dir() else []
         found = cls(
-            [path for path in there if _ZERO_FILE.search(path.name)],
-            [path for path in there if path.match("mp_rank_*_model_states.pt")],
+            [path for path in there if FILE.search(path.name)],
+            [path for path in there if _MODEL.search(path.name)],
             [path for path in there if path.match(_OWN)],
         )
-        if not all(found):
+        if not found.models or not found.own:
             raise CheckpointError(
-                f"{folder} is no folder of one checkpoint that dualpipe_engine saved with ZeRO-1 or ZeRO-2: give that "
-                "of a tag, such as global_step100"
+                f"{folder} is no folder of one checkpoint that dualpipe_engine saved: give that of a tag, such as "
+                "global_step100"
             )
         if cut := [path.name for path in there if path.match(_CUT)]:
             raise CheckpointError(
                 f"{folder / cut[0]} holds a part of a layer: tensor-parallel weights are for DeepSpeed's own "
                 "converter, python -m deepspeed.checkpoint.ds_to_universal"
             )
-        if wrong := damages([*found.zero, *found.models, *found.own]):
+        if wrong := damages(path for paths in found for path in paths):
             raise CheckpointError(f"the checkpoint is not whole: {', '.join(wrong)}")
+        for path in found.models if not found.zero else ():
+            optimizer = peek(path).get("optimizer")
+            if optimizer is None:
+                raise CheckpointError(f"{folder} has no optimizer's state: load its weights as they are")
+            if "param_groups" not in optimizer:
+                raise CheckpointError(
+                    f"{folder} was saved in fp16 without ZeRO, whose optimizer state does not move: save it with "
+                    '"zero_optimization": {"stage": 1}, or load its weights alone'
+                )
         return found
 
 
-def _write_all(files: _Files, target: Path) -> None:
+def _write_all(files: _Files, source: Path, target: Path) -> None:
     sizes, numbers = _experts(files.own)
-    shapes = {n: shape for path in files.models for group in peek(path)["param_shapes"] for n, shape in group.items()}
-    parts: dict[str, list[_Part]] = {}
-    for path in files.zero:
-        copy, position = map(int, _ZERO_FILE.search(path.name).groups())  # type: ignore[union-attr]
-        for name, states in _fragments(peek(path)["optimizer_state_dict"]):
-            share = numbers[position, copy].get(name, 0)
-            parts.setdefault(name, []).append(_Part(position, share, copy, states))
+    shapes = {name: shape for path in files.models for name, shape in _members(path)}
+    if files.zero:
+        states = partitioned_states(files.zero, shapes, sizes, numbers)
+        groups, kept = of_all_ranks(files.zero[0])
+    else:
+        states = _unpartitioned_states(files, source, sizes)
+        first = peek(files.models[0])
+        groups, kept = first["optimizer"]["param_groups"], {"ds_version": first["ds_version"]}
+    plain = [group for group in groups if not group.get("moe")]
+    groups = _groups(plain, sizes, shapes)
     folder = target / "zero"
     folder.mkdir(parents=True)
-    for name, found in parts.items():
-        if not name.startswith(PLACEHOLDER):
-            _write(folder / name, _joined(found, sizes.get(name, 1), shapes[name]), name in sizes)
-    groups = _groups(files.zero)
-    _write_placeholders(folder, next(iter(parts.values()))[0].states, len(groups))
-    first = peek(files.zero[0])["optimizer_state_dict"]
-    kept = {key: value for key, value in first.items() if key not in _OF_RANKS}
-    torch.save(kept | {"param_groups": groups}, folder / "optimizer_state.pt")
+    most: States = {}
+    for name, found in states:
+        most = max(most, found, key=len)
+        _write(folder / name, found, name in sizes)
+    _write_placeholders(folder, most, len(groups))
+    torch.save(kept | {"param_groups": groups, PLAIN: len(plain)}, folder / "optimizer_state.pt")
+
+
+def _layout(path: Path) -> Layout:
+    """Which parameters the optimizer of a pipe position steps."""
+    saved = peek(path)
+    found: Layout = saved.get(LAYOUT) or [list(group.items()) for group in saved["param_shapes"]]
+    return found
+
+
+def _members(path: Path) -> Iterator[tuple[str, torch.Size]]:
+    """Name and shape of each of them."""
+    for group in _layout(path):
+        yield from ((name, shape) for name, shape in group if name is not None)
+
+
+def _unpartitioned_states(files: _Files, source: Path, sizes: Mapping[str, int]) -> Iterator[tuple[str, States]]:
+    """Name and states of each parameter that is no placeholder, where ZeRO has cut none."""
+    forms = {name: form for path in files.own for name, form in peek(path)[SHARES].get("forms", {}).items()}
+    weights = SavedWeights(source, read_description(source)["layers"], forms)
+    done = set[str]()  # a tied one is at several positions
+    for path in files.models:
+        position = _MODEL.search(path.name)[1]  # type: ignore[index]
+        sharing = max(sizes.get(name, 1) for name, _ in _members(path))
+        others = [source / f"expp_rank_{number}_mp_rank_{position}_optim_states.pt" for number in range(1, sharing)]
+        if wrong := damages(others):
+            raise CheckpointError(f"the checkpoint is not whole: {', '.join(wrong)}")
+        shares = [dict(by_name(peek(each)["optimizer"], _layout(path))) for each in (path, *others)]
+        for name, shape in _members(path):
+            if name not in done and not name.startswith(PLACEHOLDER):
+                done.add(name)
+                states = [share.get(name, {}) for share in shares[: sizes.get(name, 1)]]
+                weight = weights.get(name)
+                yield name, whole_states(name, states, shape) | ({} if weight is None else {"fp32": weight})
+
+
+def whole_states(name: str, shares: list[States], shape: torch.Size) -> States:
+    """The states of a parameter.
+
+    Args:
+        name: of it.
+        shares: of the ranks that share it, or one.
+        shape: of what a rank holds.
+    """
+    found: States = {}
+    for key, value in shares[0].items():
+        if torch.is_tensor(value) and value.dim() and len(shares) > 1:
+            if value.shape != shape:
+                raise CheckpointError(
+                    f"the optimizer keeps {key} of shape {list(value.shape)} for the experts {name} of shape "
+                    f"{list(shape)}, which cannot be joined: load the weights alone"
+                )
+            value = torch.cat([share[key] for share in shares])
+        found[key] = value
+    return found
 
 
 def _experts(own: Iterable[Path]) -> tuple[dict[str, int], dict[tuple[int, int], dict[str, int]]]:
@@ -154,47 +209,6 @@ def _experts(own: Iterable[Path]) -> tuple[dict[str, int], dict[tuple[int, int],
     return sizes, numbers
 
 
-def _fragments(optimizer: SavedState) -> Iterator[tuple[str, States]]:
-    """Name and states of all that a rank has of its parameters."""
-    states = optimizer["base_optimizer_state"]["state"]
-    for number, mapping in enumerate(optimizer["param_slice_mappings"]):
-        flat = optimizer["single_partition_of_fp32_groups"][number]
-        held = {"fp32": flat} | states.get(number, {})
-        for name, at in mapping.items():
-            yield (
-                name,
-                {
-                    key: value.narrow(0, at.start, at.numel)
-                    if torch.is_tensor(value) and value.shape == flat.shape
-                    else value
-                    for key, value in held.items()
-                },
-            )
-
-
-def _joined(parts: list[_Part], size: int, shape: torch.Size) -> States:
-    """The states of a whole parameter.
-
-    Args:
-        parts: of it.
-        size: ranks that share it; 1: each copy holds it whole.
-        shape: of what a rank holds.
-    """
-    position = min(part.position for part in parts)  # a tied one is at several
-    shares: list[list[States]] = [[] for _ in range(size)]
-    for part in sorted(parts, key=lambda part: part.copy):
-        if part.position == position:
-            shares[part.share].append(part.states)
-    found: States = {}
-    for key, value in shares[0][0].items():
-        if key == "step" or not torch.is_tensor(value) or not value.dim():
-            found[key] = value
-        else:
-            flat = [torch.cat([states[key] for states in share]) for share in shares]
-            found[key] = torch.cat([each.view(shape) for each in flat])
-    return found
-
-
 def _write(folder: Path, states: States, experts: bool) -> None:
     """The files of a parameter.
 
@@ -207,8 +221,8 @@ def _write(folder: Path, states: States, experts: bool) -> None:
     for key, value in states.items():
         content = value
         if key != "step":
-            content = {"param": value.clone(), "cat_dim": 0}
-            if experts:
+            content = {"param": value.clone() if torch.is_tensor(value) else value, "cat_dim": 0}
+            if experts and torch.is_tensor(value) and value.dim():
                 content |= {"is_expert_param": True, "ep_num_experts": len(value)}
         torch.save(content, folder / f"{key}.pt")
 
@@ -223,16 +237,16 @@ def _write_placeholders(folder: Path, like: States, groups: int) -> None:
         _write(folder / placeholder_name(number), nothing, False)
 
 
-def _groups(files: Iterable[Path]) -> list[ParamGroup]:
-    """The options of all groups of parameters: the user's, then those of the experts in them, which DeepSpeed's
-    optimizers keep apart. Another layout may have such where this one has none: those of an only group are known."""
-    plain: list[ParamGroup] = []
-    apart: list[ParamGroup] = []
-    for path in files:
-        groups = peek(path)["optimizer_state_dict"]["base_optimizer_state"]["param_groups"]
-        plain = plain or [group for group in groups if not group.get("moe")]
-        mine = [group for group in groups if group.get("moe")]
-        apart = mine if len(mine) > len(apart) else apart
-    if not apart and len(plain) == 1:
-        apart = plain
-    return [{key: value for key, value in group.items() if key not in _OF_GROUPS} for group in (*plain, *apart)]
+def _groups(plain: list[ParamGroup], sizes: Mapping[str, int], shapes: Mapping[str, torch.Size]) -> list[ParamGroup]:
+    """The options of the user's groups of parameters, then enough for those that another layout may make of the experts
+    in them: DeepSpeed's optimizers keep experts apart by the number of ranks that share them, and its loader passes
+    over groups without options. Which group has which is put right there (`universal.py`).
+
+    Args:
+        plain: groups of a rank, but for those that are apart.
+        sizes: ranks that share a parameter of experts.
+        shapes: of parameters.
+    """
+    experts = {shapes[name][0] * size for name, size in sizes.items() if name in shapes}
+    ways = max((sum(number % size == 0 for size in range(1, number + 1)) for number in experts), default=0)
+    return [{key: value for key, value in group.items() if key not in _OF_GROUPS} for group in plain * (1 + ways)]

@@ -7,8 +7,10 @@ import os
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 
+import torch
 import torch.distributed as dist
 from deepspeed.utils import groups, logger
 
@@ -16,9 +18,9 @@ from ...comm.from_all import from_all
 from ...comm.nest import Nest
 from ...errors import CheckpointError, ConfigError
 from ..given import CheckpointEngine, ClientState
-from ..placing.experts import expert_shares, has_experts, told_universal_loader
+from ..placing.experts import block_forms, expert_shares, has_experts, told_universal_loader
 from ..placing.partition import same_random_state
-from .checks import LAYOUT, CheckpointChecks
+from .checks import LAYOUT
 from .convert import SHARES
 from .description import description
 from .files import (
@@ -34,11 +36,13 @@ from .on_signal import SaveOnSignal
 from .save import Save
 from .state import check_ties, random_state, set_random_state, universal_info
 from .ties import named_as_saved
+from .universal import UniversalLoading
+from .unpartitioned import experts_of, file_of_experts
 
 WAIT_S = 60.0  #: at most, for another job that saves into the same folder
 
 
-class Checkpoints(CheckpointChecks):
+class Checkpoints(UniversalLoading):
     """The part of `DualPipeEngine` that saves and loads."""
 
     _data_state: dict[str, object] | None = None  # of the loader, until there is one
@@ -144,6 +148,7 @@ class Checkpoints(CheckpointChecks):
                 exclude_frozen_parameters=exclude_frozen_parameters,
             )
             self._save_own_state(save, job)
+            self._save_own_experts(save)
         except BaseException:
             save.abandon()
             raise
@@ -225,22 +230,22 @@ class Checkpoints(CheckpointChecks):
             elif states:
                 self._check_layout(folder)
         with ExitStack() as stack:
-            stack.enter_context(reading(self.checkpoint_engine, self._for_own_layout))
+            as_saved = tag is not None and states and not universal
+            fitted = partial(self._for_own_layout, folder=folder if as_saved else None)
+            stack.enter_context(reading(self.checkpoint_engine, fitted))
             stack.enter_context(told_universal_loader(self.module))
             if universal and tag is not None:
                 stack.enter_context(named_as_saved(self.module, self.param_names, Path(load_dir, tag)))
             if universal and tag is not None and next(folder.glob("layer_*"), None) is not None:
                 # buffers and what is not trained; the optimizer's own copies of weights follow
                 self.module.load_state_dir(str(folder), self.checkpoint_engine, load_module_strict)
-            path, client_state = super().load_checkpoint(
-                load_dir,
-                tag,
-                load_module_strict,
-                load_optimizer_states,
-                load_lr_scheduler_states,
-                load_module_only,
-                custom_load_fn,
-            )
+            options = load_module_strict, load_optimizer_states, load_lr_scheduler_states, load_module_only
+            if self.zero_optimization() or tag is None or not (universal or self.using_bf16_optimizer):
+                path, client_state = super().load_checkpoint(load_dir, tag, *options, custom_load_fn)
+                if universal and states and tag is not None:
+                    self._set_options(folder)
+            else:
+                path, client_state = self._load_without_zero(folder, states, *options, custom_load_fn)
         if path is not None and client_state is not None:
             client_state.pop(LAYOUT, None)
             if not load_module_only:
@@ -251,12 +256,13 @@ class Checkpoints(CheckpointChecks):
         """Refuse to save what could not be loaded.
 
         Raises:
-            ConfigError: experts are shared by several ranks and their optimizer states are not partitioned.
+            ConfigError: experts are shared by several ranks, and fp16 without ZeRO keeps their optimizer states.
         """
-        if not self.zero_optimization() and not self.using_bf16_optimizer and has_experts(self.module):
+        whole = self.optimizer is None or isinstance(self.optimizer, torch.optim.Optimizer)
+        if not self.cuts_states and not whole and has_experts(self.module) and not self.has_moe_layers:
             raise ConfigError(
-                "without ZeRO, DeepSpeed's files hold the optimizer states of one of the ranks that share the experts: "
-                'set "zero_optimization": {"stage": 1} to save checkpoints'
+                "in fp16 without ZeRO, DeepSpeed's files hold the optimizer states of one of the ranks that share the "
+                'experts: set "zero_optimization": {"stage": 1} to save checkpoints'
             )
 
     def set_dataiterator(self, iterator: Iterator[Nest]) -> None:
@@ -307,6 +313,7 @@ class Checkpoints(CheckpointChecks):
                 "position": self.checkpoint_mp_rank,
                 "copy": groups._get_data_parallel_rank(),
                 "experts": expert_shares(self.module),
+                "forms": block_forms(self.module),
             },
         }
         save.writer.save(state, str(self._own_file(save.folder, dist.get_rank())))
@@ -314,6 +321,17 @@ class Checkpoints(CheckpointChecks):
             ranks = self.plan.placement.num_ranks
             about = {"schedule": self.plan.schedule, "ranks": ranks, **description(self.module), "job": job}
             save.writer.write(save.folder / DESCRIPTION, json.dumps(about, indent=1).encode())
+
+    def _save_own_experts(self, save: Save) -> None:
+        """Without ZeRO: the optimizer's state of experts that the file of the model does not have."""
+        path, placement = self._experts_file(save.folder), self.place.placement
+        shares = self._own_shares()
+        if path is None or self.optimizer is None or self.place.replica != file_of_experts(shares, self.place.replica):
+            return
+        # one of the copies: the first direction, and the first ranks with these experts
+        if placement.num_directions == 1 or 2 * self.place.rank < placement.num_ranks:
+            state, layout = self.optimizer.state_dict(), self._layout()
+            save.writer.save({"optimizer": experts_of(state, layout, shares), LAYOUT: layout}, str(path))
 
     @staticmethod
     def _own_file(folder: Path, rank: int) -> Path:

@@ -6,13 +6,12 @@ ranks of the other groups, the mirror's included.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 
 import torch.distributed as dist
 from deepspeed.moe.utils import is_moe_param
 from deepspeed.pipe import PipelineModule
-from deepspeed.runtime import base_optimizer
 from deepspeed.runtime.pipe.topology import PipelineParallelGrid
 from deepspeed.utils import groups
 from torch import Tensor, nn
@@ -21,6 +20,7 @@ from ...comm.communicators import close, matches_by_tag, put_beside
 from ...comm.from_all import from_all
 from ...errors import ConfigError
 from ...models.autoep.layer import SharedMoE
+from ...models.autoep.weights import SourceForm
 from ...models.experts import Experts
 from .param_groups import PLACEHOLDER, add_placeholder
 
@@ -155,26 +155,32 @@ def expert_shares(module: nn.Module) -> dict[str, tuple[int, int] | None]:
     return found
 
 
+def block_forms(module: nn.Module) -> dict[str, SourceForm]:
+    """Name of each block of experts whose state dict has other names, where it is whole -> these."""
+    return {path: part.form for path, part in module.named_modules() if isinstance(part, SharedMoE)}
+
+
 @contextmanager
 def told_universal_loader(module: nn.Module) -> Iterator[None]:
-    """Let DeepSpeed's loader of Universal Checkpoints know which experts this rank has. It would ask its process
-    groups, and find those of other engines too.
-
-    Raises:
-        ConfigError: layers share their experts between different numbers of ranks.
-    """
-    places = {place for place in expert_shares(module).values() if place is not None}
-    if len(places) > 1:
-        raise ConfigError(
-            "Universal Checkpoints load where all layers share their experts between as many ranks: give them one "
-            "expert-parallel size, or pass load_optimizer_states=False for a checkpoint as it was saved"
-        )
-    kept = base_optimizer._get_universal_checkpoint_ep_info
-    base_optimizer._get_universal_checkpoint_ep_info = lambda: next(iter(places), (0, 1))
+    """Let DeepSpeed's loader of Universal Checkpoints know which experts this rank has of each parameter. It would ask
+    its process groups, and find those of other engines too, and of all parameters the same."""
+    shares, told = expert_shares(module), []
+    for name, param in module.named_parameters():
+        if (share := shares.get(name)) is not None and hasattr(param, "load_hp_checkpoint_state"):
+            told.append((param, param.load_hp_checkpoint_state))
+            param.load_hp_checkpoint_state = _told(param.load_hp_checkpoint_state, *share)
     try:
         yield
     finally:
-        base_optimizer._get_universal_checkpoint_ep_info = kept
+        for param, load in told:
+            param.load_hp_checkpoint_state = load  # type: ignore[attr-defined]
+
+
+def _told(load: Callable[..., object], rank: int, size: int) -> Callable[..., object]:
+    def told(folder: str, tp_rank: int, tp_world_size: int, ep_rank: int, ep_size: int) -> object:
+        return load(folder, tp_rank, tp_world_size, ep_rank=rank, ep_size=size)
+
+    return told
 
 
 def whole_experts(module: nn.Module, keep: bool) -> ExitStack:

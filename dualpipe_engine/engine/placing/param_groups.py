@@ -8,7 +8,8 @@ groups can be applied by name to the parameters that train, whenever they are us
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
+from itertools import count
 from typing import Any, NamedTuple
 
 import torch
@@ -26,6 +27,9 @@ from ..given import Optimizer, ParamEntry, ParamGroup, Scheduler
 PLACEHOLDER = "nothing_to_train"
 """Start of the names of parameters that stand where a rank trains none, always 0: DeepSpeed's optimizers need one in
 each group, and take one collective for each group."""
+
+ORIGIN = "dualpipe_group"
+"""Of a group of experts apart: the number of the group that they were taken out of."""
 
 _NAME = "dualpipe_name"
 
@@ -180,13 +184,14 @@ class GroupMap:
     def _experts_of(self, groups: list[ParamGroup]) -> list[ParamGroup]:
         """Take experts that ranks share out of groups; the groups of their own that DeepSpeed's optimizers want."""
         made: list[ParamGroup] = []
-        for group in groups if not any(group.get("moe") for group in groups) else ():
+        for number, group in enumerate(groups if not any(group.get("moe") for group in groups) else ()):
             kept: list[tuple[str, nn.Parameter]] = []
             shared: dict[str, list[tuple[str, nn.Parameter]]] = {}
             for name, param in zip(group["param_names"], group["params"], strict=True):
-                apart = is_moe_param(param) and param.requires_grad
-                (shared.setdefault(param.group_name, []) if apart else kept).append((name, param))
-            made += [_of(pairs, group | {"name": key, "moe": True}) for key, pairs in shared.items()]
+                taken = is_moe_param(param) and param.requires_grad
+                (shared.setdefault(param.group_name, []) if taken else kept).append((name, param))
+            apart = {"moe": True, ORIGIN: number}
+            made += [_of(pairs, group | apart | {"name": key}) for key, pairs in shared.items()]
             if shared and not any(param.requires_grad for _, param in kept):
                 kept.append((PLACEHOLDER, add_placeholder(self._model)))
             group.update(_of(kept))
@@ -212,6 +217,12 @@ class GroupMap:
                     self._groups.append(group)
             return self._optimizer, None
         return self._optimizer, list(placed[0]["params"]) if self._flat else placed
+
+
+def origins(groups: Sequence[ParamGroup]) -> list[int]:
+    """Of each group of an optimizer the number of the user's group whose options it has."""
+    plain = count()
+    return [group.get(ORIGIN, 0) if group.get("moe") else next(plain) for group in groups]
 
 
 def _of(pairs: list[tuple[str, nn.Parameter]], options: ParamGroup | None = None) -> ParamGroup:

@@ -57,6 +57,9 @@ class SharedMoE(Counting, AutoEPMoELayer):
         size: ranks that share the experts.
         rank: of these, the number of this one.
         config: the "expert_parallel" section.
+
+    Attributes:
+        form: how the state dict of the block that was replaced has its weights.
     """
 
     def __init__(self, spec: MoELayerSpec, source: nn.Module, size: int, rank: int, config: AutoEPConfig) -> None:
@@ -65,7 +68,7 @@ class SharedMoE(Counting, AutoEPMoELayer):
             delattr(self, name)  # for recorders of whole models
         for buffer, zeros in counters(spec.num_experts, self.tokens_per_expert.device):
             self.register_buffer(buffer, zeros, persistent=False)
-        self._form = form_of(spec, source)
+        self.form = form_of(spec, source)
         self._whole: dict[str, Tensor] | None = None
         self._stream: SharedStream | None = None
         self._stops = self._by_itself = False
@@ -85,7 +88,7 @@ class SharedMoE(Counting, AutoEPMoELayer):
             return layer.share(path, names, some, self.num_experts)
 
         own = (self.experts.w1, self.experts.w2, self.experts.w3)
-        for param, value in zip(own, self._form.share(read, experts), strict=True):
+        for param, value in zip(own, self.form.share(read, experts), strict=True):
             param.copy_(value)
 
     @contextmanager
@@ -144,14 +147,14 @@ class SharedMoE(Counting, AutoEPMoELayer):
         own: dict[str, Any] = super().state_dict(*args, **kwargs)
         if self._whole is not None:
             own.update({f"{prefix}experts.{name}": tensor for name, tensor in self._whole.items()})
-            self._form.to_source(own, prefix)
+            self.form.to_source(own, prefix)
         if into is None:
             return own
         into.update(own)
         return into  # type: ignore[no-any-return]
 
     def _load_from_state_dict(self, state_dict: dict[str, Tensor], prefix: str, *args: Any) -> None:
-        self._form.from_source(state_dict, prefix)
+        self.form.from_source(state_dict, prefix)
         for name, _ in self.experts.named_parameters():
             given = state_dict.get(f"{prefix}experts.{name}")
             if given is not None and len(given) == self.num_experts:
