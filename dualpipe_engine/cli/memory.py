@@ -18,9 +18,9 @@ _DESCRIPTION = """\
 Bytes of weights, gradients, optimizer state and activations on each rank for every schedule, beside stock 1F1B
 (1f1b-deepspeed), computed from a DeepSpeed configuration without running anything.
 
-Precision, ZeRO stage, gradient accumulation dtype and optimizer are read from the configuration. dualpipe holds every
-stage on two ranks: weights and gradients double, but ZeRO-1 divides the optimizer state among both, and ZeRO-2 the
-gradients as well. Stock 1F1B has no ZeRO-2, so its row shows ZeRO-1 then. Not counted: what lives for one op only (a
+Precision, ZeRO stage, gradient accumulation dtype, optimizer and "offload_activations" are read from the
+configuration. dualpipe holds every stage on two ranks: weights and gradients double, but ZeRO-1 divides the optimizer
+state among both, and ZeRO-2 the gradients as well. Stock 1F1B has no ZeRO-2, so its row shows ZeRO-1 then. Not counted: what lives for one op only (a
 fresh gradient, buffers of transfers), and what the allocator wastes.
 """
 
@@ -79,7 +79,14 @@ def _run(args: argparse.Namespace) -> None:
     params = args.params_per_stage
     params = params * args.ranks if len(params) == 1 else params
     stages = args.stages_per_rank
-    rows = compare_memory(training_of(config), args.ranks, micro, params, args.activation_bytes, args.replicas, stages)
+    pipeline = config.get("pipeline")
+    away = pipeline.get("offload_activations", False) if isinstance(pipeline, dict) else False
+    if not isinstance(away, bool) and (not isinstance(away, int) or away < 1):
+        raise ConfigError(f'"offload_activations" must be true, false or a whole number above 0, got {away!r}')
+    activations = args.activation_bytes
+    rows = compare_memory(
+        training_of(config), args.ranks, micro, params, activations, args.replicas, stages, offload_activations=away
+    )
     if args.format == "json":
         shape = {"ranks": args.ranks, "micro_batches": micro, "replicas": args.replicas}
         sys.stdout.write(json.dumps({**shape, "schedules": memory_data(rows)}) + "\n")
