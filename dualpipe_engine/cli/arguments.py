@@ -13,6 +13,7 @@ from ..errors import ConfigError
 from ..schedule.cuts.layer_times import parse_layer_costs
 from ..schedule.orders.interleaved import STAGES
 from ..schedule.orders.registry import KNOWN, SCHEDULES, placement_of
+from ..schedule.passes.offload import offload
 from ..schedule.passes.verify import verify
 from ..schedule.plan import Plan
 from ..schedule.search.job_costs import Measurement
@@ -40,7 +41,22 @@ def add_schedule(parser: argparse.ArgumentParser) -> list[argparse.Action]:
         "(stage, micro-batch) activations that a rank may hold (default: what the schedule is known for); zbv, vhalf "
         "and vmin keep any from 2"
     )
-    return [*work, parser.add_argument("--activation-cap", type=whole, metavar="K", help=cap), add_stages(parser)]
+    fewer = (
+        "activations by which the peak of every rank shall fall, because those that live longest are in host memory "
+        "between forward and backward; all: as many as can be"
+    )
+    copy = (
+        "time of the copy of what 1/N of the model keeps of a micro-batch to host memory, and of that back (default: 0)"
+    )
+    return [
+        *work,
+        parser.add_argument("--activation-cap", type=whole, metavar="K", help=cap),
+        add_stages(parser),
+        parser.add_argument(
+            "--offload-activations", type=fewer_activations, metavar="N|all", default=False, help=fewer
+        ),
+        parser.add_argument("--copy", type=finite, metavar="C", help=copy),
+    ]
 
 
 def add_stages(parser: argparse.ArgumentParser) -> argparse.Action:
@@ -72,6 +88,14 @@ def finite(text: str) -> float:
     """A number that can be reckoned with: not infinite, not NaN, not above `MOST`."""
     number = float(text)
     if not abs(number) <= MOST:
+        raise ValueError
+    return number
+
+
+def fewer_activations(text: str) -> bool | int:
+    """The value of --offload-activations: a whole number above 0, or all."""
+    number = True if text == "all" else whole(text)
+    if number < 1:
         raise ValueError
     return number
 
@@ -131,6 +155,10 @@ def work(args: argparse.Namespace) -> tuple[CostModel, Measurement | None]:
 def make(args: argparse.Namespace) -> tuple[Plan, CostModel]:
     """The verified plan that the arguments ask for, and the costs of its stages."""
     costs, _ = work(args)
+    if args.copy is not None:
+        if not args.offload_activations:
+            raise ConfigError("--copy is for --offload-activations: add it, or leave --copy out")
+        costs = replace(costs, copy=args.copy)
     if args.schedule is None:
         raise ConfigError(f"say which schedule: --schedule with {', '.join(SCHEDULES)} or a plan file")
     if args.schedule.endswith(_FILES):
@@ -152,7 +180,8 @@ def make(args: argparse.Namespace) -> tuple[Plan, CostModel]:
         costs = costs.for_placement(placement_of(args.schedule, args.ranks, stages))
         shape = args.ranks, args.micro_batches
         plan = make_plan(args.schedule, *shape, costs, args.optimize, args.activation_cap, stages_per_rank=stages)
-    verify(plan, activation_cap=args.activation_cap)
+    plan = offload(plan.unlowered() if args.offload_activations else plan, args.offload_activations, costs)
+    verify(plan, activation_cap=None if args.offload_activations else args.activation_cap)
     return plan, costs
 
 

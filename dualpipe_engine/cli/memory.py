@@ -21,9 +21,9 @@ _DESCRIPTION = """\
 Bytes of weights, gradients, optimizer state and activations on each rank for every schedule, beside stock 1F1B
 (1f1b-deepspeed), computed from a DeepSpeed configuration without running anything.
 
-Precision, ZeRO stage, gradient accumulation dtype and optimizer are read from the configuration. dualpipe holds every
-stage on two ranks: weights and gradients double, but ZeRO-1 divides the optimizer state among both, and ZeRO-2 the
-gradients as well. Stock 1F1B has no ZeRO-2, so its row shows ZeRO-1 then. Not counted: what lives for one op only (a
+Precision, ZeRO stage, gradient accumulation dtype, optimizer and "offload_activations" are read from the
+configuration. dualpipe holds every stage on two ranks: weights and gradients double, but ZeRO-1 divides the optimizer
+state among both, and ZeRO-2 the gradients as well. Stock 1F1B has no ZeRO-2, so its row shows ZeRO-1 then. Not counted: what lives for one op only (a
 fresh gradient, buffers of transfers), and what the allocator wastes. With "offload_optimizer" the optimizer state is in
 host memory, in a column of its own.
 
@@ -115,8 +115,16 @@ def _of_stages(args: argparse.Namespace, config: dict[str, Any], micro: int) -> 
     if params is None:
         raise ConfigError("say what a stage holds: --params-per-stage P, or --model with a config.json")
     params = params * args.ranks if len(params) == 1 else params
-    stages = args.stages_per_rank
-    return compare_memory(training_of(config), args.ranks, micro, params, args.activation_bytes, args.replicas, stages)
+    return compare_memory(
+        training_of(config),
+        args.ranks,
+        micro,
+        params,
+        args.activation_bytes,
+        args.replicas,
+        args.stages_per_rank,
+        offload_activations=_offloaded(config),
+    )
 
 
 def _of_model(args: argparse.Namespace, config: dict[str, Any], micro: int) -> list[MemoryRow]:
@@ -131,4 +139,14 @@ def _of_model(args: argparse.Namespace, config: dict[str, Any], micro: int) -> l
             raise ConfigError(f"{args.config}: {name} must be a whole number, got {value!r}")
     length = 4096 if args.sequence_length is None else args.sequence_length
     shape = Shape(args.ranks, micro, args.replicas, experts, sequences, length)
-    return model_memory(load_shape(args.model), training_of(config), shape, args.stages_per_rank)
+    return model_memory(
+        load_shape(args.model), training_of(config), shape, args.stages_per_rank, offload_activations=_offloaded(config)
+    )
+
+
+def _offloaded(config: dict[str, Any]) -> bool | int:
+    pipeline = config.get("pipeline")
+    away = pipeline.get("offload_activations", False) if isinstance(pipeline, dict) else False
+    if not isinstance(away, bool) and (not isinstance(away, int) or away < 1):
+        raise ConfigError(f'"offload_activations" must be true, false or a whole number above 0, got {away!r}')
+    return away

@@ -28,9 +28,9 @@ def _run(args: argparse.Namespace) -> None:
     plan, costs = make(args)
     shown = plan
     if not args.with_comm:
-        shown = plan.compute_only()
+        shown = plan.unlowered()
     elif not plan.has_comm():
-        shown = lower(plan.compute_only())
+        shown = lower(plan.unlowered())
         verify(shown, activation_cap=args.activation_cap)
     if args.format == "csv":
         sys.stdout.write(shown.to_csv())

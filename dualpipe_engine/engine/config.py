@@ -6,7 +6,7 @@ import re
 import signal
 from difflib import get_close_matches
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
 from deepspeed.runtime.config import DeepSpeedConfig
 from deepspeed.runtime.tensor_parallel.init_utils import load_ds_config
@@ -41,6 +41,7 @@ _PROMISES = (
     "check_twins",
     "check_finite",
     "recompute",
+    "offload_activations",
     "load_report_steps",
     "save_on_signal",
     "save_folder",
@@ -85,6 +86,9 @@ class DualPipeConfig(BaseModel):
     recompute: bool | list[str] = False
     """Modules that are computed again in the backward, so that nothing of them is kept: regular expressions, looked for
     in names of modules within their layers, or class names; true: what layers list in their attribute `recomputed`."""
+    offload_activations: Annotated[int, Field(ge=1)] | bool = False
+    """Keep activations in host memory between forward and backward: as many as bring the peak of each rank down by this
+    number, those that live longest first; true: all that can be away for at least one op."""
     save_on_signal: str | None = None
     """A signal, such as "SIGTERM", at which all ranks save after the batch and end with 128 + its number."""
     save_folder: str | None = None

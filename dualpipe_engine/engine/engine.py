@@ -26,6 +26,7 @@ from ..runtime.apex_support import apex_status
 from ..runtime.chunk import StageChunk
 from ..runtime.executor import Executor
 from ..runtime.observer import Observer
+from ..runtime.offload import Offload
 from ..runtime.recompute import Recompute
 from ..runtime.weight_grad import DeferredWeightGrads, install
 from ..schedule.op import I, atoms
@@ -193,10 +194,12 @@ class DualPipeEngine(LifeCycle, Evaluation, Measuring, Reporting, Checkpoints, L
             self._store = DeferredWeightGrads(apex.wgrad if self.device.type == "cuda" else None)
         self._recompute = Recompute(module.dualpipe_recomputed) if module.dualpipe_recomputed else None
         self._install()
-        self._transfers: list[Transfer] = []  # of the last batch, within phases
+        self._transfers: list[Transfer] = []  # of the last batch, within phases and to and from host memory
+        timeout = self.dualpipe_config.p2p_timeout_s
+        offloads = self.dualpipe_config.offload_activations or self.plan.has_copies()
+        self._offload = Offload(module, self.device, timeout, self._transfers) if offloads else None
         self._additional = AdditionalLosses(module, self._pipeline_group, self._replica_group)
         self._chunks = {stage: self._make_chunk(stage, view) for stage, view in context.views.items()}
-        timeout = self.dualpipe_config.p2p_timeout_s
         self._transported: list[StreamTicket] = []  # of the last batch, between stages
         with waiting():  # it connects the ends of its edges
             self._transport = transport = transport_of(self._pipeline_group)(
@@ -224,6 +227,7 @@ class DualPipeEngine(LifeCycle, Evaluation, Measuring, Reporting, Checkpoints, L
             self._before_forward,
             self.finite.borders,
             self.watch,
+            self._offload,
         )
         self._inbound = side_stream(self.device)  # of inputs and labels
         # Evaluation may use other shapes, so it has edges of its own and announces every shape.
@@ -258,6 +262,7 @@ class DualPipeEngine(LifeCycle, Evaluation, Measuring, Reporting, Checkpoints, L
             loss_fn=self._additional.watch(self.module.loss_fn) if is_last else None,
             store=self._store,
             params=params_of(view.forward_funcs),
+            offload=self._offload,
         )
 
     def _make_finite_check(self) -> FiniteCheck:

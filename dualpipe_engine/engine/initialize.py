@@ -183,7 +183,7 @@ def _choose_plan(
             print_choice(rows, measured, num_micro)
         chosen = best_of(rows).plan
         assert chosen is not None
-        plan = lowered_plan(chosen, dualpipe)
+        plan = lowered_plan(chosen, dualpipe, costs)
     else:
         plan = make_lowered_plan(dualpipe, grid.pipe_parallel_size, num_micro, costs)
     agree(plan, torch.device(get_accelerator().current_device_name()))

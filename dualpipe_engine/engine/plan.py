@@ -9,6 +9,7 @@ from deepspeed.pipe import LayerSpec, PipelineModule
 from ..errors import ConfigError, PlanError
 from ..schedule.orders.registry import placement_of
 from ..schedule.passes.lower import lower
+from ..schedule.passes.offload import offload
 from ..schedule.passes.verify import verify
 from ..schedule.plan import Plan
 from ..schedule.search.make_plan import make_plan
@@ -42,7 +43,7 @@ def make_lowered_plan(config: DualPipeConfig, num_ranks: int, num_micro: int, co
         ConfigError: a plan file is for other ranks or micro-batches.
     """
     if config.plan_file is not None:
-        plan = Plan.load(config.plan_file).compute_only()
+        plan = Plan.load(config.plan_file).unlowered()
         if (plan.placement.num_ranks, plan.num_micro) != (num_ranks, num_micro):
             raise ConfigError(
                 f"{config.plan_file} is a plan for {plan.placement.num_ranks} ranks and {plan.num_micro} "
@@ -59,16 +60,21 @@ def make_lowered_plan(config: DualPipeConfig, num_ranks: int, num_micro: int, co
             split_backward=config.split_backward is not False,
             stages_per_rank=config.stages_per_rank,
         )
-    return lowered_plan(plan, config)
+    return lowered_plan(plan, config, costs)
 
 
-def lowered_plan(plan: Plan, config: DualPipeConfig) -> Plan:
-    """Lower and verify a plan of compute ops.
+def lowered_plan(plan: Plan, config: DualPipeConfig, costs: CostModel) -> Plan:
+    """Add copies to host memory where the configuration wants them, lower and verify a plan.
+
+    Args:
+        plan: of compute ops.
+        config: says how many activations are offloaded.
+        costs: see `make_lowered_plan`.
 
     Raises:
         PlanError: it is not sound, or does not keep within the configuration's cap.
     """
-    lowered = lower(plan)
+    lowered = lower(offload(plan, config.offload_activations, costs.for_placement(plan.placement)))
     verify(lowered, activation_cap=config.activation_cap)
     return lowered
 

@@ -12,7 +12,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from ..schedule.op import COMPUTE, FB, REDUCE, STEP, B, F, I, W
+from ..schedule.op import COMPUTE, COPIES, FB, REDUCE, STEP, B, F, I, W
 from ..schedule.records import DATA, DRAIN, FLUSH, LOSS, OP, PHASE, RECEIVE, REDUCTION, SEND, BatchRecord, Mark
 
 WAITING, COMMUNICATION, REDUCING, OPTIMIZER = "waiting", "communication", "reduction", "optimizer"
@@ -124,7 +124,10 @@ _OUTSIDE = {SEND: COMMUNICATION, FLUSH: COMMUNICATION, LOSS: WAITING, DATA: DATA
 
 def category(mark: Mark) -> str:
     """Where the time of an op counts."""
-    return mark.op.kind if mark.op.kind in COMPUTE else {REDUCE: REDUCING, STEP: OPTIMIZER}[mark.op.kind]
+    kind = mark.op.kind
+    if kind in COPIES:
+        return COMMUNICATION
+    return kind if kind in COMPUTE else {REDUCE: REDUCING, STEP: OPTIMIZER}[kind]
 
 
 def _within_ops(ops: Sequence[Mark], phases: Sequence[Mark], seconds: dict[str, float]) -> float:

@@ -8,6 +8,7 @@ as it has been sent.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import TypedDict
 
@@ -18,6 +19,7 @@ from torch.utils import _pytree as pytree
 from ..comm.meta import flatten
 from ..comm.nest import Nest
 from ..errors import ConfigError
+from .offload import Offload
 from .weight_grad import DeferredWeightGrads
 
 _unsafe_view = torch.ops.aten._unsafe_view.default
@@ -33,6 +35,11 @@ def backward_from(roots: tuple[torch.Tensor | GradientEdge, ...], grads: tuple[t
 def _inside(leaf: torch.Tensor) -> torch.Tensor:
     """The same memory in a tensor that is neither a leaf nor a view of one, so that in-place layers may work on it."""
     return _unsafe_view(leaf, leaf.shape)
+
+
+def empty(leaf: torch.Tensor) -> None:
+    """Keep a leaf's shape and let go of its memory: of what it stands for, only the gradient is asked for later."""
+    leaf.data = leaf.new_empty(()).expand(leaf.shape)
 
 
 def _edge(output: torch.Tensor) -> GradientEdge:
@@ -62,6 +69,7 @@ class ChunkOptions(_WhichStage, total=False):
     store: DeferredWeightGrads | None
     overlap: bool
     params: Iterable[torch.nn.Parameter]
+    offload: Offload | None
 
 
 class StageChunk:
@@ -75,6 +83,7 @@ class StageChunk:
         overlap: use the module's own `overlapped_forward_backward` where it has one.
         store: collects deferred weight gradients during I; None runs I as a full backward and W as nothing.
         params: the parameters of the stage.
+        offload: takes what forwards save to host memory, where the plan says so.
     """
 
     def __init__(
@@ -87,12 +96,14 @@ class StageChunk:
         store: DeferredWeightGrads | None = None,
         overlap: bool = True,
         params: Iterable[torch.nn.Parameter] = (),
+        offload: Offload | None = None,
     ) -> None:
         self.module = module
         self.stage = stage
         self.is_last = is_last
         self.loss_fn = loss_fn
         self._store = store
+        self._offload = offload
         self._params = list(params)
         self._overlap = overlap
         self._keeps_outputs = overlap and hasattr(type(module), "overlapped_forward_backward")
@@ -110,12 +121,13 @@ class StageChunk:
         Returns:
             The stage's output, cut off from autograd; for the last stage the loss (scalar, cut off as well).
         """
-        inputs, leaves = self._enter(inputs)
-        output = self.module(inputs)
-        if not self.is_last:
-            return self._keep(micro, leaves, output)
-        loss = self.loss_fn(output, labels) if self.loss_fn is not None else output
-        return self._keep_loss(micro, leaves, loss)
+        inputs, leaves = self._enter(micro, inputs)
+        with self._saving(micro):
+            output = self.module(inputs)
+            if not self.is_last:
+                return self._keep(micro, leaves, output)
+            loss = self.loss_fn(output, labels) if self.loss_fn is not None else output
+            return self._keep_loss(micro, leaves, loss)
 
     def infer(self, inputs: Nest) -> Nest:
         """Run F without keeping anything; the last stage returns its output, not the loss."""
@@ -167,20 +179,21 @@ class StageChunk:
         Returns:
             What `forward` returns, and what `backward` returns.
         """
-        inputs, leaves = self._enter(inputs)
+        inputs, leaves = self._enter(micro, inputs)
         kept = other._alive.pop(back)
         loss = None if kept.loss is None else kept.loss * scale
         flat = [inputs] if isinstance(inputs, torch.Tensor) else pytree.tree_leaves(inputs)
-        output, new_loss = type(self.module).overlapped_forward_backward(  # type: ignore[attr-defined]
-            self.module,
-            [leaf for leaf in flat if isinstance(leaf, torch.Tensor)],
-            self.loss_fn if self.is_last else None,
-            labels if isinstance(labels, (list, tuple)) or labels is None else [labels],
-            other.module,
-            loss,
-            kept.outputs if loss is None else None,
-            grads,
-        )
+        with self._saving(micro):
+            output, new_loss = type(self.module).overlapped_forward_backward(  # type: ignore[attr-defined]
+                self.module,
+                [leaf for leaf in flat if isinstance(leaf, torch.Tensor)],
+                self.loss_fn if self.is_last else None,
+                labels if isinstance(labels, (list, tuple)) or labels is None else [labels],
+                other.module,
+                loss,
+                kept.outputs if loss is None else None,
+                grads,
+            )
         passed = self._keep_loss(micro, leaves, new_loss) if self.is_last else self._keep(micro, leaves, output)
         return passed, self._input_grads(kept)
 
@@ -198,18 +211,27 @@ class StageChunk:
         self._alive.clear()
         self._pending.clear()
 
-    def _enter(self, inputs: Nest) -> tuple[Nest, list[torch.Tensor]]:
-        if isinstance(inputs, torch.Tensor):  # the usual case, without the cost of a nest
-            return (_inside(inputs), [inputs]) if inputs.requires_grad else (inputs, [])
+    def _saving(self, micro: int) -> AbstractContextManager[object]:
+        """Context of what runs for F of a micro-batch, in which its activation may be one that leaves."""
+        return nullcontext() if self._offload is None else self._offload.saving(self.stage, micro)
+
+    def _enter(self, micro: int, inputs: Nest) -> tuple[Nest, list[torch.Tensor]]:
+        """What the stage takes, and the leaves that collect its gradients: without memory where the activation leaves,
+        but for what the user's data loader has given."""
         leaves: list[torch.Tensor] = []
+        lets_go = self._offload is not None and self.stage > 0 and self._offload.leaves(self.stage, micro)
 
         def enter(value: Nest) -> Nest:
             if not isinstance(value, torch.Tensor) or not value.requires_grad:
                 return value
             leaves.append(value)
-            return _inside(value)
+            inside = _inside(value)
+            if lets_go:
+                empty(value)
+            return inside
 
-        return pytree.tree_map(enter, inputs), leaves
+        # A tensor is the usual case, without the cost of a nest.
+        return enter(inputs) if isinstance(inputs, torch.Tensor) else pytree.tree_map(enter, inputs), leaves
 
     def _keep(self, micro: int, leaves: list[torch.Tensor], output: Nest) -> Nest:
         if isinstance(output, torch.Tensor) and output.requires_grad:  # the usual case

@@ -11,7 +11,7 @@ from torch.utils import _pytree as pytree
 from ..comm.nest import Nest
 from ..comm.p2p import Edges
 from ..errors import DualPipeError
-from ..schedule.op import FB, RECV_B, RECV_F, REDUCE, SEND_B, SEND_F, SENDS, STEP, B, F, I, Op, W
+from ..schedule.op import FB, OFFLOAD, RECV_B, RECV_F, REDUCE, RELOAD, SEND_B, SEND_F, SENDS, STEP, B, F, I, Op, W
 from ..schedule.plan import Plan
 from ..schedule.progress import blame_transfer, waiting
 from ..schedule.records import DATA, FLUSH, RECEIVE, SEND
@@ -19,6 +19,7 @@ from .borders import Borders
 from .chunk import StageChunk, as_leaves
 from .drain import BatchFailed, Drain, Failing
 from .observer import Observer
+from .offload import Offload
 from .run_state import BatchResult, Feed, RunState
 
 
@@ -47,6 +48,7 @@ class Executor:
         on_micro: called with (stage, micro) before every forward, for per-micro-batch state such as seeds.
         borders: notes NaN and inf in what passes the borders of stages.
         failing: knows of batches that fail on one rank; None: an error ends the job.
+        offload: takes activations to host memory where a plan says so; None: no plan does.
 
     Attributes:
         scale: factor on every loss before its backward.
@@ -62,6 +64,7 @@ class Executor:
         on_micro: Callable[[int, int], None] | None = None,
         borders: Borders | None = None,
         failing: Failing | None = None,
+        offload: Offload | None = None,
     ) -> None:
         self._rank = rank
         self._chunks = chunks
@@ -71,6 +74,7 @@ class Executor:
         self._on_micro = on_micro
         self._borders = borders
         self._failing = failing
+        self._offload = offload
         self._failures: Mapping[int, object] = {} if failing is None else failing.failures
         self.scale = 1.0
         self._handlers: dict[str, Callable[[Op], None]] = {
@@ -83,6 +87,8 @@ class Executor:
             SEND_B: self._send_backward,
             RECV_F: self._recv_forward,
             RECV_B: self._recv_backward,
+            OFFLOAD: self._let_go,
+            RELOAD: self._bring_back,
             REDUCE: self._reduce,
             STEP: self._step,
         }
@@ -102,6 +108,8 @@ class Executor:
         if self._borders is not None:
             self._borders.clear()
         program = plan.programs[self._rank]
+        if self._offload is not None:
+            self._offload.begin_batch(program)
         position = self._edges.position
         position.plan, position.awaits, position.device_done = plan, None, self._observer.device_done
         try:
@@ -144,6 +152,8 @@ class Executor:
     def _clear(self) -> None:
         for chunk in self._chunks.values():
             chunk.clear()
+        if self._offload is not None:
+            self._offload.clear()
         self._state.clear()
 
     def _placed(self, op: Op, error: DualPipeError) -> DualPipeError:
@@ -226,6 +236,8 @@ class Executor:
         with self._observer.span(op):
             chunk = self._chunks[op.stage]
             output = chunk.forward(op.micro, inputs, labels) if self._state.train else chunk.infer(inputs)
+            if self._offload is not None:
+                self._offload.leave(op.stage, op.micro)
         self._pass_on(op, output, labels)
 
     def _pass_on(self, op: Op, output: Nest, labels: Nest) -> None:
@@ -252,6 +264,8 @@ class Executor:
         grads = self._take_grads(op)
         chunk = self._chunks[op.stage]
         with self._observer.span(op):
+            if self._offload is not None:
+                self._offload.await_back(op.stage, op.micro)
             if op.kind == B:
                 back = chunk.backward(op.micro, grads, self.scale)
                 self._accumulate(op)
@@ -292,7 +306,11 @@ class Executor:
             inputs, labels = self._prepare(forward)
             grads = self._take_grads(backward)
             with self._observer.span(op):
+                if self._offload is not None:
+                    self._offload.await_back(backward.stage, backward.micro)
                 output, back = chunk.overlapped(forward.micro, inputs, labels, other, backward.micro, grads, self.scale)
+                if self._offload is not None:
+                    self._offload.leave(forward.stage, forward.micro)
                 self._accumulate(backward)
             self._pass_on(forward, output, labels)
             self._pass_back(backward, back)
@@ -323,6 +341,18 @@ class Executor:
 
     def _recv_backward(self, op: Op) -> None:
         self._edges.post_backward(op.stage, op.micro, self._state.rank_of(op.stage + 1, op.micro))
+
+    def _let_go(self, op: Op) -> None:
+        with self._observer.span(op):
+            self._offloading().let_go(op.stage, op.micro)
+
+    def _bring_back(self, op: Op) -> None:
+        with self._observer.span(op):
+            self._offloading().bring_back(op.stage, op.micro)
+
+    def _offloading(self) -> Offload:
+        assert self._offload is not None, "a plan with copies needs an Offload"
+        return self._offload
 
     def _accumulate(self, op: Op) -> None:
         self._note_weights(op)

@@ -26,7 +26,7 @@ from torch.utils.checkpoint import checkpoint
 
 from ..comm.nest import Nest
 from ..comm.tickets import Tickets, Transfer
-from .chunk import ChunkOptions, StageChunk, _inside
+from .chunk import ChunkOptions, StageChunk, _inside, empty
 from .filling import Filling, Weights
 from .phases import COMM, COMPUTE, Phase, Phased
 
@@ -175,24 +175,26 @@ class PhasedChunk(StageChunk):
 
     def _forward_steps(self, micro: int, inputs: Nest, labels: Nest) -> Steps[Nest]:
         segments: list[_Segment] = []
-        entered, leaves = self._enter(inputs)  # leaves that collect what goes back to the stage before
+        entered, leaves = self._enter(micro, inputs)  # leaves that collect what goes back to the stage before
         for phase, following in pairwise(self._phases):
             travels = phase.kind == COMM
             tickets = Tickets(phase.name, self._log, leads_on=following.kind == COMM)
             if travels:
                 yield None
-            state = phase.run(entered, tickets) if travels else phase.run(entered)
+            with self._saving(micro):
+                state = phase.run(entered, tickets) if travels else phase.run(entered)
             segments.append(_Segment(leaves, _edges(state, _differentiable(entered) if travels else ()), tickets))
             # Before the wait, after which the host has to be quick. What has been posted keeps what it needs.
             entered, leaves = _cut(state)
             del state
             if travels:
                 yield tickets
-        output = self._phases[-1].run(entered)
-        self._segments[micro] = segments
-        if not self.is_last:
-            return self._keep(micro, leaves, output)
-        return self._keep_loss(micro, leaves, self.loss_fn(output, labels) if self.loss_fn is not None else output)
+        with self._saving(micro):
+            output = self._phases[-1].run(entered)
+            self._segments[micro] = segments
+            if not self.is_last:
+                return self._keep(micro, leaves, output)
+            return self._keep_loss(micro, leaves, self.loss_fn(output, labels) if self.loss_fn is not None else output)
 
     def _backward_steps(
         self, micro: int, grads: list[torch.Tensor] | None, scale: float, weights: Weights
@@ -325,7 +327,7 @@ def _cut(state: Nest) -> tuple[Nest, list[torch.Tensor]]:
             return value
         leaf = value.detach().requires_grad_()
         inside = _inside(leaf)
-        leaf.data = leaf.new_empty(()).expand(leaf.shape)
+        empty(leaf)
         leaves.append(leaf)
         return inside
 

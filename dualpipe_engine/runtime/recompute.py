@@ -79,14 +79,14 @@ class Recompute:
 
     def keep(self, tensor: Tensor) -> _Kept | _Part:
         """What stands for a tensor until the backward: the tensor, or a handle where it is an output of a call."""
-        found = self._outputs.get(tensor.untyped_storage()._cdata) if _has_storage(tensor) else None
+        found = self._outputs.get(tensor.untyped_storage()._cdata) if has_storage(tensor) else None
         part = None if found is None else found.part(tensor)
         return _Kept(tensor, self._outer) if part is None else part
 
     def add(self, call: _Call, outputs: Sequence[Nest], given: Collection[int]) -> None:
         """Remember the outputs of a call, but those that share memory with what it was given."""
         for index, tensor in enumerate(outputs):
-            if not isinstance(tensor, Tensor) or not _has_storage(tensor):
+            if not isinstance(tensor, Tensor) or not has_storage(tensor):
                 continue
             storage = tensor.untyped_storage()
             if storage._cdata not in given:
@@ -202,7 +202,7 @@ class _Recomputed(Forward):
                 "module, or let it make a new tensor"
             )
         call.end()
-        held = {tensor.untyped_storage()._cdata for tensor in tensors if _has_storage(tensor)}
+        held = {tensor.untyped_storage()._cdata for tensor in tensors if has_storage(tensor)}
         self._recompute.add(call, pytree.tree_leaves(out), held)
         return out
 
@@ -317,7 +317,8 @@ def _is_kept(value: object) -> bool:
     return isinstance(value, tuple) and len(value) == 2 and isinstance(value[0], (_Kept, _Part))
 
 
-def _has_storage(tensor: Tensor) -> bool:
+def has_storage(tensor: Tensor) -> bool:
+    """Whether a tensor is a plain one, which its storage, sizes and strides describe."""
     return type(tensor) in _PLAIN and tensor.layout == torch.strided and not tensor.is_neg() and not tensor.is_conj()
 
 

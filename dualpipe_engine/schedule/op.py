@@ -1,8 +1,8 @@
 """Op: one entry of a rank's program, and its text form.
 
 The text is that of torch.distributed.pipelining: stage, kind, micro-batch. `3F7` is the forward of micro-batch 7 on
-stage 3, `(3F7;4B2)FB` one forward and one backward that overlap, `3REDUCE` the gradient reduction of stage 3 and
-`STEP` the optimizer step.
+stage 3, `(3F7;4B2)FB` one forward and one backward that overlap, `3OFFLOAD7` the end of the copy of what `3F7` has kept
+to host memory, `3REDUCE` the gradient reduction of stage 3 and `STEP` the optimizer step.
 """
 
 from __future__ import annotations
@@ -21,6 +21,8 @@ SEND_F = "SEND_F"  #: send the output of `stage` to stage + 1
 RECV_F = "RECV_F"  #: receive the input of `stage` from stage - 1
 SEND_B = "SEND_B"  #: send the input gradient of `stage` to stage - 1
 RECV_B = "RECV_B"  #: receive the output gradient of `stage` from stage + 1
+OFFLOAD = "OFFLOAD"  #: let go of what F has kept: its copy to host memory, which began behind F, is done
+RELOAD = "RELOAD"  #: begin to copy it back; the backward waits for the end
 REDUCE = "REDUCE"  #: reduce the gradients of `stage` over its replicas
 STEP = "STEP"  #: optimizer step of the rank
 
@@ -28,6 +30,9 @@ COMPUTE = frozenset((F, B, I, W, FB))
 SENDS = frozenset((SEND_F, SEND_B))
 RECEIVES = frozenset((RECV_F, RECV_B))
 COMM = SENDS | RECEIVES
+COPIES = frozenset((OFFLOAD, RELOAD))
+STEPS = COMPUTE | COPIES  #: what `lower` adds transfers and the tail to
+BESIDE = COMM | COPIES  #: what runs beside the computation of its rank
 GRADIENTS = frozenset((B, W))  #: what completes the weight gradient of a micro-batch
 NONE = -1  #: "no stage" or "no micro-batch" of REDUCE and STEP
 
@@ -35,7 +40,7 @@ NONE = -1  #: "no stage" or "no micro-batch" of REDUCE and STEP
 _OTHER_END = {SEND_F: (RECV_F, 1), RECV_F: (SEND_F, -1), SEND_B: (RECV_B, -1), RECV_B: (SEND_B, 1)}
 _FORWARD = frozenset((F, SEND_F, RECV_F))
 
-_TEXT = re.compile(r"([0-9]{1,9})(SEND_F|RECV_F|SEND_B|RECV_B|F|B|I|W)([0-9]{1,9})")
+_TEXT = re.compile(r"([0-9]{1,9})(SEND_F|RECV_F|SEND_B|RECV_B|OFFLOAD|RELOAD|F|B|I|W)([0-9]{1,9})")
 _REDUCE = re.compile(r"([0-9]{1,9})REDUCE")
 _PAIR = re.compile(r"\(([^;()]+);([^;()]+)\)FB")
 
@@ -100,7 +105,8 @@ class Op(NamedTuple):
         if text == STEP:
             return cls(STEP, NONE, NONE)
         raise PlanError(
-            f"{text[:60]!r} is not an op: expected text like 3F7, 4B2, 4I2, 4W2, (3F7;4B2)FB, 3SEND_F7, 3REDUCE or STEP"
+            f"{text[:60]!r} is not an op: expected text like 3F7, 4B2, 4I2, 4W2, (3F7;4B2)FB, 3SEND_F7, 3OFFLOAD7, "
+            "3REDUCE or STEP"
         )
 
 

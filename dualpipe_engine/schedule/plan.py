@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import PlanError
-from .op import COMM, COMPUTE, Op, atoms
+from .op import COMM, COMPUTE, COPIES, STEPS, Op, atoms
 from .placement import BIDIRECTIONAL, LINEAR, LOOP, VEE, Placement
 from .plain_json import parse
 
@@ -57,12 +57,23 @@ class Plan:
         return sum(map(len, self.programs))
 
     def compute_only(self) -> Plan:
-        """The same plan without transfers and tail ops."""
-        programs = tuple(tuple(op for op in program if op.kind in COMPUTE) for program in self.programs)
+        """The same plan without transfers, copies to host memory and tail ops."""
+        return self._only(COMPUTE)
+
+    def unlowered(self) -> Plan:
+        """The same plan without transfers and tail ops: what `lower` takes."""
+        return self._only(STEPS)
+
+    def _only(self, kinds: frozenset[str]) -> Plan:
+        programs = tuple(tuple(op for op in program if op.kind in kinds) for program in self.programs)
         return Plan(self.placement, self.num_micro, programs, self.schedule)
 
     def has_comm(self) -> bool:
         return any(op.kind in COMM for program in self.programs for op in program)
+
+    def has_copies(self) -> bool:
+        """Whether activations are offloaded to host memory."""
+        return any(op.kind in COPIES for program in self.programs for op in program)
 
     def digest(self) -> str:
         """SHA-256 over placement, micro-batch count and all ops; equal plans have equal digests in every process."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple
 
-from ..schedule.op import COMM, COMPUTE, FB, REDUCE, STEP, B, F, I, Op, W, atoms
+from ..schedule.op import BESIDE, COMPUTE, FB, REDUCE, STEP, B, F, I, Op, W, atoms
 from ..schedule.placement import VEE, Placement
 from ..schedule.timeline import Span, Timeline
 
@@ -38,9 +38,9 @@ def is_second(op: Op, rank: int) -> bool:
 
 
 def cells_of(span: Span) -> tuple[Cell, ...]:
-    """The boxes of one span: two side by side for an overlapped pair, none for a transfer."""
+    """The boxes of one span: two side by side for an overlapped pair, none for a transfer or copy."""
     rank, op, start, end = span
-    if op.kind in COMM:
+    if op.kind in BESIDE:
         return ()
     if op.kind != FB:
         return (Cell(rank, op.kind, is_second(op, rank), op.micro, start, end),)
@@ -92,13 +92,13 @@ def columns(timeline: Timeline, width: float, count: int) -> list[list[int | Non
 
     Returns:
         for each rank the index of a span, or None where the rank is idle for more than half of the column. Ops of the
-        same colours count together, and the longest of them stands for all. Transfers count as idle.
+        same colours count together, and the longest of them stands for all. Transfers and copies count as idle.
     """
     begin = min((span.start for span in timeline.spans), default=0.0)
     # For each rank and column: colours -> [filled share, share of the longest span, index of that span]
     filled: list[list[dict[object, list[Any]]]] = [[{} for _ in range(count)] for _ in range(timeline.num_ranks)]
     for index, (rank, op, start, end) in enumerate(timeline.spans):
-        if op.kind in COMM:
+        if op.kind in BESIDE:
             continue
         colours = op.kind, is_second(op, rank)
         left, right = (start - begin) / width, (end - begin) / width

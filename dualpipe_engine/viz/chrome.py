@@ -1,8 +1,8 @@
 """Chrome trace JSON (chrome://tracing, ui.perfetto.dev) of a timeline, and back.
 
 One process a rank, one track a stream: track 0 holds computation (the optimizer step too), track 1 the reduction of
-gradients, tracks 2 and up the transfers: transfers of one rank overlap in time, and a track can only show spans that
-do not.
+gradients, tracks 2 and up the transfers and copies: those of one rank overlap in time, and a track can only show spans
+that do not.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from types import MappingProxyType
 from typing import Any, NamedTuple
 
 from ..errors import PlanError
-from ..schedule.op import COMM, REDUCE, Op
+from ..schedule.op import BESIDE, REDUCE, Op
 from ..schedule.plain_json import parse
 from ..schedule.timeline import Span, Timeline
 
@@ -113,7 +113,7 @@ def read_chrome(path: str | Path) -> Timeline:
 
 
 def _track(op: Op) -> int:
-    if op.kind in COMM:
+    if op.kind in BESIDE:
         return COMM_TRACK
     return REDUCTION_TRACK if op.kind == REDUCE else COMPUTE_TRACK
 

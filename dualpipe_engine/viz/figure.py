@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..errors import ConfigError, MissingExtraError
-from ..schedule.op import COMM, FB, STEP, B, F, atoms
+from ..schedule.op import BESIDE, COMM, COPIES, FB, STEP, B, F, atoms
 from ..schedule.timeline import Timeline
 from .cells import INK, PALETTE, cells_of, columns, has_pairs, headline, is_second, kinds_of, quantum, second_note
 
@@ -19,6 +19,7 @@ MAX_CELLS = 5000  #: more cells than this are drawn at reduced detail
 REDUCED_COLUMNS = 1600
 IDLE = "#f4f5f7"
 GREY = "#555b66"
+_LINES = ((COMM, GREY), (COPIES, "#c2357a"))  #: what is drawn as a line below the boxes
 FRAME = "#111111"
 
 
@@ -74,7 +75,7 @@ def save_figure(path: str | Path, timeline: Timeline, title: str = "", unit: str
 
 def _short(timeline: Timeline) -> float:
     """A duration that three of four ops exceed: measured durations have outliers, so the shortest says little."""
-    lengths = sorted(span.end - span.start for span in timeline.spans if span.op.kind not in COMM)
+    lengths = sorted(span.end - span.start for span in timeline.spans if span.op.kind not in BESIDE)
     return (lengths[len(lengths) // 4] if lengths else 0.0) or timeline.makespan or 1.0
 
 
@@ -96,8 +97,8 @@ def _draw_cells(axes: Axes, timeline: Timeline, points_per_unit: float, row_poin
     """Boxes of one colour are one compound path, which keeps an SVG of thousands of boxes small."""
     begin = min(span.start for span in timeline.spans) if timeline.spans else 0.0
     cells = [cell for span in timeline.spans for cell in cells_of(span)]
-    transfers = [span for span in timeline.spans if span.op.kind in COMM]
-    height = 0.72 if transfers else 0.88
+    beside = [span for span in timeline.spans if span.op.kind in BESIDE]
+    height = 0.72 if beside else 0.88
     top = 0.06
     boxes: dict[str, list[tuple[float, float, float, float]]] = {}
     for cell in cells:
@@ -105,8 +106,9 @@ def _draw_cells(axes: Axes, timeline: Timeline, points_per_unit: float, row_poin
         boxes.setdefault(PALETTE[cell.kind][1 + cell.second], []).append(box)
     for colour, group in boxes.items():
         _add_boxes(axes, group, facecolor=colour, edgecolor="#ffffff", linewidth=0.7)
-    lines = [(s.start - begin, s.end - begin, s.rank + 0.82, s.rank + 0.94) for s in transfers]
-    _add_boxes(axes, lines, facecolor=GREY, edgecolor="none", alpha=0.55)
+    for kinds, colour in _LINES:
+        lines = [(s.start - begin, s.end - begin, s.rank + 0.82, s.rank + 0.94) for s in beside if s.op.kind in kinds]
+        _add_boxes(axes, lines, facecolor=colour, edgecolor="none", alpha=0.55)
     pairs = [
         (span.start - begin, span.end - begin, span.rank + top, span.rank + top + height)
         for span in timeline.spans
@@ -169,8 +171,9 @@ def _legend_entries(timeline: Timeline) -> dict[str, Any]:
         pair = (PALETTE[F][1], PALETTE[B][1 + two])
         framed = tuple(Patch(facecolor=shade, edgecolor=FRAME, linewidth=1.1) for shade in pair)
         entries["Overlapped forward & backward (shared border)"] = framed
-    if any(span.op.kind in COMM for span in timeline.spans):
-        entries["Transfer"] = (Patch(facecolor=GREY, alpha=0.55),)
+    for (kinds, colour), name in zip(_LINES, ("Transfer", "Copy to or from host memory"), strict=True):
+        if any(span.op.kind in kinds for span in timeline.spans):
+            entries[name] = (Patch(facecolor=colour, alpha=0.55),)
     return entries
 
 

@@ -26,6 +26,7 @@ from typing import Any
 
 from ...errors import ConfigError, PlanError
 from ..orders.registry import SCHEDULES, with_stages
+from ..passes.offload import offload
 from ..placement import Placement
 from ..search.make_plan import make_plan
 from ..timing.costs import CostModel
@@ -182,6 +183,7 @@ def compare_memory(
     activation_bytes: int = 0,
     replicas: int = 1,
     stages_per_rank: int | None = None,
+    offload_activations: bool | int = False,
 ) -> list[MemoryRow]:
     """Stock 1F1B, then every schedule in its reference order.
 
@@ -193,6 +195,7 @@ def compare_memory(
         activation_bytes: what one micro-batch keeps alive on 1/PP of the model.
         replicas: data-parallel replicas of the pipeline.
         stages_per_rank: of the schedules that take any number; None: their own.
+        offload_activations: see `passes.offload`; stock 1F1B does not.
 
     Raises:
         ConfigError: `params` are for another number of ranks.
@@ -209,6 +212,7 @@ def compare_memory(
             placement = known[schedule].on(num_ranks)
             placed = costs.for_placement(placement)
             plan = make_plan(schedule, num_ranks, num_micro, placed, stages_per_rank=stages)
+            plan = offload(plan, name != STOCK and offload_activations, placed)
             peaks = peak_bytes(plan, placed)
         except PlanError as error:
             rows.append(MemoryRow(name, reason=str(error)))

@@ -13,6 +13,7 @@ from itertools import pairwise
 
 from ...errors import ConfigError, PlanError
 from ..orders.registry import SCHEDULES, with_stages
+from ..passes.offload import offload
 from ..placement import Placement
 from ..search.make_plan import make_plan
 from ..timing.costs import CostModel
@@ -66,7 +67,11 @@ def layer_activations(layer: LayerShape, width: int) -> int:
 
 
 def model_memory(
-    model: ModelShape, training: Training, shape: Shape, stages_per_rank: int | None = None
+    model: ModelShape,
+    training: Training,
+    shape: Shape,
+    stages_per_rank: int | None = None,
+    offload_activations: bool | int = False,
 ) -> list[MemoryRow]:
     """Stock 1F1B, then every schedule in its reference order.
 
@@ -75,6 +80,7 @@ def model_memory(
         training: what is kept for a parameter.
         shape: ranks and batch.
         stages_per_rank: of the schedules that take any number; None: their own.
+        offload_activations: see `passes.offload`; stock 1F1B does not.
 
     Raises:
         ConfigError: the model's experts cannot be shared so.
@@ -88,7 +94,7 @@ def model_memory(
             bounds = bounds_of(model, placement, shape)
             costs = CostModel(activation_bytes=_activations(model, bounds, shape, training.weights))
             plan = make_plan(schedule, shape.ranks, shape.micro_batches, costs, stages_per_rank=stages)
-            peaks = peak_bytes(plan, costs)
+            peaks = peak_bytes(offload(plan, name != STOCK and offload_activations, costs), costs)
         except PlanError as error:
             rows.append(MemoryRow(name, reason=str(error)))
             continue

@@ -6,17 +6,19 @@ from collections import defaultdict
 
 from ...errors import PlanError
 from ..gc_paused import collector_paused
-from ..op import COMPUTE, GRADIENTS, NONE, REDUCE, STEP, F, Op, W, atoms
+from ..op import COPIES, GRADIENTS, NONE, REDUCE, STEP, STEPS, F, Op, W, atoms
 from ..placement import Placement
 from ..plan import Plan
 from .routes import Routes
+
+_TAKES_NOTHING = COPIES | {W}  #: of what another stage has made
 
 _Slots = list[dict[int, list[Op]]]  # per rank: the ops to add at an index of the compute program
 
 
 @collector_paused()
 def lower(plan: Plan, *, train: bool = True) -> Plan:
-    """Add sends, receives and the tail to the compute ops of every rank.
+    """Add sends, receives and the tail to the compute ops (and copies to host memory) of every rank.
 
     A send stands right after the op that makes its tensor. The receives of a directed edge (source rank to destination
     rank) are posted in exactly the order of the source's sends, because p2p transfers carry no tags. Each is posted as
@@ -33,17 +35,16 @@ def lower(plan: Plan, *, train: bool = True) -> Plan:
     (forward or backward) are enough for every plan of the generators of this package.
 
     Args:
-        plan: compute ops only.
+        plan: compute ops, and copies where activations are offloaded.
         train: False for a forward-only plan, which gets no tail.
 
     Raises:
-        PlanError: the plan holds transfers or tail ops already (use `plan.compute_only()` to drop
-            them).
+        PlanError: the plan holds transfers or tail ops already (use `plan.unlowered()` to drop them).
     """
     for rank, program in enumerate(plan.programs):
         for op in program:
-            if op.kind not in COMPUTE:
-                raise PlanError(f"rank {rank}: {op} shows that the plan is lowered already; lower plan.compute_only()")
+            if op.kind not in STEPS:
+                raise PlanError(f"rank {rank}: {op} shows that the plan is lowered already; lower plan.unlowered()")
 
     sends, posts = _transfers(plan)
     reduces = _reduces(plan) if train else [{} for _ in plan.programs]
@@ -70,7 +71,7 @@ def _transfers(plan: Plan) -> tuple[_Slots, _Slots]:
     for rank, program in enumerate(plan.programs):
         for index, op in enumerate(program):
             for part in atoms(op):
-                if part.kind == W:
+                if part.kind in _TAKES_NOTHING:
                     continue
                 consumer[part.kind == F, part.stage, part.micro] = index
                 if (target := routes.ends(part).target) is not None:
@@ -91,11 +92,11 @@ def _transfers(plan: Plan) -> tuple[_Slots, _Slots]:
 
 
 def _before(program: tuple[Op, ...]) -> list[int]:
-    """For each op the index of the one before it that is no W, 0 where there is none."""
+    """For each op the index of the one before it that takes something, 0 where there is none."""
     found, latest = [], 0
     for index, op in enumerate(program):
         found.append(latest)
-        if op.kind != W:
+        if op.kind not in _TAKES_NOTHING:
             latest = index
     return found
 

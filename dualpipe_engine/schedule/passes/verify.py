@@ -18,6 +18,11 @@ On a lowered plan also:
    end.
 10. Each micro-batch has one loss; each stage has one REDUCE after its last weight gradient, in one order on all ranks
     that hold a copy; STEP is last.
+
+Where activations are offloaded also:
+
+11. OFFLOAD follows the F of its (stage, micro-batch), RELOAD its OFFLOAD, and the backward its RELOAD, each once. What
+    is in host memory does not count as alive in rule 9.
 """
 
 from __future__ import annotations
@@ -27,7 +32,25 @@ from dataclasses import dataclass
 
 from ...errors import PlanError
 from ..gc_paused import collector_paused
-from ..op import COMM, COMPUTE, FB, GRADIENTS, REDUCE, SENDS, STEP, B, F, I, Op, W, atoms
+from ..op import (
+    COMM,
+    COMPUTE,
+    COPIES,
+    FB,
+    GRADIENTS,
+    OFFLOAD,
+    REDUCE,
+    RELOAD,
+    SENDS,
+    STEP,
+    STEPS,
+    B,
+    F,
+    I,
+    Op,
+    W,
+    atoms,
+)
 from ..plan import Plan
 from ..walk import walk
 from .routes import Routes
@@ -80,7 +103,7 @@ def verify(
     """
     kinds = {op.kind for program in plan.programs for op in program}
     train = not kinds.isdisjoint((B, I, W, FB))
-    lowered = not kinds <= COMPUTE
+    lowered = not kinds <= STEPS
     peaks = [_check_compute(plan, rank, train, activation_cap, pending_w_cap) for rank in range(len(plan.programs))]
     routes, receives = Routes(plan.placement, plan.num_micro), [0] * len(plan.programs)
     if lowered:
@@ -92,22 +115,37 @@ def verify(
     return Report(tuple(alive for alive, _ in peaks), tuple(pending for _, pending in peaks), tuple(receives))
 
 
-_NEW, _FORWARDED, _PENDING, _DONE = range(4)
+_NEW, _FORWARDED, _PENDING, _DONE, _AWAY, _BACK = range(6)
+_NEEDS = {
+    F: {_NEW},
+    B: {_FORWARDED, _BACK},
+    I: {_FORWARDED, _BACK},
+    W: {_PENDING},
+    OFFLOAD: {_FORWARDED},
+    RELOAD: {_AWAY},
+}
+_BECOMES = {F: _FORWARDED, B: _DONE, I: _PENDING, W: _DONE, OFFLOAD: _AWAY, RELOAD: _BACK}
+_SAID = (
+    "it has not run forward",
+    "its forward has run already",
+    "it waits for W",
+    "it is finished already",
+    "its activation is in host memory, and has not been brought back",
+    "its activation has been brought back from host memory",
+)
+_RULES = {_AWAY: 11, _BACK: 11, _DONE: 1}
 
 
 def _check_compute(plan: Plan, rank: int, train: bool, cap: int | None, w_cap: int | None) -> tuple[int, int]:
-    """Rules 1, 2, 4 and 9 on one rank."""
+    """Rules 1, 2, 4, 9 and 11 on one rank."""
     placement, num_micro = plan.placement, plan.num_micro
     own = {stage * num_micro + micro for stage in placement.stages_of(rank) for micro in range(num_micro)}
     own = {key for key in own if placement.rank_of(key // num_micro, key % num_micro) == rank}
     state = dict.fromkeys(own, _NEW)
     pending: deque[int] = deque()
     alive = peak = peak_pending = 0
-    needed = {F: _NEW, B: _FORWARDED, I: _FORWARDED, W: _PENDING}
-    becomes = {F: _FORWARDED, B: _DONE, I: _PENDING, W: _DONE}
-    said = ("it has not run forward", "its forward has run already", "it waits for W", "it is finished already")
     for index, op in enumerate(plan.programs[rank]):
-        if op.kind not in COMPUTE:
+        if op.kind not in STEPS:
             continue
         if op.kind == FB:
             _check_pair(plan, rank, index, op)
@@ -118,11 +156,11 @@ def _check_compute(plan: Plan, rank: int, train: bool, cap: int | None, w_cap: i
             if now is None:
                 reason = f"stage {stage}, micro-batch {micro} does not belong to this rank"
                 raise VerifyError(plan, 1, rank, index, reason)
-            if now != needed[kind]:
-                rule = 1 if now == _DONE or (kind == F) else 2
-                raise VerifyError(plan, rule, rank, index, f"{part} cannot run here: {said[now]}")
-            state[key] = becomes[kind]
-            if kind == F:
+            if now not in _NEEDS[kind]:
+                rule = 11 if kind in COPIES else 1 if kind == F else _RULES.get(now, 2)
+                raise VerifyError(plan, rule, rank, index, f"{part} cannot run here: {_SAID[now]}")
+            state[key] = _BECOMES[kind]
+            if kind in (F, RELOAD):
                 alive += 1
                 if alive > peak:
                     peak = alive
@@ -133,7 +171,7 @@ def _check_compute(plan: Plan, rank: int, train: bool, cap: int | None, w_cap: i
                 peak_pending = max(peak_pending, len(pending))
                 if w_cap is not None and len(pending) > w_cap:
                     raise VerifyError(plan, 9, rank, index, f"{len(pending)} weight gradients wait, more than {w_cap}")
-            else:
+            else:  # B, W or OFFLOAD
                 alive -= 1
                 if kind == W and pending.popleft() != key:
                     raise VerifyError(
@@ -143,10 +181,9 @@ def _check_compute(plan: Plan, rank: int, train: bool, cap: int | None, w_cap: i
     for key in sorted(own):
         if state[key] != final:
             stage, micro = divmod(key, num_micro)
-            missing = ("F", "B or I", "W")[state[key]]
-            raise VerifyError(
-                plan, 1, rank, len(plan.programs[rank]), f"stage {stage}, micro-batch {micro} has no {missing}"
-            )
+            missing = ("F", "B or I", "W", "", "RELOAD", "B or I")[state[key]]
+            rule, end = (11 if state[key] == _AWAY else 1), len(plan.programs[rank])
+            raise VerifyError(plan, rule, rank, end, f"stage {stage}, micro-batch {micro} has no {missing}")
     return peak, peak_pending
 
 

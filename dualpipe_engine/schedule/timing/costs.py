@@ -29,6 +29,7 @@ class CostModel:
         fb: seconds of an overlapped forward and full backward; None: no overlap, `f + i + w`.
         comm: seconds of one transfer between two ranks.
         activation_bytes: bytes that one micro-batch keeps alive on a stage from the start of F to the end of W.
+        copy: seconds of the copy of what one micro-batch keeps alive on a stage to host memory, and of that back.
 
     Raises:
         PlanError: a negative number, one that sums cannot hold, or tuples of different lengths.
@@ -40,10 +41,11 @@ class CostModel:
     fb: PerStage | None = None
     comm: float = 0.0
     activation_bytes: int | tuple[int, ...] = 1
+    copy: PerStage = 0.0
 
     def __post_init__(self) -> None:
         lengths = {}
-        for name in ("f", "i", "w", "fb", "comm", "activation_bytes"):
+        for name in ("f", "i", "w", "fb", "comm", "copy", "activation_bytes"):
             value = getattr(self, name)
             if isinstance(value, tuple):
                 lengths[name] = len(value)
@@ -68,10 +70,14 @@ class CostModel:
         Raises:
             PlanError: a tuple has another length.
         """
-        for name in ("f", "i", "w", "fb", "activation_bytes"):
+        for name in ("f", "i", "w", "fb", "copy", "activation_bytes"):
             value = getattr(self, name)
             if isinstance(value, tuple) and len(value) != num_stages:
                 raise PlanError(f"cost {name} has {len(value)} numbers, but there are {num_stages} stages")
+
+    def copy_at(self, stage: int) -> float:
+        """Seconds of a copy of one stage's activation between device and host."""
+        return _at(self.copy, stage)
 
     def duration(self, op: Op) -> float:
         """Seconds of a compute op."""
@@ -105,6 +111,7 @@ class CostModel:
             i=_cut(self.i, parts),
             w=_cut(self.w, parts),
             fb=None if self.fb is None else _cut(self.fb, parts),
+            copy=_cut(self.copy, parts),
             activation_bytes=tuple(-(-n // parts) for n in size for _ in range(parts))
             if isinstance(size, tuple)
             else -(-size // parts),
@@ -116,7 +123,8 @@ class CostModel:
         Of a cost that is one number for all stages the same is true of the joined ones.
         """
         f, i, w = _join(self.f, parts), _join(self.i, parts), _join(self.w, parts)
-        return replace(self, f=f, i=i, w=w, fb=None if self.fb is None else _join(self.fb, parts), activation_bytes=1)
+        fb = None if self.fb is None else _join(self.fb, parts)
+        return replace(self, f=f, i=i, w=w, fb=fb, copy=_join(self.copy, parts), activation_bytes=1)
 
 
 UNIT = CostModel()  #: f = i = w = 1, no overlap, transfers for nothing

@@ -7,16 +7,19 @@ from itertools import pairwise
 
 from ...errors import PlanError
 from ..gc_paused import collector_paused
-from ..op import COMPUTE, FB, GRADIENTS, B, F, I, Op, W, atoms
+from ..op import COPIES, FB, GRADIENTS, OFFLOAD, RELOAD, STEPS, B, F, I, Op, W, atoms
 from ..placement import Placement
 from ..plan import Plan
 from ..timeline import Span, Timeline
 from ..walk import walk
+from .copies import CopyStreams
 from .costs import CostModel
 
 __all__ = ["Clocks", "CostModel", "makespan_of", "peak_activations", "peak_bytes", "simulate"]
 
 _NEVER = -1.0
+_TAKES = frozenset((F, FB, RELOAD))  #: what needs room for an activation
+_LETS_GO = GRADIENTS | {OFFLOAD}
 
 
 class Clocks:
@@ -54,9 +57,10 @@ class Clocks:
         hops = [costs.comm if a != b else 0.0 for a, b in pairwise(ranks)]
         self._hop = [0.0, *hops, 0.0]  # seconds from stage - 1 to stage, or back
         self._durations: dict[tuple[str, int, int, str], float] = {}
+        self._copies: CopyStreams | None = None
 
     def run(self, programs: Sequence[Sequence[Op]], before: Callable[[int, Op, float], None] | None = None) -> None:
-        """Run compute programs, one a rank.
+        """Run programs of compute ops and copies, one a rank.
 
         Args:
             programs: the ops of each rank, in order.
@@ -67,12 +71,18 @@ class Clocks:
                 the text names rank, op and missing input.
         """
         self._check_range(programs)
+        if any(op.kind in COPIES for program in programs for op in program):
+            self._copies = CopyStreams(programs, self.costs)
 
         def attempt(rank: int, position: int) -> int | list[int]:
             op = programs[rank][position]
+            if op.kind in COPIES:
+                return self._copy(rank, op)
             arrival = self._arrival(op)
             if arrival < 0:
                 return ~int(arrival)
+            if self._copies is not None and op.kind not in (F, W):
+                arrival = max(arrival, self._copies.back(op))
             if before is not None:
                 before(rank, op, arrival)
             return self.issue(rank, op, arrival)
@@ -95,6 +105,8 @@ class Clocks:
         end = self.now[rank] = start + duration
         if self._keep:
             self.spans[rank].append(Span(rank, op, start, end))
+        if self._copies is not None:
+            self._copies.computed(rank, op, end)
         results = []
         for kind, stage, micro, _ in parts or (op,):
             if kind != W:
@@ -102,6 +114,13 @@ class Clocks:
                 self._ready[key] = end
                 results.append(key)
         return results
+
+    def _copy(self, rank: int, op: Op) -> list[int]:
+        assert self._copies is not None
+        span, self.now[rank] = self._copies.step(rank, op, self.now[rank])
+        if self._keep:
+            self.spans[rank].append(span)
+        return []
 
     def _arrival(self, op: Op) -> float:
         """When the last input of `op` arrives; `~key` (negative) of one that has not been computed yet."""
@@ -148,13 +167,13 @@ class Clocks:
 
 @collector_paused()
 def simulate(plan: Plan, costs: CostModel) -> Timeline:
-    """Time every compute op of `plan`; transfers and tail ops are ignored.
+    """Time every compute op and every copy to and from host memory of `plan`; transfers and tail ops are ignored.
 
     Raises:
         PlanError: the plan cannot complete, or the costs are for another number of stages.
     """
     clocks = Clocks(plan.placement, plan.num_micro, costs)
-    clocks.run(_compute(plan))
+    clocks.run(_steps(plan))
     return Timeline(plan.placement.num_ranks, [span for spans in clocks.spans for span in spans])
 
 
@@ -165,25 +184,25 @@ def makespan_of(plan: Plan, costs: CostModel) -> float:
     Raises: see `simulate`.
     """
     clocks = Clocks(plan.placement, plan.num_micro, costs, keep=False)
-    clocks.run(_compute(plan))
+    clocks.run(_steps(plan))
     return max(clocks.now)
 
 
 def peak_activations(plan: Plan) -> list[int]:
     """For each rank the largest number of (stage, micro-batch) whose activations it holds at once.
 
-    Held from the start of F to the end of W (or of a full B). On a `vee` placement each is half the size of one of a
-    `linear` or `bidirectional` placement of the same model.
+    Held from the start of F to the end of W (or of a full B), without the time from OFFLOAD to RELOAD. On a `vee`
+    placement each is half the size of one of a `linear` or `bidirectional` placement of the same model.
     """
     peaks = []
-    for program in _compute(plan):
+    for program in _steps(plan):
         alive = peak = 0
         for kind, _, _, parts in program:
-            if kind in (F, FB):
+            if kind in _TAKES:
                 alive += 1
                 if alive > peak:
                     peak = alive
-            if kind in GRADIENTS or (kind == FB and parts[1].kind == B):
+            if kind in _LETS_GO or (kind == FB and parts[1].kind == B):
                 alive -= 1
         peaks.append(peak)
     return peaks
@@ -199,13 +218,13 @@ def peak_bytes(plan: Plan, costs: CostModel) -> list[int]:
     size = costs.activation_bytes
     sizes = size if isinstance(size, tuple) else (size,) * plan.placement.num_stages
     peaks = []
-    for program in _compute(plan):
+    for program in _steps(plan):
         alive = peak = 0
         for op in program:
             parts = atoms(op)
-            alive += sum(sizes[part.stage] for part in parts if part.kind == F)
+            alive += sum(sizes[part.stage] for part in parts if part.kind in _TAKES)
             peak = max(peak, alive)
-            alive -= sum(sizes[part.stage] for part in parts if part.kind in GRADIENTS)
+            alive -= sum(sizes[part.stage] for part in parts if part.kind in _LETS_GO)
         peaks.append(peak)
     return peaks
 
@@ -218,9 +237,9 @@ def held_over_time(timeline: Timeline) -> list[list[tuple[float, int]]]:
     changes: list[list[tuple[float, int]]] = [[] for _ in range(timeline.num_ranks)]
     for rank, op, start, end in timeline.spans:
         for part in atoms(op):
-            if part.kind == F:
+            if part.kind in _TAKES:
                 changes[rank].append((start - begin, 1))
-            elif part.kind in GRADIENTS:
+            elif part.kind in _LETS_GO:
                 changes[rank].append((end - begin, -1))
     result = []
     for rank_changes in changes:
@@ -232,5 +251,5 @@ def held_over_time(timeline: Timeline) -> list[list[tuple[float, int]]]:
     return result
 
 
-def _compute(plan: Plan) -> Sequence[Sequence[Op]]:
-    return [[op for op in program if op.kind in COMPUTE] for program in plan.programs]
+def _steps(plan: Plan) -> Sequence[Sequence[Op]]:
+    return [[op for op in program if op.kind in STEPS] for program in plan.programs]
