@@ -26,7 +26,7 @@ LAYERS = [
     "adapters",
 ]  # a layer may import itself and those before it
 FOREIGN = {
-    "schedule": set(),
+    "schedule": {"numpy"},
     "viz": {"rich", "matplotlib", "numpy"},
     "comm": {"torch"},
     "faults": {"torch"},

@@ -23,9 +23,9 @@ Bytes of weights, gradients, optimizer state and activations on each rank for ev
 
 Precision, ZeRO stage, gradient accumulation dtype, optimizer and "offload_activations" are read from the
 configuration. dualpipe holds every stage on two ranks: weights and gradients double, but ZeRO-1 divides the optimizer
-state among both, and ZeRO-2 the gradients as well. Stock 1F1B has no ZeRO-2, so its row shows ZeRO-1 then. Not counted: what lives for one op only (a
-fresh gradient, buffers of transfers), and what the allocator wastes. With "offload_optimizer" the optimizer state is in
-host memory, in a column of its own.
+state among both, and ZeRO-2 the gradients as well. Stock 1F1B has no ZeRO-2, so its row shows ZeRO-1 then. Not
+counted: what lives for one op only (a fresh gradient, buffers of transfers), and what the allocator wastes. With
+"offload_optimizer" the optimizer state is in host memory, in a column of its own.
 
 --model takes the parameters and activations of a transformer from its config.json, its stages cut so that ranks have
 equal work. Experts, and their optimizer state, are divided by the ranks that share them: the "autoep_size" of the

@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
+from itertools import chain, islice
+
+import numpy as np
 
 from ...errors import PlanError
+from ..columns import B_, BACK, I_, W_, Columns, Ints, by_group, columns, directions, make_ops, peers
 from ..gc_paused import collector_paused
-from ..op import COPIES, GRADIENTS, NONE, REDUCE, STEP, STEPS, F, Op, W, atoms
+from ..op import NONE, RECV_B, RECV_F, REDUCE, SEND_B, SEND_F, STEP, STEPS, F, Op
 from ..placement import Placement
 from ..plan import Plan
-from .routes import Routes
 
-_TAKES_NOTHING = COPIES | {W}  #: of what another stage has made
-
-_Slots = list[dict[int, list[Op]]]  # per rank: the ops to add at an index of the compute program
+#: What is added stands before (`_POST`) or behind an op (`_AT`) of the plan.
+_POST, _AT, _SEND, _REDUCE, _LAST = range(5)
+_Group = tuple[Ints, int, list[Op]]  #: for each op where it stands: at which op of the plan, and on which side
 
 
 @collector_paused()
@@ -46,78 +48,98 @@ def lower(plan: Plan, *, train: bool = True) -> Plan:
             if op.kind not in STEPS:
                 raise PlanError(f"rank {rank}: {op} shows that the plan is lowered already; lower plan.unlowered()")
 
-    sends, posts = _transfers(plan)
-    reduces = _reduces(plan) if train else [{} for _ in plan.programs]
-    programs = []
-    for rank, program in enumerate(plan.programs):
-        ops: list[Op] = []
-        for index, op in enumerate(program):
-            ops += posts[rank].get(index, ())
-            ops.append(op)
-            ops += sends[rank].get(index, ())
-            ops += reduces[rank].get(index, ())
-        if train:
-            ops.append(Op(STEP, NONE, NONE))
-        programs.append(tuple(ops))
-    return Plan(plan.placement, plan.num_micro, tuple(programs), plan.schedule)
+    found = _columns(plan)
+    groups = [(np.arange(plan.num_ops), _AT, list(chain.from_iterable(plan.programs))), *_transfers(plan, found)]
+    if train:
+        groups.append(_reduces(plan, found))
+    places = np.concatenate([at * _LAST + place for at, place, _ in groups])
+    ops = list(chain.from_iterable(each for _, _, each in groups))
+    inorder = iter([ops[index] for index in np.argsort(places, kind="stable").tolist()])
+    ends = np.cumsum([len(program) for program in plan.programs])
+    sizes = np.bincount(np.searchsorted(ends, places // _LAST, side="right"), minlength=len(ends))
+    tail = (Op(STEP, NONE, NONE),) if train else ()
+    programs = tuple((*islice(inorder, size), *tail) for size in sizes.tolist())
+    return Plan(plan.placement, plan.num_micro, programs, plan.schedule)
 
 
-def _transfers(plan: Plan) -> tuple[_Slots, _Slots]:
-    """Sends by the index of the op that they follow, receives by the index of the op that they precede."""
-    routes = Routes(plan.placement, plan.num_micro)
-    sends: _Slots = [defaultdict(list) for _ in plan.programs]
-    arriving: dict[tuple[int, int], list[Op]] = defaultdict(list)  # directed edge -> receives in the order of the sends
-    consumer: dict[tuple[bool, int, int], int] = {}  # of a receive -> index of the op that uses it
-    for rank, program in enumerate(plan.programs):
-        for index, op in enumerate(program):
-            for part in atoms(op):
-                if part.kind in _TAKES_NOTHING:
-                    continue
-                consumer[part.kind == F, part.stage, part.micro] = index
-                if (target := routes.ends(part).target) is not None:
-                    send = part.send()
-                    sends[rank][index].append(send)
-                    arriving[rank, target].append(send.other_end())
-    befores = [_before(program) for program in plan.programs]
-    posts: _Slots = [defaultdict(list) for _ in plan.programs]
-    for (_, rank), receives in sorted(arriving.items()):
-        latest, under = len(plan.programs[rank]), befores[rank]
-        slots = []
-        for receive in reversed(receives):
-            latest = min(latest, under[consumer[receive.is_forward, receive.stage, receive.micro]])
-            slots.append(latest)
-        for receive, slot in zip(receives, reversed(slots), strict=True):
-            posts[rank][slot].append(receive)
-    return sends, posts
-
-
-def _before(program: tuple[Op, ...]) -> list[int]:
-    """For each op the index of the one before it that takes something, 0 where there is none."""
-    found, latest = [], 0
-    for index, op in enumerate(program):
-        found.append(latest)
-        if op.kind not in _TAKES_NOTHING:
-            latest = index
+def _columns(plan: Plan) -> Columns:
+    try:
+        found = columns(plan.programs)
+    except ValueError as error:
+        raise PlanError(f"the plan cannot be lowered, {error}: verify it first") from None
+    for numbers, count in ((found.stage, plan.placement.num_stages), (found.micro, plan.num_micro)):
+        wrong = np.flatnonzero((numbers < 0) | (numbers >= count))
+        if len(wrong):
+            raise PlanError(
+                f"rank {found.rank[wrong[0]]} runs a stage or micro-batch that is none: verify the plan first"
+            )
     return found
 
 
-def _reduces(plan: Plan) -> _Slots:
-    """REDUCE ops by the index of the op that they follow."""
-    placement = plan.placement
-    done = []  # per rank: stage -> index of the last op that adds to its weight gradient, else the end
-    for rank, program in enumerate(plan.programs):
-        final = dict.fromkeys(placement.stages_of(rank), len(program) - 1)
-        final |= {part.stage: i for i, op in enumerate(program) for part in atoms(op) if part.kind in GRADIENTS}
-        done.append(final)
-    reduces: _Slots = [defaultdict(list) for _ in plan.programs]
+def _transfers(plan: Plan, found: Columns) -> list[_Group]:
+    """The receives, and the sends."""
+    placement, num_micro = plan.placement, plan.num_micro
+    kind, stage, micro, rank, op = (column[found.kind <= I_] for column in found)  # all but W and OTHER
+    back = BACK[kind].astype(np.intp)
+    key = (back * placement.num_stages + stage) * num_micro + micro
+    consumer = np.full(2 * placement.num_stages * num_micro, -1)
+    consumer[key] = op
+    target = peers(placement).target[back, directions(placement, num_micro)[micro], stage]
+    sent = np.flatnonzero(target >= 0)
+    sends = make_ops(map((SEND_F, SEND_B).__getitem__, back[sent].tolist()), stage[sent], micro[sent])
+    # Edge by edge in the order of the sends, from the last one on: none is posted after the one behind it.
+    sent = sent[by_group(target[sent] * placement.num_ranks + rank[sent])]
+    step = np.where(back[sent], -1, 1)
+    uses = consumer[key[sent] + num_micro * step]
+    if (uses < 0).any():
+        lost = sent[np.flatnonzero(uses < 0)[0]]
+        raise PlanError(
+            f"rank {rank[lost]} has an op of stage {stage[lost]} that no other stage follows: verify the plan first"
+        )
+    slots = _before(plan, found)[uses]
+    for slot in np.split(slots, np.flatnonzero(np.diff(target[sent] * placement.num_ranks + rank[sent])) + 1):
+        slot[::-1] = np.minimum.accumulate(slot[::-1])
+    posts = make_ops(map((RECV_F, RECV_B).__getitem__, back[sent].tolist()), stage[sent] + step, micro[sent])
+    return [(slots, _POST, posts), (op[target >= 0], _SEND, sends)]
+
+
+def _before(plan: Plan, found: Columns) -> Ints:
+    """For each op the last one before it that is an F, B, I or pair, the first of its program where there is none."""
+    takes = np.zeros(plan.num_ops, bool)
+    takes[found.op[found.kind <= I_]] = True
+    latest = np.where(takes, np.arange(plan.num_ops), 0)
+    latest[1:] = latest[:-1].copy()
+    starts = _starts(plan)
+    latest[starts[starts < plan.num_ops]] = starts[starts < plan.num_ops]
+    return np.maximum.accumulate(latest)
+
+
+def _starts(plan: Plan) -> Ints:
+    """Where each rank's ops begin among those of all ranks."""
+    return np.cumsum([0, *(len(program) for program in plan.programs[:-1])])
+
+
+def _reduces(plan: Plan, found: Columns) -> _Group:
+    """The REDUCE ops."""
+    placement, starts = plan.placement, _starts(plan).tolist()
+    gradients = (found.kind == B_) | (found.kind == W_)
+    last = np.full((placement.num_ranks, placement.num_stages), -1)
+    last[found.rank[gradients], found.stage[gradients]] = found.op[gradients]  # the last one stays
+    done: list[dict[int, int]] = []  # per rank: stage -> position in the program of the last gradient, else the end
+    for rank, (start, program) in enumerate(zip(starts, plan.programs, strict=True)):
+        ends = {stage: int(last[rank, stage]) for stage in placement.stages_of(rank)}
+        done.append({stage: end - start if end >= 0 else len(program) - 1 for stage, end in ends.items()})
+    slots, ops = [], []
     for rank, final in enumerate(done):
         # The same order on all ranks that hold the stages: by when the last copy is done.
         ready = {stage: max(done[twin][stage] for twin in placement.replicas(stage)) for stage in final}
         slot = 0
         for stage in sorted(final, key=lambda stage: (ready[stage], stage)):
             slot = max(slot, final[stage])
-            reduces[rank][slot].append(Op(REDUCE, stage, NONE))
-    return reduces
+            if plan.programs[rank]:
+                slots.append(starts[rank] + slot)
+                ops.append(Op(REDUCE, stage, NONE))
+    return np.array(slots, np.int64), _REDUCE, ops
 
 
 def forward_only(placement: Placement, num_micro: int) -> Plan:

@@ -28,7 +28,6 @@ Where activations are offloaded also:
 from __future__ import annotations
 
 from collections import Counter, defaultdict, deque
-from dataclasses import dataclass
 
 from ...errors import PlanError
 from ..gc_paused import collector_paused
@@ -53,6 +52,7 @@ from ..op import (
 )
 from ..plan import Plan
 from ..walk import walk
+from .proof import Report, Unproved, prove
 from .routes import Routes
 
 
@@ -73,21 +73,6 @@ class VerifyError(PlanError):
         self.rule, self.rank, self.index, self.reason = rule, rank, index, reason
 
 
-@dataclass(frozen=True)
-class Report:
-    """What a sound plan needs, per rank.
-
-    Args:
-        peak_activations: most (stage, micro-batch) activations alive at once.
-        peak_pending_w: most weight gradients waiting at once.
-        peak_receives: most receives posted and not consumed, for one directed edge and kind.
-    """
-
-    peak_activations: tuple[int, ...]
-    peak_pending_w: tuple[int, ...]
-    peak_receives: tuple[int, ...]
-
-
 @collector_paused()
 def verify(
     plan: Plan,
@@ -98,9 +83,28 @@ def verify(
 ) -> Report:
     """Check a plan, lowered or not; a plan without any backward is checked as forward-only.
 
+    A sound plan is proved to be one from its ops as arrays. Only where that fails they are gone through one by one, to
+    say which of them breaks which rule.
+
     Raises:
         VerifyError: a rule does not hold.
     """
+    try:
+        report = prove(plan)
+    except Unproved:
+        return _go_through(plan, activation_cap, pending_w_cap, recv_buffers)
+    limits = (
+        (report.peak_activations, activation_cap),
+        (report.peak_pending_w, pending_w_cap),
+        (report.peak_receives, recv_buffers),
+    )
+    if any(limit is not None and max(peaks) > limit for peaks, limit in limits):
+        return _go_through(plan, activation_cap, pending_w_cap, recv_buffers)
+    return report
+
+
+def _go_through(plan: Plan, activation_cap: int | None, pending_w_cap: int | None, recv_buffers: int | None) -> Report:
+    """All rules, op by op."""
     kinds = {op.kind for program in plan.programs for op in program}
     train = not kinds.isdisjoint((B, I, W, FB))
     lowered = not kinds <= STEPS

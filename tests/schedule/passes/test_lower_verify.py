@@ -244,3 +244,17 @@ def test_a_pair_of_dependent_halves_cannot_run():
     # 1F0 feeds the backward 1B0 of the same pair
     with pytest.raises(VerifyError, match="rule 4"):
         verify(Plan.from_csv("0F0,0B0\n(1F0;1B0)FB\n"))
+
+
+@pytest.mark.parametrize("text", ["0F0,0B0\n1F1,1B1\n", "0F0,0B0\n1F0,1F7,1B0\n", "0F0,(0F1;0W0)FB\n1F0\n"])
+def test_what_no_plan_can_hold_is_not_lowered(text):
+    programs = tuple(tuple(map(_op, row.split(","))) for row in text.split())
+    with pytest.raises(PlanError, match="verify"):
+        lower(Plan(Placement(LINEAR, 2), 2, programs))
+
+
+def _op(text: str) -> Op:
+    if text.startswith("("):
+        forward, backward = map(Op.parse, text[1:-3].split(";"))
+        return Op("FB", forward.stage, forward.micro, (forward, backward))
+    return Op.parse(text)
