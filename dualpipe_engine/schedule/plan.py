@@ -8,10 +8,12 @@ import io
 import json
 from collections.abc import Iterable
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from ..errors import PlanError
+from .columns import Columns, columns
 from .op import COMM, COMPUTE, COPIES, STEPS, Op, atoms
 from .placement import BIDIRECTIONAL, LINEAR, LOOP, VEE, Placement
 from .plain_json import parse
@@ -55,6 +57,15 @@ class Plan:
     @property
     def num_ops(self) -> int:
         return sum(map(len, self.programs))
+
+    @cached_property
+    def columns(self) -> Columns:
+        """All ops as arrays.
+
+        Raises:
+            ValueError: an op has numbers or parts that none can have.
+        """
+        return columns(self.programs)
 
     def compute_only(self) -> Plan:
         """The same plan without transfers, copies to host memory and tail ops."""

@@ -16,7 +16,7 @@ from dualpipe_engine.schedule.search.make_plan import make_plan
 from dualpipe_engine.schedule.timing.costs import UNIT
 
 SIZES = ((8, 64), (32, 512), (64, 1024), (64, 2048), (128, 4096))  #: ranks and micro-batches
-OPTIMIZED = 64 * 2048  #: the most ranks times micro-batches that are optimised too
+OPTIMIZED = 128 * 4096  #: the most ranks times micro-batches that are optimised too
 
 
 @functools.cache

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from ..passes.rewrite import wfill
+from ..passes.wfill import wfill
 from ..plan import Plan
 from ..timing.costs import UNIT
 from . import interleaved

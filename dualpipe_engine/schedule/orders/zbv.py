@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from ..op import F, I, Op, W
-from ..passes.rewrite import wfill
+from ..passes.wfill import wfill
 from ..placement import VEE, Placement
 from ..plan import Plan
 from ..timing.costs import UNIT

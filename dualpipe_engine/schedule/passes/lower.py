@@ -7,7 +7,7 @@ from itertools import chain, islice
 import numpy as np
 
 from ...errors import PlanError
-from ..columns import B_, BACK, I_, W_, Columns, Ints, by_group, columns, directions, make_ops, peers
+from ..columns import B_, BACK, I_, W_, Columns, Ints, by_group, directions, make_ops, peers
 from ..gc_paused import collector_paused
 from ..op import NONE, RECV_B, RECV_F, REDUCE, SEND_B, SEND_F, STEP, STEPS, F, Op
 from ..placement import Placement
@@ -64,7 +64,7 @@ def lower(plan: Plan, *, train: bool = True) -> Plan:
 
 def _columns(plan: Plan) -> Columns:
     try:
-        found = columns(plan.programs)
+        found = plan.columns
     except ValueError as error:
         raise PlanError(f"the plan cannot be lowered, {error}: verify it first") from None
     for numbers, count in ((found.stage, plan.placement.num_stages), (found.micro, plan.num_micro)):

@@ -1,17 +1,18 @@
-"""Rewrite plans: split and make pairs, fill idle gaps with weight gradients, fuse and join backwards."""
+"""Rewrite plans: split and make pairs, fuse and join backwards."""
 
 from __future__ import annotations
 
-from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
-from typing import NamedTuple
+from itertools import accumulate, chain, compress, pairwise
 
-from ..op import FB, B, F, I, Op, W, atoms, pair
+import numpy as np
+
+from ..columns import B_, F_, I_, W_, Ints, Which, directions, peers
+from ..op import FB, B, I, Op, W, atoms, pair
 from ..plan import Plan
-from ..timeline import Span
 from ..timing.costs import CostModel
-from ..timing.simulate import Clocks, simulate
+from ..timing.simulate import timed
 
 
 def unpair(plan: Plan, last: int | None = None) -> Plan:
@@ -42,22 +43,14 @@ def pair_up(plan: Plan, costs: CostModel) -> Plan:
     Raises:
         PlanError: the plan cannot complete.
     """
-    arrivals: list[list[float]] = [[] for _ in plan.programs]
-    clocks = Clocks(plan.placement, plan.num_micro, costs)
-    clocks.run(plan.programs, before=lambda rank, op, arrival: arrivals[rank].append(arrival))
-    programs = []
-    for spans, times in zip(clocks.spans, arrivals, strict=True):
-        ops: list[Op] = []
-        end = 0.0
-        for span, arrival in zip(spans, times, strict=True):
-            op, last = span.op, ops[-1] if ops else span.op
-            if op.kind == B and last.kind == F and last.stage != op.stage and arrival < end:
-                ops[-1] = pair(last, op)
-            else:
-                ops.append(op)
-            end = span.end
-        programs.append(tuple(ops))
-    return replace(plan, programs=tuple(programs))
+    times, ops = timed(plan, costs), list(chain.from_iterable(plan.programs))
+    alone, kind, stage, _ = _single(plan)
+    before, there = slice(None, -1), slice(1, None)  # neighbours
+    joins = alone[before] & alone[there] & (kind[before] == F_) & (kind[there] == B_) & _neighbours(plan)
+    joins &= (stage[before] != stage[there]) & (times.arrivals[there] < times.ends[before])
+    for at in np.flatnonzero(joins).tolist():
+        ops[at] = pair(ops[at], ops[at + 1])
+    return _without(plan, ops, joins)
 
 
 def join(plan: Plan) -> Plan:
@@ -71,71 +64,6 @@ def join(plan: Plan) -> Plan:
     return _rewrite(plan, lambda program: (whole(op) for op in program if op.kind != W))
 
 
-class Timed(NamedTuple):
-    """A plan and its simulated makespan."""
-
-    plan: Plan
-    makespan: float
-
-
-def wfill(plan: Plan, costs: CostModel, cap: int | None = None, theta: float = 0.0) -> Plan:
-    """Keep the order of forwards and backwards, and place the W anew: into idle gaps, first in, first out.
-
-    Every backward outside a pair runs as I and queues its W. Before an op, queued W run while they end before the op's
-    inputs arrive, or where the op would hold more than `cap` activations. What is left runs at the end.
-
-    Args:
-        plan: compute ops; its own W are dropped first.
-        costs: costs of the stages, which say where gaps are.
-        cap: activations (stage, micro-batch) that a rank should hold at most; None: no limit. A plan that holds more
-            between F and I alone still does so.
-        theta: part of a W, 0..1, that may run late and delay the op.
-
-    Raises:
-        PlanError: the plan cannot complete.
-    """
-    return timed_wfill(plan, costs, cap, theta).plan
-
-
-def timed_wfill(plan: Plan, costs: CostModel, cap: int | None = None, theta: float = 0.0) -> Timed:
-    """`wfill`, with the makespan under the same costs."""
-
-    def split(program: Iterable[Op]) -> Iterable[Op]:
-        return (Op(I, op.stage, op.micro) if op.kind == B else op for op in program if op.kind != W)
-
-    skeleton = _rewrite(plan, split)
-    clocks = Clocks(plan.placement, plan.num_micro, costs, keep=False)
-    done: list[list[Op]] = [[] for _ in plan.programs]
-    pending: list[deque[Op]] = [deque() for _ in plan.programs]
-    alive = [0] * len(plan.programs)
-
-    def drain(rank: int, op: Op, arrival: float) -> None:
-        queue = pending[rank]
-        forward = op.kind in (F, FB)
-        while queue:
-            fits = clocks.now[rank] + costs.duration(queue[0]) * (1 - theta) <= arrival
-            full = forward and cap is not None and alive[rank] >= cap
-            if not (fits or full):
-                break
-            done[rank].append(queue[0])
-            clocks.issue(rank, queue.popleft())
-            alive[rank] -= 1
-        done[rank].append(op)
-        alive[rank] += forward
-        for part in atoms(op):
-            if part.kind == I:
-                queue.append(Op(W, part.stage, part.micro))
-            elif part.kind == B:
-                alive[rank] -= 1
-
-    clocks.run(skeleton.programs, before=drain)
-    for rank, queue in enumerate(pending):
-        for op in queue:
-            clocks.issue(rank, op)
-    programs = tuple((*ops, *queue) for ops, queue in zip(done, pending, strict=True))
-    return Timed(replace(plan, programs=programs), max(clocks.now))
-
-
 def safe_fuse(plan: Plan, costs: CostModel) -> Plan:
     """Make a full B of an I and its W next to it, where nobody waits for the input gradient in between.
 
@@ -144,33 +72,44 @@ def safe_fuse(plan: Plan, costs: CostModel) -> Plan:
     Raises:
         PlanError: the plan cannot complete.
     """
-    placement = plan.placement
-    starts: dict[tuple[int, int], float] = {}  # of the backward of a stage and micro-batch
-    spans: list[list[Span]] = [[] for _ in plan.programs]
-    for span in simulate(plan, costs).spans:
-        spans[span.rank].append(span)
-        for part in atoms(span.op):
-            if part.kind in (B, I):
-                starts[part.stage, part.micro] = span.start
+    placement, num_micro = plan.placement, plan.num_micro
+    times, ops = timed(plan, costs), list(chain.from_iterable(plan.programs))
+    alone, kind, stage, micro = _single(plan)
+    every = plan.columns
+    backward = (every.kind == B_) | (every.kind == I_)
+    needed = np.full(placement.num_stages * num_micro, np.inf)  # when the backward of a stage and micro-batch starts
+    needed[(every.stage * num_micro + every.micro)[backward]] = times.starts[every.op[backward]]
+    before, there = slice(None, -1), slice(1, None)  # neighbours
+    fuses = alone[before] & alone[there] & (kind[before] == I_) & (kind[there] == W_) & _neighbours(plan)
+    fuses &= (stage[before] == stage[there]) & (micro[before] == micro[there])
+    places = np.flatnonzero(fuses & (stage[there] > 0))
+    goes = peers(placement).target[1, directions(placement, num_micro)[micro[places]], stage[places]] >= 0
+    arrives = times.ends[places + 1] + np.where(goes, costs.comm, 0.0)
+    fuses[places] = arrives <= needed[(stage[places] - 1) * num_micro + micro[places]]
+    for at in np.flatnonzero(fuses).tolist():
+        ops[at] = Op(B, ops[at].stage, ops[at].micro)
+    return _without(plan, ops, fuses)
 
-    def may_fuse(rank: int, op: Op, end: float) -> bool:
-        consumer = (op.stage - 1, op.micro)
-        if consumer not in starts:
-            return True
-        hop = costs.comm if placement.rank_of(*consumer) != rank else 0.0
-        return end + hop <= starts[consumer]
 
-    programs = []
-    for rank, row in enumerate(spans):
-        ops: list[Op] = []
-        for span in row:
-            op = span.op
-            if op.kind == W and ops and ops[-1] == Op(I, op.stage, op.micro) and may_fuse(rank, op, span.end):
-                ops[-1] = Op(B, op.stage, op.micro)
-            else:
-                ops.append(op)
-        programs.append(tuple(ops))
-    return replace(plan, programs=tuple(programs))
+def _single(plan: Plan) -> tuple[Which, Ints, Ints, Ints]:
+    """Of each op whether it is no pair; and kind, stage and micro-batch of its first half."""
+    kind, stage, micro, _, op = plan.columns
+    first = np.flatnonzero(np.diff(op, prepend=-1))
+    return np.bincount(op, minlength=plan.num_ops) == 1, kind[first], stage[first], micro[first]
+
+
+def _neighbours(plan: Plan) -> Which:
+    """Of each op but the last whether the next one is of the same rank."""
+    rank = np.repeat(np.arange(len(plan.programs)), [len(program) for program in plan.programs])
+    return np.diff(rank) == 0
+
+
+def _without(plan: Plan, ops: list[Op], dropped: Which) -> Plan:
+    """A plan of `ops`, which stand for those of `plan`, without those behind the ones that are marked."""
+    stays = [True, *(~dropped).tolist()]
+    cuts = [0, *accumulate(len(program) for program in plan.programs)]
+    programs = (compress(ops[begin:end], stays[begin:end]) for begin, end in pairwise(cuts))
+    return replace(plan, programs=tuple(map(tuple, programs)))
 
 
 def _rewrite(plan: Plan, change: Callable[[tuple[Op, ...]], Iterable[Op]]) -> Plan:

@@ -4,18 +4,34 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from dataclasses import replace
+from math import inf
+from typing import NamedTuple
 
 from ...errors import PlanError
 from ..gc_paused import collector_paused
 from ..orders.registry import known_schedule
-from ..passes.rewrite import join, pair_up, safe_fuse, timed_wfill, unpair
+from ..passes.rewrite import join, pair_up, safe_fuse, unpair
+from ..passes.wfill import filled
 from ..plan import Plan, check_size
+from ..timing.bound import plan_bound
 from ..timing.costs import UNIT, CostModel
 from ..timing.simulate import makespan_of, peak_activations
 from .under_cap import LEAST_CAP, under_cap
 
 THETAS = (0.0, 0.3, 0.6)  #: how much of a W may delay the next op, see `wfill`
 MANY_OPS = 20_000  #: plans with more ops try the first of THETAS and few orders, which keeps 140,000 ops within seconds
+
+
+class Candidate(NamedTuple):
+    """A plan, with its simulated makespan and the most activations that a rank holds where they are known."""
+
+    plan: Plan
+    makespan: float | None = None
+    peak: int | None = None
+
+    def held(self) -> int:
+        """The most activations that a rank holds."""
+        return max(peak_activations(self.plan)) if self.peak is None else self.peak
 
 
 @collector_paused()
@@ -64,12 +80,11 @@ def make_plan(
         cap = min(cap, own)
     split = split_backward and known.splits
     varied = optimize and not (known.by_cap or (known.any_cap and cap < own))
-    plans = _candidates(reference, costs, cap, split) if varied else [(reference, None)]
-    fitting = [each for each in plans if max(peak_activations(each[0])) <= cap]
+    fitting = list(_fitting(reference, costs, cap, split, varied))
     searched = known.by_cap or (known.any_cap and activation_cap is not None)
     if searched and cap >= LEAST_CAP and (optimize or not fitting):
         found = under_cap(num_ranks, num_micro, costs if optimize else UNIT, cap, split)
-        fitting.append((replace(safe_fuse(found, costs) if optimize else found, schedule=schedule), None))
+        fitting.append(Candidate(replace(safe_fuse(found, costs) if optimize else found, schedule=schedule)))
     if not fitting:
         smallest = LEAST_CAP if known.any_cap else _smallest_cap(reference, costs, optimize, split)
         raise PlanError(
@@ -77,35 +92,69 @@ def make_plan(
             f"activations on some rank: the smallest cap that works is {smallest}"
         )
     if len(fitting) == 1:
-        return fitting[0][0]
-    plan, _ = min(fitting, key=lambda each: makespan_of(each[0], costs) if each[1] is None else each[1])
+        return fitting[0].plan
+    plan = _fastest(fitting, costs)
     return plan if plan is reference else safe_fuse(plan, costs)
 
 
+def _fastest(plans: Iterable[Candidate], costs: CostModel) -> Plan:
+    """The first of those with the smallest makespan."""
+    return min(plans, key=lambda each: makespan_of(each.plan, costs) if each.makespan is None else each.makespan).plan
+
+
 def _smallest_cap(reference: Plan, costs: CostModel, optimize: bool, split: bool) -> int:
-    tight = _candidates(reference, costs, 1, split) if optimize else [(reference, None)]
-    return min(max(peak_activations(plan)) for plan, _ in tight)
+    tight = _candidates(reference, costs, 1, split) if optimize else [Candidate(reference)]
+    return min(each.held() for each in tight)
 
 
-def _candidates(reference: Plan, costs: CostModel, cap: int, split: bool) -> Iterator[tuple[Plan, float | None]]:
-    """Variants, with the makespan of those that have been simulated."""
+def _fitting(reference: Plan, costs: CostModel, cap: int, split: bool, varied: bool) -> Iterator[Candidate]:
+    """The variants that keep within a cap: all, or those up to the second or a later one that no plan can beat."""
+    if not varied:
+        if max(peak_activations(reference)) <= cap:
+            yield Candidate(reference)
+        return
+    bound, found = plan_bound(reference, costs), 0
+    best = inf
+    for each in _candidates(reference, costs, cap, split):
+        if each.held() > cap:
+            continue
+        makespan = makespan_of(each.plan, costs) if each.makespan is None else each.makespan
+        yield each._replace(makespan=makespan)
+        best, found = min(best, makespan), found + 1
+        if found > 1 and best <= bound:
+            return
+
+
+def _candidates(reference: Plan, costs: CostModel, cap: int, split: bool) -> Iterator[Candidate]:
+    """Variants, with the makespan and the activations of those that have been simulated."""
     thetas = (THETAS[:1] if reference.num_ops > MANY_OPS else THETAS) if split else ()
-    yield reference, None
+    yield Candidate(reference)
     for order in _orders(reference, costs):
         for theta in thetas:
-            yield timed_wfill(order, costs, cap, theta)
+            yield Candidate(*filled(order, costs, cap, theta))
         if order != reference:
-            yield order, None
+            yield Candidate(order)
 
 
-def _orders(reference: Plan, costs: CostModel) -> Iterable[Plan]:
+def _orders(reference: Plan, costs: CostModel) -> Iterator[Plan]:
     """The reference and its variants: without pairs, with more pairs in the warm-up, and with up to PP/2 pairs fewer in
     the cool-down of each rank (the larger the plan, the fewer of these are tried).
 
     Of equals the first is taken. The order without pairs comes before those with some: its forwards do not wait for
     backwards, so that a late op delays less.
     """
+    known: dict[Plan, None] = {}
+
+    def fresh(order: Plan) -> Iterator[Plan]:
+        if order not in known:
+            known[order] = None
+            yield order
+
+    yield from fresh(reference)
+    yield from fresh(unpair(reference))
     bases = reference, pair_up(reference, costs)
+    yield from fresh(bases[1])
     most = min(reference.placement.num_stages // 2, MANY_OPS // reference.num_ops)
-    shorter = (unpair(base, last) for base in bases for last in range(1, most + 1))
-    return dict.fromkeys((reference, unpair(reference), *bases[1:], *shorter))
+    for base in bases:
+        for last in range(1, most + 1):
+            yield from fresh(unpair(base, last))

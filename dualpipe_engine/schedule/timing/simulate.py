@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from itertools import pairwise
+from collections.abc import Sequence
+from itertools import chain, pairwise, repeat
+from operator import itemgetter
+from typing import NoReturn
 
 from ...errors import PlanError
 from ..gc_paused import collector_paused
@@ -14,6 +16,7 @@ from ..timeline import Span, Timeline
 from ..walk import walk
 from .copies import CopyStreams
 from .costs import CostModel
+from .times import Times, Unclear, times_of
 
 __all__ = ["Clocks", "CostModel", "makespan_of", "peak_activations", "peak_bytes", "simulate"]
 
@@ -31,7 +34,6 @@ class Clocks:
         placement: where stages live.
         num_micro: micro-batches of the batch.
         costs: costs of the stages of `placement`.
-        keep: whether to keep `spans`, which take most of the time and memory of a large plan.
 
     Attributes:
         now: when each rank is free.
@@ -41,12 +43,11 @@ class Clocks:
         PlanError: the costs are for another number of stages.
     """
 
-    def __init__(self, placement: Placement, num_micro: int, costs: CostModel, keep: bool = True) -> None:
+    def __init__(self, placement: Placement, num_micro: int, costs: CostModel) -> None:
         costs.check(placement.num_stages)
         num_stages = placement.num_stages
         self.placement, self.num_micro, self.costs = placement, num_micro, costs
         self.now = [0.0] * placement.num_ranks
-        self._keep = keep
         self.spans: list[list[Span]] = [[] for _ in range(placement.num_ranks)]
         # When each result was there, by its key: the batch and the outputs of stages 0.., num_micro each, then the
         # input gradients of stages 0.. and the gradient of the loss.
@@ -59,12 +60,11 @@ class Clocks:
         self._durations: dict[tuple[str, int, int, str], float] = {}
         self._copies: CopyStreams | None = None
 
-    def run(self, programs: Sequence[Sequence[Op]], before: Callable[[int, Op, float], None] | None = None) -> None:
+    def run(self, programs: Sequence[Sequence[Op]]) -> None:
         """Run programs of compute ops and copies, one a rank.
 
         Args:
             programs: the ops of each rank, in order.
-            before: called with rank, op and the arrival of the op's inputs before each op; it may `issue` W ops.
 
         Raises:
             PlanError: an op has a stage or micro-batch that the plan does not have, or the programs cannot complete;
@@ -83,8 +83,6 @@ class Clocks:
                 return ~int(arrival)
             if self._copies is not None and op.kind not in (F, W):
                 arrival = max(arrival, self._copies.back(op))
-            if before is not None:
-                before(rank, op, arrival)
             return self.issue(rank, op, arrival)
 
         at, waiting = walk(programs, attempt)
@@ -103,8 +101,7 @@ class Clocks:
         if arrival > start:
             start = arrival
         end = self.now[rank] = start + duration
-        if self._keep:
-            self.spans[rank].append(Span(rank, op, start, end))
+        self.spans[rank].append(Span(rank, op, start, end))
         if self._copies is not None:
             self._copies.computed(rank, op, end)
         results = []
@@ -118,8 +115,7 @@ class Clocks:
     def _copy(self, rank: int, op: Op) -> list[int]:
         assert self._copies is not None
         span, self.now[rank] = self._copies.step(rank, op, self.now[rank])
-        if self._keep:
-            self.spans[rank].append(span)
+        self.spans[rank].append(span)
         return []
 
     def _arrival(self, op: Op) -> float:
@@ -172,9 +168,16 @@ def simulate(plan: Plan, costs: CostModel) -> Timeline:
     Raises:
         PlanError: the plan cannot complete, or the costs are for another number of stages.
     """
-    clocks = Clocks(plan.placement, plan.num_micro, costs)
-    clocks.run(_steps(plan))
-    return Timeline(plan.placement.num_ranks, [span for spans in clocks.spans for span in spans])
+    plan = _steps(plan)
+    try:
+        times = times_of(plan, costs)
+    except Unclear:
+        clocks = Clocks(plan.placement, plan.num_micro, costs)
+        clocks.run(plan.programs)
+        return Timeline(plan.placement.num_ranks, [span for spans in clocks.spans for span in spans])
+    ranks = chain.from_iterable(repeat(rank, len(program)) for rank, program in enumerate(plan.programs))
+    spans = zip(ranks, chain.from_iterable(plan.programs), times.starts.tolist(), times.ends.tolist(), strict=True)
+    return Timeline(plan.placement.num_ranks, list(map(tuple.__new__, repeat(Span), spans)))
 
 
 @collector_paused()
@@ -183,9 +186,28 @@ def makespan_of(plan: Plan, costs: CostModel) -> float:
 
     Raises: see `simulate`.
     """
-    clocks = Clocks(plan.placement, plan.num_micro, costs, keep=False)
-    clocks.run(_steps(plan))
-    return max(clocks.now)
+    try:
+        return times_of(_steps(plan), costs).makespan
+    except Unclear:
+        return simulate(plan, costs).makespan
+
+
+def timed(plan: Plan, costs: CostModel) -> Times:
+    """When the ops of a plan of compute ops run.
+
+    Raises:
+        PlanError: the plan cannot complete, or breaks a rule in another way.
+    """
+    try:
+        return times_of(plan, costs)
+    except Unclear:
+        explain(plan, costs)
+
+
+def explain(plan: Plan, costs: CostModel) -> NoReturn:
+    """Say what is wrong with a plan that cannot be timed by `times_of`."""
+    simulate(plan, costs)
+    raise PlanError("an op of the plan stands twice, or on a rank that is not its own: verify the plan")
 
 
 def peak_activations(plan: Plan) -> list[int]:
@@ -195,7 +217,7 @@ def peak_activations(plan: Plan) -> list[int]:
     placement each is half the size of one of a `linear` or `bidirectional` placement of the same model.
     """
     peaks = []
-    for program in _steps(plan):
+    for program in _steps(plan).programs:
         alive = peak = 0
         for kind, _, _, parts in program:
             if kind in _TAKES:
@@ -218,7 +240,7 @@ def peak_bytes(plan: Plan, costs: CostModel) -> list[int]:
     size = costs.activation_bytes
     sizes = size if isinstance(size, tuple) else (size,) * plan.placement.num_stages
     peaks = []
-    for program in _steps(plan):
+    for program in _steps(plan).programs:
         alive = peak = 0
         for op in program:
             parts = atoms(op)
@@ -251,5 +273,6 @@ def held_over_time(timeline: Timeline) -> list[list[tuple[float, int]]]:
     return result
 
 
-def _steps(plan: Plan) -> Sequence[Sequence[Op]]:
-    return [[op for op in program if op.kind in STEPS] for program in plan.programs]
+def _steps(plan: Plan) -> Plan:
+    kinds = set(map(itemgetter(0), chain.from_iterable(plan.programs)))
+    return plan if kinds <= STEPS else plan.unlowered()

@@ -4,9 +4,11 @@ from collections.abc import Iterator
 import pytest
 from plan_checks import check_plan
 
+from dualpipe_engine.errors import PlanError
 from dualpipe_engine.schedule.op import Op, atoms
 from dualpipe_engine.schedule.orders.registry import SCHEDULES
-from dualpipe_engine.schedule.passes.rewrite import join, pair_up, safe_fuse, unpair, wfill
+from dualpipe_engine.schedule.passes.rewrite import join, pair_up, safe_fuse, unpair
+from dualpipe_engine.schedule.passes.wfill import wfill
 from dualpipe_engine.schedule.placement import Placement
 from dualpipe_engine.schedule.plan import Plan
 from dualpipe_engine.schedule.search.make_plan import make_plan
@@ -153,3 +155,11 @@ def test_safe_fuse_never_delays_a_waiting_consumer() -> None:
     rows = ("0F0 0I0 0W0 0F1 0I1 0W1", "1F0 1I0 1W0 1F1 1I1 1W1")
     plan = Plan(Placement("linear", 2), 2, tuple(tuple(map(Op.parse, row.split())) for row in rows))
     assert safe_fuse(plan, CostModel()).texts() == [["0F0", "0B0", "0F1", "0B1"], rows[1].split()]
+
+
+@pytest.mark.parametrize("rewrite", [pair_up, safe_fuse, wfill])
+def test_what_stands_twice_is_refused(rewrite):
+    plan = Plan.from_csv("0F0,0B0,0F1,0B1\n1F0,1B0,1F1,1B1\n")
+    twice = Plan(plan.placement, 2, (plan.programs[0], (*plan.programs[1], plan.programs[1][0])))
+    with pytest.raises(PlanError, match="stands twice"):
+        rewrite(twice, CostModel())

@@ -1,0 +1,171 @@
+"""Fill idle gaps with weight gradients."""
+
+from __future__ import annotations
+
+from collections import deque
+from dataclasses import replace
+from itertools import chain, repeat
+from math import inf
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from ..columns import B_, F_, I_, W_, Columns, Which, make_ops
+from ..op import I, Op, W
+from ..plan import Plan
+from ..timing.costs import CostModel
+from ..timing.simulate import explain
+from ..timing.times import WAITS, Inputs, Unclear
+
+
+class Filled(NamedTuple):
+    """A plan, its simulated makespan, and the most activations that a rank holds."""
+
+    plan: Plan
+    makespan: float
+    peak: int
+
+
+def wfill(plan: Plan, costs: CostModel, cap: int | None = None, theta: float = 0.0) -> Plan:
+    """Keep the order of forwards and backwards, and place the W anew: into idle gaps, first in, first out.
+
+    Every backward outside a pair runs as I and queues its W. Before an op, queued W run while they end before the op's
+    inputs arrive, or where the op would hold more than `cap` activations. What is left runs at the end.
+
+    Args:
+        plan: compute ops; its own W are dropped first.
+        costs: costs of the stages, which say where gaps are.
+        cap: activations (stage, micro-batch) that a rank should hold at most; None: no limit. A plan that holds more
+            between F and I alone still does so.
+        theta: part of a W, 0..1, that may run late and delay the op.
+
+    Raises:
+        PlanError: the plan cannot complete.
+    """
+    return filled(plan, costs, cap, theta).plan
+
+
+def filled(plan: Plan, costs: CostModel, cap: int | None = None, theta: float = 0.0) -> Filled:
+    """`wfill`, with the makespan under the same costs."""
+    try:
+        skeleton, is_left = _skeleton(plan)
+        fill = _Fill(Inputs(plan, costs, skeleton), costs, inf if cap is None else cap, theta)
+        fill.run()
+    except Unclear:
+        explain(plan, costs)
+    kind, stage, micro, _, op = skeleton
+    ops = list(chain.from_iterable(plan.programs))
+    kept = [ops[at] for at in np.flatnonzero(is_left).tolist()]
+    weights: list[Op] = kept.copy()
+    of_inputs = kind == I_
+    numbers, stages, micros = op[of_inputs], stage[of_inputs], micro[of_inputs]
+    both = make_ops(repeat(I), stages, micros), make_ops(repeat(W), stages, micros)
+    for number, inputs, weight in zip(numbers.tolist(), *both, strict=True):
+        weights[number] = weight
+        if not kept[number].parts:
+            kept[number] = inputs
+    table = [*kept, *reversed(weights)]  # of an op at its number, of its W at `~` of that
+    programs = tuple(tuple(map(table.__getitem__, program)) for program in fill.programs)
+    return Filled(replace(plan, programs=programs), max(fill.free), fill.peak)
+
+
+def _skeleton(plan: Plan) -> tuple[Columns, Which]:
+    """A plan without its W, and I in the place of B outside pairs; and which ops of the plan these are."""
+    kind, stage, micro, rank, op = plan.columns
+    alone = np.bincount(op, minlength=plan.num_ops)[op] == 1
+    left = kind != W_
+    stays = np.zeros(plan.num_ops, bool)
+    stays[op[left]] = True
+    kinds = np.where((kind == B_) & alone, I_, kind)
+    return Columns(kinds[left], stage[left], micro[left], rank[left], (np.cumsum(stays) - 1)[op[left]]), stays
+
+
+class _Fill:
+    """The ranks against the clock.
+
+    Attributes:
+        programs: for each rank what it runs: the numbers of ops, and `~` of the number of an I for its W.
+        free: when each rank is through.
+        peak: most activations of a rank.
+    """
+
+    def __init__(self, inputs: Inputs, costs: CostModel, cap: float, theta: float) -> None:
+        forward = inputs.ops.kind[inputs.first] == F_
+        frees = np.zeros(len(forward), np.int64)
+        frees[inputs.ops.op[inputs.ops.kind == B_]] = 1
+        weights = inputs.of_weights(costs)
+        self._weights, self._late = weights.tolist(), (weights * (1 - theta)).tolist()
+        self._ready = inputs.ready()
+        rows = inputs.rows(
+            np.arange(len(forward)), weights >= 0, np.where(forward, cap, inf), forward.astype(np.int64), frees
+        )
+        self._rows = list(map(iter, rows))
+        self._runnable = list(range(len(rows)))
+        self.programs: list[list[int]] = [[] for _ in rows]
+        self.free, self.peak = [0.0] * len(rows), 0
+        self._alive = [0] * len(rows)
+        self._held: list[tuple[Any, ...]] = [()] * len(rows)
+        self._queues: list[deque[int]] = [deque() for _ in rows]
+
+    def run(self) -> None:
+        """Run all ops.
+
+        Raises:
+            Unclear: they do not complete.
+        """
+        left = len(self._rows)
+        while self._runnable:
+            left -= self._go_on(self._runnable.pop())
+        if left:
+            raise Unclear
+        for rank, queue in enumerate(self._queues):
+            for number in queue:
+                self.free[rank] += self._weights[number]
+                self.programs[rank].append(~number)
+
+    def _go_on(self, rank: int) -> bool:
+        """Run a rank until it waits; whether it is through."""
+        ready, queue, program = self._ready, self._queues[rank], self.programs[rank]
+        now, alive, peak, through = self.free[rank], self._alive[rank], self.peak, False
+        for row in chain(self._held[rank], self._rows[rank]):
+            need, hop, make, need_2, hop_2, make_2, seconds, number, queues, room, forward, frees = row
+            arrival = ready[need]
+            if arrival < 0:
+                ready[need], self._held[rank] = WAITS - rank, (row,)
+                break
+            arrival += hop
+            if make_2:
+                other = ready[need_2]
+                if other < 0:
+                    ready[need_2], self._held[rank] = WAITS - rank, (row,)
+                    break
+                if other + hop_2 > arrival:
+                    arrival = other + hop_2
+            while queue and (now + self._late[queue[0]] <= arrival or alive >= room):
+                done = queue.popleft()
+                program.append(~done)
+                now += self._weights[done]
+                alive -= 1
+            program.append(number)
+            alive += forward
+            if alive > peak:
+                peak = alive
+            alive -= frees
+            if queues:
+                queue.append(number)
+            if arrival > now:
+                now = arrival
+            now += seconds
+            waiter = ready[make]
+            if waiter <= WAITS:
+                self._runnable.append(WAITS - int(waiter))
+            ready[make] = now
+            if make_2:
+                waiter = ready[make_2]
+                if waiter <= WAITS:
+                    self._runnable.append(WAITS - int(waiter))
+                ready[make_2] = now
+        else:
+            through = True
+        self.free[rank], self._alive[rank], self.peak = now, alive, peak
+        return through
