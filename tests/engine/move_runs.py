@@ -8,6 +8,10 @@ import moe_runs
 import torch
 import torch.distributed as dist
 import training
+from deepspeed.pipe import PipelineModule
+from deepspeed.runtime.pipe.topology import PipeDataParallelTopology
+
+from dualpipe_engine.models.transformer import layers, loss
 
 MICROS = 8  #: of all replicas, in a step
 SIZES = {"blocks": 6, "sequence_loss": 0.1}
@@ -36,10 +40,36 @@ def predicting(ranks, replicas, experts, schedule, zero):
     return moe_runs.make_module(model, ranks, replicas), config
 
 
+def mixed(ranks, replicas, experts, schedule, zero):
+    """Every other layer shares its experts between half as many ranks."""
+    config = training.settings(MICROS // replicas, replicas, zero=zero, schedule=schedule)
+    topology = PipeDataParallelTopology(ranks, replicas)
+    torch.manual_seed(7)
+    replica = topology.get_coord(dist.get_rank()).data
+    all_of_them, half = (
+        layers(moe_runs.config(expert_parallel=size, **SIZES), replica) for size in (experts, max(1, experts // 2))
+    )
+    specs = [pair[number % 2] for number, pair in enumerate(zip(all_of_them, half, strict=True))]
+    return PipelineModule(layers=specs, topology=topology, loss_fn=loss), config
+
+
+def grouped(module):
+    """Three groups of parameters, two of which have experts."""
+    named = [(name, param, ".experts." in name) for name, param in module.named_parameters()]
+    chosen = [name.partition(".")[0] in ("1", "2", "4") for name, *_ in named]
+    experts = [
+        [param for (_, param, of), one in zip(named, chosen, strict=True) if of and one == which] for which in (0, 1)
+    ]
+    others = [param for _, param, of in named if not of]
+    return [
+        {"params": experts[0], "weight_decay": 0.3},
+        {"params": others, "weight_decay": 0.0},
+        {"params": experts[1], "weight_decay": 0.6},
+    ]
+
+
 def adapted(ranks, replicas, experts, schedule, zero):
     """Mixtral by AutoEP."""
-    from deepspeed.pipe import PipelineModule
-    from deepspeed.runtime.pipe.topology import PipeDataParallelTopology
     from transformers import MixtralConfig, MixtralForCausalLM
 
     from dualpipe_engine.adapters import get_model_adapter
@@ -60,14 +90,15 @@ def hop(model, ranks, replicas, experts, schedule, folder, load=None, save=None,
     import dualpipe_engine
     from dualpipe_engine.engine.checkpoint.convert import convert
 
-    make = {"ours": ours, "predicting": predicting, "adapted": adapted}[model]
+    make = {"ours": ours, "predicting": predicting, "mixed": mixed, "adapted": adapted}[model]
     module, config = make(ranks, replicas, experts, schedule, zero)
     if load is not None:
         config["checkpoint"] = {"load_universal": load.endswith("u")}
         with torch.no_grad():
             for part in module.state_dict().values():  # what a checkpoint has
                 part.fill_(0.5 if part.is_floating_point() else 0)
-    engine, *_ = dualpipe_engine.initialize(model=module, config=config)
+    params = grouped(module) if model == "mixed" else None
+    engine, *_ = dualpipe_engine.initialize(model=module, config=config, model_parameters=params)
     if load is not None:
         engine.load_checkpoint(folder, tag=load)
     data = stream(engine.place.replica, replicas, skip)

@@ -59,6 +59,14 @@ def test_experts_move_through_all_layouts_and_back(ranks, tmp_path, model, zero)
         assert len(set(straight)) == 16
 
 
+@pytest.mark.all
+def test_groups_of_parameters_and_layers_that_share_with_fewer_ranks(ranks, tmp_path):
+    """Options stay with the experts of each of the user's groups, whichever ranks keep them apart."""
+    layouts = [LAYOUTS[2], LAYOUTS[1], LAYOUTS[0]]
+    for straight, *parts in ranks.run(4, move_runs.hops, links=links("mixed", tmp_path, layouts, [1, 1, 2], (1, 0, 1))):
+        assert [loss for losses in parts for loss in losses] == pytest.approx(straight, rel=1e-6)
+
+
 def test_what_cannot_be_converted_is_one_sentence(tmp_path, capsys):
     for folder in (tmp_path, tmp_path / "nowhere"):
         assert main(["convert", "--checkpoint", str(folder), "--out", str(tmp_path / "out")]) == 2
