@@ -254,6 +254,22 @@ def test_whole_jobs_as_json(capsys):
     assert sum(row["best"] for row in data["schedules"]) == 1
 
 
+def test_whole_jobs_of_a_folder_with_experts_shared(tmp_path, capsys):
+    """One row for each expert of a token, each way in bf16, is more than one for each rank of them."""
+    sizes = {"hidden_size": 256, "num_hidden_layers": 6, "num_attention_heads": 4, "num_experts": 8, "vocab_size": 500}
+    sizes |= {"model_type": "qwen3_moe", "num_experts_per_tok": 4, "moe_intermediate_size": 128}
+    (tmp_path / "config.json").write_text(json.dumps(sizes))
+    base = ["compare", "--model", str(tmp_path), "--gpus", "8", "--ranks", "2", "--micro-batches", "4"]
+    steps = []
+    for more in (["--expert-parallel", "1"], ["--no-fp8"], ["--no-fp8", "--all-to-all"]):
+        data = json.loads(output(capsys, *base, *more, "--format", "json"))
+        assert data["model"]["name"] == tmp_path.name
+        steps.append({row["schedule"]: row["step"] for row in data["schedules"]}["1f1b"])
+    assert steps[0] < steps[1] < steps[2]
+    assert main([*base, "--expert-parallel", "3"]) == 2
+    assert "choose --expert-parallel" in capsys.readouterr().err
+
+
 def test_a_comparison_without_micro_batches_says_so(capsys):
     assert main(["compare", "--ranks", "4"]) == 2
     assert "--micro-batches" in capsys.readouterr().err

@@ -150,6 +150,12 @@ EXPERTS = (
         "DeepSpeed's parser and layers read it",
         _E,
     ),
+    _works(
+        "comm_backend comm_num_sm comm_qp_margin comm_max_tokens_per_rank",
+        "models/test_deep_ep.py::test_layers_of_autoep_equal_those_of_one_rank",
+        "DeepEP in version 2, where it is installed; tested against a stand-in for it",
+        _E,
+    ),
     *(
         KeyRow(Status.REFUSED, _E, (key,), f"it {why}", "adapters/test_autoep.py::test_what_cannot_work_is_refused")
         for key, (_, why) in REFUSED.items()

@@ -11,7 +11,8 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable, Sequence
-from typing import Any, Protocol, TypeAlias
+from types import ModuleType
+from typing import Any, NamedTuple, Protocol, TypeAlias
 
 import torch
 import torch.distributed as dist
@@ -19,6 +20,7 @@ from torch import Tensor
 
 from ..comm.device import EventMoment, on_stream
 from ..comm.tickets import Moments, Tickets
+from ..errors import PipelineRuntimeError
 from .dispatch import State
 from .experts import Sizes
 from .routing import Routing, count
@@ -33,6 +35,38 @@ def deep_ep_available(group: dist.ProcessGroup) -> bool:
     except ImportError:
         return False
     return True
+
+
+def deep_ep_installed() -> bool:
+    """Whether version 2 of DeepEP is there."""
+    try:
+        import deep_ep
+    except ImportError:
+        return False
+    return _kind_of(deep_ep) is not None
+
+
+def _kind_of(library: ModuleType) -> Callable[..., object] | None:
+    """The buffer of version 2, whatever its name."""
+    return getattr(library, "EPBuffer", None) or getattr(library, "ElasticBuffer", None)
+
+
+class Limits(NamedTuple):
+    """What a buffer may take, in version 2.
+
+    Args:
+        tokens: of a rank in one dispatch, for which there is room from the start; more are refused. The buffers of all
+            ranks must be made at once, which those that grow with what one rank sees cannot promise.
+        sms: streaming multiprocessors of a kernel; 0: DeepEP's choice.
+        queue_pairs: of the network; 0: DeepEP's choice.
+    """
+
+    tokens: int = 0
+    sms: int = 0
+    queue_pairs: int = 0
+
+
+NO_LIMITS = Limits()
 
 
 Handle: TypeAlias = Any
@@ -122,25 +156,31 @@ class _First:
 class _Second:
     """`deep_ep.EPBuffer`, or `ElasticBuffer` as it was called before."""
 
-    def __init__(self, group: dist.ProcessGroup, kind: Callable[..., object]) -> None:
-        self._group, self._kind = group, kind
+    def __init__(self, group: dist.ProcessGroup, kind: Callable[..., object], limits: Limits) -> None:
+        self._group, self._kind, self._limits = group, kind, limits
+        self._sms = {"num_sms": limits.sms} if limits.sms else {}
         self._buffer: Any = None
         self._room = (0, 0, 0)
 
     def fit(self, rows: Tensor, top_k: int) -> None:
-        room = self._room
-        needed = (max(room[0], len(rows)), max(room[1], rows.shape[1]), max(room[2], top_k))
+        room, most = self._room, self._limits.tokens
+        if most and len(rows) > most:
+            raise PipelineRuntimeError(
+                f"a rank has {len(rows)} tokens to dispatch, but comm_max_tokens_per_rank is {most}: raise it"
+            )
+        needed = (max(room[0], len(rows), most), max(room[1], rows.shape[1]), max(room[2], top_k))
         if needed == room:
             return
         self._room = tokens, hidden, top_k = needed
-        self._buffer = self._kind(self._group, num_max_tokens_per_rank=tokens, hidden=hidden, num_topk=top_k)
+        more = {"num_allocated_qps": self._limits.queue_pairs} if self._limits.queue_pairs else {}
+        self._buffer = self._kind(self._group, num_max_tokens_per_rank=tokens, hidden=hidden, num_topk=top_k, **more)
 
     def layout(self, experts: Tensor, num_experts: int) -> dict[str, object]:
         return {"topk_idx": experts, "num_experts": num_experts}
 
     def dispatch(self, rows: Tensor, weights: Tensor, layout: dict[str, object]) -> Dispatched:
         out, chosen, coming, handle, event = self._buffer.dispatch(
-            rows, topk_weights=weights, async_with_compute_stream=True, **layout
+            rows, topk_weights=weights, async_with_compute_stream=True, **layout, **self._sms
         )
         return out, chosen, coming, handle.num_recv_tokens_per_expert_list, handle, event
 
@@ -152,19 +192,20 @@ class _Second:
     def combine(
         self, rows: Tensor, handle: Handle, weights: Tensor | None = None
     ) -> tuple[Tensor, Tensor | None, Event]:
-        out, back, event = self._buffer.combine(rows, handle, topk_weights=weights, async_with_compute_stream=True)
+        options = {"async_with_compute_stream": True, **self._sms}
+        out, back, event = self._buffer.combine(rows, handle, topk_weights=weights, **options)
         return out, back, event
 
 
 class _Shared:
     """What all layers of a group have in common: the buffer, and a stream that sees when its work is done."""
 
-    def __init__(self, group: dist.ProcessGroup) -> None:
+    def __init__(self, group: dist.ProcessGroup, limits: Limits) -> None:
         import deep_ep
 
-        kind = getattr(deep_ep, "EPBuffer", None) or getattr(deep_ep, "ElasticBuffer", None)
+        kind = _kind_of(deep_ep)
         self.group = group
-        self.buffer: Buffer = _First(group) if kind is None else _Second(group, kind)
+        self.buffer: Buffer = _First(group) if kind is None else _Second(group, kind, limits)
         self.seen: torch.Stream | None = None
 
     def stream(self, device: torch.device) -> torch.Stream:
@@ -182,12 +223,13 @@ class DeepEP:
     Args:
         group: the ranks that share the experts.
         num_experts: of all ranks.
+        limits: of the buffer; those of the first dispatcher of a group count.
     """
 
-    def __init__(self, group: dist.ProcessGroup, num_experts: int) -> None:
+    def __init__(self, group: dist.ProcessGroup, num_experts: int, limits: Limits = NO_LIMITS) -> None:
         shared = _SHARED.get(group)
         if shared is None:
-            shared = _SHARED[group] = _Shared(group)
+            shared = _SHARED[group] = _Shared(group, limits)
         self._shared = shared
         self._num_experts = num_experts
         self._num_local = num_experts // group.size()

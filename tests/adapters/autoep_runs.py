@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 import logging
+import sys
+from unittest import mock
 
 import models
 import torch
@@ -226,8 +228,8 @@ def train_whole(name, steps=2, replicas=2):
     return losses, weights
 
 
-def fails(name="mixtral", section=None, changes=None, model_parallel=1):
-    """Initialize with what cannot work; every rank must raise."""
+def fails(name="mixtral", section=None, changes=None, model_parallel=1, libraries=()):
+    """Initialize with what cannot work, where these packages are there; every rank must raise."""
     from deepspeed.runtime.pipe.topology import PipeModelDataParallelTopology
 
     import dualpipe_engine
@@ -237,7 +239,8 @@ def fails(name="mixtral", section=None, changes=None, model_parallel=1):
         module = PipelineModule([torch.nn.Linear(4, 4), torch.nn.Linear(4, 4)], topology=topology)
     else:
         module = built(name, 2, 2, changes)
-    dualpipe_engine.initialize(model=module, config=settings("dualpipe", 2 // model_parallel, section=section))
+    with mock.patch.dict(sys.modules, {name: mock.MagicMock() for name in libraries}):
+        dualpipe_engine.initialize(model=module, config=settings("dualpipe", 2 // model_parallel, section=section))
 
 
 class Said(logging.Handler):

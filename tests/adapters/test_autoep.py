@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 import functools
+import sys
+from types import SimpleNamespace
 
 import autoep_runs
 import models
@@ -138,6 +140,10 @@ def test_sizes_that_do_not_fit_are_refused_on_every_rank(ranks):
             {"model_parallel": 2, "section": {"autoep_size": 1}},
             "and tensor parallelism do not go",
         ),
+        "DeepEP": (
+            {"libraries": ["deep_ep"], "section": {"comm_backend": "deepep", "comm_max_tokens_per_rank": 64}},
+            "needs process groups of NCCL, not of gloo",
+        ),
     }
     calls = {name: call for name, (call, _) in cases.items()}
     for rank in ranks.run(4, training.refusals, call=autoep_runs.fails, cases=calls):
@@ -172,7 +178,7 @@ WRONG |= {
     "comm_num_sm": {"comm_num_sm": 8},
     "comm_qp_margin": {"comm_qp_margin": 8},
     "comm_max_tokens_per_rank": {"comm_max_tokens_per_rank": 8},
-    "row_weighting_impl": {"row_weighting_impl": "eager"},
+    "row_weighting_impl": {"row_weighting_impl": "fused"},
     "async_split_plan": {"async_split_plan": True},
     "expert_tensor_parallel_size": {"expert_tensor_parallel_size": 2},
     "validate_folding_routing": {"validate_folding_routing": True},
@@ -188,6 +194,38 @@ def test_what_cannot_work_is_refused(key):
     if key != "enabled":
         read_config(plain(**WRONG[key]) | {"expert_parallel": {"enabled": False, **WRONG[key]}})
     assert REFUSED.keys() <= WRONG.keys()
+
+
+DEEP_EP = {"comm_backend": "deepep", "autoep_size": 2, "comm_max_tokens_per_rank": 8}
+DEEP_EP |= {"comm_num_sm": 8, "comm_qp_margin": 2}
+
+
+class Pair:
+    """A group of two ranks."""
+
+    def size(self):
+        return 2
+
+
+def test_deep_ep_is_taken_where_it_is_installed(monkeypatch):
+    with pytest.raises(ConfigError, match="deep_ep in version 2, which is not installed"):
+        read_config(plain(**DEEP_EP))
+    library = monkeypatch.setitem  # of version 1, then of 2
+    library(sys.modules, "deep_ep", SimpleNamespace(Buffer=object))
+    with pytest.raises(ConfigError, match="version 2"):
+        read_config(plain(**DEEP_EP))
+    library(sys.modules, "deep_ep", SimpleNamespace(ElasticBuffer=object))
+    read_config(plain(**DEEP_EP, combine_impl="auto", row_weighting_impl="eager"))
+    layer, _ = layer_of(**DEEP_EP)
+    layer.use_deep_ep(group := Pair())
+    assert layer._deep_ep._shared.buffer._limits == (8, 8, 10) and layer._deep_ep._shared.group is group
+    for wrong, said in (
+        (DEEP_EP | {"autoep_size": 1}, 'no effect without an "autoep_size" from 2'),
+        (DEEP_EP | {"comm_max_tokens_per_rank": 0}, "must be a positive integer"),
+        (DEEP_EP | {"combine_impl": "legacy_bmm"}, 'no effect beside "comm_backend": "deepep"'),
+    ):
+        with pytest.raises(ConfigError, match=said):
+            read_config(plain(**wrong))
 
 
 @functools.cache
@@ -271,8 +309,8 @@ def test_every_key_reaches_the_layers(monkeypatch):
     monkeypatch.setattr(type(get_accelerator()), "prefer_triton_grouped_mm", lambda self: True)
     assert layer_of()[0].experts.use_triton_grouped_mm
     assert not layer_of(disable_triton_grouped_mm=True)[0].experts.use_triton_grouped_mm
-    tried = {key for keys, _ in REACH for key in keys} | CUSTOM.keys() | REFUSED.keys()
-    assert set(KEYS) - tried == {"enabled", "autoep_size", "disable_triton_grouped_mm"}
+    tried = {key for keys, _ in REACH for key in keys} | CUSTOM.keys() | REFUSED.keys() | DEEP_EP.keys()
+    assert set(KEYS) - tried == {"enabled", "disable_triton_grouped_mm"}
 
 
 def test_state_dicts_have_the_names_of_the_block():

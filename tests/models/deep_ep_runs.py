@@ -11,6 +11,7 @@ import torch
 
 from dualpipe_engine.comm.device import EventMoment
 from dualpipe_engine.comm.tickets import Tickets
+from dualpipe_engine.errors import PipelineRuntimeError
 from dualpipe_engine.models import deep_ep
 from dualpipe_engine.models.block import MoEBlock
 from dualpipe_engine.models.config import MoEConfig
@@ -89,9 +90,10 @@ class First:
 class Second:
     made = 0
 
-    def __init__(self, group, num_bytes=None, num_max_tokens_per_rank=0, hidden=0, num_topk=0):
+    def __init__(self, group, num_bytes=None, num_max_tokens_per_rank=0, hidden=0, num_topk=0, num_allocated_qps=0):
         Second.made += 1
-        assert (num_max_tokens_per_rank, hidden, num_topk) == (6, 16, 2)
+        assert (num_max_tokens_per_rank, hidden, num_topk, num_allocated_qps) in ((6, 16, 2, 0), (9, 16, 2, 16))
+        self.sms = 12 if num_allocated_qps else 0
 
     def dispatch(
         self,
@@ -107,12 +109,12 @@ class Second:
         if handle is not None:
             assert topk_idx is None and num_sms == handle.num_sms
             return x.clone(), None, None, handle, Event()
-        assert num_experts == CONFIG.experts
+        assert num_experts == CONFIG.experts and num_sms == self.sms
         handle = SimpleNamespace(num_recv_tokens_per_expert_list=counted(topk_idx), num_sms=24)
         return x.clone(), topk_idx.clone(), topk_weights.clone(), handle, Event()
 
-    def combine(self, x, handle, topk_weights=None, async_with_compute_stream=False):
-        assert async_with_compute_stream and handle.num_sms == 24
+    def combine(self, x, handle, topk_weights=None, num_sms=0, async_with_compute_stream=False):
+        assert async_with_compute_stream and handle.num_sms == 24 and num_sms == self.sms
         return x.clone(), None if topk_weights is None else topk_weights.clone(), Event()
 
 
@@ -158,6 +160,61 @@ def asked():
     return answers, [moment is not None for moment in log[0].moments]
 
 
+class Own(torch.nn.Module):
+    """A decoder layer of transformers."""
+
+    def __init__(self):
+        super().__init__()
+        from transformers import Qwen3MoeConfig
+        from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeDecoderLayer
+
+        sizes = {"num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 8, "moe_intermediate_size": 8}
+        sizes |= {"num_experts": CONFIG.experts, "num_experts_per_tok": 2, "hidden_size": 16}
+        config = Qwen3MoeConfig(num_hidden_layers=1, attn_implementation="eager", **sizes)
+        self.block = Qwen3MoeDecoderLayer(config, 0)
+
+    def forward(self, x):
+        ones = torch.ones(1, x.shape[1], 8)
+        positions = tuple(
+            fake_device.Tensor(part) if isinstance(x, fake_device.Tensor) else part for part in (ones, ones)
+        )
+        return self.block(x, position_embeddings=positions)
+
+
+def autoep(score_apply, group):
+    """Forward and backward of a layer with AutoEP's block, by DeepEP or, without a group, on one rank."""
+    from dualpipe_engine.models.autoep import decoder
+    from dualpipe_engine.models.autoep.find import find_blocks
+    from dualpipe_engine.models.autoep.layer import SharedMoE
+    from dualpipe_engine.models.autoep.section import read_section
+
+    decoder._unchanged = lambda layer: nullcontext()  # the device has no random state to put back
+    torch.manual_seed(0)
+    layer = Own()
+    for param in layer.parameters():
+        torch.nn.init.normal_(param, std=0.5)
+    pattern = {"moe_layer_pattern": r"model\.layers\.\d+\.block\.mlp", "use_grouped_mm": False}
+    more = {"autoep_size": 2, "comm_backend": "deepep", "comm_max_tokens_per_rank": 9}
+    section = read_section({"enabled": True, "score_apply": score_apply, **pattern, **more})
+    (found,) = find_blocks(layer, 0, section)
+    moe = layer.block.mlp = SharedMoE(found.spec, layer.block.mlp, 1, 0, found.config)
+    if group is not None:
+        moe.use_deep_ep(group)
+    assert decoder.offer_phases(layer) is None, "the structure is looked at without DeepEP"
+    layer = fake_device.on_device(layer)
+    chunk = PhasedChunk(layer, 0, phases_of([layer]), 60.0, is_last=False)
+    x = fake_device.Tensor(torch.randn(2, 3, 16, generator=torch.Generator().manual_seed(1))).requires_grad_()
+    out = chunk.forward(0, x)
+    (back,) = chunk.backward(0, [fake_device.Tensor(torch.ones(2, 3, 16))])
+    too_many = None
+    if group is not None:
+        try:
+            moe.route(fake_device.Tensor(torch.ones(2, 5, 16)))
+        except PipelineRuntimeError as error:
+            too_many = str(error)
+    return [out.raw, back.raw, *(param.grad.raw for param in layer.parameters())], too_many
+
+
 def main():
     library = fake_device.setup()
     EventMoment.__init__ = lambda self, stream: None
@@ -174,6 +231,15 @@ def main():
         for value, expected in zip(same, wanted, strict=True):
             torch.testing.assert_close(value, expected)
         found[name] = {"buffers": kind.made, "waits": waits}
+    Second.made, sys.modules["deep_ep"] = 0, module
+    for score_apply in ("post", "pre"):
+        wanted, _ = autoep(score_apply, None)
+        group = Group()
+        same, too_many = autoep(score_apply, group)
+        for value, expected in zip(same, wanted, strict=True):
+            torch.testing.assert_close(value, expected)
+        found[f"autoep {score_apply}"] = too_many
+    found["autoep buffers"] = Second.made
     del library
     found["arranged"], found["asked"] = arranged(), asked()
     fake_device.answer(found)

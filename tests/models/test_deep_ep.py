@@ -27,3 +27,10 @@ def test_experts_of_other_ranks_are_left_out(found):
 def test_done_is_what_the_device_says(found):
     answers, moments = found["asked"]
     assert answers == [False, True] and moments == [True] * 4
+
+
+def test_layers_of_autoep_equal_those_of_one_rank(found):
+    """With weights before and after the experts, by a buffer of the size and shares that the section says."""
+    assert found["autoep buffers"] == 2
+    for score_apply in ("post", "pre"):
+        assert "10 tokens to dispatch, but comm_max_tokens_per_rank is 9" in found[f"autoep {score_apply}"]

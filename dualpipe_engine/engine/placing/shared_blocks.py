@@ -3,7 +3,9 @@ layers are placed, connected after it."""
 
 from __future__ import annotations
 
+import torch.distributed as dist
 from deepspeed.accelerator import get_accelerator
+from deepspeed.module_inject.auto_ep_comm import DEEPEP_BACKEND
 from deepspeed.module_inject.auto_ep_config import AutoEPConfig
 from deepspeed.module_inject.auto_ep_layer import ReplacementSourceMap, collect_replacement_sources
 from deepspeed.moe.layer import MoE
@@ -59,6 +61,11 @@ def check_blocks(module: PipelineModule, config: AutoEPConfig) -> None:
         wrong.append(
             f'"expert_parallel": {{"autoep_size": {config.autoep_size}}} does not divide the {grid.data_parallel_size} '
             "replicas of the pipeline, which share the experts: take another size or other numbers of stages and ranks"
+        )
+    if config.comm_backend == DEEPEP_BACKEND and (backend := dist.get_backend()) != "nccl":
+        wrong.append(
+            f'"expert_parallel": {{"comm_backend": "{DEEPEP_BACKEND}"}} needs process groups of NCCL, not of '
+            f"{backend}: leave it out"
         )
     for number, layer in layers_of(module).items() if not wrong else ():
         try:

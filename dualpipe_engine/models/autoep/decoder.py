@@ -54,7 +54,7 @@ def offer_phases(layer: nn.Module) -> str | None:
     around = [part for part in layer.modules() if any(inner is blocks[0] for inner in part.modules())]
     if any(part._forward_hooks or part._forward_pre_hooks or part._backward_hooks for part in around):
         return "it has hooks around the experts"
-    with _unchanged(layer), torch.no_grad():
+    with _unchanged(layer), blocks[0].by_collectives(), torch.no_grad():
         message = _example(layer, blocks[0])
         try:
             norm, whole = _traced(layer, blocks[0], message)

@@ -3,7 +3,8 @@
     route (compute) -> count (comm) -> dispatch (comm) -> compute (compute) -> combine (comm) -> finish (compute)
 
 What is computed is DeepSpeed's, function by function; how rows travel is this package's: their numbers go ahead, and
-nothing is waited for where somebody else will (`comm.all_to_all`).
+nothing is waited for where somebody else will (`comm.all_to_all`). With "comm_backend": "deepep" they travel by DeepEP
+(`models.deep_ep`), which applies weights and adds up where the experts are.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from deepspeed.module_inject.auto_ep_comm import COMM_BACKEND, DEEPEP_BACKEND
 from deepspeed.module_inject.auto_ep_config import AutoEPConfig, MoELayerSpec
 from deepspeed.module_inject.auto_ep_layer import (
     AutoEPMoELayer,
@@ -28,6 +30,8 @@ from ...comm.all_to_all import Counts, exchange
 from ...comm.stream import SharedStream, shared_stream
 from ...comm.tickets import Tickets
 from ..counting import Counting, counters
+from ..deep_ep import DeepEP, Limits
+from ..routing import Routing
 from .weights import Unread, form_of
 
 State = dict[str, Any]
@@ -71,6 +75,9 @@ class SharedMoE(Counting, AutoEPMoELayer):
         self.form = form_of(spec, source)
         self._whole: dict[str, Tensor] | None = None
         self._stream: SharedStream | None = None
+        self._asks_deep_ep = config.comm_backend == DEEPEP_BACKEND
+        self.comm_backend = COMM_BACKEND  # of DeepSpeed's own forward
+        self._deep_ep: DeepEP | None = None
         self._stops = self._by_itself = False
 
     @torch.no_grad()
@@ -90,6 +97,26 @@ class SharedMoE(Counting, AutoEPMoELayer):
         own = (self.experts.w1, self.experts.w2, self.experts.w3)
         for param, value in zip(own, self.form.share(read, experts), strict=True):
             param.copy_(value)
+
+    def set_deepspeed_parallelism(self, *args: Any, **kwargs: Any) -> None:
+        """Called when process groups can be had."""
+        super().set_deepspeed_parallelism(*args, **kwargs)
+        if self._asks_deep_ep:
+            self.use_deep_ep(self.ep_group)
+
+    def use_deep_ep(self, group: dist.ProcessGroup) -> None:
+        """Let rows travel by DeepEP between the ranks of `group`."""
+        limits = Limits(self.comm_max_tokens_per_rank, self.comm_num_sm, self.comm_num_sm + self.comm_qp_margin)
+        self._deep_ep = DeepEP(group, self.num_experts, limits)
+
+    @contextmanager
+    def by_collectives(self) -> Iterator[None]:
+        """Let rows travel by all-to-all, whose sums are always the same to the last bit."""
+        deep_ep, self._deep_ep = self._deep_ep, None
+        try:
+            yield
+        finally:
+            self._deep_ep = deep_ep
 
     @contextmanager
     def stopping(self) -> Iterator[None]:
@@ -174,15 +201,21 @@ class SharedMoE(Counting, AutoEPMoELayer):
         x = hidden.reshape(-1, hidden.shape[-1])
         scores, experts, counts = self.router(x, self.expert_bias)
         self.note(counts)
+        kept = {"hidden": hidden} if self.shared_experts is not None or self.return_router_logits else {}
+        if self._deep_ep is not None:
+            routing = Routing(experts, scores, scores.new_zeros(1), counts)
+            return self._deep_ep.prepare(x, routing) | {"shape": tuple(hidden.shape)} | kept
         order = torch.argsort(experts.view(-1), stable=True)
         rows = apply_scores_before_experts_if_enabled(
             x[order // self.top_k], scores.view(-1)[order], score_apply=self.score_apply
         )
         state = {"rows": rows, "scores": scores, "order": order, "counts": counts, "shape": tuple(hidden.shape)}
-        return state | ({"hidden": hidden} if self.shared_experts is not None or self.return_router_logits else {})
+        return state | kept
 
     def count(self, state: State, tickets: Tickets | None) -> State:
         """Find out how many rows come from where."""
+        if self._deep_ep is not None:
+            return self._deep_ep.count(state, tickets)
         if self.ep_size == 1:
             return state
         if self._stream is None:
@@ -192,6 +225,8 @@ class SharedMoE(Counting, AutoEPMoELayer):
 
     def dispatch(self, state: State, tickets: Tickets | None) -> State:
         """Send rows to the ranks of their experts."""
+        if self._deep_ep is not None:
+            return self._deep_ep.dispatch(state, tickets)
         if self.ep_size == 1:
             return state
         counts: Counts = state["counts"]  # of the same rows: see `route`
@@ -200,14 +235,29 @@ class SharedMoE(Counting, AutoEPMoELayer):
 
     def compute(self, state: State) -> State:
         """Run the experts of this rank over what has come, and the shared ones over the tokens of this rank."""
+        if self._deep_ep is not None:
+            state = self._compute_weighted(state, self._deep_ep)
+            return state | ({} if self.shared_experts is None else {"shared": self._shared(state)})
         counts = state["counts"]
         local = counts if self.ep_size == 1 else counts.both[1].to(torch.int32)  # [ranks, experts of this rank]
         rows, places, sizes, number = permute_by_local_expert(state["rows"], local)
         rows = unpermute_by_local_expert(self.experts(rows, sizes), places, number)
         return state | {"rows": rows} | ({} if self.shared_experts is None else {"shared": self._shared(state)})
 
+    def _compute_weighted(self, state: State, deep_ep: DeepEP) -> State:
+        """The same where weights travel too, and are applied before or after the experts."""
+        state = dict(state)
+        rows, sizes = deep_ep.arrange(state)
+        if self.score_apply == "pre":
+            weights = state["weights"].flatten()[state["place"]].unsqueeze(1)
+            rows = (rows.float() * weights).to(rows.dtype)
+            state["weights"] = torch.ones_like(state["weights"])
+        return deep_ep.restore(state, self.experts(rows, sizes.device.to(torch.int32)))
+
     def combine(self, state: State, tickets: Tickets | None) -> State:
         """Send results back."""
+        if self._deep_ep is not None:
+            return self._deep_ep.combine(state, tickets)
         if self.ep_size == 1:
             return state
         counts: Counts = state.pop("counts")
@@ -216,15 +266,18 @@ class SharedMoE(Counting, AutoEPMoELayer):
 
     def finish(self, state: State) -> Tensor | tuple[Tensor, Tensor | None]:
         """The weighted sum over the experts of each token, and over the shared ones: what the block returns."""
-        out = combine_from_routed(
-            state["rows"],
-            top_scores=state["scores"],
-            token_indices_sorted=state["order"],
-            top_k=self.top_k,
-            score_apply=self.score_apply,
-            combine_impl=self.combine_impl,
-            shape=state["shape"],
-        )
+        if self._deep_ep is not None:
+            out = self._deep_ep.finish(state).reshape(state["shape"])
+        else:
+            out = combine_from_routed(
+                state["rows"],
+                top_scores=state["scores"],
+                token_indices_sorted=state["order"],
+                top_k=self.top_k,
+                score_apply=self.score_apply,
+                combine_impl=self.combine_impl,
+                shape=state["shape"],
+            )
         if self.moe_output_shape == "flat":
             out = out.reshape(-1, out.shape[-1])
         if "shared" in state:

@@ -7,29 +7,27 @@ from collections.abc import Mapping
 from dataclasses import fields
 from difflib import get_close_matches
 
+from deepspeed.module_inject.auto_ep_comm import DEEPEP_BACKEND
 from deepspeed.module_inject.auto_ep_config import AutoEPConfig, parse_autoep_config, validate_autoep_config
 
 from ...errors import ConfigError
+from ..deep_ep import deep_ep_installed
 
 NAME = "expert_parallel"
 KEYS = tuple(field.name for field in fields(AutoEPConfig) if not field.name.startswith("_"))
 PATTERNS = ("moe_layer_pattern", "expert_pattern", "router_pattern")
 
-_DEEPEP = "is for DeepEP, and a schedule sends rows by its own all-to-all"
 _FOLDING = "is for DeepSpeed's tensor parallelism, which a pipeline does not have"
 #: Key -> (values that ask for nothing, why others are refused).
 REFUSED: dict[str, tuple[tuple[object, ...], str]] = {
-    "comm_backend": (("comm",), _DEEPEP),
-    "comm_num_sm": ((), _DEEPEP),
-    "comm_qp_margin": ((), _DEEPEP),
-    "comm_max_tokens_per_rank": ((), _DEEPEP),
-    "row_weighting_impl": (("auto",), _DEEPEP),
+    "row_weighting_impl": (("auto", "eager"), "is auto or eager here"),
     "combine_impl": (("auto", "weighted_sum", "legacy_bmm"), "is one of auto, weighted_sum and legacy_bmm here"),
     "async_split_plan": ((False,), "does nothing more: numbers of rows come to the host beside the computation anyway"),
     "expert_tensor_parallel_size": ((1,), _FOLDING),
     "validate_folding_routing": ((False,), _FOLDING),
     "load_balance_coeff": ((None,), "is not supported by DeepSpeed"),
 }
+_FOR_DEEPEP = ("comm_num_sm", "comm_qp_margin", "comm_max_tokens_per_rank", "row_weighting_impl")
 _BOOLS = ("enabled", "use_grouped_mm", "disable_triton_grouped_mm")
 
 
@@ -60,6 +58,10 @@ def read_section(section: object) -> AutoEPConfig | None:
     _check_values(section)
     _check_effects(section)
     config = parse_autoep_config(dict(section))
+    if config.comm_backend == DEEPEP_BACKEND and not deep_ep_installed():
+        raise _wrong(
+            section, "comm_backend", "needs the package deep_ep in version 2, which is not installed: leave it out"
+        )
     try:
         validate_autoep_config(config, world_size=config.autoep_size, pp_size=1, tp_size=1, sp_size=1)
     except ValueError as error:
@@ -100,8 +102,14 @@ def _check_effects(section: Mapping[str, object]) -> None:
         "top_k_attr": (isinstance(section.get("top_k"), int), 'beside "top_k"'),
         "disable_triton_grouped_mm": (section.get("use_grouped_mm") is False, 'beside "use_grouped_mm": false'),
     }
+    deep_ep = section.get("comm_backend") == DEEPEP_BACKEND
+    for key in _FOR_DEEPEP:
+        without[key] = (not deep_ep, f'without "comm_backend": "{DEEPEP_BACKEND}"')
+    without["combine_impl"] = (deep_ep, f'beside "comm_backend": "{DEEPEP_BACKEND}"')
+    if deep_ep and section.get("autoep_size", 1) == 1:
+        without["comm_backend"] = (True, 'without an "autoep_size" from 2')
     for key, (idle, beside) in without.items():
-        if section.get(key) is not None and idle:
+        if section.get(key) not in (None, "auto") and idle:
             raise _wrong(section, key, f"has no effect {beside}: leave one of them out")
 
 

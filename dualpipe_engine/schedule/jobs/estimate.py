@@ -142,8 +142,8 @@ def make_job(
     if ranks is None:
         raise ConfigError(f"say how many pipeline ranks {model.name} has: --ranks N")
     if experts is None:
-        has_experts = any(layer.experts for layer in model.layers)
-        experts = known[1] if known else max(1, gcd(gpus // ranks, 8)) if has_experts else 1
+        counts = [layer.num_experts for layer in model.layers if layer.experts]
+        experts = known[1] if known else max(1, gcd(gpus // ranks, 8, *counts)) if counts else 1
     check_shared(model, experts)
     length = length or (known[3] if known else 4096)
     if micro_batches is None and known:
