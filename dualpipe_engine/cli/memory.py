@@ -20,8 +20,8 @@ Bytes of weights, gradients, optimizer state and activations on each rank for ev
 
 Precision, ZeRO stage, gradient accumulation dtype, optimizer and "offload_activations" are read from the
 configuration. dualpipe holds every stage on two ranks: weights and gradients double, but ZeRO-1 divides the optimizer
-state among both, and ZeRO-2 the gradients as well. Stock 1F1B has no ZeRO-2, so its row shows ZeRO-1 then. Not counted: what lives for one op only (a
-fresh gradient, buffers of transfers), and what the allocator wastes.
+state among both, and ZeRO-2 the gradients as well. Stock 1F1B has no ZeRO-2, so its row shows ZeRO-1 then. Not counted:
+what lives for one op only (a fresh gradient, buffers of transfers), and what the allocator wastes.
 """
 
 
