@@ -47,11 +47,21 @@ NAMES = [
     "many.csv",
     "none.json",
 ]
-PLAN = ["--schedule", "--ranks", "--micro-batches", "--costs", "--comm", "--optimize", "--activation-cap"]
+PLAN = [
+    "--schedule",
+    "--ranks",
+    "--micro-batches",
+    "--costs",
+    "--comm",
+    "--optimize",
+    "--activation-cap",
+    "--offload-activations",
+    "--copy",
+]
 COMMANDS = {
     "plan": [*PLAN, "--format", "--with-comm"],
     "draw": [*PLAN, "--out"],
-    "compare": [*PLAN[1:], "--layer-costs", "--model", "--gpus", "--hardware", "--format"],
+    "compare": [*PLAN[1:-2], "--layer-costs", "--model", "--gpus", "--hardware", "--format"],
     "memory": ["--config", "--ranks", "--params-per-stage", "--activation-bytes"],
     "doctor": [],
     "export": ["--checkpoint", "--out"],

@@ -36,7 +36,7 @@ def on_pool(ranks):
     return run
 
 
-@pytest.mark.parametrize("name", ["split", "host_waits", "memory"])
+@pytest.mark.parametrize("name", ["split", "host_waits", "memory", "offloaded"])
 def test_checks_of_one_process(checks, name):
     getattr(checks["checks_ops"], name)(None)
 

@@ -181,7 +181,7 @@ def make(args: argparse.Namespace) -> tuple[Plan, CostModel]:
         shape = args.ranks, args.micro_batches
         plan = make_plan(args.schedule, *shape, costs, args.optimize, args.activation_cap, stages_per_rank=stages)
     plan = offload(plan.unlowered() if args.offload_activations else plan, args.offload_activations, costs)
-    verify(plan, activation_cap=None if args.offload_activations else args.activation_cap)
+    verify(plan, activation_cap=args.activation_cap)
     return plan, costs
 
 

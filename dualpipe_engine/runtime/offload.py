@@ -60,6 +60,7 @@ class Offload:
     def begin_batch(self, program: Iterable[Op]) -> None:
         """A batch begins, with the program of this rank, which says what leaves."""
         self._leaves = {(op.stage, op.micro) for op in program if op.kind == OFFLOAD}
+        self._owners.clear()
         self._stays = {
             _place(tensor) for tensor in chain(self._module.parameters(), self._module.buffers()) if has_storage(tensor)
         }
@@ -126,7 +127,9 @@ class Offload:
         return sum(each.host.nbytes for each in stored if each.host is not None)
 
     def clear(self) -> None:
-        """Drop everything, after a batch that failed."""
+        """Drop everything, after a batch that failed; a device goes on when what it is copying is through."""
+        for copying in self._copies.values():
+            copying.wait(0.0)
         self._saved.clear()
         self._copies.clear()
 

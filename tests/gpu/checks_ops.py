@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import subprocess
 import sys
+import time
 import traceback
 import warnings
 from collections.abc import Callable
@@ -18,11 +19,16 @@ from common import CPU, DEVICE, ROOT, Facts, Run, synchronize
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from dualpipe_engine.comm.tickets import Transfer
 from dualpipe_engine.models.block import DenseBlock, MoEBlock
 from dualpipe_engine.models.config import MoEConfig
 from dualpipe_engine.runtime.chunk import StageChunk
+from dualpipe_engine.runtime.offload import Offload
 from dualpipe_engine.runtime.overlap import PhasedChunk, phases_of
 from dualpipe_engine.runtime.weight_grad import DeferredWeightGrads, install
+from dualpipe_engine.schedule.passes.offload import offload
+from dualpipe_engine.schedule.plan import Plan
+from dualpipe_engine.schedule.timing.simulate import peak_activations
 
 WIDTH = 64
 
@@ -252,6 +258,78 @@ def memory(run: Run) -> Facts:
 def _allocated() -> int:
     synchronize()
     return 0 if CPU else torch.cuda.memory_allocated()
+
+
+def offloaded(run: Run) -> Facts:
+    """Activations leave for host memory under the computation and come back: the same gradients to the last bit, in
+    less memory of the device."""
+    size = {"hidden": 64, "heads": 2, "head": 32} if CPU else {"hidden": 2048, "heads": 16, "head": 128}
+    config = MoEConfig(**size, attention="grouped", dense_inner=4 * size["hidden"])
+    torch.manual_seed(1)
+    block = DenseBlock(config).to(DEVICE, torch.float32 if CPU else torch.bfloat16)
+    tokens = (1, 256) if CPU else (2, 4096)
+    plan = Plan.from_csv(
+        "\n".join(",".join(f"{stage}{kind}{each}" for kind in "FB" for each in range(6)) for stage in (0, 1))
+    )
+    moved = offload(plan, True)
+    results = {}
+    for name, each in (("plain", plan), ("offloaded", moved), ("offloaded again", moved)):
+        results[name] = _walk(block, each, (*tokens, size["hidden"]))
+    plain, there, again = results.values()
+    for found in (there, again):
+        assert all(torch.equal(one, two) for one, two in zip(plain["made"], found["made"], strict=True))
+    most = peak_activations(moved)[1] / peak_activations(plan)[1]
+    facts = {
+        name: {key: found[key] for key in ("bytes", "seconds", "copied", "waited", "hidden")}
+        for name, found in results.items()
+    }
+    if not CPU:
+        assert again["bytes"] < (most + 0.15) * plain["bytes"], facts
+        assert again["hidden"] > 0, facts
+    return facts
+
+
+def _walk(block: nn.Module, plan: Plan, shape: tuple[int, ...]) -> dict[str, Any]:
+    log: list[Transfer] = []
+    moved = Offload(block, DEVICE, 60.0, log)
+    moved.begin_batch(plan.programs[1])
+    chunk = StageChunk(block, 1, is_last=False, offload=moved)
+    made: list[Tensor] = []
+    synchronize()
+    origin = None if CPU else (time.monotonic(), torch.Event(DEVICE, enable_timing=True))
+    if origin is not None:
+        origin[1].record()
+        torch.cuda.reset_peak_memory_stats()
+    before, start = _allocated(), time.monotonic()
+    for op in plan.programs[1]:
+        if op.kind == "F":
+            generator = torch.Generator(DEVICE).manual_seed(op.micro)
+            x = torch.randn(shape, device=DEVICE, dtype=next(block.parameters()).dtype, generator=generator)
+            made.append(chunk.forward(op.micro, x.requires_grad_()).sum())
+            moved.leave(1, op.micro)
+            del x
+        elif op.kind == "OFFLOAD":
+            moved.let_go(1, op.micro)
+        elif op.kind == "RELOAD":
+            moved.bring_back(1, op.micro)
+        else:
+            moved.await_back(1, op.micro)
+            grad = torch.ones(shape, device=DEVICE, dtype=next(block.parameters()).dtype)
+            made += [back.sum() for back in chunk.backward(op.micro, [grad])]
+    synchronize()
+    seconds = time.monotonic() - start
+    peak = 0 if CPU else torch.cuda.max_memory_allocated() - before
+    made += [param.grad.clone() for param in block.parameters() if param.grad is not None]
+    block.zero_grad()
+    done = [each.resolved(origin) for each in log]
+    return {
+        "made": made,
+        "bytes": peak,
+        "seconds": round(seconds, 4),
+        "copied": sum(each.size for each in done),
+        "waited": round(sum(each.waited for each in done), 4),
+        "hidden": round(sum(each.hidden for each in done), 4),
+    }
 
 
 def overlap(run: Run) -> Facts:

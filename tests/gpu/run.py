@@ -54,6 +54,7 @@ CHECKS = [
     Check(10, "auto leaves the model alone and measures well", "checks_engine:auto", 90, True, alone=True),
     Check(11, "a lost rank ends the others", "checks_faults:lost_ranks", 70, True),
     Check(12, "an F&B pair takes as long as its longest part", "checks_ops:overlap", 90, alone=True),
+    Check(13, "activations in host memory", "checks_ops:offloaded", 60, alone=True),
 ]
 
 

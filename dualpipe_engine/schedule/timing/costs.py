@@ -29,6 +29,7 @@ class CostModel:
         fb: seconds of an overlapped forward and full backward; None: no overlap, `f + i + w`.
         comm: seconds of one transfer between two ranks.
         activation_bytes: bytes that one micro-batch keeps alive on a stage from the start of F to the end of W.
+        pending_bytes: of these what is left from the end of I to the end of W, with what I has added; None: as much.
         copy: seconds of the copy of what one micro-batch keeps alive on a stage to host memory, and of that back.
 
     Raises:
@@ -41,11 +42,12 @@ class CostModel:
     fb: PerStage | None = None
     comm: float = 0.0
     activation_bytes: int | tuple[int, ...] = 1
+    pending_bytes: int | tuple[int, ...] | None = None
     copy: PerStage = 0.0
 
     def __post_init__(self) -> None:
         lengths = {}
-        for name in ("f", "i", "w", "fb", "comm", "copy", "activation_bytes"):
+        for name in ("f", "i", "w", "fb", "comm", "copy", "activation_bytes", "pending_bytes"):
             value = getattr(self, name)
             if isinstance(value, tuple):
                 lengths[name] = len(value)
@@ -70,7 +72,7 @@ class CostModel:
         Raises:
             PlanError: a tuple has another length.
         """
-        for name in ("f", "i", "w", "fb", "copy", "activation_bytes"):
+        for name in ("f", "i", "w", "fb", "copy", "activation_bytes", "pending_bytes"):
             value = getattr(self, name)
             if isinstance(value, tuple) and len(value) != num_stages:
                 raise PlanError(f"cost {name} has {len(value)} numbers, but there are {num_stages} stages")
@@ -104,7 +106,7 @@ class CostModel:
         self.check(placement.num_ranks)
         if placement.parts == 1:
             return self
-        size, parts = self.activation_bytes, placement.parts
+        parts = placement.parts
         return replace(
             self,
             f=_cut(self.f, parts),
@@ -112,9 +114,8 @@ class CostModel:
             w=_cut(self.w, parts),
             fb=None if self.fb is None else _cut(self.fb, parts),
             copy=_cut(self.copy, parts),
-            activation_bytes=tuple(-(-n // parts) for n in size for _ in range(parts))
-            if isinstance(size, tuple)
-            else -(-size // parts),
+            activation_bytes=_cut_bytes(self.activation_bytes, parts),
+            pending_bytes=None if self.pending_bytes is None else _cut_bytes(self.pending_bytes, parts),
         )
 
     def joined(self, parts: int) -> CostModel:
@@ -124,7 +125,8 @@ class CostModel:
         """
         f, i, w = _join(self.f, parts), _join(self.i, parts), _join(self.w, parts)
         fb = None if self.fb is None else _join(self.fb, parts)
-        return replace(self, f=f, i=i, w=w, fb=fb, copy=_join(self.copy, parts), activation_bytes=1)
+        copy = _join(self.copy, parts)
+        return replace(self, f=f, i=i, w=w, fb=fb, copy=copy, activation_bytes=1, pending_bytes=None)
 
 
 UNIT = CostModel()  #: f = i = w = 1, no overlap, transfers for nothing
@@ -140,6 +142,10 @@ def _overlap(f: float, i: float, w: float, fb: float) -> float:
 
 def _cut(value: PerStage, parts: int) -> PerStage:
     return tuple(each / parts for each in value for _ in range(parts)) if isinstance(value, tuple) else value / parts
+
+
+def _cut_bytes(size: int | tuple[int, ...], parts: int) -> int | tuple[int, ...]:
+    return tuple(-(-n // parts) for n in size for _ in range(parts)) if isinstance(size, tuple) else -(-size // parts)
 
 
 def _join(value: PerStage, parts: int) -> PerStage:

@@ -237,8 +237,8 @@ def peak_bytes(plan: Plan, costs: CostModel) -> list[int]:
         PlanError: the costs are for another number of stages.
     """
     costs.check(plan.placement.num_stages)
-    size = costs.activation_bytes
-    sizes = size if isinstance(size, tuple) else (size,) * plan.placement.num_stages
+    sizes = _of_stages(costs.activation_bytes, plan)
+    pending = sizes if costs.pending_bytes is None else _of_stages(costs.pending_bytes, plan)
     peaks = []
     for program in _steps(plan).programs:
         alive = peak = 0
@@ -246,9 +246,16 @@ def peak_bytes(plan: Plan, costs: CostModel) -> list[int]:
             parts = atoms(op)
             alive += sum(sizes[part.stage] for part in parts if part.kind in _TAKES)
             peak = max(peak, alive)
-            alive -= sum(sizes[part.stage] for part in parts if part.kind in _LETS_GO)
+            alive -= sum(sizes[part.stage] for part in parts if part.kind in (B, OFFLOAD, I))
+            alive += sum(pending[part.stage] for part in parts if part.kind == I)
+            peak = max(peak, alive)
+            alive -= sum(pending[part.stage] for part in parts if part.kind == W)
         peaks.append(peak)
     return peaks
+
+
+def _of_stages(size: int | tuple[int, ...], plan: Plan) -> tuple[int, ...]:
+    return size if isinstance(size, tuple) else (size,) * plan.placement.num_stages
 
 
 def held_over_time(timeline: Timeline) -> list[list[tuple[float, int]]]:
