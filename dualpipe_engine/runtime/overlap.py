@@ -262,7 +262,8 @@ def interleave(first: Steps[First], second: Steps[Result], wait: Callable[[Ticke
     `second` begins: a backward starts with the communication that comes last in a forward. What `leads_on` to more
     communication, such as numbers of rows, is not worth a turn of its own: the other side computes, and before it posts
     in its turn the first one is let go on. So the host, which has to wait for such numbers, has given the device
-    something to do before, and the rows they are for travel under it.
+    something to do before, and the rows they are for travel under it. A host that computes by itself waits for them at
+    once: it could queue nothing first, and the rows would wait for its computation.
 
     One forward and one backward of a block with the phases attention, dispatch, experts and combine; `>` posts a
     communication phase, which travels while the other side has its turn:
@@ -289,6 +290,9 @@ def interleave(first: Steps[First], second: Steps[Result], wait: Callable[[Ticke
                 if other is not None and other.leads_on:
                     wait(other)
                     posted[1 - turn] = _next_posted(sides[1 - turn])
+            while step.leads_on and not step.moments():  # the host computes: the rows would wait for that
+                wait(step)
+                step = _next_posted(sides[turn])
             posted[turn] = step
             turn = 1 - turn
     except StopIteration as end:

@@ -207,7 +207,8 @@ def main() -> None:
     parser.add_argument("--layers", type=int, default=4, help="of the stage")
     parser.add_argument("--pairs", type=int, default=5, help="timed for each ratio")
     parser.add_argument("--kilobytes", type=int, default=2048, help="that a rank sends in one all-to-all")
-    parser.add_argument("--megabit", type=float, default=400.0, help="a second, of the link, each way")
+    link = "a second, of the link, each way (default: 400; of qwen3-moe 150, beside which its own computation is small)"
+    parser.add_argument("--megabit", type=float, help=link)
     parser.add_argument("--out", help="PNG file")
     parser.add_argument("--cuda", action="store_true", help="a stage on one GPU instead")
     parser.add_argument("--device", default="cuda", help="for --cuda: where the stage is")
@@ -223,7 +224,8 @@ def main() -> None:
 
         if not usable():
             sys.exit("the slow link needs root, network namespaces, and the programs ip and tc (package iproute2)")
-        show(run_linked(str(Path(__file__).resolve()), sys.argv[1:], args.megabit), args.out)
+        megabit = args.megabit or (150.0 if args.model == QWEN3_MOE else 400.0)
+        show(run_linked(str(Path(__file__).resolve()), sys.argv[1:], megabit), args.out)
 
 
 if __name__ == "__main__":

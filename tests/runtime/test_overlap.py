@@ -203,8 +203,30 @@ class CountingBlock(Block):
         return state | {"counts": Travel.post(torch.ones(3), tickets, self.events, "counts")}
 
 
-def test_what_leads_on_is_awaited_under_a_computation_and_goes_on_before_the_other_side_posts():
+class QueueingBlock(CountingBlock):
+    """The same where the host only queues."""
+
+    def _count(self, state, tickets):
+        state = super()._count(state, tickets)
+        if tickets is not None:
+            tickets.moments = lambda: [(None, None, None, None)]
+        return state
+
+
+def test_where_the_host_computes_what_leads_on_is_awaited_at_once():
     block, *_ = pair(recompute=True, kind=CountingBlock)
+    assert [" ".join(event) for event in block.events][:6] == [
+        "post combine'",
+        "compute attention",
+        "post counts",
+        "wait counts",
+        "post dispatch",
+        "wait combine'",
+    ]
+
+
+def test_what_leads_on_is_awaited_under_a_computation_and_goes_on_before_the_other_side_posts():
+    block, *_ = pair(recompute=True, kind=QueueingBlock)
     assert [" ".join(event) for event in block.events] == [
         "post combine'",
         "compute attention",
