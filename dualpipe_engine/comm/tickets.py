@@ -118,6 +118,11 @@ class Tickets:
         """Of the transfers whose times are those of a device, as far as they are known."""
         return [found for ticket, _ in self._open if (found := ticket.moments()) is not None]
 
+    @property
+    def by_host(self) -> bool:
+        """Whether anything is open of which the host itself sees the end, as on the CPU."""
+        return bool(self._open) and not self.moments()
+
     def done(self) -> bool:
         """Whether nothing is left to wait for; does not wait."""
         for ticket, transfer in self._open:

@@ -290,7 +290,7 @@ def interleave(first: Steps[First], second: Steps[Result], wait: Callable[[Ticke
                 if other is not None and other.leads_on:
                     wait(other)
                     posted[1 - turn] = _next_posted(sides[1 - turn])
-            while step.leads_on and not step.moments():  # the host computes: the rows would wait for that
+            while step.leads_on and step.by_host:  # which computes: the rows would wait for that
                 wait(step)
                 step = _next_posted(sides[turn])
             posted[turn] = step

@@ -213,6 +213,24 @@ class QueueingBlock(CountingBlock):
         return state
 
 
+class SilentBlock(CountingBlock):
+    """The same where the dispatch itself counts, and holds the host for it, as DeepEP's."""
+
+    def _count(self, state, tickets):
+        return state
+
+
+def test_where_nothing_was_posted_the_other_side_computes_first():
+    block, *_ = pair(recompute=True, kind=SilentBlock)
+    assert [" ".join(event) for event in block.events][:5] == [
+        "post combine'",
+        "compute attention",
+        "wait combine'",
+        "compute experts",  # again, for its backward
+        "post dispatch",
+    ]
+
+
 def test_where_the_host_computes_what_leads_on_is_awaited_at_once():
     block, *_ = pair(recompute=True, kind=CountingBlock)
     assert [" ".join(event) for event in block.events][:6] == [
