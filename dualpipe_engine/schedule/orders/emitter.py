@@ -8,6 +8,8 @@ from itertools import chain, repeat
 
 from ..op import FB, B, F, I, Op, W
 
+_new = tuple.__new__  # an Op's own has names of arguments to look at
+
 
 class Emitter:
     """Collects the program of one rank from steps like "forward of phase 0".
@@ -52,9 +54,10 @@ class Emitter:
             return whole and Op(I, whole.stage, whole.micro)
         forward, backward = next(self._forward[phase]), next(self._backward[1 - phase])
         if forward and backward:
-            return Op(FB, forward.stage, forward.micro, (forward, backward))
+            return _new(Op, (FB, forward.stage, forward.micro, (forward, backward)))
         return forward or backward
 
 
 def _numbered(kind: str, stage: int, micros: Sequence[int]) -> Iterator[Op | None]:
-    return chain(map(Op, repeat(kind), repeat(stage), micros), repeat(None))
+    each = zip(repeat(kind), repeat(stage), micros, repeat(()), strict=False)
+    return chain(map(_new, repeat(Op), each), repeat(None))
