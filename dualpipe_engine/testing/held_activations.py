@@ -6,14 +6,18 @@ import gc
 import weakref
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
+from typing import Any, TypeAlias
 
 import torch
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from ..comm.nest import Nest
-from ..engine.engine import DualPipeEngine
 from ..schedule.op import Op
+
+Engine: TypeAlias = Any
+"""Ours."""
+Nest: TypeAlias = Any
+"""What operations take and make."""
 
 
 class _Made(TorchDispatchMode):
@@ -45,7 +49,7 @@ class _Made(TorchDispatchMode):
 
 
 @contextmanager
-def activation_watch(engine: DualPipeEngine) -> Iterator[list[tuple[Op, int]]]:
+def activation_watch(engine: Engine) -> Iterator[list[tuple[Op, int]]]:
     """Record the bytes of activations behind each op of the batches in the body: of all that operations have made and
     that lives, without parameters, their gradients and host memory. Each F is counted before its output is sent.
 
@@ -80,5 +84,5 @@ def _places(own: Sequence[torch.Tensor]) -> set[int]:
     return {tensor.untyped_storage().data_ptr() for tensor in tensors}
 
 
-def _host(engine: DualPipeEngine) -> int:
+def _host(engine: Engine) -> int:
     return 0 if engine._offload is None else engine._offload.host_bytes()

@@ -73,7 +73,7 @@ def test_trains_to_the_same_bits(ranks, size, cases, wanted):
 def test_other_models_train_to_the_same_bits(ranks, more, precision):
     runs = {
         f"offload {wanted}": {
-            "schedule": "zbv",
+            "schedule": "dualpipev",
             "zero": 1,
             "precision": precision,
             "offload_activations": wanted,
