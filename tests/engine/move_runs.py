@@ -33,13 +33,6 @@ def ours(ranks, replicas, experts, schedule, zero):
     return moe_runs.make_module(moe_runs.config(expert_parallel=experts, **SIZES), ranks, replicas), config
 
 
-def predicting(ranks, replicas, experts, schedule, zero):
-    """DeepSeek-V3 with groups of experts, and one further token predicted."""
-    config = training.settings(MICROS // replicas, replicas, zero=zero, schedule=schedule)
-    model = moe_runs.config(expert_parallel=experts, mtp_depth=1, experts=8, groups=4, kept_groups=2, **SIZES)
-    return moe_runs.make_module(model, ranks, replicas), config
-
-
 def mixed(ranks, replicas, experts, schedule, zero):
     """Every other layer shares its experts between half as many ranks."""
     config = training.settings(MICROS // replicas, replicas, zero=zero, schedule=schedule)
@@ -90,7 +83,7 @@ def hop(model, ranks, replicas, experts, schedule, folder, load=None, save=None,
     import dualpipe_engine
     from dualpipe_engine.engine.checkpoint.convert import convert
 
-    make = {"ours": ours, "predicting": predicting, "mixed": mixed, "adapted": adapted}[model]
+    make = {"ours": ours, "mixed": mixed, "adapted": adapted}[model]
     module, config = make(ranks, replicas, experts, schedule, zero)
     if load is not None:
         config["checkpoint"] = {"load_universal": load.endswith("u")}
