@@ -14,6 +14,7 @@ from deepspeed.runtime.pipe.topology import PipeDataParallelTopology
 from dualpipe_engine.models.transformer import layers, loss
 
 MICROS = 8  #: of all replicas, in a step
+EPS = 1e-3  #: of Adam: no gradient that is zero but for rounding takes a step
 SIZES = {"blocks": 6, "sequence_loss": 0.1}
 
 
@@ -31,6 +32,14 @@ def stream(replica, replicas, skip):
 def ours(ranks, replicas, experts, schedule, zero):
     config = training.settings(MICROS // replicas, replicas, zero=zero, schedule=schedule)
     return moe_runs.make_module(moe_runs.config(expert_parallel=experts, **SIZES), ranks, replicas), config
+
+
+def predicting(ranks, replicas, experts, schedule, zero):
+    """DeepSeek-V3 with groups of experts, and one further token predicted."""
+    config = training.settings(MICROS // replicas, replicas, zero=zero, schedule=schedule)
+    config["optimizer"]["params"]["eps"] = EPS
+    model = moe_runs.config(expert_parallel=experts, mtp_depth=1, experts=8, groups=4, kept_groups=2, **SIZES)
+    return moe_runs.make_module(model, ranks, replicas), config
 
 
 def mixed(ranks, replicas, experts, schedule, zero):
@@ -83,7 +92,7 @@ def hop(model, ranks, replicas, experts, schedule, folder, load=None, save=None,
     import dualpipe_engine
     from dualpipe_engine.engine.checkpoint.convert import convert
 
-    make = {"ours": ours, "mixed": mixed, "adapted": adapted}[model]
+    make = {"ours": ours, "predicting": predicting, "mixed": mixed, "adapted": adapted}[model]
     module, config = make(ranks, replicas, experts, schedule, zero)
     if load is not None:
         config["checkpoint"] = {"load_universal": load.endswith("u")}

@@ -45,7 +45,7 @@ def test_experts_move_to_another_number_of_ranks(ranks, tmp_path, capsys, zero):
 
 @pytest.mark.all
 @pytest.mark.parametrize("zero", [0, 1])
-@pytest.mark.parametrize("model", ["adapted", "ours"])
+@pytest.mark.parametrize("model", ["adapted", "ours", "predicting"])
 def test_experts_move_through_all_layouts_and_back(ranks, tmp_path, model, zero):
     """The last ten steps like those of an uninterrupted run; the same to the last bit where the layout is the same,
     whether converted or as saved."""
