@@ -66,7 +66,6 @@ def test_trains_to_the_same_bits(ranks, size, cases, wanted):
         ({"model": {"expert_parallel": 2, "mtp_depth": 1, "balancing": "loss"}}, "fp32"),
         ({"model": {"attention": "grouped"}}, "bf16"),
         ({"activation_checkpoint_interval": 1}, "fp32"),
-        ({"activation_checkpoint_interval": 1, "use_reentrant": False, "overlap": False}, "fp32"),
         ({"split_backward": False}, "bf16"),
     ],
 )
@@ -83,6 +82,13 @@ def test_other_models_train_to_the_same_bits(ranks, more, precision):
     }
     found = ranks.run(4, offload_runs.train, cases=runs, ranks=2, replicas=2)
     check(found, [tuple(runs)])
+
+
+@pytest.mark.parametrize("reentrant", [True, False])
+def test_inputs_that_checkpointing_keeps_are_refused(ranks, reentrant):
+    case = {"schedule": "dualpipev", "zero": 1, "activation_checkpoint_interval": 1, "use_reentrant": reentrant}
+    with pytest.raises(RankError, match='"offload_activations" moves nothing of layers under'):
+        ranks.run(2, offload_runs.train, cases={"": case | {"overlap": False, "offload_activations": True}}, ranks=2)
 
 
 def test_a_late_copy_is_exposed_in_the_profile(ranks, tmp_path):

@@ -83,9 +83,15 @@ def make_chunk(
         options: of `StageChunk`.
 
     Raises:
-        ConfigError: modules shall be computed again in a stage that runs by its own `overlapped_forward_backward`.
+        ConfigError: modules shall be computed again in a stage that runs by its own `overlapped_forward_backward`, or
+            activations leave for host memory that DeepSpeed's activation checkpointing keeps.
     """
     if not by_phases:
+        if options.get("offload") is not None and view.activation_checkpoint_interval > 0:
+            raise ConfigError(
+                '"offload_activations" moves nothing of layers under "activation_checkpoint_interval", of which DeepSpeed '
+                'keeps the inputs out of autograd\'s sight: name what shall be computed again in "recompute" in its place'
+            )
         runnable = _runnable(view)
         if recompute is not None and options.get("overlap", True) and hasattr(type(runnable), _OVERLAPPED):
             raise ConfigError(
