@@ -89,8 +89,8 @@ def make_chunk(
     if not by_phases:
         if options.get("offload") is not None and view.activation_checkpoint_interval > 0:
             raise ConfigError(
-                '"offload_activations" moves nothing of layers under "activation_checkpoint_interval", of which DeepSpeed '
-                'keeps the inputs out of autograd\'s sight: name what shall be computed again in "recompute" in its place'
+                '"offload_activations" moves nothing of layers under "activation_checkpoint_interval", whose inputs '
+                'DeepSpeed keeps by itself: name what shall be computed again in "recompute" in its place'
             )
         runnable = _runnable(view)
         if recompute is not None and options.get("overlap", True) and hasattr(type(runnable), _OVERLAPPED):
