@@ -165,7 +165,7 @@ def _fragments(optimizer: SavedState) -> Iterator[tuple[str, States]]:
                 name,
                 {
                     key: value.narrow(0, at.start, at.numel)
-                    if torch.is_tensor(value) and value.shape == flat.shape
+                    if torch.is_tensor(value) and value.dim()  # what the optimizer keeps is padded, unlike the weights
                     else value
                     for key, value in held.items()
                 },
