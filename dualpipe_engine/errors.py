@@ -51,6 +51,10 @@ class CheckpointError(DualPipeError, RuntimeError):
     """A checkpoint cannot be loaded or converted; the message names the file and the remedy."""
 
 
+class OtherRanksError(CheckpointError):
+    """A checkpoint's optimizer state is cut for other ranks or another schedule, and can be converted."""
+
+
 @contextmanager
 def raised_everywhere() -> Iterator[None]:
     """The body depends on nothing but what is the same on all ranks: its errors are those of all."""

@@ -42,7 +42,7 @@ class Classifier(DualPipeLightningModule):
         return nn.functional.cross_entropy(outputs, targets)
 
     def configure_optimizers(self):
-        optimizer = torch.optim.AdamW(self.dualpipe_wrapper.local_module.parameters(), lr=self.lr)
+        optimizer = torch.optim.AdamW(self.parameters(), lr=self.lr)
         scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, self.trainer.max_steps)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 

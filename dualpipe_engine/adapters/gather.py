@@ -36,6 +36,18 @@ def gather_state_dict(engine: DeepSpeedEngine) -> dict[str, torch.Tensor]:
     """
     with whole_experts(engine.module, keep=True):
         mine = {name: tensor.detach().to("cpu", copy=True) for name, tensor in named_weights(engine.module).items()}
+    return gather_named(mine)
+
+
+def gather_named(mine: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """What ranks have under names of the whole model, each name once. Collective over all ranks.
+
+    Args:
+        mine: name -> CPU tensor of this rank.
+
+    Returns:
+        On rank 0 that of all ranks; empty on the others.
+    """
     rank, world = dist.get_rank(), dist.get_world_size()
     names_of_ranks = from_all(sorted(mine))
     whole: dict[str, torch.Tensor] = {}

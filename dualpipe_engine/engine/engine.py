@@ -39,8 +39,8 @@ from .batches.evaluation import Evaluation
 from .batches.feed import BatchFeed
 from .batches.loader import Loading
 from .batches.loss_sums import Totals
+from .batches.steps import WHOLE, PartOfStep, StepsApart
 from .checkpoint.save_load import Checkpoints
-from .checks.copies import check_twins
 from .checks.finite import FiniteCheck
 from .checks.written_buffers import WrittenBuffers
 from .config import DualPipeConfig
@@ -68,7 +68,9 @@ from .surface import Surface
 from .timelines import Measuring
 
 
-class DualPipeEngine(LifeCycle, Evaluation, Measuring, Reporting, Checkpoints, Loading, SharingExperts, Surface):
+class DualPipeEngine(
+    LifeCycle, StepsApart, Evaluation, Measuring, Reporting, Checkpoints, Loading, SharingExperts, Surface
+):
     """What `dualpipe_engine.initialize` returns.
 
     `train_batch`, `eval_batch`, `save_checkpoint`, `load_checkpoint` and the rest of DeepSpeed's PipelineEngine keep
@@ -309,35 +311,35 @@ class DualPipeEngine(LifeCycle, Evaluation, Measuring, Reporting, Checkpoints, L
             SystemExit: the signal of "save_on_signal" has come, and the checkpoint is saved.
         """
         with self._attempt():
-            self._check_save_folder()
-            self._follow_save()
-            self._agree_on_plan()
-            feed = self._begin_batch(data_iter)
-            with autocast_if_enabled(self):
-                self._executor.run(self.plan, feed)
-            self.module.micro_offset += self.micro_batches
-            if not self._checked_stream:
-                self._check_stream(feed)
-                self._report_split()
-            with self._observer.waiting(LOSS):
-                self.agg_train_loss, self.dp_group_loss, *_ = self.totals.finish()
-                self.agg_additional_losses = self._additional.mean(self.micro_batches, self.device)
-            self._keep_record()
-            self.timers(TRAIN_BATCH_TIMER).stop()
-            self._trained.check()
-            overflow = getattr(self.optimizer, "overflow", False)
-            self.finite.after_step(self.global_steps, overflow, self.get_global_grad_norm)
-            every = self.dualpipe_config.check_twins
-            if every is not None and self.global_steps % every == 0:
-                check_twins(self.module, self.mpu.get_data_parallel_group())
-            self._report_batch()
+            loss = self._run_batch(data_iter, WHOLE)
+            self._after_step()
         self._end_on_signal()
+        return loss
+
+    def _run_batch(self, data_iter: Iterator[Nest] | None, part: PartOfStep) -> torch.Tensor:
+        self._check_save_folder()
+        self._follow_save()
+        self._agree_on_plan()
+        feed = self._begin_batch(data_iter, part)
+        with autocast_if_enabled(self):
+            self._executor.run(self.plan, feed)
+        self.module.micro_offset += self.micro_batches
+        if not self._checked_stream:
+            self._check_stream(feed)
+            self._report_split()
+        with self._observer.waiting(LOSS):
+            self.agg_train_loss, self.dp_group_loss, *_ = self.totals.finish()
+            self.agg_additional_losses = self._additional.mean(self.micro_batches, self.device)
+        self._keep_record()
+        self.timers(TRAIN_BATCH_TIMER).stop()
+        self._trained.check()
         return self.agg_train_loss
 
-    def _begin_batch(self, data_iter: Iterator[Nest] | None) -> BatchFeed:
+    def _begin_batch(self, data_iter: Iterator[Nest] | None, part: PartOfStep) -> BatchFeed:
         """The data of a batch. An error here is one of the batch: all ranks raise it when they have come to its end."""
         feed = self._no_feed()
         try:
+            self._check_part(part)
             if not torch.is_grad_enabled():
                 raise RuntimeError("train_batch() needs gradients; use eval_batch() without")
             if self.optimizer is None:
@@ -345,6 +347,7 @@ class DualPipeEngine(LifeCycle, Evaluation, Measuring, Reporting, Checkpoints, L
             if data_iter is not None:
                 self.set_dataiterator(data_iter)
             if self._trained.changed():
+                self._check_unchanged()
                 self._install()
             self._written.begin()
             feed = self._feed(self.micro_batches, fingerprint=not self._checked_stream)
@@ -352,11 +355,11 @@ class DualPipeEngine(LifeCycle, Evaluation, Measuring, Reporting, Checkpoints, L
             self.watch.fail_batch(error, "train_batch")
         self._set_training(True)
         self.timers(TRAIN_BATCH_TIMER).start()
-        self._tail.begin(feed.drain)
+        self._tail.begin(feed.drain, part)
         self._transfers.clear()
         self._transported.clear()
         self._additional.begin()
-        self._executor.scale = self._loss_factor()
+        self._executor.scale = self._loss_factor() / part.batches
         return feed
 
     def _loss_factor(self) -> float:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, TypeVar
 import torch.distributed as dist
 from deepspeed.runtime.pipe.engine import PipelineEngine
 
+from ..runtime.weight_grad import uninstall
 from .placing.grid import give_back
 
 if TYPE_CHECKING:
@@ -28,8 +29,8 @@ class LifeCycle(PipelineEngine):
     def destroy(self) -> None:
         """Give back what the engine holds: threads, sockets, and process groups, those of its PipelineModule included.
 
-        Neither engine nor module can be used after. Every rank calls it, at the same place of its program; leaving the
-        engine's context, `with engine:`, does.
+        Layers get their own forwards back, but neither engine nor module can be used after. Every rank calls it, at the
+        same place of its program; leaving the engine's context, `with engine:`, does.
 
         Raises:
             CheckpointError: a checkpoint could not be written in the background.
@@ -39,6 +40,7 @@ class LifeCycle(PipelineEngine):
         finally:
             if self._transport is not None:
                 self._transport.close()
+            uninstall(self.module)
             super().destroy()
             self.watch.close()
             if self._on_signal is not None:

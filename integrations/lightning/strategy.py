@@ -3,41 +3,92 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import torch
-import torch.distributed as dist
 from lightning.fabric.strategies.registry import _StrategyRegistry
-from lightning.fabric.utilities.optimizer import _optimizer_to_device
-from lightning.pytorch import Trainer
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.core.optimizer import _init_optimizers_and_lr_schedulers
+from lightning.pytorch.plugins.precision import HalfPrecision
 from lightning.pytorch.strategies import DDPStrategy, StrategyRegistry
+from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.utils.data import RandomSampler
 
-from dualpipe_engine.compat.deepseek import Nest
-from dualpipe_engine.errors import CheckpointError, ConfigError
+from dualpipe_engine.comm.nest import Nest
+from dualpipe_engine.errors import ConfigError
 
-from .refusals import refuse_hooks
+from .checkpoint import load_engine, remove_engine, save_engine
+from .engine import configuration, make_engine, make_module
+from .layers import Chain, LayerEntry, refill, release, share_start
+from .refusals import refuse_optimizers, refuse_trainer
+
+if TYPE_CHECKING:
+    from .module import DualPipeLightningModule
+
+#: Arguments of DDPStrategy that are about processes; the others are about DistributedDataParallel.
+PROCESSES = frozenset(
+    (
+        "accelerator",
+        "parallel_devices",
+        "cluster_environment",
+        "checkpoint_io",
+        "precision_plugin",
+        "process_group_backend",
+        "timeout",
+        "start_method",
+    )
+)
 
 
 class DualPipeStrategy(DDPStrategy):
-    """Runs a `DualPipeLightningModule`. Launching and process groups are those of DDP; nothing else of it is used.
+    """Runs a `DualPipeLightningModule` on a DualPipeEngine. Launching and process groups are those of DDP.
 
-    Gradients come out of `training_step`, so Lightning's backward does nothing. A checkpoint holds the whole model and
-    the optimizer state of each device.
+    `training_step` runs forwards, backwards and reductions, so Lightning's backward does nothing; `optimizer.step` is
+    the engine's, with clipping by the norm over all stages. A checkpoint is Lightning's file with the weights of the
+    whole model, and a folder `FILE.engine` beside it with the engine's own state, which goes on bit for bit.
 
     Args:
-        num_stages: devices of a pipeline, an even number; None: all. Where there are more devices, they are replicas:
-            Lightning's distributed sampler shares the samples between them, and gradients are averaged.
-        kwargs: of DDPStrategy.
+        num_stages: devices of a pipeline; None: all. Where there are more devices, they are replicas: Lightning's
+            distributed sampler shares the samples between them, and gradients are averaged.
+        schedule: as "schedule" in the "pipeline" section of DeepSpeed's configuration; "dualpipe" needs an even number
+            of devices.
+        deepspeed_config: sections added to the configuration that this makes, for instance
+            `{"zero_optimization": {"stage": 2}}`; by default ZeRO-1.
+        resume_elsewhere: load checkpoints that other ranks or another schedule have saved (ZeRO-1 and ZeRO-2).
+        kwargs: of DDPStrategy, about processes and groups.
+
+    Attributes:
+        ends_step: whether a step follows the batch that runs.
+
+    Raises:
+        ConfigError: an argument is for DistributedDataParallel.
     """
 
     strategy_name = "dualpipe"
 
-    def __init__(self, num_stages: int | None = None, **kwargs: Any) -> None:
+    def __init__(
+        self,
+        num_stages: int | None = None,
+        schedule: str = "dualpipe",
+        deepspeed_config: Mapping[str, Any] | None = None,
+        resume_elsewhere: bool = False,
+        **kwargs: Any,
+    ) -> None:
+        wrong = [name for name in kwargs if name not in PROCESSES]
+        if wrong:
+            raise ConfigError(
+                f"DualPipeStrategy({wrong[0]}=...) is for DistributedDataParallel, which is not used here"
+            )
         super().__init__(**kwargs)
-        self._num_stages = num_stages
+        self._num_stages, self._schedule = num_stages, schedule
+        self._extra = dict(deepspeed_config or {})
+        self._resume_elsewhere = resume_elsewhere
+        self._made = False  # the pipeline, in this run of the Trainer
+        self._loaded: Path | None = None
+        self.ends_step = False
 
     @property
     def num_stages(self) -> int:
@@ -55,7 +106,8 @@ class DualPipeStrategy(DDPStrategy):
 
     @property
     def distributed_sampler_kwargs(self) -> dict[str, Any]:
-        return {"num_replicas": self.world_size // self.num_stages, "rank": self.global_rank // self.num_stages}
+        replicas = self.world_size // self.num_stages
+        return {"num_replicas": replicas, "rank": self.global_rank % replicas}  # as in DeepSpeed's topology
 
     def process_dataloader(self, dataloader: object) -> object:
         """All devices of a pipeline read the same samples: a loader that shuffles gets one seed for all of them."""
@@ -64,24 +116,80 @@ class DualPipeStrategy(DDPStrategy):
             sampler.generator = torch.Generator().manual_seed(self.broadcast(torch.initial_seed()))
         return dataloader
 
-    def setup(self, trainer: Trainer) -> None:
+    # -- setting up ----------------------------------------------------------------------------------------------
+
+    def connect(self, model: LightningModule) -> None:
+        super().connect(model)
+        self._made = False
+
+    def make_pipeline(self, module: DualPipeLightningModule, layers: dict[str, LayerEntry]) -> None:
+        """The stages and the engine of a run, once; called by `configure_model`. Each fit has an engine of its own,
+        with its optimizer; evaluation uses the one that is there. Collective over all ranks."""
+        trainer = module.trainer
+        fitting = trainer.state.fn == TrainerFn.FITTING
+        if self._made or (hasattr(module, "dualpipe_wrapper") and not fitting):
+            return
+        self._made = True
         if self.num_stages == self.world_size:
             trainer._accelerator_connector.use_distributed_sampler = False  # all devices read all samples
-        super(DDPStrategy, self).setup(trainer)  # DDP's own would make the stages of all devices equal
-        from .module import DualPipeLightningModule
-
-        refuse_hooks(
-            self.lightning_module, DualPipeLightningModule, trainer.callbacks, self.optimizers, self.precision_plugin
+        refuse_trainer(trainer, module)
+        self._take_back(module, layers)
+        settings = configuration(trainer, self._schedule, self._extra, module.num_chunks, fitting)
+        stages = self.num_stages
+        module.dualpipe_wrapper = make_module(
+            module, layers, stages, self.world_size // stages, self.cluster_environment
         )
+        optimizers: list[Any] = []
+        schedulers: list[Any] = []
+        if fitting:
+            optimizers, schedulers = _init_optimizers_and_lr_schedulers(module)
+            refuse_optimizers(optimizers, settings)
+        make_engine(module.dualpipe_wrapper, settings, optimizers, [each.scheduler for each in schedulers])
+        self._mine = optimizers, schedulers
+        del module.chain
+        release(layers.values(), set(module.dualpipe_wrapper.parameters()))
+
+    def _take_back(self, module: DualPipeLightningModule, layers: dict[str, LayerEntry]) -> None:
+        """Before stages are cut: all ranks have the layers, with the weights of rank 0, or of an engine before."""
+        if hasattr(module, "dualpipe_wrapper"):
+            before = module.dualpipe_wrapper
+            state = before.whole_state_dict(everywhere=True)
+            assert before.engine is not None
+            before.engine.destroy()
+            del module.dualpipe_wrapper
+            refill(layers, state)
+            module._later |= state
+            module.chain = Chain(layers)
+        share_start(layers.values(), self.root_device)
+
+    def setup(self, trainer: Trainer) -> None:
+        assert self.accelerator is not None
+        self.accelerator.setup(trainer)
+        self.model = self.lightning_module
+        if trainer.state.fn == TrainerFn.FITTING:
+            self.optimizers, self.lr_scheduler_configs = self._mine
+        self.setup_precision_plugin()
+        self.barrier()
+
+    def teardown(self) -> None:
+        """Weights stay where the engine has them, whose optimizer shares their memory."""
+        self.precision_plugin.teardown()
+        assert self.accelerator is not None
+        self.accelerator.teardown()
+        self.checkpoint_io.teardown()
 
     def _setup_model(self, model: nn.Module) -> nn.Module:
         return model
 
+    # -- training ------------------------------------------------------------------------------------------------
+
     def training_step(self, *args: Any, **kwargs: Any) -> Nest:
-        trainer = self.lightning_module.trainer
-        if trainer.fit_loop.epoch_loop.batch_idx % trainer.accumulate_grad_batches == 0:
-            for optimizer in self.optimizers:
-                optimizer.zero_grad()
+        module = self.lightning_module
+        engine = module.dualpipe_wrapper.engine
+        if module.trainer.fit_loop.epoch_loop.batch_idx % module.trainer.accumulate_grad_batches == 0:
+            engine.drop_gradients()  # of a step that was left out
+        if isinstance(self.precision_plugin, HalfPrecision):  # the engine's own precision
+            return module.training_step(*args, **kwargs)
         return super().training_step(*args, **kwargs)
 
     def backward(self, closure_loss: Tensor, optimizer: Optimizer | None, *args: Any, **kwargs: Any) -> Tensor:
@@ -90,34 +198,45 @@ class DualPipeStrategy(DDPStrategy):
     def optimizer_step(
         self, optimizer: Optimizer, closure: Callable[[], Nest], model: nn.Module | None = None, **kwargs: Any
     ) -> Nest:
-        def closure_and_sum() -> Nest:
-            result = closure()
-            self.lightning_module.dualpipe_wrapper.sum_mirrored_gradients()
-            return result
+        def closure_before_step() -> Nest:
+            self.ends_step = True
+            try:
+                return closure()
+            finally:
+                self.ends_step = False
 
-        return super().optimizer_step(optimizer, closure_and_sum, model, **kwargs)
+        module = self.lightning_module
+        result = self.precision_plugin._wrap_closure(module, optimizer, closure_before_step)
+        module.dualpipe_wrapper.engine.take_step()
+        return result
 
-    def lightning_module_state_dict(self) -> dict[str, Any]:
-        return self.lightning_module.dualpipe_wrapper.whole_state_dict()
-
-    def load_model_state_dict(self, checkpoint: Mapping[str, Any], strict: bool = True) -> None:
-        self.lightning_module.dualpipe_wrapper.load_whole_state_dict(checkpoint["state_dict"])
+    # -- checkpoints ---------------------------------------------------------------------------------------------
 
     def optimizer_state(self, optimizer: Optimizer) -> dict[str, Any]:
-        states: list[Any] = [None] * self.world_size
-        dist.all_gather_object(states, super().optimizer_state(optimizer))
-        return {"devices": states}
+        """Nothing: it is in the engine's folder, in parts."""
+        return {}
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], filepath: Any, storage_options: Any = None) -> None:  # noqa: ANN401
+        if "optimizer_states" in checkpoint:
+            save_engine(self.lightning_module.dualpipe_wrapper.engine, Path(filepath))
+        super().save_checkpoint(checkpoint, filepath, storage_options)
+
+    def remove_checkpoint(self, filepath: Any) -> None:  # noqa: ANN401
+        super().remove_checkpoint(filepath)
+        if self.is_global_zero:
+            remove_engine(Path(filepath))
+
+    def load_checkpoint(self, checkpoint_path: Any, *args: Any, **kwargs: Any) -> dict[str, Any]:  # noqa: ANN401
+        self._loaded = Path(checkpoint_path)
+        return super().load_checkpoint(checkpoint_path, *args, **kwargs)
 
     def load_optimizer_state_dict(self, checkpoint: Mapping[str, Any]) -> None:
-        for optimizer, saved in zip(self.optimizers, checkpoint["optimizer_states"], strict=True):
-            states = saved.get("devices", ())
-            if len(states) != self.world_size:
-                raise CheckpointError(
-                    f"the checkpoint holds the optimizer state of {len(states)} pipeline devices, but there are "
-                    f"{self.world_size}: resume with as many, or load its weights only"
-                )
-            optimizer.load_state_dict(states[self.global_rank])
-            _optimizer_to_device(optimizer, self.root_device)
+        assert self._loaded is not None
+        load_engine(self.lightning_module.dualpipe_wrapper.engine, self._loaded, self._resume_elsewhere)
+
+    def lightning_module_state_dict(self) -> dict[str, Any]:
+        assert self.lightning_module is not None
+        return self.lightning_module.state_dict()
 
     @classmethod
     def register_strategies(cls, strategy_registry: _StrategyRegistry) -> None:

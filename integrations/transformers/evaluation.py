@@ -20,9 +20,9 @@ from transformers.trainer_utils import EvalLoopOutput
 from dualpipe_engine.comm.nest import Nest
 from dualpipe_engine.errors import DualPipeError
 
+from ..outputs import collect, share
 from .batches import Batch, Model, rows_of, split_batch
 from .loss import TrainerLoss, with_weights
-from .outputs import collect, share
 
 if TYPE_CHECKING:
     from dualpipe_engine.engine.engine import DualPipeEngine

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from .refusals import refuse_state
+from ..optimizers import refuse_state
 
 if TYPE_CHECKING:
     from dualpipe_engine.engine.engine import DualPipeEngine

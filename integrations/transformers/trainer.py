@@ -22,11 +22,13 @@ from dualpipe_engine.errors import CheckpointError, ConfigError
 from dualpipe_engine.models.autoep.section import NAME as EXPERT_PARALLEL
 from dualpipe_engine.models.autoep.section import read_section
 
+from ..elsewhere import load_from, load_weights
+from ..optimizers import refuse_optimizer
 from .batches import Batch, Model
 from .evaluation import PipelineEvaluation
 from .loss import StandIn, TrainerLoss, with_weights
 from .optimizer import OptimizerView, rebuilt
-from .refusals import refuse_arguments, refuse_hooks, refuse_optimizer
+from .refusals import refuse_arguments, refuse_hooks
 from .routed_loss import RoutedLoss
 
 if TYPE_CHECKING:
@@ -63,6 +65,8 @@ class DualPipeTrainer(PipelineEvaluation):
         expert_parallel: the section of that name: experts of the model are shared by replicas, for instance
             `{"enabled": True, "autoep_size": 2}`. How evenly they are used goes to the logs.
         enable_profiling: keep a profile of the run in `dualpipe_profile.json` in the output folder.
+        resume_elsewhere: let `train(resume_from_checkpoint=...)` take checkpoints that another number of ranks or
+            another schedule has saved, under ZeRO-1 and ZeRO-2.
         options: as for `Trainer`.
 
     Raises:
@@ -82,6 +86,7 @@ class DualPipeTrainer(PipelineEvaluation):
         deepspeed_config: Mapping[str, Any] | None = None,
         expert_parallel: Mapping[str, Any] | None = None,
         enable_profiling: bool = False,
+        resume_elsewhere: bool = False,
         **options: Any,
     ) -> None:
         self._engine: DualPipeEngine | None = None
@@ -91,7 +96,7 @@ class DualPipeTrainer(PipelineEvaluation):
             if EXPERT_PARALLEL in self._extra:
                 raise ConfigError("expert_parallel= is in deepspeed_config= too: leave one of them out")
             self._extra[EXPERT_PARALLEL] = dict(expert_parallel)
-        self._profiling = enable_profiling
+        self._profiling, self._resume_elsewhere = enable_profiling, resume_elsewhere
         if positional:
             super().__init__(model, args, *positional, **options)
         else:
@@ -347,19 +352,13 @@ class DualPipeTrainer(PipelineEvaluation):
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Model = None) -> None:
         """Nothing yet: weights come with the engine's state, once there is an engine."""
 
-    def _load_engine(self, folder: str, weights_only: bool = False) -> None:
-        path, _ = self._make_engine().load_checkpoint(
-            folder,
-            tag=ENGINE_TAG,
-            load_module_only=weights_only,
-            load_optimizer_states=not weights_only,
-            load_lr_scheduler_states=not weights_only,
-        )
-        if path is None:
+    def _load_engine(self, folder: str) -> None:
+        if not Path(folder, ENGINE_TAG).is_dir():
             raise CheckpointError(f"{folder} holds no state of an engine: was it saved with save_only_model?")
+        load_from(self._make_engine(), Path(folder, ENGINE_TAG), self._resume_elsewhere, "resume_elsewhere=True")
 
     def _load_best_model(self) -> None:
-        self._load_engine(self.state.best_model_checkpoint, weights_only=True)
+        load_weights(self._make_engine(), Path(self.state.best_model_checkpoint, ENGINE_TAG))
 
     def train(self, *args: Any, **kwargs: Any) -> TrainOutput:
         """As the Trainer's."""

@@ -18,10 +18,10 @@ from dualpipe_engine.comm.from_all import from_all
 from dualpipe_engine.comm.nest import Nest
 from dualpipe_engine.errors import ConfigError
 
+from ..outputs import collect, share
 from ..transformers import DualPipeTrainer
 from ..transformers.batches import Batch, Model
 from ..transformers.loss import StandIn
-from ..transformers.outputs import collect, share
 from .fused import FusedStandIn, Whole
 
 

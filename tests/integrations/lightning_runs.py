@@ -65,7 +65,7 @@ class Piped(Recorder, DualPipeLightningModule):
         return nn.functional.cross_entropy(outputs, targets)
 
     def configure_optimizers(self):
-        return schedule(self.dualpipe_wrapper.local_module.parameters(), self.lr)
+        return schedule(self.parameters(), self.lr)
 
 
 def data(rows, seed, batch=16, **sampled):
@@ -131,11 +131,11 @@ def uneven_ranks(folder):
     trainer.losses = []
     trainer.fit(module, DataLoader(data(64, 1).dataset, batch_size=16, shuffle=True))
     pipe = module.dualpipe_wrapper
-    mine = {name: value.clone() for stage in pipe.local_module for name, value in stage.state_dict().items()}
-    whole = pipe.whole_state_dict()
+    whole = pipe.whole_state_dict(everywhere=True)
+    state = pipe.local_module.state_dict()
     return {
         "seen": seen,
         "first": trainer.losses[0],
-        "copies": all(torch.equal(whole[name], value) for name, value in mine.items()),
-        "names": list(whole),
+        "copies": all(torch.equal(whole[name], state[here]) for here, name in pipe.whole_names()),
+        "names": sorted(whole),
     }

@@ -11,8 +11,12 @@ from torch import nn
 
 pytest.importorskip("lightning")
 import lightning_runs as runs
-from dualpipe_engine.integrations.lightning.refusals import refuse_hooks
+from dualpipe_engine.integrations.lightning import DualPipeStrategy
+from dualpipe_engine.integrations.lightning.batches import inputs_and_targets, split
+from dualpipe_engine.integrations.lightning.engine import configuration
+from dualpipe_engine.integrations.lightning.refusals import refuse_hooks, refuse_optimizers, refuse_trainer
 from lightning.pytorch import Callback
+from lightning.pytorch.callbacks import BaseFinetuning, StochasticWeightAveraging
 
 from dualpipe_engine.compat import DualPipeLightningModule
 from dualpipe_engine.errors import ConfigError
@@ -42,7 +46,7 @@ def test_training_evaluation_and_resume(ranks, tmp_path):
         assert close(each["losses"], stock["losses"][4:])
         assert close([each["val"], each["validate"]], [stock["val"], stock["validate"]])
         assert each["step"] == 8
-    with pytest.raises(RankError, match="optimizer state of 2 pipeline devices, but there are 4"):
+    with pytest.raises(RankError, match="saved by another schedule or other ranks"):
         ranks.run(4, runs.train, kind="piped", folder=str(tmp_path / "four"), devices=4, resume=str(saved))
 
 
@@ -81,20 +85,15 @@ def test_ranks_that_start_apart_train_one_model_on_one_order(ranks, tmp_path):
     assert found[0]["seen"][:4] != found[0]["seen"][4:]  # another order in the second epoch
     assert found[0]["first"] == found[1]["first"]
     assert all(each["copies"] for each in found)  # both copies of a stage stay bit-equal
-    assert found[0]["names"] == list(runs.chain().state_dict())
+    assert found[0]["names"] == sorted(runs.chain().state_dict())
 
 
 def test_what_cannot_be_cut_is_refused():
-    from deepspeed.pipe import TiedLayerSpec
-
-    from dualpipe_engine import ConfigError
-
     shared = torch.nn.Linear(4, 4)
     for model, message in (
-        ([shared, torch.nn.GELU(), shared], "layers 0 and 2 share a parameter"),
+        ([shared, torch.nn.GELU(), shared], "layers 0 and 2 share a parameter: say so with .*TiedLayerSpec"),
         (torch.nn.Sequential(shared, torch.nn.GELU(), shared), "layers 0 and 2 share a parameter"),
         (torch.nn.Transformer(8, 2, 1, 1, 8), "must be an nn.Sequential or a list of layers"),
-        ([TiedLayerSpec("head", torch.nn.Linear, 4, 4)], "layer 0 is a TiedLayerSpec"),
         ([len], "layer 0 must be an nn.Module or a LayerSpec"),
     ):
         with pytest.raises(ConfigError, match=message):
@@ -102,10 +101,17 @@ def test_what_cannot_be_cut_is_refused():
     with pytest.raises(ConfigError, match='needs Trainer\\(strategy="dualpipe"\\)'):
         trainer = runs.Trainer(accelerator="cpu", devices=1, logger=False, enable_checkpointing=False)
         trainer.fit(runs.Piped(runs.chain(), 0.1), runs.data(16, 1))
+    with pytest.raises(ConfigError, match=r"find_unused_parameters=\.\.\.\) is for DistributedDataParallel"):
+        DualPipeStrategy(find_unused_parameters=True)
 
 
 class OwnBackward(runs.Piped):
     def on_after_backward(self):
+        pass
+
+
+class OwnClipping(runs.Piped):
+    def configure_gradient_clipping(self, *args, **kwargs):
         pass
 
 
@@ -115,28 +121,77 @@ class Watching(Callback):
 
 
 def test_what_would_have_no_effect_is_refused():
-    module = runs.Piped(runs.chain(), 1e-3)
-    weights = [nn.Parameter(torch.ones(1))]
-    adam, lbfgs = torch.optim.Adam(weights), torch.optim.LBFGS(weights)
-    plain = {"module": module, "base": DualPipeLightningModule, "callbacks": [Callback()], "optimizers": [adam]}
-    plain |= {"precision": SimpleNamespace()}
-    refuse_hooks(**plain)
     manual = runs.Piped(runs.chain(), 1e-3)
+    plain = {"module": manual, "base": DualPipeLightningModule, "callbacks": [Callback()]}
+    refuse_hooks(**plain)
     manual.automatic_optimization = False
     for given, match in (
-        ({"module": manual}, "automatic_optimization"),
-        ({"optimizers": [adam, adam]}, "2 optimizers"),
-        ({"optimizers": [lbfgs]}, "LBFGS"),
-        ({"precision": SimpleNamespace(scaler=object())}, "16-mixed"),
+        ({}, "automatic_optimization"),
         ({"module": OwnBackward(runs.chain(), 1e-3)}, "OwnBackward.on_after_backward"),
-        ({"callbacks": [Watching()]}, "Watching.on_before_backward"),
+        ({"module": OwnClipping(runs.chain(), 1e-3)}, "OwnClipping.configure_gradient_clipping"),
+        ({"module": runs.Piped(runs.chain(), 1), "callbacks": [Watching()]}, "Watching.on_before_backward"),
+        ({"module": runs.Piped(runs.chain(), 1), "callbacks": [StochasticWeightAveraging(1e-2)]}, "EMAWeightAveraging"),
+        ({"module": runs.Piped(runs.chain(), 1), "callbacks": [BaseFinetuning()]}, "BaseFinetuning adds groups"),
     ):
         with pytest.raises(ConfigError, match=match):
             refuse_hooks(**plain | given)
-    with pytest.raises(ConfigError, match="layer 1 holds BatchNorm1d"):
-        runs.Piped(nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4)), 1e-3)
-    for batch in ({"inputs": torch.ones(2), "targets": torch.ones(2)}, torch.ones(2, 4)):
-        with pytest.raises(ConfigError, match="must be a pair"):
-            module.pipeline_step(batch)
-    with pytest.raises(ConfigError, match="predict"):
-        module.predict_step(torch.ones(1))
+    outside = runs.Piped(runs.chain(), 1e-3)
+    outside.scale = nn.Parameter(torch.ones(1))
+    for strategy, module, match in (
+        (SimpleNamespace(), outside, "scale is in no layer of the model"),
+        (SimpleNamespace(_layer_sync=object()), runs.Piped(runs.chain(), 1), "sync_batchnorm=True"),
+    ):
+        with pytest.raises(ConfigError, match=match):
+            refuse_trainer(SimpleNamespace(callbacks=[], strategy=strategy), module)
+
+
+def test_optimizers_that_are_refused():
+    weights = [nn.Parameter(torch.ones(1))]
+    adam = torch.optim.Adam(weights)
+    zero = {"zero_optimization": {"stage": 1}}
+    refuse_optimizers([adam], zero)
+    refuse_optimizers([torch.optim.Adafactor(weights)], {"zero_optimization": {"stage": 0}})
+    for optimizers, match in (
+        ([adam, adam], "2 optimizers"),
+        ([], "must return an optimizer"),
+        ([torch.optim.LBFGS(weights)], "LBFGS"),
+        ([torch.optim.Adafactor(weights)], "Adafactor looks at whole weights"),
+    ):
+        with pytest.raises(ConfigError, match=match):
+            refuse_optimizers(optimizers, zero)
+
+
+def test_configurations_that_are_refused():
+    plain = {"precision": "32-true", "gradient_clip_val": 0.5, "gradient_clip_algorithm": None}
+    given = {"schedule": "dualpipe", "extra": {}, "num_chunks": 4, "fitting": True}
+    assert configuration(SimpleNamespace(**plain), **given)["gradient_clipping"] == 0.5
+    by_value = plain | {"gradient_clip_algorithm": "value"}
+    whole = given | {"extra": {"zero_optimization": {"stage": 0}}}
+    assert configuration(SimpleNamespace(**by_value), **whole)["gradient_clipping"] == 0
+    for settings, match in (
+        (plain | {"precision": "16-mixed"}, '"16-true" scales the loss'),
+        (plain | {"precision": "64-true"}, "none of the engine's"),
+        (by_value, "needs whole gradients in fp32"),
+    ):
+        with pytest.raises(ConfigError, match=match):
+            configuration(SimpleNamespace(**settings), **given)
+
+
+def test_batches():
+    x, y = torch.arange(8.0).view(4, 2), torch.arange(4)
+    assert inputs_and_targets((x, y), ("labels",)) == (x, y)
+    assert inputs_and_targets({"x": x, "labels": y}, ("labels",)) == (x, y)
+    assert inputs_and_targets({"x": x, "z": y, "a": y, "b": x}, ("a", "b")) == ({"x": x, "z": y}, {"a": y, "b": x})
+    assert inputs_and_targets(x, ("labels",), needed=False) == (x, None)
+    parts = split(({"x": x},), y, 3)
+    assert [len(part["x"]) for part, _ in parts] == [2, 2]
+    assert [(targets.tolist(), number) for _, (targets, number) in parts] == [([0, 1], 0), ([2, 3], 1)]
+    for call, match in (
+        (lambda: inputs_and_targets(x, ("labels",)), "must be a pair"),
+        (lambda: inputs_and_targets({"x": x}, ("labels",)), "has no 'labels'"),
+        (lambda: inputs_and_targets({"labels": x}, ("labels",)), "nothing but targets"),
+        (lambda: split((x, torch.ones(3)), y, 2), "cannot be cut into micro-batches"),
+        (lambda: split("text", y, 2), "no tensor with rows"),
+    ):
+        with pytest.raises(ConfigError, match=match):
+            call()

@@ -14,10 +14,12 @@ import torch
 import trainer_kinds as kinds
 import trainer_runs as runs
 import transformers
+from dualpipe_engine.integrations.optimizers import refuse_optimizer
 from dualpipe_engine.integrations.transformers.batches import split_batch
 from dualpipe_engine.integrations.transformers.loss import StandIn, TrainerLoss, with_weights
 from dualpipe_engine.integrations.transformers.optimizer import rebuilt
-from dualpipe_engine.integrations.transformers.refusals import refuse_arguments, refuse_hooks, refuse_optimizer
+from dualpipe_engine.integrations.transformers.refusals import refuse_arguments, refuse_hooks
+from ranks import RankError
 
 from dualpipe_engine.compat import DualPipeTrainer
 from dualpipe_engine.errors import ConfigError
@@ -261,3 +263,15 @@ def test_losses_that_micro_batches_cannot_make_are_refused():
         TrainerLoss(Perturbed(None), None, None)(inputs["x"], needed)
     with pytest.raises(ConfigError, match="compute_loss_func"):
         StandIn(torch.nn.Linear(1, 1), None, inputs["x"], inputs)(**inputs)
+
+
+@pytest.mark.all
+def test_resumes_on_other_ranks_and_another_schedule(ranks, oracle, tmp_path):
+    saved = str(tmp_path / "checkpoint-4")
+    ranks.run(2, runs.train, folder=str(tmp_path), num_chunks=4)
+    options = {"folder": str(tmp_path / "four"), "num_chunks": 4, "schedule": "zb1p", "resume": saved}
+    resumed = ranks.run(4, runs.train, resume_elsewhere=True, **options)
+    assert_same(resumed[0], oracle)
+    assert sorted(path.name for path in (tmp_path / "checkpoint-4").iterdir() if path.is_dir()) == ["engine"]
+    with pytest.raises(RankError, match="pass resume_elsewhere=True"):
+        ranks.run(4, runs.train, **options)

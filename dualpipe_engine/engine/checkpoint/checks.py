@@ -9,7 +9,7 @@ import torch.distributed as dist
 from deepspeed.runtime.pipe.engine import PipelineEngine
 
 from ...comm.from_all import from_all
-from ...errors import CheckpointError
+from ...errors import CheckpointError, OtherRanksError
 from ..given import SavedState
 from ..placing.experts import expert_shares
 from .files import DESCRIPTION, damage, damages, other_tags, peek
@@ -166,7 +166,7 @@ class CheckpointChecks(PipelineEngine):
             elif same and layout is not None:
                 why = ""
         if reason := next(filter(None, from_all(why)), None):
-            raise CheckpointError(
+            raise OtherRanksError(
                 f"{folder} was saved by another schedule or other ranks: {reason}. Pass load_optimizer_states=False to "
                 "load the weights alone, or convert it: `dualpipe convert --checkpoint "
                 f'{folder} --out {folder}_universal`, then load tag="{folder.name}_universal" with '

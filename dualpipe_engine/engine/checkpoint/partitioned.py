@@ -79,7 +79,7 @@ def _fragments(optimizer: SavedState) -> Iterator[tuple[str, States]]:
                 name,
                 {
                     key: value.narrow(0, at.start, at.numel)
-                    if torch.is_tensor(value) and value.shape == flat.shape
+                    if torch.is_tensor(value) and value.dim() == 1 and len(value) >= len(flat)  # padded, or not
                     else value
                     for key, value in held.items()
                 },

@@ -14,6 +14,7 @@ from ...faults.watch import Watch
 from ...models.routing import rebalance
 from ...schedule.progress import waiting
 from ...schedule.records import DRAIN
+from ..batches.steps import WHOLE, PartOfStep
 from ..checks.finite import FiniteCheck
 from ..context import Context
 from .all_reduce import AllReduce
@@ -34,16 +35,17 @@ class GradientTail:
 
     def __init__(self, context: Context, trained: TrainedParams, finite: FiniteCheck, watch: Watch) -> None:
         self._context, self._trained, self._finite, self._watch = context, trained, finite, watch
-        self._plan = context.plan
+        self._plan, self._part = context.plan, WHOLE
         self.reduction = choose_reduction(context, trained)
 
-    def begin(self, drain: Callable[[], None]) -> None:
+    def begin(self, drain: Callable[[], None], part: PartOfStep = WHOLE) -> None:
         """Start of a batch.
 
         Args:
             drain: reads what the program leaves of its data.
+            part: of which step it is.
         """
-        self._drain = drain
+        self._drain, self._part = drain, part
         if self._plan is not self._context.plan:  # which stage closes a weight that two share depends on the plan
             self._plan = self._context.plan
             self.renew()
@@ -58,11 +60,12 @@ class GradientTail:
         self.reduction.accumulate(stage)
 
     def reduce(self, stage: int) -> None:
-        """Start the reduction of a stage over its copies and replicas."""
-        self.reduction.reduce(stage)
+        """Start the reduction of a stage over its copies and replicas, where its gradients are complete."""
+        if self._part.last:
+            self.reduction.reduce(stage)
 
     def step(self, losses: Mapping[int, torch.Tensor]) -> None:
-        """Wait for all reductions, then step; routers follow what the batch has shown.
+        """Wait for all reductions, then step, where the batch ends a step.
 
         Raises:
             PipelineRuntimeError: a rank is lost, so that gradients may not be what they should.
@@ -74,7 +77,8 @@ class GradientTail:
         context.totals.start(losses, context.plan.num_micro, bad, trained.balance)
         with waiting():
             with context.observer.waiting(DRAIN):
-                self.reduction.finish()
+                if self._part.last:
+                    self.reduction.finish()
                 context.totals.finish()  # all ranks are here, and know whether the batch has failed on one
                 if trained.news:
                     self._follow()
@@ -82,6 +86,21 @@ class GradientTail:
                 torch.cuda.current_stream(context.device).synchronize()
         self._watch.check()
         self._watch.raise_failed()
+        if not self._part.apart:
+            self._step()
+
+    def take_step(self) -> None:
+        """Step after batches that were parts of it; what the last of them has not reduced is reduced now."""
+        if not self._part.last:
+            with waiting():
+                for stage in self._context.place.stages:
+                    self.reduction.reduce(stage)
+                self.reduction.finish()
+        self._step()
+
+    def _step(self) -> None:
+        """Step; routers follow what the batches have shown."""
+        context = self._context
         self._finite.before_step(context.steps.done() + 1)
         with waiting(alone=False):  # the user's optimizer may fail, too
             context.steps.step()
@@ -119,7 +138,7 @@ class GradientTail:
         trained, before = self._trained, self.reduction
         if trained.agreed() and trained.settle():
             self.renew()
-            if isinstance(before, AllReduce):
+            if isinstance(before, AllReduce) and self._part.last:
                 before.catch_up()
 
     def clip(self, max_norm: float) -> torch.Tensor:
