@@ -6,7 +6,7 @@ A loop that is not ours (Lightning's) runs hooks between the two, and decides af
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 
@@ -63,9 +63,8 @@ class StepsApart(Recovery):
                 between them.
             Exception: as `train_batch`. Gradients of all batches since the last step are dropped.
         """
-        engine: Any = self
         with self._attempt():
-            loss: torch.Tensor = engine._run_batch(data_iter, PartOfStep(batches, last, apart=True))
+            loss: torch.Tensor = self._run_batch(data_iter, PartOfStep(batches, last, apart=True))
             self.unstepped += 1
         return loss
 
@@ -76,31 +75,28 @@ class StepsApart(Recovery):
         Raises:
             ConfigError: there are none.
         """
-        engine: Any = self
         if not self.unstepped:
             raise ConfigError("take_step() has no gradients: call forward_backward() before", everywhere=True)
         with self._attempt():
-            engine._tail.take_step()
+            self._tail.take_step()
             self.unstepped = 0
-            engine._after_step()
-        engine._end_on_signal()
+            self._after_step()
+        self._end_on_signal()
 
     def drop_gradients(self) -> None:
         """Give up the gradients of batches that were not stepped."""
         if self.unstepped:
-            engine: Any = self
-            engine._tail.forget()
+            self._tail.forget()
             self.unstepped = 0
 
     def _after_step(self) -> None:
         """What follows a step, with or without a batch of its own."""
-        engine: Any = self
-        overflow = getattr(engine.optimizer, "overflow", False)
-        engine.finite.after_step(engine.global_steps, overflow, engine.get_global_grad_norm)
-        every = engine.dualpipe_config.check_twins
-        if every is not None and engine.global_steps % every == 0:
-            check_twins(engine.module, engine.mpu.get_data_parallel_group())
-        engine._report_batch()
+        overflow = getattr(self.optimizer, "overflow", False)
+        self.finite.after_step(self.global_steps, overflow, self.get_global_grad_norm)
+        every = self.dualpipe_config.check_twins
+        if every is not None and self.global_steps % every == 0:
+            check_twins(self.module, self.mpu.get_data_parallel_group())
+        self._report_batch()
 
     def _forget_batch(self) -> None:
         super()._forget_batch()
@@ -115,9 +111,8 @@ class StepsApart(Recovery):
                 f"{self.unstepped} batches of forward_backward() wait for their step: call take_step(), or "
                 "drop_gradients(), before train_batch()"
             )
-        engine: Any = self
         several = part.batches > 1 or not part.last or self.unstepped
-        if several and engine.zero_optimization_partition_gradients():
+        if several and self.zero_optimization_partition_gradients():
             raise ConfigError(
                 "ZeRO-2 reduces after every B and W, so that a step cannot take several batches: use "
                 '"zero_optimization": {"stage": 1}, or more micro-batches'
