@@ -106,4 +106,4 @@ class UniversalLoading(CheckpointChecks):
     def _set_options(self, folder: Path) -> None:
         """DeepSpeed gives the options of a Universal Checkpoint to the groups of parameters by their order."""
         for group, saved in zip(self.optimizer.param_groups, self._own_options(folder), strict=True):
-            group.update(saved)
+            group.update({key: value for key, value in saved.items() if key != "params"})
