@@ -23,7 +23,8 @@ def test_plan(capsys, tmp_path):
     assert plain["makespan"] == one["makespan"] == everything["makespan"]
     assert any("OFFLOAD" in op for op in one["programs"][0]) and not any("SEND" in op for op in one["programs"][0])
     lowered = answer(capsys, *PLAN, "--offload-activations", "1", "--with-comm")
-    assert {"0OFFLOAD1", "0RELOAD1", "STEP"} <= set(lowered["programs"][0])
+    assert [op for op in lowered["programs"][0] if "LOAD" in op] == [op for op in one["programs"][0] if "LOAD" in op]
+    assert "STEP" in lowered["programs"][0]
     slow = answer(capsys, *PLAN, "--offload-activations", "all", "--copy", "4")
     assert slow["makespan"] > plain["makespan"]
     path = tmp_path / "plan.json"

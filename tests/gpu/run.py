@@ -49,12 +49,12 @@ CHECKS = [
     Check(5, "host waits of blocks", "checks_ops:host_waits", 40),
     Check(6, "memory of phases", "checks_ops:memory", 40),
     Check(7, "reductions under device sleeps", "checks_engine:reductions", 60, True),
-    Check(8, "every schedule trains as one process", "checks_engine:schedules", 120, True),
-    Check(9, "experts shared by replicas", "checks_engine:experts", 70, True),
+    Check(8, "every schedule trains as one process", "checks_engine:schedules", 100, True),
+    Check(9, "experts shared by replicas", "checks_engine:experts", 60, True),
     Check(10, "auto leaves the model alone and measures well", "checks_engine:auto", 90, True, alone=True),
-    Check(11, "a lost rank ends the others", "checks_faults:lost_ranks", 70, True),
+    Check(11, "a lost rank ends the others", "checks_faults:lost_ranks", 60, True),
     Check(12, "an F&B pair takes as long as its longest part", "checks_ops:overlap", 90, alone=True),
-    Check(13, "activations in host memory", "checks_ops:offloaded", 60, alone=True),
+    Check(13, "activations in host memory", "checks_ops:offloaded", 40, alone=True),
 ]
 
 

@@ -39,6 +39,7 @@ def compare(ranks, folder, cases):
     return expected, found
 
 
+@pytest.mark.all
 def test_common_cases(ranks, tmp_path):
     expected, found = compare(ranks, tmp_path, FIRST)
     # gradients of the step are there for the hook before it: of both stages, on both ranks

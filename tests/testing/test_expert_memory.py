@@ -6,9 +6,8 @@ import expert_memory_runs
 import pytest
 
 
-@pytest.mark.parametrize(
-    ("schedule", "precision"), [("dualpipe", "bf16"), pytest.param("1f1b", "fp32", marks=pytest.mark.all)]
-)
+@pytest.mark.all
+@pytest.mark.parametrize(("schedule", "precision"), [("dualpipe", "bf16"), ("1f1b", "fp32")])
 def test_computed_bytes_are_measured(ranks, schedule, precision):
     found = ranks.run(4, expert_memory_runs.measure, schedule=schedule, zero=1, precision=precision)
     for rank in found:

@@ -6,20 +6,18 @@ import ladder_runs
 import pytest
 
 
+@pytest.mark.all
 @pytest.mark.parametrize(
     "shape",
     [
         {"ranks": 2, "schedules": ("interleaved",), "layers": 8, "micros": 4, "offloads": (False, True)},
-        pytest.param(
-            {
-                "ranks": 4,
-                "schedules": ("1f1b", "zb1p", "dualpipe", "zbv"),
-                "layers": 16,
-                "micros": 8,
-                "offloads": (False, 1, True),
-            },
-            marks=pytest.mark.all,
-        ),
+        {
+            "ranks": 4,
+            "schedules": ("1f1b", "zb1p", "dualpipe", "zbv"),
+            "layers": 16,
+            "micros": 8,
+            "offloads": (False, 1, True),
+        },
     ],
 )
 def test_computed_bytes_are_measured(ranks, shape):

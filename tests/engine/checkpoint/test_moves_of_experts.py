@@ -29,7 +29,8 @@ def links(model, folder, layouts, steps, zero):
     return found
 
 
-@pytest.mark.parametrize("zero", [(0, 1), pytest.param((1, 0), marks=pytest.mark.all)])
+@pytest.mark.all
+@pytest.mark.parametrize("zero", [(0, 1), (1, 0)])
 def test_experts_move_to_another_number_of_ranks(ranks, tmp_path, capsys, zero):
     """From ZeRO to a run without it too, and back."""
     layouts = [LAYOUTS[0], LAYOUTS[1]] if zero[0] == 0 else [*LAYOUTS[:2], LAYOUTS[0]]
