@@ -25,7 +25,7 @@ def stock(ranks, tmp_path_factory):
     ("schedule", "shape"),
     [
         ("dualpipe", {"ranks": 4}),
-        ("dualpipe", {"ranks": 2, "replicas": 2}),
+        pytest.param("dualpipe", {"ranks": 2, "replicas": 2}, marks=pytest.mark.all),
         ("zb1p", {"ranks": 2, "replicas": 2}),
         pytest.param("dualpipev", {"ranks": 4}, marks=pytest.mark.all),
     ],
