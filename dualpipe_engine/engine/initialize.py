@@ -39,6 +39,7 @@ from .placing.param_groups import GroupMap, check_dtypes, name_parameters
 from .placing.recomputed import recomputed_modules
 from .placing.shared_blocks import check_blocks, connect_blocks, overlap_blocks, read_rest, share_blocks
 from .placing.stages import set_activation_checkpointing
+from .placing.tiled import tile
 from .plan import agree, lowered_plan, make_lowered_plan, unmeasured_costs
 
 _stock_initialize = deepspeed.initialize  # before `dualpipe_engine.run` puts ours in its place
@@ -203,6 +204,7 @@ def _place(model: PipelineModule, settings: Settings, dualpipe: DualPipeConfig, 
         connect_blocks(model)
         model.dualpipe_unphased = overlap_blocks(model) if dualpipe.overlap is not False else {}
     set_activation_checkpointing(model, settings.get("pipeline", {}))
+    tile(model, dualpipe.tiled_loss, dualpipe.tiled_mlp)
     model.dualpipe_recomputed = recomputed_modules(model, dualpipe.recompute)
     check_statistics(model, plan.placement, model.dualpipe_recomputed)
     return placed
