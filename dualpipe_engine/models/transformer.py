@@ -6,11 +6,13 @@ from dataclasses import asdict
 from functools import partial
 
 import torch
+import torch.distributed as dist
 from deepspeed.pipe import LayerSpec, TiedLayerSpec
 from torch import Tensor, nn
 from torch.nn import functional
 
 from ..comm.nest import Nest
+from ..errors import ConfigError
 from ..runtime.tiles import Tiles
 from .block import DenseBlock, MoEBlock, Passed, initialise, joined, split
 from .config import MoEConfig
@@ -34,6 +36,19 @@ class TokenEmbedding(nn.Module):
         self.table = nn.Embedding(config.vocabulary, config.hidden)
         nn.init.normal_(self.table.weight, std=0.02 if config.init_std is None else config.init_std)
         self._with_loss, self.depth = config.adds_loss, config.mtp_depth
+
+    def share_sequences(self, group: dist.ProcessGroup) -> None:
+        """Take parts of sequences, of which each rank of `group` has one.
+
+        Raises:
+            ConfigError: layers behind this one need whole sequences.
+        """
+        if self.depth or self._with_loss:
+            what = "mtp_depth, which looks beyond" if self.depth else "auxiliary losses, which take more than"
+            raise ConfigError(
+                f'"sequence_parallel_size" does not go together with {what} the part of a sequence of a rank: set '
+                'mtp_depth and sequence_loss to 0, and balancing to "bias"'
+            )
 
     def forward(self, tokens: Tensor) -> Nest:
         x = self.table(tokens)

@@ -45,7 +45,8 @@ class Evaluation(Recovery, Loading):
 
         Returns:
             The mean loss, or what `compute_loss` and `reduce_output` ask for; with `return_logits` a pair with the
-            output of the last micro-batch. Outputs are on the ranks that hold the last stage, None elsewhere.
+            output of the last micro-batch, of the part of its sequences that the rank has. Outputs are on the ranks
+            that hold the last stage, None elsewhere.
 
         Raises:
             Exception: what a layer, the loss, a hook or the data have raised; as `train_batch`.
@@ -59,6 +60,11 @@ class Evaluation(Recovery, Loading):
             raise ConfigError(
                 '"tiled_loss": logits are never whole, so that evaluation returns losses only: leave out return_logits '
                 'and compute_loss=False, or "tiled_loss"',
+                everywhere=True,
+            )
+        if self.sharing.group is not None and (reduce_output is None or not compute_loss):
+            raise ConfigError(
+                'with "sequence_parallel_size" eval_batch gives the mean loss: drop reduce_output and compute_loss',
                 everywhere=True,
             )
         self._set_training(False)
