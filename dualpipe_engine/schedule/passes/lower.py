@@ -26,9 +26,9 @@ def lower(plan: Plan, *, train: bool = True) -> Plan:
     A send stands right after the op that makes its tensor. The receives of a directed edge (source rank to destination
     rank) are posted in exactly the order of the source's sends, because p2p transfers carry no tags. Each is posted as
     late as that order allows, but before the F or backward that precedes its consumer, so that the transfer can run
-    under that op, and earlier where two ranks would wait for each other (`_let_pass`). A W in between does not count: the other end may have to send before it goes on, and two ranks that
-    pass on to each other (PP = 2, `loop`) would each wait for the other's receive. Neighbour stages on one rank hand
-    over locally, without transfers.
+    under that op, and earlier where two ranks would wait for each other (`_let_pass`). A W in between does not count:
+    the other end may have to send before it goes on, and two ranks that pass on to each other (PP = 2, `loop`) would
+    each wait for the other's receive. Neighbour stages on one rank hand over locally, without transfers.
 
     `REDUCE` of a stage follows the last weight gradient of that stage on the rank. Ranks that hold copies of the same
     stages reduce with each other, so both list the stages in one order and the earlier one may have to wait. `STEP` is
