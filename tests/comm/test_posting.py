@@ -74,6 +74,12 @@ def test_no_plan_is_stuck():
     check(capped((2, 4), (3, 8)))
 
 
+@pytest.mark.parametrize(("pp", "micro", "cap"), [(12, 17, 20), (14, 17, 23), (16, 24, 27)])
+def test_two_ranks_that_pass_on_to_each_other(pp, micro, cap):
+    """Each sends two messages more than the other has taken; a receive that is posted late would hold both."""
+    check([lower(make_plan("zbv", pp, micro, activation_cap=cap))])
+
+
 @pytest.mark.all
 @pytest.mark.parametrize("pp", range(2, 17))
 def test_no_plan_of_any_size_is_stuck(pp):
@@ -82,6 +88,8 @@ def test_no_plan_of_any_size_is_stuck(pp):
         check(plans([pp], range(1, 41, 3 if pp <= 6 else 13), stages=stages))
     if pp <= 8:
         check(capped([pp], range(3, 41, 7)))
+    else:
+        check(capped([pp], [17]))
     if pp <= 6:
         check(plans([pp], range(1, 41, 6), optimize=True))
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from itertools import chain, islice
+from typing import NamedTuple
 
 import numpy as np
 
@@ -25,9 +26,9 @@ def lower(plan: Plan, *, train: bool = True) -> Plan:
     A send stands right after the op that makes its tensor. The receives of a directed edge (source rank to destination
     rank) are posted in exactly the order of the source's sends, because p2p transfers carry no tags. Each is posted as
     late as that order allows, but before the F or backward that precedes its consumer, so that the transfer can run
-    under that op. A W in between does not count: the other end may have to send before it goes on, and two ranks that
-    pass on to each other (PP = 2, `loop`) would each wait for the other's receive. Neighbour stages on one rank hand
-    over locally, without transfers.
+    under that op, and earlier where two ranks would wait for each other (`_let_pass`). A W in between does not count:
+    the other end may have to send before it goes on, and two ranks that pass on to each other (PP = 2, `loop`) would
+    each wait for the other's receive. Neighbour stages on one rank hand over locally, without transfers.
 
     `REDUCE` of a stage follows the last weight gradient of that stage on the rank. Ranks that hold copies of the same
     stages reduce with each other, so both list the stages in one order and the earlier one may have to wait. `STEP` is
@@ -97,10 +98,60 @@ def _transfers(plan: Plan, found: Columns) -> list[_Group]:
             f"rank {rank[lost]} has an op of stage {stage[lost]} that no other stage follows: verify the plan first"
         )
     slots = _before(plan, found)[uses]
-    for slot in np.split(slots, np.flatnonzero(np.diff(target[sent] * placement.num_ranks + rank[sent])) + 1):
-        slot[::-1] = np.minimum.accumulate(slot[::-1])
+    edge = target[sent] * placement.num_ranks + rank[sent]
+    edges: dict[tuple[int, int], _Edge] = {}
+    for at in np.split(np.arange(len(edge)), np.flatnonzero(np.diff(edge)) + 1):
+        if len(at):
+            there, here = divmod(int(edge[at[0]]), placement.num_ranks)
+            edges[here, there] = _Edge(slots[at[0] : at[-1] + 1], op[sent[at]], uses[at])
+    for each in edges.values():
+        _in_order(each.slots)
+    for (here, there), each in edges.items():
+        if here < there and (there, here) in edges:
+            _let_pass(each, edges[there, here])
     posts = make_ops(map((RECV_F, RECV_B).__getitem__, back[sent].tolist()), stage[sent] + step, micro[sent])
     return [(slots, _POST, posts), (op[target >= 0], _SEND, sends)]
+
+
+class _Edge(NamedTuple):
+    """The messages of a directed edge, in the order of their sends.
+
+    Args:
+        slots: where the receive of each is posted, before that op of the target.
+        made: the op of the source that makes it, behind which it is sent.
+        used: the op of the target that takes it.
+    """
+
+    slots: Ints
+    made: Ints
+    used: Ints
+
+    def let_in(self) -> Ints:
+        """Of each message the op of the target by which the one before it has its receive posted, which is not before
+        the one before that has been taken."""
+        taken = np.concatenate([[-1], np.maximum.accumulate(self.used)[:-1]])
+        posted = np.maximum(self.slots, taken)
+        return np.concatenate([[-1], posted[:-1]])
+
+
+def _in_order(slots: Ints) -> None:
+    """Post no receive after the one of a later message."""
+    slots[::-1] = np.minimum.accumulate(slots[::-1])
+
+
+def _let_pass(there: _Edge, back: _Edge) -> None:
+    """Post receives of `there` earlier where two ranks that pass on to each other would both wait to send.
+
+    Without tags one receive of an edge is posted ahead, and a send is held where the message before it has no receive
+    yet (`comm/p2p.py`). So two ranks wait for each other for good where each has such a send before the op by which it
+    posts what holds the other's.
+    """
+    free = back.let_in()
+    first = np.searchsorted(np.maximum.accumulate(free), there.made, side="right")  # of `back` that is held there
+    held = np.flatnonzero(first < len(back.made))
+    held = held[back.made[first[held]] < there.let_in()[held]]
+    there.slots[held - 1] = np.minimum(there.slots[held - 1], back.made[first[held]])
+    _in_order(there.slots)
 
 
 def _before(plan: Plan, found: Columns) -> Ints:
