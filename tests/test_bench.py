@@ -120,6 +120,7 @@ def test_tables_json_and_png(report, tmp_path):
         "overhead.py --ranks 2 --micro-batches 4 --steps 1 --only stock,zb1p",
         "overhead.py --ranks 2 --micro-batches 4 --steps 1 --only zb1p --explain",
         "schedules.py --ranks 2 --micro-batches 4 --f 1 --i 1 --w 1 --steps 1 --only 1f1b,dualpipev",
+        "ladder.py --steps 1 --only 1f1b",
         "soak.py --steps 101",
     ],
     ids=lambda command: command.partition(" ")[0] + (" explain" if "explain" in command else ""),

@@ -1,16 +1,27 @@
 """The memory ladder: peak bytes of activations and step time of one GPT under each rung.
 
-    python examples/bench/ladder.py
+A rung is a schedule, its stages a rank, with or without recomputation by name, with or without activations in host
+memory. The bytes are those of the fullest rank: computed from what one micro-batch keeps on each stage and the plan,
+beside the most that is held behind any op. Step times are medians, from a moment that all ranks wait for to the end of
+the last one. Each rank keeps to a core of its own where there are enough. Losses of two steps have to be the same to
+the last bit on all rungs of a schedule.
 
-Four processes, one pipeline of four ranks on the CPU. A rung is a schedule, with or without recomputation by name, with
-or without activations in host memory. The bytes are those of the fullest rank: computed from what one micro-batch keeps
-on each stage and the plan, beside the most that is held behind any op. The bits are compared too: losses of two steps.
+    python examples/bench/ladder.py                             # 4 processes on the CPU, one pipeline
+    python examples/bench/ladder.py --only 1f1b,zbv --steps 9
+    python examples/bench/ladder.py --out ladder.json           # writes ladder.json and ladder.png
 """
 
 from __future__ import annotations
 
-import time
-from typing import TYPE_CHECKING, Any
+import argparse
+import io
+import json
+import os
+import sys
+from collections.abc import Callable
+from contextlib import redirect_stdout
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 
@@ -18,10 +29,52 @@ if TYPE_CHECKING:
     from dualpipe_engine.schedule.op import Op
     from dualpipe_engine.schedule.timing.costs import CostModel
 
-HIDDEN, LENGTH, LAYERS, MICROS, RANKS = 128, 128, 16, 8, 4
-TIMED = 3  #: steps, of which the fastest counts
-VOCABULARY = 256
-SCHEDULES = ("1f1b", "zb1p", "dualpipe", "zbv", "interleaved")
+HIDDEN, LENGTH, VOCABULARY = 128, 128, 256
+SCHEDULES = ("1f1b", "zb1p", "dualpipe", "dualpipev", "zbv", "vhalf", "vmin", "interleaved", "interleaved_zb")
+STAGES = (2, 4)  #: a rank, under the schedules that take any number
+
+
+class Rung(NamedTuple):
+    """What of the "pipeline" section is tried.
+
+    Args:
+        schedule: its name.
+        stages: a rank; None: the schedule has a fixed number.
+        recompute: what the blocks list is computed again.
+        offload: the value of "offload_activations".
+    """
+
+    schedule: str
+    stages: int | None = None
+    recompute: bool = False
+    offload: bool | int = False
+
+    @property
+    def way(self) -> str:
+        """How the schedule is made to hold less."""
+        away = "" if self.offload is False else f"offload {'all' if self.offload is True else self.offload}"
+        return " + ".join(filter(None, ["recompute" if self.recompute else "", away])) or "-"
+
+    @property
+    def name(self) -> str:
+        """The schedule with its stages a rank."""
+        return self.schedule if self.stages is None else f"{self.schedule} x{self.stages}"
+
+
+class Sizes(NamedTuple):
+    """Of the pipeline and its model.
+
+    Args:
+        ranks: of the pipeline.
+        layers: blocks.
+        micros: micro-batches of a step.
+        steps: timed.
+    """
+
+    ranks: int = 4
+    layers: int = 16
+    micros: int = 8
+    steps: int = 5
 
 
 class Block(torch.nn.Module):
@@ -50,73 +103,111 @@ def cross_entropy(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
 
 
 def rungs(
-    schedules: tuple[str, ...] = SCHEDULES, offloads: tuple[bool | int, ...] = (False, 1, True)
-) -> list[tuple[str, bool, bool | int]]:
-    """(schedule, recompute, offload_activations)"""
-    return [(name, again, away) for name in schedules for again in (False, True) for away in offloads]
+    schedules: tuple[str, ...] = SCHEDULES,
+    stages: tuple[int, ...] = STAGES,
+    offloads: tuple[bool | int, ...] = (False, 1, True),
+) -> list[Rung]:
+    """All of them, those of a schedule behind each other, the plain one first."""
+    return [
+        Rung(name, count, again, away)
+        for name in schedules
+        for count in (stages if name.startswith("interleaved") else (None,))
+        for again in (False, True)
+        for away in offloads
+    ]
 
 
-def measure(rank: int, cases: list[tuple[str, bool, bool | int]]) -> list[dict[str, Any]]:
+def measure(rank: int, sizes: Sizes, cases: list[Rung]) -> list[dict[str, Any]]:
     """Of each rung the bytes computed and measured on the fullest rank, the seconds of a step, and the losses."""
+    from rich.progress import Progress
+
     from dualpipe_engine.comm.from_all import from_all
 
+    _pin(rank, sizes.ranks)
     kept: dict[tuple[str, bool], CostModel] = {}
     rows = []
-    for name, again, away in cases:
-        row = _measure(name, again, away, kept)
-        found = from_all((row["computed"], row["measured"]))
-        row["computed"], row["measured"] = max(found, key=lambda each: each[1])
-        rows.append(row)
+    with Progress(disable=rank != 0 or not sys.stderr.isatty(), transient=True) as progress:
+        task = progress.add_task("measuring", total=len(cases))
+        for rung in cases:
+            progress.update(task, description=f"{rung.name}, {rung.way}")
+            row = _measure(sizes, rung, kept)
+            found = from_all((row["computed"], row["measured"]))
+            row["computed"], row["measured"] = max(found, key=lambda each: each[1])
+            rows.append(row)
+            progress.advance(task)
     return rows
 
 
-def _measure(name: str, again: bool, away: bool | int, kept: dict[tuple[str, bool], CostModel]) -> dict[str, Any]:
-    from deepspeed.pipe import LayerSpec, PipelineModule
+def _pin(rank: int, ranks: int) -> None:
+    """Keep this process to a core of its own, if there are as many as ranks and the system can."""
+    if can_pin(ranks):
+        os.sched_setaffinity(0, {sorted(os.sched_getaffinity(0))[rank]})
 
-    import dualpipe_engine
+
+def can_pin(ranks: int) -> bool:
+    return hasattr(os, "sched_setaffinity") and len(os.sched_getaffinity(0)) >= ranks
+
+
+def _measure(sizes: Sizes, rung: Rung, kept: dict[tuple[str, bool], CostModel]) -> dict[str, Any]:
     from dualpipe_engine.comm.from_all import from_all
     from dualpipe_engine.schedule.timing.simulate import peak_bytes
     from dualpipe_engine.testing.held_activations import activation_watch
 
-    torch.manual_seed(1)
-    specs = [LayerSpec(torch.nn.Embedding, VOCABULARY, HIDDEN), *[LayerSpec(Block) for _ in range(LAYERS)]]
-    module = PipelineModule(
-        [*specs, LayerSpec(torch.nn.Linear, HIDDEN, VOCABULARY)],
-        num_stages=RANKS,
-        loss_fn=cross_entropy,
-        partition_method="type:Block",
-    )
-    section = {"schedule": name, "recompute": again, "offload_activations": away, "overlap": False}
-    config = {
-        "train_micro_batch_size_per_gpu": 2,
-        "gradient_accumulation_steps": MICROS,
-        "optimizer": {"type": "Adam", "params": {"torch_adam": True}},
-        "steps_per_print": None,
-        "pipeline": section,
-    }
-    engine, *_ = dualpipe_engine.initialize(model=module, config=config)
+    engine = _engine(sizes, rung)
     generator = torch.Generator().manual_seed(2)
-    data = [torch.randint(0, VOCABULARY, (2, LENGTH), generator=generator) for _ in range(MICROS)]
+    data = [torch.randint(0, VOCABULARY, (2, LENGTH), generator=generator) for _ in range(sizes.micros)]
     batch = [(tokens, tokens) for tokens in data]
     losses = [float(engine.train_batch(iter(batch)))]
     with activation_watch(engine) as held:
         losses.append(float(engine.train_batch(iter(batch))))
-    seconds = []
-    for _ in range(TIMED):
-        start = time.monotonic()
-        engine.train_batch(iter(batch))
-        seconds.append(time.monotonic() - start)
-    if (name, again) not in kept:  # the first rung of the two has nothing in host memory
-        kept[name, again] = _costs(from_all(_added(held)), engine.plan.placement.num_stages)
-    computed = peak_bytes(engine.plan, kept[name, again])
+    key = rung.name, rung.recompute
+    if key not in kept:  # the first rung of these has nothing in host memory
+        kept[key] = _costs(from_all(_added(held)), engine.plan.placement.num_stages)
+    computed = peak_bytes(engine.plan, kept[key])
+    seconds = _seconds(lambda: engine.train_batch(iter(batch)), sizes.steps)
     rank = engine.place.rank
     engine.destroy()
     return {
         "computed": computed[rank],
         "measured": max(size for _, size in held),
-        "seconds": min(seconds, default=0.0),
+        "seconds": seconds,
         "losses": losses,
     }
+
+
+def _seconds(step: Callable[[], Any], steps: int) -> float:
+    """The median of some steps; 0 of none."""
+    if not steps:
+        return 0.0
+    from schedules import timed
+
+    return timed(step, steps)
+
+
+def _engine(sizes: Sizes, rung: Rung) -> Any:
+    from deepspeed.pipe import LayerSpec, PipelineModule
+
+    import dualpipe_engine
+
+    torch.manual_seed(1)
+    specs = [LayerSpec(torch.nn.Embedding, VOCABULARY, HIDDEN), *[LayerSpec(Block) for _ in range(sizes.layers)]]
+    section = {"schedule": rung.schedule, "recompute": rung.recompute, "offload_activations": rung.offload}
+    config = {
+        "train_micro_batch_size_per_gpu": 2,
+        "gradient_accumulation_steps": sizes.micros,
+        "optimizer": {"type": "Adam", "params": {"torch_adam": True}},
+        "steps_per_print": None,
+        "pipeline": section | {"overlap": False, "stages_per_rank": rung.stages},
+    }
+    with redirect_stdout(io.StringIO()):  # DeepSpeed prints the layers
+        module = PipelineModule(
+            [*specs, LayerSpec(torch.nn.Linear, HIDDEN, VOCABULARY)],
+            num_stages=sizes.ranks,
+            loss_fn=cross_entropy,
+            partition_method="type:Block",
+        )
+    engine, *_ = dualpipe_engine.initialize(model=module, config=config)
+    return engine
 
 
 def _added(held: list[tuple[Op, int]]) -> dict[tuple[str, int], int]:
@@ -140,19 +231,71 @@ def _costs(of_ranks: list[dict[tuple[str, int], int]], stages: int) -> CostModel
     return CostModel(activation_bytes=tuple(kept), pending_bytes=tuple(pending))
 
 
-def main() -> None:
+def table(found: list[dict[str, Any]]) -> list[str]:
+    """Lines of Markdown; time and bytes beside those of the schedule without recomputation and offload."""
+    lines = ["| schedule | way | computed | measured | saved | step | more |", "|---|---|---|---|---|---|---|"]
+    for row in found:
+        plain = next(each for each in found if each["schedule"] == row["schedule"])
+        saved, more = 1 - row["measured"] / plain["measured"], row["seconds"] / plain["seconds"] - 1
+        sizes = " | ".join(f"{row[key] / 2**20:.2f} MiB" for key in ("computed", "measured"))
+        beside = "- | {} | -" if row is plain else f"{saved:.0%} | {{}} | {more:+.0%}"
+        lines.append(f"| {row['schedule']} | {row['way']} | {sizes} | {beside.format(_ms(row['seconds']))} |")
+    return lines
+
+
+def _ms(seconds: float) -> str:
+    return f"{seconds * 1e3:.0f} ms"
+
+
+def plot(found: list[dict[str, Any]], title: str, path: Path) -> None:
+    """A point a rung, seconds over bytes; those of a schedule are joined, from the plain one on."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    marks = dict(zip(dict.fromkeys(row["way"] for row in found), "osv^Dx*", strict=False))
+    figure, axes = plt.subplots(figsize=(9, 6))
+    for schedule in dict.fromkeys(row["schedule"] for row in found):
+        mine = [row for row in found if row["schedule"] == schedule]
+        places = [row["measured"] / 2**20 for row in mine], [row["seconds"] * 1e3 for row in mine]
+        (line,) = axes.plot(*places, lw=0.6, alpha=0.6, label=schedule)
+        for row, x, y in zip(mine, *places, strict=True):
+            axes.plot(x, y, marks[row["way"]], color=line.get_color(), ms=6)
+    for way, mark in marks.items():
+        axes.plot([], [], mark, color="gray", label=way if way != "-" else "neither")
+    axes.set(title=title, xlabel="activations on the fullest rank, MiB", ylabel="step, ms")
+    axes.legend(fontsize=8, ncols=2)
+    figure.tight_layout()
+    figure.savefig(path)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--steps", type=int, default=5, help="measured steps, of which the median counts (default 5)")
+    parser.add_argument("--only", default=",".join(SCHEDULES), help="comma-separated schedules")
+    parser.add_argument("--out", type=Path, help="write FILE.json with the rows and FILE.png with a plot")
+    args = parser.parse_args()
+    only = tuple(args.only.split(","))
+    if unknown := set(only) - set(SCHEDULES):
+        parser.error(f"--only: there is no {', '.join(sorted(unknown))}; there are {', '.join(SCHEDULES)}")
+    if args.steps < 1:
+        parser.error("--steps: at least 1")
     from ranks import run_ranks
 
-    cases = rungs()
-    rows = run_ranks(measure, RANKS, cases)
-    print("| schedule | recompute | offload | computed | measured | step, s |")
-    print("|---|---|---|---|---|---|")
-    for (name, again, away), row in zip(cases, rows, strict=True):
-        assert row["losses"] == rows[cases.index((name, False, False))]["losses"]
-        said = "all" if away is True else away or "-"
-        sizes = " | ".join(f"{row[key] / 2**20:.2f} MiB" for key in ("computed", "measured"))
-        print(f"| {name} | {'true' if again else '-'} | {said} | {sizes} | {row['seconds']:.2f} |")
+    sizes, cases = Sizes(steps=args.steps), rungs(only)
+    rows = run_ranks(measure, sizes.ranks, sizes, cases)
+    found = [{"schedule": rung.name, "way": rung.way, **row} for rung, row in zip(cases, rows, strict=True)]
+    for row in found:
+        assert row["losses"] == next(each for each in found if each["schedule"] == row["schedule"])["losses"], row
+    cores = f"{os.cpu_count()} cores, {'one a rank' if can_pin(sizes.ranks) else 'shared'}"
+    title = f"{sizes.layers} blocks on {sizes.ranks} ranks, {sizes.micros} micro-batches, {cores}"
+    print(title, "", *table(found), sep="\n")
+    if args.out:
+        args.out.with_suffix(".json").write_text(json.dumps({"title": title, "rows": found}, indent=1))
+        plot(found, title, args.out.with_suffix(".png"))
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -10,7 +10,7 @@ sys.path.append(str(Path(__file__).parents[2] / "examples" / "bench"))
 import ladder
 
 
-def measure(ranks, schedules, layers, micros, offloads):
-    ladder.RANKS, ladder.LAYERS, ladder.MICROS, ladder.TIMED = ranks, layers, micros, 0
-    cases = ladder.rungs(schedules, offloads)
-    return list(zip(cases, ladder.measure(0, cases), strict=True))
+def measure(ranks, layers, micros, **which):
+    cases = ladder.rungs(**which)
+    ladder._pin = lambda rank, ranks: None
+    return list(zip(cases, ladder.measure(0, ladder.Sizes(ranks, layers, micros, steps=0), cases), strict=True))
