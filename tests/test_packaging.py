@@ -92,6 +92,7 @@ ROOMS = [
 ]
 OPTIONAL = {
     ("apex_support.py", "apex"),
+    ("tiles.py", "deepspeed"),
     ("deep_ep.py", "deep_ep"),
     ("deepspeed_schedule.py", "deepspeed"),
     ("profiler.py", "torch"),  # collects on the ranks; the rest of profiling reads files without torch

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from functools import partial
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
@@ -18,6 +18,7 @@ from torch import nn
 from ..comm.nest import Nest
 from ..errors import ConfigError
 from ..models.autoep.layer import SharedMoE
+from ..runtime.tiles import TileableLoss, Tiles
 from .families import FAMILIES, family_of
 from .losses import LossFn, PretrainedModel
 from .runner import Runner
@@ -107,12 +108,34 @@ class RouterLoss:
 
     def with_loss(self, own: LossFn) -> LossFn:
         """`own` for outputs `(logits, auxiliary loss)`."""
-        return partial(_weighted, own, self.weight)
+        return WeightedLoss(own, self.weight)
 
 
-def _weighted(own: LossFn, weight: float, output: Nest, labels: Nest) -> torch.Tensor:
-    logits, auxiliary = output
-    return own(logits, labels) + weight * auxiliary
+@dataclass(frozen=True)
+class WeightedLoss:
+    """The loss of `(logits, auxiliary loss)`.
+
+    Args:
+        own: of the logits.
+        weight: of the auxiliary loss.
+    """
+
+    own: LossFn
+    weight: float
+
+    def __call__(self, output: Nest, labels: Nest) -> torch.Tensor:
+        logits, auxiliary = output
+        return self.own(logits, labels) + self.weight * auxiliary
+
+    def tiled(self, tiles: Tiles) -> LossFn:
+        """The same over tiles of the sequence.
+
+        Raises:
+            ConfigError: the loss of the logits is not known to be a sum over tokens.
+        """
+        if not isinstance(self.own, TileableLoss):
+            raise ConfigError('"tiled_loss" takes the model\'s own loss only: leave it out')
+        return WeightedLoss(self.own.tiled(tiles), self.weight)
 
 
 class RoutedRunner(Runner):

@@ -84,6 +84,13 @@ class Stage(nn.Module):
         """The configuration of the model; None if it has none."""
         return getattr(self._runners[0].model, "config", None)
 
+    @property
+    def projection(self) -> nn.Module | None:
+        """What makes logits in the last piece of a language model, for "tiled_loss"."""
+        find = getattr(self._runners[-1].model, "get_output_embeddings", None)
+        found: nn.Module | None = None if find is None else find()
+        return found
+
     def carried(self, message: Nest, logits: list[torch.Tensor]) -> Nest:
         """What of a message, and of the `logits` of the block's router, goes past the block of a piece that has one."""
         return self._runners[0].carried(message, logits)

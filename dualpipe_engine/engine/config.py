@@ -42,6 +42,8 @@ _PROMISES = (
     "check_finite",
     "recompute",
     "offload_activations",
+    "tiled_loss",
+    "tiled_mlp",
     "load_report_steps",
     "save_on_signal",
     "save_folder",
@@ -89,6 +91,11 @@ class DualPipeConfig(BaseModel):
     offload_activations: Annotated[int, Field(ge=1)] | bool = False
     """Keep activations in host memory between forward and backward: as many as bring the peak of each rank down by this
     number, those that live longest first; true: all that can be away for at least one op."""
+    tiled_loss: int | None = Field(default=None, ge=2)
+    """Pieces along the sequence in which the last layer's projection and the loss run, so that logits of one piece
+    exist at a time; computed again in the backward. null: whole."""
+    tiled_mlp: int | None = Field(default=None, ge=2)
+    """Pieces along the sequence in which each feed-forward layer runs, computed again in the backward. null: whole."""
     save_on_signal: str | None = None
     """A signal, such as "SIGTERM", at which all ranks save after the batch and end with 128 + its number."""
     save_folder: str | None = None

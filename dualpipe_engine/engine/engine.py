@@ -52,6 +52,7 @@ from .placing.experts import has_experts
 from .placing.grid import Place
 from .placing.module import PlacedModule
 from .placing.param_groups import GroupMap
+from .placing.sequences import Sharing
 from .placing.shared_blocks import SharingExperts
 from .placing.stages import (
     has_phases,
@@ -83,6 +84,7 @@ class DualPipeEngine(
         plan: the lowered training plan.
         costs: costs of the model cut into as many stages as there are ranks, for plans of other batch sizes.
         watch: ends the job when a rank is lost.
+        sharing: with whom this rank shares its sequences.
         deepspeed: arguments of DeepSpeedEngine.
 
     Attributes:
@@ -101,9 +103,10 @@ class DualPipeEngine(
         plan: Plan,
         costs: CostModel,
         watch: Watch,
+        sharing: Sharing,
         **deepspeed: object,
     ) -> None:
-        self.dualpipe_config, self.place = dualpipe, place
+        self.dualpipe_config, self.place, self.sharing = dualpipe, place, sharing
         self._init_saving()
         # DeepSpeed's own pipeline set-up (buffers, blocking p2p, ZeRO assertion) does not apply, hence not super().
         DeepSpeedEngine.__init__(self, **deepspeed)
@@ -119,7 +122,7 @@ class DualPipeEngine(
         self._load_reporter = LoadReporter(self._context, self._pipeline_group)
         self._init_executor()
         # They have transfers of their own, or DeepSpeed's reduction asks which gradients there are.
-        bound = has_experts(self.module) or has_phases(self.module) or self.is_model_parallel
+        bound = has_experts(self.module) or has_phases(self.module) or self.is_model_parallel or sharing.size > 1
         self._init_recovery(bound or isinstance(self._tail.reduction, AfterSchedule))
         if self.training_data:
             self._build_data_iter(self.training_data)

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any, TypeAlias
 
+import torch
+
 from ..comm.nest import Nest
 
 Settings: TypeAlias = dict[str, Any]
@@ -30,6 +32,9 @@ Collate: TypeAlias = Callable[[list[Nest]], Nest]
 
 LayerEntry: TypeAlias = Any
 """An entry of the list of a PipelineModule: a LayerSpec, a module or a function."""
+
+LossFunction: TypeAlias = Callable[..., torch.Tensor]
+"""Of the output of the last layer and labels (scalar)."""
 
 LayerFunction: TypeAlias = Callable[..., Nest]
 """What a stage calls: a module, a function, a function bound to a module."""

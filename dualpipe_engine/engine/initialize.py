@@ -25,6 +25,7 @@ from ..schedule.progress import Position
 from ..schedule.search.compare import best_of
 from ..schedule.timing.costs import CostModel
 from .auto.choose import choose, job_costs, print_choice
+from .batches.shards import of_shards
 from .checks.agreement import agree_on_copies, agree_on_job, agree_on_schedule
 from .checks.written_buffers import check_statistics
 from .config import AUTO, STOCK, DualPipeConfig, check_zero, find_config, micro_batches, read_config
@@ -37,8 +38,10 @@ from .placing.grid import Place, groups_of, set_device
 from .placing.module import place
 from .placing.param_groups import GroupMap, check_dtypes, name_parameters
 from .placing.recomputed import recomputed_modules
+from .placing.sequences import BatchView, read_sizes, readers_of, share_sequences
 from .placing.shared_blocks import check_blocks, connect_blocks, overlap_blocks, read_rest, share_blocks
 from .placing.stages import set_activation_checkpointing
+from .placing.tiled import tile
 from .plan import agree, lowered_plan, make_lowered_plan, unmeasured_costs
 
 _stock_initialize = deepspeed.initialize  # before `dualpipe_engine.run` puts ours in its place
@@ -125,6 +128,7 @@ def _under_schedule(
     given_groups = groups_of(model)
     with watch.section("initialize"), noting_groups() as made_groups:
         agree_on_job(settings, model)
+        readers = readers_of(settings, model._grid.data_parallel_size)
         given = None if model_parameters is None else list(model_parameters)  # of the module as it is now
         name_parameters(model)
         if (shared := expert_parallel.read_section(settings.get(expert_parallel.NAME))) is not None:
@@ -132,11 +136,14 @@ def _under_schedule(
             share_blocks(model, shared)
         read_rest(model)
         base_grid = model._grid
-        dualpipe, plan, costs = _choose_plan(model, settings, dualpipe, training_data, collate_fn)
+        dualpipe, plan, costs = _choose_plan(model, settings, dualpipe, readers, training_data, collate_fn)
         placed = _place(model, settings, dualpipe, plan, costs)
+        sharing = share_sequences(model, base_grid, base_grid.data_parallel_size // readers)
+        if sharing.group is not None:
+            model.loss_fn = of_shards(model.loss_fn)
         groups = GroupMap(model, given, optimizer, base_grid.pp_proc_group, lr_scheduler)
         optimizer, given = groups.apply()
-        config_class = DeepSpeedConfig(settings, base_grid)
+        config_class = DeepSpeedConfig(settings, BatchView(readers))
         check_dtypes(model, optimizer, given, config_class)
         deepspeed.set_optimizer_flags(config_class, model)
         engine = _with_methods_of(engine_class)(
@@ -146,6 +153,7 @@ def _under_schedule(
             plan=plan,
             costs=costs,
             watch=watch,
+            sharing=sharing,
             args=args,
             model=model,
             optimizer=optimizer,
@@ -168,12 +176,13 @@ def _choose_plan(
     model: PipelineModule,
     settings: Settings,
     dualpipe: DualPipeConfig,
+    readers: int,
     training_data: Dataset | None,
     collate_fn: Collate | None,
 ) -> tuple[DualPipeConfig, Plan, CostModel]:
     """The configuration with "auto" replaced, the lowered plan, and the costs that it was made with. Collective."""
     grid = model._grid
-    num_micro = micro_batches(settings, grid.data_parallel_size)
+    num_micro = micro_batches(settings, readers)
     measured = job_costs(model, settings, dualpipe, num_micro, training_data, collate_fn)
     costs = unmeasured_costs(model, dualpipe) if measured is None else measured.costs
     if dualpipe.schedule == AUTO:
@@ -203,6 +212,7 @@ def _place(model: PipelineModule, settings: Settings, dualpipe: DualPipeConfig, 
         connect_blocks(model)
         model.dualpipe_unphased = overlap_blocks(model) if dualpipe.overlap is not False else {}
     set_activation_checkpointing(model, settings.get("pipeline", {}))
+    tile(model, dualpipe.tiled_loss, dualpipe.tiled_mlp)
     model.dualpipe_recomputed = recomputed_modules(model, dualpipe.recompute)
     check_statistics(model, plan.placement, model.dualpipe_recomputed)
     return placed
@@ -218,14 +228,15 @@ def _read(
         if found is not None:
             settings, dualpipe = read_config(found)
         if not dualpipe.is_stock:
-            _check_arguments(dualpipe.schedule, model, mpu, mesh_param)
+            _check_arguments(dualpipe.schedule, model, mpu)
+            settings = read_sizes(settings, mesh_param)
             check_zero(settings)
     except DualPipeError as error:
         return settings, dualpipe, error
     return settings, dualpipe, None
 
 
-def _check_arguments(schedule: str, model: torch.nn.Module | None, mpu: object, mesh_param: object) -> None:
+def _check_arguments(schedule: str, model: torch.nn.Module | None, mpu: object) -> None:
     if not isinstance(model, PipelineModule):
         raise ConfigError(
             f'"schedule": "{schedule}" needs a deepspeed.pipe.PipelineModule, got {type(model).__name__}: '
@@ -238,8 +249,6 @@ def _check_arguments(schedule: str, model: torch.nn.Module | None, mpu: object, 
         )
     if mpu is not None:
         raise ConfigError("mpu must be None: the PipelineModule's topology says where ranks stand")
-    if mesh_param is not None:
-        raise ConfigError("mesh_param must be None: a schedule has no sequence parallelism")
 
 
 def _watched_from_here(

@@ -83,8 +83,12 @@ TRAINING = (
     _works("zero_allow_untested_optimizer", _SAME),
     _works("zero_force_ds_cpu_optimizer", _OFFLOAD),
     _idle("disable_allgather vocabulary_size", "no code uses it"),
-    _idle("seq_parallel_communication_data_type", "a pipeline has no sequence parallelism"),
-    _refused("sequence_parallel_size", "a pipeline has no sequence parallelism", (0, 1)),
+    _idle("seq_parallel_communication_data_type", "replicas that share sequences stay replicas to ZeRO"),
+    _works(
+        "sequence_parallel_size",
+        "engine/test_sequence_parallel.py::test_gradients_are_those_of_whole_sequences",
+        "replicas of the pipeline share each sequence, for the layers of `dualpipe_engine.models`",
+    ),
     _refused("managed_gradient_accumulation", "a schedule knows where its batch ends", (True,)),
 )
 

@@ -22,12 +22,14 @@ from ..errors import ConfigError, MissingAttributeError
 from .given import EngineAttribute
 from .methods import REFUSED, REFUSED_ATTRIBUTES
 from .placing.grid import Place
+from .placing.sequences import Sharing
 
 
 class Surface(PipelineEngine):
     """The part of `DualPipeEngine` that answers clients."""
 
     place: Place
+    sharing: Sharing
 
     def _init_pipeline_state(self, base_grid: PipelineParallelGrid) -> None:
         """What the inherited methods of PipelineEngine read."""
@@ -86,13 +88,14 @@ class Surface(PipelineEngine):
 
     @property
     def data_rank(self) -> int:
-        """Number of this rank's replica of the pipeline: shard training data by it."""
-        return self.place.replica
+        """Number of this rank's replica of the pipeline: shard training data by it. Replicas that share sequences have
+        one number."""
+        return self.place.replica // self.sharing.size
 
     @property
     def data_replicas(self) -> int:
-        """Replicas of the pipeline."""
-        return self.place.replicas
+        """Replicas of the pipeline; those that share sequences count as one."""
+        return self.place.replicas // self.sharing.size
 
     def get_data_parallel_rank(self) -> int:
         return self.place.replica
@@ -111,11 +114,11 @@ class Surface(PipelineEngine):
         Raises:
             ValueError: it is no multiple of micro-batch size and replicas.
         """
-        steps, rest = divmod(train_batch_size, self.train_micro_batch_size_per_gpu() * self.place.replicas)
+        steps, rest = divmod(train_batch_size, self.train_micro_batch_size_per_gpu() * self.data_replicas)
         if rest or steps < 1:
             raise ValueError(
                 f"train_batch_size {train_batch_size} must be a multiple of train_micro_batch_size_per_gpu "
-                f"{self.train_micro_batch_size_per_gpu()} x {self.place.replicas} replicas"
+                f"{self.train_micro_batch_size_per_gpu()} x {self.data_replicas} replicas"
             )
         self._config.train_batch_size = train_batch_size
         self._config.gradient_accumulation_steps = steps
@@ -123,7 +126,7 @@ class Surface(PipelineEngine):
 
     def set_train_micro_batch_size(self, micro_batch_size: int) -> None:
         """Change the samples of a micro-batch, and with them those of a batch."""
-        self._config.train_batch_size = micro_batch_size * self.micro_batches * self.place.replicas
+        self._config.train_batch_size = micro_batch_size * self.micro_batches * self.data_replicas
         self._config.train_micro_batch_size_per_gpu = self.micro_batch_size = micro_batch_size
 
 

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 from dataclasses import asdict
+from functools import partial
 
 import torch
+import torch.distributed as dist
 from deepspeed.pipe import LayerSpec, TiedLayerSpec
 from torch import Tensor, nn
 from torch.nn import functional
 
 from ..comm.nest import Nest
+from ..errors import ConfigError
+from ..runtime.tiles import Tiles
 from .block import DenseBlock, MoEBlock, Passed, initialise, joined, split
 from .config import MoEConfig
 from .hf_config_of import hf_of
@@ -32,6 +36,19 @@ class TokenEmbedding(nn.Module):
         self.table = nn.Embedding(config.vocabulary, config.hidden)
         nn.init.normal_(self.table.weight, std=0.02 if config.init_std is None else config.init_std)
         self._with_loss, self.depth = config.adds_loss, config.mtp_depth
+
+    def share_sequences(self, group: dist.ProcessGroup) -> None:
+        """Take parts of sequences, of which each rank of `group` has one.
+
+        Raises:
+            ConfigError: layers behind this one need whole sequences.
+        """
+        if self.depth or self._with_loss:
+            what = "mtp_depth, which looks beyond" if self.depth else "auxiliary losses, which take more than"
+            raise ConfigError(
+                f'"sequence_parallel_size" does not go together with {what} the part of a sequence of a rank: set '
+                'mtp_depth and sequence_loss to 0, and balancing to "bias"'
+            )
 
     def forward(self, tokens: Tensor) -> Nest:
         x = self.table(tokens)
@@ -74,6 +91,11 @@ class Head(nn.Module):
         self.multiply_adds = (1 + config.mtp_depth) * config.hidden * config.vocabulary
         initialise(self, config)
 
+    @property
+    def projection(self) -> nn.Module:
+        """What makes logits, for "tiled_loss"."""
+        return self.out
+
     def forward(self, state: Nest) -> Nest:
         passed = split(state)
         first, *later = [self.out(self.norm(x)) for x in (*passed.done, passed.x)]
@@ -112,23 +134,50 @@ def layers(config: MoEConfig, replica: int = 0) -> list[LayerSpec]:
     return [TiedLayerSpec(EMBEDDING, TokenEmbedding, config, **tie), *blocks, *further, LayerSpec(Head, config)]
 
 
-def loss(output: Nest, labels: Tensor, mtp_weight: float = 0.3) -> Tensor:
+class TokenLoss:
     """Mean cross entropy in nats a token, the auxiliary losses of all blocks, and the losses of multi-token prediction.
 
     Those of depth k are summed over the tokens that it predicts and divided by the number of all labels, as in equation
     24 of the DeepSeek-V3 report.
 
     Args:
-        output: of `Head`.
-        labels: [batch, length].
-        mtp_weight: factor on the mean of the losses of all depths (equation 25).
+        tiles: makes the logits, where the output holds what the head's projection takes; None: it holds logits.
     """
-    passed = split(output)
-    total = _cross_entropy(passed.x, labels, "mean")
-    if passed.done:
-        later = [_cross_entropy(logits, labels[:, k:], "sum") for k, logits in enumerate(passed.done, 1)]
-        total = total + mtp_weight / len(later) * sum(later) / (labels != _IGNORED).sum()
-    return total if passed.loss is None else total + passed.loss.squeeze(0)
+
+    def __init__(self, tiles: Tiles | None = None) -> None:
+        self._tiles = tiles
+
+    def tiled(self, tiles: Tiles) -> TokenLoss:
+        """The same over tiles of the sequence."""
+        return TokenLoss(tiles)
+
+    def __call__(self, output: Nest, labels: Tensor, mtp_weight: float = 0.3) -> Tensor:
+        """The loss (scalar).
+
+        Args:
+            output: of `Head`.
+            labels: [batch, length].
+            mtp_weight: factor on the mean of the losses of all depths (equation 25).
+        """
+        passed = split(output)
+        total = self._mean(passed.x, labels)
+        if passed.done:
+            later = [self._sum(logits, labels[:, k:]) for k, logits in enumerate(passed.done, 1)]
+            total = total + mtp_weight / len(later) * sum(later) / (labels != _IGNORED).sum()
+        return total if passed.loss is None else total + passed.loss.squeeze(0)
+
+    def _mean(self, logits: Tensor, labels: Tensor) -> Tensor:
+        if self._tiles is None:
+            return _cross_entropy(logits, labels, "mean")
+        return self._sum(logits, labels) / (labels != _IGNORED).sum()
+
+    def _sum(self, logits: Tensor, labels: Tensor) -> Tensor:
+        summed = partial(_cross_entropy, reduction="sum")
+        return summed(logits, labels) if self._tiles is None else self._tiles.total(summed, logits, labels)
+
+
+loss = TokenLoss()
+"""The loss of the model whose layers `layers` lists."""
 
 
 def _cross_entropy(logits: Tensor, labels: Tensor, reduction: str) -> Tensor:

@@ -218,7 +218,7 @@ class _Call:
         tensors = [value for value in given if isinstance(value, Tensor)]
         self._devices = [tensor for tensor in tensors if tensor.device.type not in ("cpu", "meta")][:1]
         self._random: Random | None = _random_state(self._devices)
-        self._autocast = _autocast({"cpu", *(tensor.device.type for tensor in self._devices)})
+        self._autocast = autocast_now({"cpu", *(tensor.device.type for tensor in self._devices)})
         self._inner: list[weakref.ref[_Value]] = []
         self._saved: list[tuple[torch.Size, torch.dtype]] = []
         self._made: dict[int, weakref.ref[_Value]] = {}
@@ -351,8 +351,12 @@ def _random_of(state: Random | None) -> Iterator[None]:
         yield
 
 
-def _autocast(kinds: Iterable[str]) -> Callable[[], ExitStack]:
-    """What enters the autocast that is on now."""
+def autocast_now(kinds: Iterable[str]) -> Callable[[], ExitStack]:
+    """What enters the autocast that is on now, later.
+
+    Args:
+        kinds: types of devices.
+    """
     cached = torch.is_autocast_cache_enabled()
     now = [(kind, torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind)) for kind in sorted(kinds)]
 

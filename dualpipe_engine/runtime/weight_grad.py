@@ -108,11 +108,11 @@ def install(module: nn.Module, store: DeferredWeightGrads) -> DeferReport:
     """
     uninstall(module)
     mode = SplitMode(store)
-    left_alone = _opaque(module)
+    left_alone, whole = _opaque(module), _unsplit(module)
     for part in module.modules():
         if hasattr(part, _OWN):
             setattr(part, _OWN, store)
-        if part in left_alone:
+        if part in left_alone or part in whole:
             continue
         if isinstance(part, nn.Linear) and part.forward == nn.Linear.forward.__get__(part):
             vars(part)["forward"] = _LinearForward(part, store)
@@ -155,6 +155,7 @@ class DeferReport:
     def not_deferred(self) -> list[tuple[str, str]]:
         """(parameter name, reason) of each trained parameter whose gradient belongs to I."""
         opaque = {param for part in _opaque(self._module) for param in part.parameters(recurse=False)}
+        tiled = {param for part in _unsplit(self._module) for param in part.parameters(recurse=False)}
         tables = {part.weight for part in self._module.modules() if isinstance(part, (nn.Embedding, nn.EmbeddingBag))}
         found = []
         for name, param in self._trained():
@@ -162,6 +163,8 @@ class DeferReport:
                 continue
             if param in opaque:
                 reason = "compiled or scripted module"
+            elif param in tiled:
+                reason = "tiled module"
             elif param._backward_hooks:
                 reason = "hook on the parameter"
             elif param in tables:
@@ -185,6 +188,10 @@ class DeferReport:
 
     def _trained(self) -> list[tuple[str, nn.Parameter]]:
         return [(name, param) for name, param in self._module.named_parameters() if param.requires_grad]
+
+
+class Unsplit:
+    """A replacement of a module's forward, in which nothing is split: its weight gradients belong to I."""
 
 
 class Forward:
@@ -254,6 +261,13 @@ def _opaque(module: nn.Module) -> set[nn.Module]:
         or hasattr(part, "_orig_mod")
         or isinstance(part, torch.jit.ScriptModule)
         for inner in part.modules()
+    }
+
+
+def _unsplit(module: nn.Module) -> set[nn.Module]:
+    """Modules that `Unsplit` stands before, with everything in them."""
+    return {
+        inner for part in module.modules() if isinstance(vars(part).get("forward"), Unsplit) for inner in part.modules()
     }
 
 

@@ -36,6 +36,7 @@ from ..placing.grid import Place
 from ..placing.partition import layer_name
 from ..placing.recomputed import recomputed_modules
 from ..placing.stages import set_activation_checkpointing
+from ..placing.tiled import tiled
 from .link_probe import reduction_seconds
 from .stage_probe import probe_stages
 
@@ -150,18 +151,19 @@ def _measure(
     dtype = {"bf16": torch.bfloat16, "fp16": torch.half}.get(job["precision"])
     _cast(module, types, dtype)
     set_activation_checkpointing(module, settings.get("pipeline", {}))
-    costs = probe_stages(
-        module,
-        place,
-        next_batch,
-        num_micro,
-        device=device,
-        split_backward=config.split_backward is not False,
-        overlap=config.overlap is not False,
-        timeout_s=config.p2p_timeout_s,
-        sums=_sums(types, dtype),
-        recomputed=recomputed_modules(module, config.recompute),
-    )
+    with tiled(module, config.tiled_loss, config.tiled_mlp):
+        costs = probe_stages(
+            module,
+            place,
+            next_batch,
+            num_micro,
+            device=device,
+            split_backward=config.split_backward is not False,
+            overlap=config.overlap is not False,
+            timeout_s=config.p2p_timeout_s,
+            sums=_sums(types, dtype),
+            recomputed=recomputed_modules(module, config.recompute),
+        )
     trained = [param for param in module.parameters() if param.requires_grad]
     numel = sum(param.numel() for param in trained)
     dtype = trained[0].dtype if trained else torch.float32
@@ -255,6 +257,7 @@ def _describe(module: PipelineModule, settings: Settings, config: DualPipeConfig
         **({"optimizer state": "on the host"} if _on_host(zero) else {}),
         "activation checkpoint interval": str(interval),
         **({"recompute": str(config.recompute)} if config.recompute else {}),
+        **{name: str(tiles) for name in ("tiled_loss", "tiled_mlp") if (tiles := getattr(config, name))},
         "split_backward": str(config.split_backward),
         "overlap": str(config.overlap),
         "device": device,

@@ -45,7 +45,8 @@ class Evaluation(Recovery, Loading):
 
         Returns:
             The mean loss, or what `compute_loss` and `reduce_output` ask for; with `return_logits` a pair with the
-            output of the last micro-batch. Outputs are on the ranks that hold the last stage, None elsewhere.
+            output of the last micro-batch, of the part of its sequences that the rank has. Outputs are on the ranks
+            that hold the last stage, None elsewhere.
 
         Raises:
             Exception: what a layer, the loss, a hook or the data have raised; as `train_batch`.
@@ -55,6 +56,17 @@ class Evaluation(Recovery, Loading):
         num_micro = self.micro_batches if num_micro_batches is None else num_micro_batches
         if not isinstance(num_micro, int) or num_micro < 1:
             raise ConfigError(f"num_micro_batches must be an integer from 1, got {num_micro!r}", everywhere=True)
+        if self.dualpipe_config.tiled_loss is not None and (return_logits or not compute_loss):
+            raise ConfigError(
+                '"tiled_loss": logits are never whole, so that evaluation returns losses only: leave out return_logits '
+                'and compute_loss=False, or "tiled_loss"',
+                everywhere=True,
+            )
+        if self.sharing.group is not None and (reduce_output is None or not compute_loss):
+            raise ConfigError(
+                'with "sequence_parallel_size" eval_batch gives the mean loss: drop reduce_output and compute_loss',
+                everywhere=True,
+            )
         self._set_training(False)
         with self._attempt(), torch.no_grad(), autocast_if_enabled(self):
             result, losses, mean = self._run_eval(data_iter, num_micro, compute_loss, reduce_output == "avg")

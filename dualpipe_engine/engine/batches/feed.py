@@ -18,6 +18,7 @@ from ...comm.device import InTurn, Side
 from ...comm.nest import Nest
 from ...errors import ConfigError
 from ..placing.grid import Place
+from .shards import Shards
 
 #: A value on the device or on its way there; the event behind the copy, before which it holds no data.
 _Copy = tuple[Nest, torch.Event | None]
@@ -34,6 +35,7 @@ class BatchFeed:
         side: copies to it; None: in turn, as on the CPU.
         input_gradient: let floating-point inputs require a gradient.
         fingerprint: keep a checksum of everything that is read.
+        shards: cuts the sequences that are read; None: they stay whole.
     """
 
     def __init__(
@@ -46,6 +48,7 @@ class BatchFeed:
         side: Side | InTurn | None = None,
         input_gradient: bool = False,
         fingerprint: bool = False,
+        shards: Shards | None = None,
     ) -> None:
         placement, last = place.placement, place.placement.num_stages - 1
         self._feeds, self._directions = place.feeds, placement.num_directions
@@ -58,6 +61,7 @@ class BatchFeed:
         self._side = InTurn() if side is None else side
         self._input_gradient = input_gradient
         self._fingerprint = fingerprint
+        self._shards = shards
         self._read = 0
         self._inputs: dict[int, _Copy] = {}
         self._labels: dict[int, _Copy] = {}
@@ -92,11 +96,14 @@ class BatchFeed:
             self._read += 1
             if type(batch) is not tuple or len(batch) < 2 or not isinstance(batch[0], torch.Tensor):
                 _check_batch(batch, number)
+            inputs, labels = batch[0], batch[1]
+            if self._shards is not None:
+                inputs, labels = self._shards.cut(inputs, labels)
             direction = number % self._directions
             if self._enters[direction]:
-                self._inputs[number] = self._side.begin(self._move, batch[0], True)
+                self._inputs[number] = self._side.begin(self._move, inputs, True)
             if self._leaves[direction]:
-                self._labels[number] = self._side.begin(self._move, batch[1], False)
+                self._labels[number] = self._side.begin(self._move, labels, False)
 
     def _move(self, value: Nest, copy: bool) -> Nest:
         """Onto the device; inputs as a copy, because layers may work in place. Lists become tuples, as in DeepSpeed."""
@@ -166,4 +173,21 @@ def check_same_stream(checksums: dict[int, int]) -> None:
             f"pipeline ranks {ranks} read different data, but the ends of one pipeline must read the same stream: "
             "shard by engine.data_rank of engine.data_replicas, not by data-parallel ranks, or pass "
             "training_data to initialize"
+        )
+
+
+def check_shared_stream(checksums: list[int]) -> None:
+    """Compare what the pipelines have read that share each sequence.
+
+    Args:
+        checksums: of one end of each.
+
+    Raises:
+        ConfigError: they differ.
+    """
+    if len(set(checksums)) > 1:
+        raise ConfigError(
+            f'the {len(checksums)} replicas that share each sequence ("sequence_parallel_size") read different data: '
+            "shard by engine.data_rank of engine.data_replicas, which count them as one, or pass training_data to "
+            "initialize"
         )

@@ -15,8 +15,10 @@ from ...comm.nest import Nest
 from ...errors import ConfigError
 from ..given import Dataset, Loader
 from ..placing.grid import Place
+from ..placing.sequences import Sharing
 from ..placing.stages import needs_input_gradient
-from .feed import BatchFeed, check_same_stream
+from .feed import BatchFeed, check_same_stream, check_shared_stream
+from .shards import Shards
 
 
 class ResumableSampler(DistributedSampler):
@@ -77,6 +79,7 @@ class Loading(PipelineEngine):
 
     data_iterator: Iterator[Nest] | None
     place: Place
+    sharing: Sharing
 
     def set_dataloader(self, loader: Loader) -> None:
         """Read batches of training from `loader`, on the ranks that read data."""
@@ -105,9 +108,7 @@ class Loading(PipelineEngine):
             options: `collate_fn` and `num_local_io_workers`, as DeepSpeed's.
         """
         if data_sampler is None and not isinstance(dataset, IterableDataset):
-            data_sampler = DistributedSampler(
-                dataset, self.place.replicas, self.place.replica, shuffle=route == ROUTE_TRAIN
-            )
+            data_sampler = DistributedSampler(dataset, self.data_replicas, self.data_rank, shuffle=route == ROUTE_TRAIN)
         return super().deepspeed_io(dataset, batch_size, route, pin_memory, data_sampler, **options)
 
     def _build_data_iter(self, dataset: Dataset) -> None:
@@ -126,6 +127,7 @@ class Loading(PipelineEngine):
             side=self._inbound,
             input_gradient=needs_input_gradient(self.module),
             fingerprint=fingerprint,
+            shards=None if self.sharing.group is None else Shards(self.sharing.size, self.sharing.rank),
         )
 
     def _no_feed(self) -> BatchFeed:
@@ -134,7 +136,9 @@ class Loading(PipelineEngine):
     def _check_stream(self, feed: BatchFeed) -> None:
         """After the first batch: both ends of the pipeline must have read the same data."""
         self._checked_stream = True
-        if len(self.place.ends) < 2:
+        if len(self.place.ends) < 2 and self.sharing.group is None:
             return
         sums = from_all(feed.checksum, self._pipeline_group)
         check_same_stream({rank: sums[rank] for rank in self.place.ends})
+        if self.sharing.group is not None:
+            check_shared_stream(from_all(sums[self.place.ends[0]], self.sharing.group))

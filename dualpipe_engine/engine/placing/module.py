@@ -7,7 +7,7 @@ every copy of a stage lists its parameters in one order.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from functools import partial
 
 import torch
@@ -72,6 +72,18 @@ class PlacedModule(PipelineModule):
 
     def ckpt_layer_path_list(self, ckpt_dir: str, local_layer_idx: int) -> list[str]:
         return super().ckpt_layer_path_list(ckpt_dir, self.dualpipe_layers[local_layer_idx] - self._local_start)
+
+
+def numbered_layers(module: PipelineModule) -> Iterator[tuple[int, LayerFunction]]:
+    """Layers of this rank with their numbers in the model.
+
+    Args:
+        module: a PipelineModule, placed or not.
+    """
+    start = int(module._local_start)
+    count = len(module.forward_funcs)
+    numbers = module.dualpipe_layers if isinstance(module, PlacedModule) else range(start, start + count)
+    yield from zip(numbers, module.forward_funcs, strict=True)
 
 
 def place(module: PipelineModule, placement: Placement, bounds: Sequence[int]) -> Place:

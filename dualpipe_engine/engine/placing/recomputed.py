@@ -13,7 +13,7 @@ from ...comm.from_all import from_all
 from ...errors import ConfigError
 from ...runtime.phases import Phased
 from ..checks.agreement import raise_everywhere
-from .module import PlacedModule
+from .module import numbered_layers
 
 Wanted = bool | Sequence[str]
 
@@ -85,10 +85,7 @@ def _check_names(module: PipelineModule, names: Sequence[str], matched: set[str]
 def _layers(module: PipelineModule) -> Iterator[tuple[int, nn.Module]]:
     """Layers of this rank that are modules, each once, with their numbers."""
     seen: set[nn.Module] = set()
-    start = int(module._local_start)
-    count = len(module.forward_funcs)
-    numbers = module.dualpipe_layers if isinstance(module, PlacedModule) else range(start, start + count)
-    for number, layer in zip(numbers, module.forward_funcs, strict=True):
+    for number, layer in numbered_layers(module):
         if isinstance(layer, nn.Module) and layer not in seen:
             seen.add(layer)
             yield number, layer

@@ -1,0 +1,159 @@
+"""Sequence parallelism: which replicas of the pipeline share each sequence, and who has which part.
+
+S replicas with neighbouring numbers share their sequences, at every position of the pipeline. To DeepSpeed they stay
+replicas: its ZeRO shards over all of them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch.distributed as dist
+from deepspeed.pipe import PipelineModule
+from deepspeed.runtime.pipe.topology import PipelineParallelGrid
+
+from ...comm.from_all import from_all
+from ...errors import ConfigError
+from ..checks.agreement import raise_everywhere
+from ..given import Settings
+
+SIZE, DATA = "sequence_parallel_size", "data_parallel_size"
+
+
+def read_sizes(settings: Settings, mesh_param: object) -> Settings:
+    """The configuration with the sizes that `mesh_param` gives.
+
+    Args:
+        settings: the DeepSpeed JSON.
+        mesh_param: (data-parallel size, sequence-parallel size), or None.
+
+    Raises:
+        ConfigError: they are no whole numbers, contradict each other, or go with a key that does not know them.
+    """
+    if mesh_param is not None:
+        pair = tuple(mesh_param) if isinstance(mesh_param, (tuple, list)) else ()
+        if len(pair) != 2:
+            raise ConfigError(
+                f"mesh_param must be (data-parallel size, sequence-parallel size), as DeepSpeed's, got {mesh_param!r}"
+            )
+        for name, value in zip((DATA, SIZE), pair, strict=True):
+            if settings.get(name, value) != value:
+                raise ConfigError(f'mesh_param {pair} contradicts "{name}": {settings[name]}: give one of the two')
+        settings = settings | dict(zip((DATA, SIZE), pair, strict=True))
+    for name in (SIZE, DATA):
+        value = settings.get(name, 1)
+        if type(value) is not int or value < (name == DATA):
+            raise ConfigError(f'"{name}" must be a whole number above 0, got {value!r}')
+    if settings.get(SIZE, 1) > 1:
+        _check_others(settings)
+    return settings
+
+
+def _check_others(settings: Settings) -> None:
+    pipeline, experts = settings.get("pipeline", {}), settings.get("expert_parallel")
+    if pipeline.get("schedule") == "auto" or pipeline.get("costs") is not None:
+        raise ConfigError(
+            f'"{SIZE}" and measured costs do not go together, which are those of whole sequences: name a schedule, and '
+            'leave "costs" out'
+        )
+    if str(settings.get("gradient_allreduce_op", "mean")).lower() == "sum":
+        raise ConfigError(
+            f'"{SIZE}" and "gradient_allreduce_op": "sum" do not go together, because ranks have parts of one mean: '
+            'take "mean"'
+        )
+    if isinstance(experts, Mapping) and experts.get("enabled"):
+        raise ConfigError(
+            f'"{SIZE}" does not know the attention of models of others: leave "expert_parallel" out, or take the '
+            "layers of dualpipe_engine.models"
+        )
+
+
+@dataclass(frozen=True)
+class Sharing:
+    """With whom a rank shares its sequences.
+
+    Args:
+        size: S; 1: each replica has sequences of its own.
+        rank: which part this rank has.
+        group: the ranks at this position of the pipeline that share them; None where S is 1.
+    """
+
+    size: int = 1
+    rank: int = 0
+    group: dist.ProcessGroup | None = None
+
+
+class BatchView:
+    """What DeepSpeed's configuration asks a grid for: a sequence counts once, whoever computes parts of it.
+
+    Args:
+        groups: of replicas, each with sequences of its own.
+    """
+
+    def __init__(self, groups: int) -> None:
+        self._groups = groups
+
+    def get_data_parallel_world_size(self) -> int:
+        return self._groups
+
+
+def readers_of(settings: Settings, replicas: int) -> int:
+    """How many groups of replicas read sequences of their own.
+
+    Raises:
+        ConfigError: S does not divide the replicas, or they are not as many as the two sizes say.
+    """
+    size: int = settings.get(SIZE, 1) or 1
+    if replicas % size:
+        raise ConfigError(
+            f'"{SIZE}": {size} does not divide the {replicas} replicas of the pipeline: start a multiple of {size} '
+            "replicas, or take a divisor",
+            everywhere=True,
+        )
+    data = settings.get(DATA)
+    if size > 1 and data is not None and data * size != replicas:
+        raise ConfigError(
+            f'"{DATA}": {data} x "{SIZE}": {size} must be the {replicas} replicas of the pipeline: leave "{DATA}" out, '
+            f"or set it to {replicas // size}",
+            everywhere=True,
+        )
+    return replicas // size
+
+
+def share_sequences(module: PipelineModule, base_grid: PipelineParallelGrid, size: int) -> Sharing:
+    """Let the layers of a placed module work on parts of sequences. Collective over all ranks.
+
+    Raises:
+        ConfigError: no layer knows how, one of them cannot, or there is no loss function; on all ranks.
+    """
+    if size == 1:
+        return Sharing()
+    own = Sharing()
+    for copies in base_grid.topology().get_axis_comm_lists("data"):
+        for start in range(0, len(copies), size):
+            ranks = copies[start : start + size]
+            group = dist.new_group(ranks)
+            if dist.get_rank() in ranks:
+                own = Sharing(size, ranks.index(dist.get_rank()), group)
+    sharing = [part for part in module.modules() if hasattr(part, "share_sequences")]
+    wrong = []
+    try:
+        for part in sharing:
+            part.share_sequences(own.group)
+    except ConfigError as error:
+        wrong.append(str(error))
+    raise_everywhere(wrong)
+    if not any(from_all(bool(sharing))):
+        raise ConfigError(
+            f'"{SIZE}": {size} needs layers whose attention knows parts of sequences, and the model has none: take '
+            "those of dualpipe_engine.models, or give a layer of yours a method share_sequences(group)",
+            everywhere=True,
+        )
+    if module.loss_fn is None:
+        raise ConfigError(
+            f'"{SIZE}": {size} weighs the losses of parts of sequences: give the PipelineModule a loss_fn, the mean '
+            "over labels other than -100",
+            everywhere=True,
+        )
+    return own

@@ -1,0 +1,124 @@
+"""Replicas that share sequences, against one process that has whole sequences."""
+
+from __future__ import annotations
+
+import pytest
+import sequence_runs as runs
+import test_moe
+import torch
+from torch import nn
+
+from dualpipe_engine.engine.batches.shards import IGNORED, Shards, of_shards
+from dualpipe_engine.engine.placing.param_groups import PLACEHOLDER
+from dualpipe_engine.errors import ConfigError
+from dualpipe_engine.models.transformer import layers, loss
+
+LATENT = {"heads": 4, "q_rank": 6}
+GROUPED = {"attention": "grouped", "heads": 4, "kv_heads": 1, "dense_blocks": 1}
+CASES = [
+    {"model": LATENT, "schedule": "dualpipe", "size": 2},
+    {"model": GROUPED, "schedule": "dualpipev", "size": 2},
+    {"model": LATENT, "schedule": "zb1p", "size": 2},
+]
+
+
+def whole(model, start, readers, evaluate=False):
+    """The oracle: loss and gradients of the whole model on whole sequences."""
+    module = nn.Sequential(
+        *[spec.build() for spec in layers(test_moe.moe_runs.config(**model | {"expert_parallel": 1}))]
+    ).double()
+    module.load_state_dict(start, strict=False)
+    total = 0.0
+    for reader in (7,) if evaluate else range(readers):
+        data = runs.stream(reader)
+        for _ in range(runs.MICROS):
+            inputs, labels = next(data)
+            each = loss(module(inputs), labels) / (runs.MICROS * (1 if evaluate else readers))
+            each.backward()
+            total += float(each.detach())
+    return total, {name: param.grad for name, param in module.named_parameters()}
+
+
+def check(found, case):
+    size, replicas = case["size"], case.get("replicas", 2)
+    readers = replicas // size
+    start = {name: copies[0] for name, copies in test_moe.assemble(found, "start").items()}
+    total, grads = whole(case["model"], start, readers)
+    evaluated, _ = whole(case["model"], start, readers, evaluate=True)
+    for rank in found:
+        assert rank["loss"] == pytest.approx(total, rel=1e-6)  # reported in fp32
+        assert rank["evaluated"] == pytest.approx(evaluated, rel=1e-6)
+        assert rank["reader"] == (rank["replica"] // size, readers, 2 * runs.MICROS * readers)
+    seen = test_moe.assemble(found, "grads")
+    seen.pop(PLACEHOLDER, None)  # of ranks without experts
+    assert set(seen) == set(grads)
+    for name, copies in seen.items():
+        for copy in copies:
+            torch.testing.assert_close(copy, grads[name], rtol=1e-10, atol=1e-10, msg=name)
+
+
+def test_gradients_are_those_of_whole_sequences(ranks):
+    found = ranks.run(4, runs.gradients, cases=CASES)
+    for number, case in enumerate(CASES):
+        check([rank[number] for rank in found], case)
+
+
+@pytest.mark.all
+def test_on_more_ranks(ranks):
+    """Four parts; two groups of two."""
+    cases = [
+        {"model": model, "schedule": schedule, "size": size, "replicas": 4}
+        for model, schedule, size in (
+            (LATENT, "dualpipe", 4),
+            (GROUPED | {"kv_heads": 2}, "dualpipe", 4),
+            (GROUPED, "zb1p", 4),
+            (LATENT, "dualpipev", 2),
+        )
+    ]
+    found = ranks.run(8, runs.gradients, cases=cases, timeout=300)
+    for number, case in enumerate(cases):
+        check([rank[number] for rank in found], case)
+
+
+@pytest.mark.parametrize(
+    ("steps", "ways"), [(1, [(1, (1, 2))]), pytest.param(10, [(2, None), (1, (1, 2))], marks=pytest.mark.all)]
+)
+def test_training_and_checkpoints_are_those_of_another_size(ranks, tmp_path, steps, ways):
+    found = ranks.run(4, runs.train, folder=str(tmp_path), steps=steps, ways=[(1, None), *ways])
+    for rank in found:
+        for losses in rank[1:]:
+            assert losses == pytest.approx(rank[0], rel=1e-5)
+
+
+def test_what_cannot_work_is_refused(ranks):
+    ranks.run(4, runs.refusals)
+
+
+def test_replicas_of_a_sequence_read_the_same(ranks):
+    ranks.run(4, runs.other_data)
+    found = ranks.run(4, runs.loader)
+    assert len(set(found)) == 1 and found[0][1] == 2 * runs.MICROS
+
+
+def test_parts_add_up_to_the_mean():
+    """Also where all labels that count are in one part."""
+    logits, labels = torch.randn(2, 6, 5), torch.randint(0, 5, (2, 6))
+    labels[:, 1:] = IGNORED
+    mean = of_shards(lambda out, y: nn.functional.cross_entropy(out.flatten(0, 1), y.flatten()))
+    parts = [Shards(3, rank).cut(logits, labels) for rank in range(3)]
+    assert [tuple(out.shape) for out, _ in parts] == [(2, 2, 5)] * 3
+    found = sum(mean(*part) for part in parts) / 3
+    torch.testing.assert_close(found, nn.functional.cross_entropy(logits.flatten(0, 1), labels.flatten()))
+
+
+@pytest.mark.parametrize(
+    ("inputs", "labels", "text"),
+    [
+        (torch.zeros(2, 5), torch.zeros(2, 5, dtype=torch.long), "pad them to a multiple of 2"),
+        (torch.zeros(2, 4), torch.zeros(2, dtype=torch.long), "one label for each token"),
+        (torch.zeros(2, 6), torch.zeros(2, 4, dtype=torch.long), "cannot be cut with labels of 4"),
+    ],
+)
+def test_what_cannot_be_cut(inputs, labels, text):
+    with pytest.raises(ConfigError, match=text):
+        Shards(2, 0).cut(inputs, labels)
