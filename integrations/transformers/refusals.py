@@ -7,8 +7,12 @@ from transformers import Trainer, TrainingArguments
 from dualpipe_engine.errors import ConfigError
 
 
-def refuse_arguments(args: TrainingArguments) -> None:
+def refuse_arguments(args: TrainingArguments, replicas: int = 1) -> None:
     """Refuse arguments that would have no effect, or another one.
+
+    Args:
+        args: of the Trainer.
+        replicas: of the pipeline.
 
     Raises:
         ConfigError: one of them is set.
@@ -25,11 +29,29 @@ def refuse_arguments(args: TrainingArguments) -> None:
         "bf16_full_eval": "casts a model that no rank runs: bf16=True trains and evaluates in bf16",
         "fp16_full_eval": "casts a model that no rank runs: fp16=True trains and evaluates in fp16",
         "include_num_input_tokens_seen": "counts the ranks of a pipeline as replicas",
+        "parallelism_config": "gives ranks to accelerate that are stages here: pass num_stages= to DualPipeTrainer",
+        "enable_jit_checkpoint": "saves on one rank's signal, but all ranks save together",
+        "eval_use_gather_object": "gathers objects of all ranks, but outputs travel as tensors",
+        "save_on_each_node": "saves a model that only the first node has gathered",
+        "debug": "hooks a model that no rank runs",
     }.items():
         if getattr(args, name, None) not in (None, False, "", "no", [], {}):
             raise ConfigError(f"TrainingArguments({name}=...) {reason}; leave it out")
     if args.gradient_accumulation_steps != 1:
         raise ConfigError("gradient_accumulation_steps must be 1: raise num_chunks and per_device_train_batch_size")
+    if args.train_sampling_strategy == "batch_rebalance":
+        raise ConfigError(
+            'train_sampling_strategy="batch_rebalance" deals rows out to ranks that read the same batch here: use '
+            '"group_by_length"'
+        )
+    if replicas > 1 and not args.average_tokens_across_devices:
+        raise ConfigError(
+            f"average_tokens_across_devices=False weights {replicas} replicas by their own tokens, but the engine adds "
+            "up all of them: leave it out"
+        )
+    for name in ("split_batches", "dispatch_batches", "gradient_accumulation_kwargs"):
+        if getattr(args.accelerator_config, name, None):
+            raise ConfigError(f"accelerator_config={{{name!r}: ...}} is about loaders of all ranks; leave it out")
 
 
 def refuse_hooks(trainer: Trainer) -> None:
@@ -44,6 +66,9 @@ def refuse_hooks(trainer: Trainer) -> None:
     for name, instead in {
         "create_optimizer_and_scheduler": "create_optimizer and create_scheduler",
         "get_batch_samples": "the data collator",
+        "get_train_dataloader": "_get_train_sampler or the data collator, as all ranks of a pipeline read one batch",
+        "get_eval_dataloader": "_get_eval_sampler or the data collator, as all ranks of a pipeline read one batch",
+        "get_test_dataloader": "_get_eval_sampler or the data collator, as all ranks of a pipeline read one batch",
         "_inner_training_loop": "training_step",
     }.items():
         if getattr(kind, name, None) is not getattr(Trainer, name, None):

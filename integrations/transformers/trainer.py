@@ -101,17 +101,17 @@ class DualPipeTrainer(PipelineEvaluation):
             super().__init__(model, args, *positional, **options)
         else:
             super().__init__(model=model, args=args, **options)
-        refuse_arguments(self.args)
         refuse_hooks(self)
         if self._num_chunks < 1:
             raise ConfigError(f"num_chunks must be at least 1, got {self._num_chunks}")
         if not dist.is_initialized():
             raise ConfigError("there is no process group: start with a launcher, such as `torchrun --nproc-per-node 2`")
-        world = dist.get_world_size() if dist.is_initialized() else 1
+        world = dist.get_world_size()
         self._stages = num_stages or world
         if world % self._stages:
             raise ConfigError(f"{world} processes are no multiple of {self._stages} stages: change num_stages")
         self._replicas = world // self._stages
+        refuse_arguments(self.args, self._replicas)
 
     # -- the engine ----------------------------------------------------------------------------------------------
 

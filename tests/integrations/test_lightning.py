@@ -16,7 +16,7 @@ from dualpipe_engine.integrations.lightning.batches import inputs_and_targets, s
 from dualpipe_engine.integrations.lightning.engine import configuration
 from dualpipe_engine.integrations.lightning.refusals import refuse_hooks, refuse_optimizers, refuse_trainer
 from lightning.pytorch import Callback
-from lightning.pytorch.callbacks import BaseFinetuning, StochasticWeightAveraging
+from lightning.pytorch.callbacks import BaseFinetuning, ModelPruning, StochasticWeightAveraging
 
 from dualpipe_engine.compat import DualPipeLightningModule
 from dualpipe_engine.errors import ConfigError
@@ -132,13 +132,16 @@ def test_what_would_have_no_effect_is_refused():
         ({"module": runs.Piped(runs.chain(), 1), "callbacks": [Watching()]}, "Watching.on_before_backward"),
         ({"module": runs.Piped(runs.chain(), 1), "callbacks": [StochasticWeightAveraging(1e-2)]}, "EMAWeightAveraging"),
         ({"module": runs.Piped(runs.chain(), 1), "callbacks": [BaseFinetuning()]}, "BaseFinetuning adds groups"),
+        ({"module": runs.Piped(runs.chain(), 1), "callbacks": [ModelPruning("l1_unstructured")]}, "prune the trained"),
     ):
         with pytest.raises(ConfigError, match=match):
             refuse_hooks(**plain | given)
-    outside = runs.Piped(runs.chain(), 1e-3)
+    outside, shared = runs.Piped(runs.chain(), 1e-3), runs.Piped(runs.chain(), 1e-3)
     outside.scale = nn.Parameter(torch.ones(1))
+    next(shared.parameters()).allreduce = False  # as DeepSpeed marks the weights of experts that ranks share
     for strategy, module, match in (
         (SimpleNamespace(), outside, "scale is in no layer of the model"),
+        (SimpleNamespace(), shared, "of experts that ranks share"),
         (SimpleNamespace(_layer_sync=object()), runs.Piped(runs.chain(), 1), "sync_batchnorm=True"),
     ):
         with pytest.raises(ConfigError, match=match):
@@ -168,6 +171,10 @@ def test_configurations_that_are_refused():
     by_value = plain | {"gradient_clip_algorithm": "value"}
     whole = given | {"extra": {"zero_optimization": {"stage": 0}}}
     assert configuration(SimpleNamespace(**by_value), **whole)["gradient_clipping"] == 0
+    for precision, section in (("bf16-true", "bf16"), ("16-true", "fp16")):
+        found = configuration(SimpleNamespace(**plain | {"precision": precision}), **given)
+        assert found[section] == {"enabled": True}
+        assert {"bf16", "fp16", "torch_autocast"} & set(found) == {section}
     for settings, match in (
         (plain | {"precision": "16-mixed"}, '"16-true" scales the loss'),
         (plain | {"precision": "64-true"}, "none of the engine's"),

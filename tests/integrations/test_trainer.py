@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
+import re
 import subprocess
 import sys
 from contextlib import nullcontext
@@ -156,11 +158,46 @@ def test_arguments_without_an_effect_are_refused(given, match):
         refuse_arguments(SimpleNamespace(**plain))
 
 
+def test_every_argument_is_in_the_table_of_the_docs():
+    """An argument of a newer transformers is one that nobody has looked at; what is called refused is."""
+    text = (Path(__file__).parents[2] / "docs" / "trainer.md").read_text()
+    rows = [row.split("|")[1:3] for row in text.partition("## Every argument")[2].partition("##")[0].splitlines()[4:]]
+    rows = [(re.findall("`([a-z0-9_]+)`", names), what.strip()) for names, what in filter(None, rows)]
+    told = [name for names, _ in rows for name in names]
+    known = {field.name for field in dataclasses.fields(transformers.TrainingArguments)}
+    assert len(told) == len(set(told)) and known <= set(told), known - set(told)
+    refused = [name for names, what in rows if what == "refused" for name in names]
+    assert len(refused) > 10
+    for name in set(refused) - {"torch_compile_backend", "torch_compile_mode"}:  # they turn torch_compile on
+        with pytest.raises(ConfigError, match=name):
+            refuse_arguments(SimpleNamespace(**vars(arguments()) | {name: "anything"}))
+    assert arguments(torch_compile_mode="default").torch_compile
+
+
+@pytest.mark.parametrize(
+    "given, replicas, match",
+    [
+        ({"train_sampling_strategy": "batch_rebalance"}, 1, "group_by_length"),
+        ({"average_tokens_across_devices": False}, 2, "2 replicas"),
+        ({"accelerator_config": SimpleNamespace(split_batches=True)}, 1, "split_batches"),
+        ({"accelerator_config": SimpleNamespace(dispatch_batches=True)}, 1, "dispatch_batches"),
+    ],
+)
+def test_values_without_an_effect_are_refused(given, replicas, match):
+    refuse_arguments(SimpleNamespace(**vars(arguments())), replicas)
+    with pytest.raises(ConfigError, match=match):
+        refuse_arguments(SimpleNamespace(**vars(arguments()) | given), replicas)
+
+
 def test_hooks_without_an_effect_are_refused():
     import peft
 
     class Loop(DualPipeTrainer):
         def create_optimizer_and_scheduler(self, num_training_steps):
+            pass
+
+    class Loader(DualPipeTrainer):
+        def get_train_dataloader(self):
             pass
 
     def trainer(kind=DualPipeTrainer, model=None, model_init=None):
@@ -173,6 +210,7 @@ def test_hooks_without_an_effect_are_refused():
     for given, match in (
         ({"model_init": runs.make_model}, "model_init"),
         ({"kind": Loop}, "create_scheduler"),
+        ({"kind": Loader}, "_get_train_sampler"),
         ({"model": peft.get_peft_model(runs.make_model(), prompts)}, "prompt"),
     ):
         with pytest.raises(ConfigError, match=match):
