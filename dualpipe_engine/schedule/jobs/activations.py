@@ -40,23 +40,15 @@ class Made(NamedTuple):
 
 
 class Module(NamedTuple):
-    """A module of a layer, for one token.
+    """A module of a layer.
 
     Args:
         name: within the layer.
         kind: its class.
-        dense: multiply-adds of its matrix products, routed experts aside.
-        routed: the same in routed experts.
-        moved: elements that go through memory outside of matrix products.
-        context: multiply-adds of an attention core for each token of context.
     """
 
     name: str
     kind: str = "Linear"
-    dense: int = 0
-    routed: int = 0
-    moved: int = 0
-    context: int = 0
 
 
 @dataclass(frozen=True)
@@ -104,19 +96,6 @@ class Flow:
         """Bytes of a token that are left from I to W; the arguments are those of `kept`."""
         inputs = sum(_bytes(each, width, fp8) for each in self.made if each.product)
         return inputs + self.gradients * width
-
-    def repeated(self, names: Names) -> Module:
-        """The work of what is computed again."""
-        again = self.again(names)
-        found = [module for module in self.modules if module.name in again]
-        return Module(
-            "",
-            "",
-            sum(each.dense for each in found),
-            sum(each.routed for each in found),
-            sum(each.moved for each in found),
-            sum(each.context for each in found),
-        )
 
 
 def _bytes(made: Made, width: int, fp8: bool) -> int:

@@ -64,7 +64,7 @@ def block_flow(config: Mapping[str, Any], experts: int, own: bool, width: int) -
             *inner.made,
             *feed.made,
         ),
-        (_norm_module(first, hidden), _norm_module(second, hidden), *inner.modules, *feed.modules),
+        (_norm_module(first), _norm_module(second), *inner.modules, *feed.modules),
         inner.gradients + feed.gradients,
     )
 
@@ -72,7 +72,7 @@ def block_flow(config: Mapping[str, Any], experts: int, own: bool, width: int) -
 def norm_flow(hidden: int, own: bool, width: int) -> Flow:
     """A norm that is a layer; the arguments are those of `block_flow`."""
     stream = Made("stream", hidden, into=("norm",), saved=width == 4)
-    return Flow((stream, *norm("norm", hidden, (), own, width)), (_norm_module("norm", hidden),))
+    return Flow((stream, *norm("norm", hidden, (), own, width)), (_norm_module("norm"),))
 
 
 def head_flow(hidden: int, vocabulary: int, depth: int, own: bool, width: int) -> Flow:
@@ -91,7 +91,7 @@ def mtp_flow(block: Flow, hidden: int, width: int) -> Flow:
     made = [each for name in names for each in norm(name, hidden, (), True, width)[:2]]
     stream = [Made("stream", hidden, into=(name,), saved=width == 4) for name in names]
     joined = Made("stream", 2 * hidden, product=True)
-    modules = *block.modules, *(_norm_module(name, hidden) for name in names)
+    modules = *block.modules, *(_norm_module(name) for name in names)
     return Flow((*block.made, *stream, *made, joined), modules, block.gradients + hidden)
 
 
@@ -119,8 +119,8 @@ def norm(name: str, size: int, into: tuple[str, ...], own: bool, width: int) -> 
     )
 
 
-def _norm_module(name: str, size: int) -> Module:
-    return Module(name, "RMSNorm", moved=2 * size)
+def _norm_module(name: str) -> Module:
+    return Module(name, "RMSNorm")
 
 
 def _grouped(config: Mapping[str, Any], names: Names, own: bool, width: int) -> Flow:
@@ -138,11 +138,11 @@ def _grouped(config: Mapping[str, Any], names: Names, own: bool, width: int) -> 
         Made("attention", queries, at, (out,), product=True),
     ]
     modules = [
-        Module(at, "Attention", moved=4 * (queries + keys), context=2 * queries),
-        Module(query, dense=hidden * queries),
-        Module(key, dense=hidden * keys),
-        Module(value, dense=hidden * keys),
-        Module(out, dense=queries * hidden),
+        Module(at, "Attention"),
+        Module(query),
+        Module(key),
+        Module(value),
+        Module(out),
     ]
     if own:
         made += _copies(at, queries, 2 * size, at)
@@ -154,7 +154,7 @@ def _grouped(config: Mapping[str, Any], names: Names, own: bool, width: int) -> 
                 Made("norm", (wide if width != 4 else 0) + count, place, width=4),
                 Made("norm", wide, place),
             ]
-            modules.append(_norm_module(place, wide))
+            modules.append(_norm_module(place))
     return Flow(tuple(made), tuple(modules), queries + 2 * keys + hidden)
 
 
@@ -187,22 +187,22 @@ def _latent(config: Mapping[str, Any], names: Names, own: bool, width: int) -> F
         Made("attention", heads * value, at, (out,), product=True),
     ]
     modules = [
-        Module(at, "LatentAttention", context=heads * (nope + rope + value)),
-        Module(compress, dense=hidden * (rank + rope)),
-        _norm_module(inner, rank),
-        Module(expand, dense=rank * expanded),
-        Module(up, dense=(query_rank or hidden) * queries),
-        Module(out, dense=heads * value * hidden),
+        Module(at, "LatentAttention"),
+        Module(compress),
+        _norm_module(inner),
+        Module(expand),
+        Module(up),
+        Module(out),
     ]
     made += _copies(at, heads * value, 2 * rope if own else 0, turn)
     if own:
-        modules.append(Module(turn, "Turned", moved=4 * queries))
+        modules.append(Module(turn, "Turned"))
     if query_rank:
         made += [
             Made("latent", query_rank, down, (middle,), saved=width == 4),
             *norm(middle, query_rank, (up,), own, width),
         ]
-        modules += [Module(down, dense=hidden * query_rank), _norm_module(middle, query_rank)]
+        modules += [Module(down), _norm_module(middle)]
     return Flow(tuple(made), tuple(modules), queries + query_rank + rank + rope + expanded + hidden)
 
 
@@ -213,7 +213,7 @@ def _feed(config: Mapping[str, Any], names: Names, own: bool) -> Flow:
 
 def _gated(at: str, hidden: int, inner: int, own: bool, part: str) -> Flow:
     """A SwiGLU layer: gate and value, the activation function, and its product with the value."""
-    module = Module(at, "FeedForward", moved=0)
+    module = Module(at, "FeedForward")
     if own:
         up, activation, down = f"{at}.up", f"{at}.activation", f"{at}.down"
         made = (
@@ -221,8 +221,8 @@ def _gated(at: str, hidden: int, inner: int, own: bool, part: str) -> Flow:
             Made("activation", inner, activation),
             Made("activation", inner, activation, (down,), product=True),
         )
-        parts = (Module(up, dense=2 * hidden * inner), Module(activation, "Gated", moved=3 * inner))
-        return Flow(made, (module, *parts, Module(down, dense=hidden * inner)), 2 * inner + hidden)
+        parts = (Module(up), Module(activation, "Gated"))
+        return Flow(made, (module, *parts, Module(down)), 2 * inner + hidden)
     gate, value, activation, down = (f"{at}.{each}" for each in ("gate_proj", "up_proj", "act_fn", "down_proj"))
     apart = (
         Made(part, inner, gate, (activation,)),
@@ -230,8 +230,8 @@ def _gated(at: str, hidden: int, inner: int, own: bool, part: str) -> Flow:
         Made("activation", inner, activation),
         Made("activation", inner, at, (down,), product=True),
     )
-    linear = tuple(Module(name, dense=hidden * inner) for name in (gate, value, down))
-    return Flow(apart, (module, *linear, Module(activation, "SiLUActivation", moved=2 * inner)), 2 * inner + hidden)
+    linear = tuple(Module(name) for name in (gate, value, down))
+    return Flow(apart, (module, *linear, Module(activation, "SiLUActivation")), 2 * inner + hidden)
 
 
 def _experts(config: Mapping[str, Any], experts: int, names: Names, own: bool, width: int) -> Flow:
@@ -254,9 +254,9 @@ def _experts(config: Mapping[str, Any], experts: int, names: Names, own: bool, w
     if width != 4 and (own or config.get("n_routed_experts")):  # scores are computed in fp32
         made.append(Made("router", hidden, names.router, width=4, product=True))
     modules = [
-        Module(at, "Experts", routed=3 * top_k * hidden * inner, moved=0),
-        Module(activation, "Gated" if own else "SiLUActivation", moved=3 * top_k * inner),
-        Module(names.router, "Router", dense=experts * hidden),
+        Module(at, "Experts"),
+        Module(activation, "Gated" if own else "SiLUActivation"),
+        Module(names.router, "Router"),
     ]
     if not own:
         modules.append(Module(names.feed, "MoE"))
