@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import argparse
 import json
+import re
 import sys
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 from ..errors import ConfigError
+from ..schedule.jobs.flows import OWN_RECOMPUTED
 from ..schedule.jobs.memory import MemoryRow, compare_memory, training_of
-from ..schedule.jobs.model_memory import Shape, model_memory
+from ..schedule.jobs.model_memory import Parts, Shape, model_memory, parts_of
 from ..schedule.jobs.model_shape import load_shape
 from ..schedule.placement import MOST_RANKS
 from ..schedule.plain_json import parse
@@ -29,7 +31,9 @@ counted: what lives for one op only (a fresh gradient, buffers of transfers), an
 
 --model takes the parameters and activations of a transformer from its config.json, its stages cut so that ranks have
 equal work. Experts, and their optimizer state, are divided by the ranks that share them: the "autoep_size" of the
-configuration, or --expert-parallel. Activations are those of transformers' layers, nothing computed again.
+configuration, or --expert-parallel. Activations are those of transformers' layers, or with --own-layers of those of
+dualpipe_engine.models, less what the "recompute" of the configuration names; a second table shows what the largest
+layer keeps, by parts.
 """
 
 
@@ -52,7 +56,9 @@ def add_memory(commands: Commands, shape: dict[str, Any]) -> None:
     parser.add_argument("--model", metavar="NAME", help=whole_model)
     size = "sequences of a micro-batch (default: train_micro_batch_size_per_gpu, or 1)"
     shared = "ranks that share the experts of a layer (default: the autoep_size, or 1)"
+    own = "layers of dualpipe_engine.models, whose modules have other names, not those of transformers"
     modelled = [
+        parser.add_argument("--own-layers", action="store_true", help=own),
         parser.add_argument("--expert-parallel", type=whole, metavar="N", help=shared),
         parser.add_argument("--micro-batch-size", type=whole, metavar="N", help=size),
         parser.add_argument("--sequence-length", type=whole, metavar="N", help="tokens (default: 4096)"),
@@ -81,7 +87,7 @@ def _counts(text: str) -> list[int]:
 
 
 def _run(given: list[argparse.Action], modelled: list[argparse.Action], args: argparse.Namespace) -> None:
-    from ..viz.memory import memory_data, memory_table
+    from ..viz.memory import memory_data, memory_table, parts_data, parts_table
     from ..viz.terminal import wide_console
 
     try:
@@ -97,21 +103,27 @@ def _run(given: list[argparse.Action], modelled: list[argparse.Action], args: ar
         raise ConfigError(f"--ranks and --replicas start at 1, and a pipeline has at most {MOST_RANKS:,} ranks")
     if args.model is not None:
         refuse(args, given, "with --model, whose config.json says it")
-        rows = _of_model(args, config, micro)
+        rows, parts = _of_model(args, config, micro)
     else:
         refuse(args, modelled, "without --model")
-        rows = _of_stages(args, config, micro)
+        rows, parts = _of_stages(args, config, micro), {}
     if args.format == "json":
         shape = {"ranks": args.ranks, "micro_batches": micro, "replicas": args.replicas}
-        sys.stdout.write(json.dumps({**shape, "schedules": memory_data(rows)}) + "\n")
+        sys.stdout.write(json.dumps({**shape, "schedules": memory_data(rows), **parts_data(parts)}) + "\n")
         return
     stage = config.get("zero_optimization", {}).get("stage", 0)
     title = f"ZeRO-{stage}, {args.ranks} ranks x {args.replicas} replicas, {micro} micro-batches"
     wide_console().print(memory_table(rows, title))
+    if parts:
+        wide_console().print(parts_table(parts))
 
 
 def _of_stages(args: argparse.Namespace, config: dict[str, Any], micro: int) -> list[MemoryRow]:
-    params = args.params_per_stage
+    params, section = args.params_per_stage, config.get("pipeline")
+    if isinstance(section, dict) and section.get("recompute"):
+        raise ConfigError(
+            '"recompute" changes what a layer keeps, which --activation-bytes has to say: take the key out, or --model'
+        )
     if params is None:
         raise ConfigError("say what a stage holds: --params-per-stage P, or --model with a config.json")
     params = params * args.ranks if len(params) == 1 else params
@@ -127,7 +139,8 @@ def _of_stages(args: argparse.Namespace, config: dict[str, Any], micro: int) -> 
     )
 
 
-def _of_model(args: argparse.Namespace, config: dict[str, Any], micro: int) -> list[MemoryRow]:
+def _of_model(args: argparse.Namespace, config: dict[str, Any], micro: int) -> tuple[list[MemoryRow], Parts]:
+    """Rows, and what a layer keeps under each name of "recompute" and under all."""
     experts, sequences = args.expert_parallel, args.micro_batch_size
     section = config.get("expert_parallel") or {}
     if experts is None:
@@ -139,9 +152,30 @@ def _of_model(args: argparse.Namespace, config: dict[str, Any], micro: int) -> l
             raise ConfigError(f"{args.config}: {name} must be a whole number, got {value!r}")
     length = 4096 if args.sequence_length is None else args.sequence_length
     shape = Shape(args.ranks, micro, args.replicas, experts, sequences, length)
-    return model_memory(
-        load_shape(args.model), training_of(config), shape, args.stages_per_rank, offload_activations=_offloaded(config)
-    )
+    model, training = load_shape(args.model, args.own_layers), training_of(config)
+    names = _recomputed(config, args.own_layers)
+    rows = model_memory(model, training, shape, args.stages_per_rank, _offloaded(config), names)
+    each = [(), *((name,) for name in names), *([names] if len(names) > 1 else [])]
+    return rows, {again: parts_of(model, shape, training.weights, again) for again in each}
+
+
+def _recomputed(config: dict[str, Any], own: bool) -> tuple[str, ...]:
+    pipeline = config.get("pipeline")
+    names = pipeline.get("recompute", False) if isinstance(pipeline, dict) else False
+    if isinstance(names, bool):
+        if names and not own:
+            raise ConfigError(
+                '"recompute": true stands for what layers list, and transformers\' list nothing: give names'
+            )
+        return OWN_RECOMPUTED if names else ()
+    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+        raise ConfigError(f'"recompute" must be true, false or a list of names, got {names!r}')
+    try:
+        for name in names:
+            re.compile(name)
+    except re.error as error:
+        raise ConfigError(f'"recompute": {name!r} is no regular expression: {error}') from None
+    return tuple(names)
 
 
 def _offloaded(config: dict[str, Any]) -> bool | int:

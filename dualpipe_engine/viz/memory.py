@@ -7,6 +7,7 @@ from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 from ..schedule.jobs.memory import STOCK, Memory, MemoryRow
+from ..schedule.jobs.model_memory import Parts
 from ..schedule.search.job_costs import gib
 
 if TYPE_CHECKING:
@@ -51,6 +52,27 @@ def memory_data(rows: Sequence[MemoryRow]) -> list[dict[str, Any]]:
         }
         for row in rows
     ]
+
+
+def parts_table(parts: Parts) -> Table:
+    """What one micro-batch keeps on the largest layer, by parts."""
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table(title=Text("one micro-batch on the largest layer"), title_justify="left")
+    table.add_column("part")
+    for names in parts:
+        table.add_column(Text("again: " + ", ".join(names) if names else "nothing again"), justify="right")
+    for part in parts[()]:
+        table.add_row(part, *(gib(left[part]) for left in parts.values()))
+    table.add_row("total", *(gib(sum(left.values())) for left in parts.values()), style="bold")
+    return table
+
+
+def parts_data(parts: Parts) -> dict[str, Any]:
+    """The same for JSON; empty where nothing is known."""
+    found = [{"recompute": list(names), "bytes": left} for names, left in parts.items()]
+    return {"layer_activations": found} if found else {}
 
 
 def _stock(rows: Sequence[MemoryRow]) -> Memory:

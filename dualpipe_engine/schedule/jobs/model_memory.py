@@ -1,8 +1,9 @@
 """Bytes of each rank for a whole model under every schedule, from its shape and a DeepSpeed configuration.
 
 Experts are divided by the ranks that share them, and their gradients and optimizer state by the copies of a share.
-Activations are what autograd keeps of transformers' layers with memory-efficient attention, nothing computed again,
-with even loads of experts. Stages are cut so that ranks have equal work.
+Activations are what autograd keeps of layers with memory-efficient attention and even loads of experts, less what is
+computed again by name; from I to W the inputs of matrix products and their gradients. Stages are cut so that ranks have
+equal work.
 """
 
 from __future__ import annotations
@@ -18,9 +19,13 @@ from ..placement import Placement
 from ..search.make_plan import make_plan
 from ..timing.costs import CostModel
 from ..timing.simulate import peak_bytes
+from .activations import Names, unknown_names
 from .estimate import check_shared, cut_model
 from .memory import STOCK, Memory, MemoryRow, Training, state_of
 from .model_shape import LayerShape, ModelShape, held_params
+
+Parts = dict[Names, dict[str, int]]
+"""Names of what is computed again -> bytes of each part that are left."""
 
 
 @dataclass(frozen=True)
@@ -56,14 +61,45 @@ class Shape:
             )
 
 
-def layer_activations(layer: LayerShape, width: int) -> int:
+def layer_activations(layer: LayerShape, width: int, recompute: Names = ()) -> int:
     """Bytes of a token that autograd keeps from a layer's forward to its backward.
 
     Args:
         layer: the layer.
         width: bytes of an element of the weights.
+        recompute: names of modules that are computed again.
     """
-    return layer.saved * width + layer.saved_fp32 * 4
+    return sum(layer.flow(width).kept(recompute, width).values())
+
+
+def check_names(model: ModelShape, recompute: Names) -> None:
+    """Refuse names that match no module.
+
+    Raises:
+        ConfigError: there are some.
+    """
+    flows = [layer.flow(2) for layer in model.layers]
+    if unknown := unknown_names(flows, recompute):
+        there = sorted({module.name for flow in flows for module in flow.modules})
+        raise ConfigError(
+            f'"recompute": no module of {model.name} matches {unknown[0]!r}: there are {", ".join(there)}'
+        )
+
+
+def parts_of(model: ModelShape, shape: Shape, width: int, recompute: Names = ()) -> dict[str, int]:
+    """Bytes of one micro-batch that the fullest layer keeps, by parts: norms, attention, experts, ...
+
+    Args:
+        model: what is trained.
+        shape: ranks and batch.
+        width: bytes of an element of the weights.
+        recompute: names of modules that are computed again.
+    """
+    fullest = max((layer for layer in model.layers if layer.context), key=lambda layer: layer_activations(layer, width))
+    tokens = shape.sequences * shape.length
+    plain = fullest.flow(width).kept((), width)
+    left = fullest.flow(width).kept(recompute, width)
+    return {part: left.get(part, 0) * tokens for part in sorted(plain.keys() | left.keys())}
 
 
 def model_memory(
@@ -72,6 +108,7 @@ def model_memory(
     shape: Shape,
     stages_per_rank: int | None = None,
     offload_activations: bool | int = False,
+    recompute: Names = (),
 ) -> list[MemoryRow]:
     """Stock 1F1B, then every schedule in its reference order.
 
@@ -81,18 +118,24 @@ def model_memory(
         shape: ranks and batch.
         stages_per_rank: of the schedules that take any number; None: their own.
         offload_activations: see `passes.offload`; stock 1F1B does not.
+        recompute: names of modules that are computed again; stock 1F1B does not.
 
     Raises:
-        ConfigError: the model's experts cannot be shared so.
+        ConfigError: the model's experts cannot be shared so, or a name matches nothing.
     """
     check_shared(model, shape.experts)
+    check_names(model, recompute)
     rows, known = [], with_stages(stages_per_rank)
     for name in (STOCK, *SCHEDULES):
         schedule = "1f1b" if name == STOCK else name
         try:
             placement, stages = known[schedule].on(shape.ranks), known[schedule].stages_per_rank
             bounds = bounds_of(model, placement, shape)
-            costs = CostModel(activation_bytes=_activations(model, bounds, shape, training.weights))
+            again = () if name == STOCK else recompute
+            costs = CostModel(
+                activation_bytes=_activations(model, bounds, shape, training.weights, again),
+                pending_bytes=_pending(model, bounds, shape, training.weights),
+            )
             plan = make_plan(schedule, shape.ranks, shape.micro_batches, costs, stages_per_rank=stages)
             peaks = peak_bytes(offload(plan, name != STOCK and offload_activations, costs), costs)
         except PlanError as error:
@@ -138,7 +181,16 @@ def stages_memory(
     return tuple(found)
 
 
-def _activations(model: ModelShape, bounds: Sequence[int], shape: Shape, width: int) -> tuple[int, ...]:
-    tokens = shape.sequences * shape.length
-    sizes = [layer_activations(layer, width) * tokens for layer in model.layers]
+def _activations(
+    model: ModelShape, bounds: Sequence[int], shape: Shape, width: int, recompute: Names
+) -> tuple[int, ...]:
+    return _of_stages([layer_activations(layer, width, recompute) for layer in model.layers], bounds, shape)
+
+
+def _pending(model: ModelShape, bounds: Sequence[int], shape: Shape, width: int) -> tuple[int, ...]:
+    return _of_stages([layer.flow(width).pending(width) for layer in model.layers], bounds, shape)
+
+
+def _of_stages(of_token: Sequence[int], bounds: Sequence[int], shape: Shape) -> tuple[int, ...]:
+    sizes = [each * shape.sequences * shape.length for each in of_token]
     return tuple(sum(sizes[start:stop]) for start, stop in pairwise(bounds))

@@ -13,6 +13,8 @@ from typing import Any, NamedTuple
 
 from ...errors import ConfigError
 from ..plain_json import parse
+from .activations import Flow
+from .flows import NORMED, block_flow, head_flow, mtp_flow, norm_flow
 
 #: Fields of the models' published configurations.
 KNOWN: dict[str, dict[str, Any]] = {
@@ -30,6 +32,10 @@ KNOWN: dict[str, dict[str, Any]] = {
     "mixtral-8x7b": {
         "hidden_size": 4096, "num_hidden_layers": 32, "num_attention_heads": 32, "num_key_value_heads": 8,
         "intermediate_size": 14336, "num_local_experts": 8, "num_experts_per_tok": 2, "vocab_size": 32000,
+    },
+    "mixtral-8x22b": {
+        "hidden_size": 6144, "num_hidden_layers": 56, "num_attention_heads": 48, "num_key_value_heads": 8,
+        "intermediate_size": 16384, "num_local_experts": 8, "num_experts_per_tok": 2, "vocab_size": 32768,
     },
     "llama-3-70b": {
         "hidden_size": 8192, "num_hidden_layers": 80, "num_attention_heads": 64, "num_key_value_heads": 8,
@@ -53,8 +59,7 @@ class LayerShape:
         context: multiply-adds of the attention core for each token of context.
         moved: elements that go through memory outside of matrix products in a forward.
         kept: elements kept for the backward, where norms, up-projections and activation functions are computed again.
-        saved: elements in the precision of the weights that autograd keeps of transformers' code, where nothing is.
-        saved_fp32: elements that it keeps in fp32 beside them.
+        flows: what autograd keeps of it tensor by tensor, with weights of two bytes and of four.
         rows: elements that a token sends to the rank of an expert; 0: no experts.
         top_k: experts of a token.
         groups: the most groups of experts, such as those of one node, that a token goes to; 0: any.
@@ -71,12 +76,15 @@ class LayerShape:
     context: int = 0
     moved: int = 0
     kept: int = 0
-    saved: int = 0
-    saved_fp32: int = 0
+    flows: tuple[Flow, Flow] = (Flow(), Flow())
     rows: int = 0
     top_k: int = 0
     groups: int = 0
     with_next: bool = False
+
+    def flow(self, width: int) -> Flow:
+        """What autograd keeps, with weights of `width` bytes."""
+        return self.flows[width == 4]
 
 
 @dataclass(frozen=True)
@@ -104,14 +112,18 @@ def held_params(layers: Sequence[LayerShape]) -> int:
     return own + (max(tied) if tied and all(layer.name != "embedding" for layer in layers) else 0)
 
 
-def load_shape(model: str) -> ModelShape:
+def load_shape(model: str, own: bool = False) -> ModelShape:
     """The shape of a built-in model, or of a Hugging Face `config.json` or the folder that has one.
+
+    Args:
+        model: name, file or folder.
+        own: with the layers of `dualpipe_engine.models`, not those of transformers.
 
     Raises:
         ConfigError: the name is unknown, or the file is no such configuration.
     """
     if model in KNOWN:
-        return shape_of(model, KNOWN[model])
+        return shape_of(model, KNOWN[model], own)
     if Path(model).is_dir():
         model = str(Path(model) / "config.json")
     if not model.endswith(".json"):
@@ -122,21 +134,20 @@ def load_shape(model: str) -> ModelShape:
         )
     try:
         config = parse(Path(model).read_text())
-        return shape_of(Path(model).parent.name or model, config)
+        return shape_of(Path(model).parent.name or model, config, own)
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise ConfigError(f"{model} is no configuration of a transformer: {type(error).__name__} {error}") from None
 
 
-def shape_of(name: str, config: Mapping[str, Any]) -> ModelShape:
-    """The shape that the fields of a Hugging Face configuration describe."""
+def shape_of(name: str, config: Mapping[str, Any], own: bool = False) -> ModelShape:
+    """The shape that the fields of a Hugging Face configuration describe; `own`: see `load_shape`."""
     hidden, count = int(config["hidden_size"]), int(config["num_hidden_layers"])
-    dense, moe = _dense_block(config), _moe_block(config)
+    dense, moe = _dense_block(config, own), _moe_block(config, own)
     blocks = [moe if moe is not None and _has_experts(config, number) else dense for number in range(count)]
     size = int(config["vocab_size"])
     table = size * hidden
     depth = _first(config, "num_mtp_layers", "num_nextn_predict_layers")
     tied = table if config.get("tie_word_embeddings") else 0
-    norm = _norm(hidden)
     head = LayerShape(
         "head",
         table + (0 if depth else hidden),
@@ -144,21 +155,22 @@ def shape_of(name: str, config: Mapping[str, Any]) -> ModelShape:
         dense=(1 + depth) * table,
         moved=(1 + depth) * 2 * size,
         kept=(1 + depth) * hidden,
-        saved=norm[0] * (not depth) + hidden * depth,
-        saved_fp32=norm[1] * (not depth) + (1 + depth) * size,
+        flows=(head_flow(hidden, size, depth, own, 2), head_flow(hidden, size, depth, own, 4)),
     )
     further: list[LayerShape] = []
     if depth:
-        further.append(LayerShape("norm", hidden, saved=norm[0], saved_fp32=norm[1], with_next=True))
+        further.append(
+            LayerShape("norm", hidden, flows=(norm_flow(hidden, own, 2), norm_flow(hidden, own, 4)), with_next=True)
+        )
         further.append(LayerShape("ahead", table, tied=table, moved=2 * depth * hidden, with_next=True))
         further += [_mtp_block(blocks[-1], hidden)] * depth
     embedding = LayerShape("embedding", table, moved=2 * hidden)
     return ModelShape(name, hidden, (embedding, *blocks, *further, head))
 
 
-def _dense_block(config: Mapping[str, Any]) -> LayerShape:
+def _dense_block(config: Mapping[str, Any], own: bool) -> LayerShape:
     hidden, width = int(config["hidden_size"]), int(config.get("intermediate_size") or 0)
-    attention, norm = _attention(config), _norm(hidden)
+    attention = _attention(config)
     product = 3 * hidden * width
     return LayerShape(
         "dense",
@@ -167,21 +179,20 @@ def _dense_block(config: Mapping[str, Any]) -> LayerShape:
         context=attention.context,
         moved=10 * hidden + attention.moved + 4 * width,
         kept=3 * hidden + attention.kept + 2 * width,
-        saved=2 * norm[0] + attention.saved + 4 * width,
-        saved_fp32=2 * norm[1] + attention.saved_fp32,
+        flows=(block_flow(config, 0, own, 2), block_flow(config, 0, own, 4)),
     )
 
 
-def _moe_block(config: Mapping[str, Any]) -> LayerShape | None:
+def _moe_block(config: Mapping[str, Any], own: bool) -> LayerShape | None:
     """A block with experts; None: the model has none."""
     hidden = int(config["hidden_size"])
     experts = _first(config, "n_routed_experts", "num_local_experts", "num_experts")
     if not experts:
         return None
     top_k, shared = int(config["num_experts_per_tok"]), int(config.get("n_shared_experts") or 0)
-    own = config.get("moe_intermediate_size") if config.get("model_type") != "mixtral" else None
-    width = int(own or config.get("intermediate_size") or 0)
-    expert, attention, norm = 3 * hidden * width, _attention(config), _norm(hidden)
+    given = config.get("moe_intermediate_size") if config.get("model_type") != "mixtral" else None
+    width = int(given or config.get("intermediate_size") or 0)
+    expert, attention = 3 * hidden * width, _attention(config)
     matrices = attention.matrices + shared * expert + experts * hidden
     return LayerShape(
         "moe",
@@ -193,9 +204,7 @@ def _moe_block(config: Mapping[str, Any]) -> LayerShape | None:
         context=attention.context,
         moved=10 * hidden + attention.moved + 4 * top_k * hidden + 4 * (top_k + shared) * width,
         kept=3 * hidden + attention.kept + top_k * hidden + 2 * (top_k + shared) * width,
-        # Rows before and after the experts, what the experts keep, and the scores and places of the router.
-        saved=2 * norm[0] + attention.saved + 2 * top_k * hidden + 4 * (top_k + shared) * width,
-        saved_fp32=2 * norm[1] + attention.saved_fp32 + experts + 9 * top_k,
+        flows=(block_flow(config, experts, own, 2), block_flow(config, experts, own, 4)),
         rows=hidden,
         top_k=top_k,
         groups=int(config.get("topk_group") or 0) if int(config.get("n_group") or 1) > 1 else 0,
@@ -211,22 +220,15 @@ def _has_experts(config: Mapping[str, Any], number: int) -> bool:
 
 def _mtp_block(block: LayerShape, hidden: int) -> LayerShape:
     """A block that is entered from two streams, which are joined by a projection, and left by a norm of its own."""
-    norm = _norm(hidden)
     return replace(
         block,
         name="mtp",
         params=block.params + 2 * hidden * hidden + 3 * hidden,
         dense=block.dense + 2 * hidden * hidden,
         kept=block.kept + 2 * hidden,
-        saved=block.saved + 3 * norm[0],
-        saved_fp32=block.saved_fp32 + 3 * norm[1],
+        flows=(mtp_flow(block.flows[0], hidden, 2), mtp_flow(block.flows[1], hidden, 4)),
         with_next=True,
     )
-
-
-def _norm(width: int) -> tuple[int, int]:
-    """Elements that a norm and the product behind it keep: in the precision of the weights, and in fp32."""
-    return 2 * width, width + 1
 
 
 class _Attention(NamedTuple):
@@ -237,8 +239,6 @@ class _Attention(NamedTuple):
     context: int
     moved: int
     kept: int
-    saved: int
-    saved_fp32: int
 
 
 def _attention(config: Mapping[str, Any]) -> _Attention:
@@ -247,7 +247,6 @@ def _attention(config: Mapping[str, Any]) -> _Attention:
     if rank := int(config.get("kv_lora_rank") or 0):  # multi-head latent attention
         nope, rope, value = (int(config[key]) for key in ("qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim"))
         query_rank, query = int(config.get("q_lora_rank") or 0), heads * (nope + rope)
-        down, up = _norm(query_rank) if query_rank else (0, 0), _norm(rank)
         matrices = hidden * query_rank + query_rank * query if query_rank else hidden * query
         matrices += hidden * (rank + rope) + rank * heads * (nope + value) + heads * value * hidden
         return _Attention(
@@ -256,30 +255,24 @@ def _attention(config: Mapping[str, Any]) -> _Attention:
             heads * (nope + rope + value),
             2 * heads * (nope + rope) * 2 + 2 * heads * value,
             query_rank + rank + rope + heads * value,
-            down[0] + up[0] + 2 * query + 2 * heads * value,
-            down[1] + up[1] + heads,
         )
     size = int(config.get("head_dim") or hidden // heads)
     kv_heads = int(config.get("num_key_value_heads") or heads)
     queries, keys = heads * size, kv_heads * size
     vectors = (queries + 2 * keys) * max(biased, kind in _BIASED) + hidden * biased
-    saved, saved_fp32 = 2 * queries + 2 * keys, heads
-    if kind in _NORMED:  # a norm of each query and key, of which positions keep nothing
+    if kind in NORMED:
         vectors += 2 * size
-        saved, saved_fp32 = saved + queries + keys, saved_fp32 + queries + keys + heads + kv_heads
     return _Attention(
         hidden * (queries + 2 * keys) + queries * hidden,
         vectors,
         2 * queries,
         2 * (queries + 2 * keys) + 2 * queries,
         2 * queries + 2 * keys,
-        saved,
-        saved_fp32,
     )
 
 
-#: Models whose queries, keys and values have biases, and those whose queries and keys have norms, whatever they say.
-_BIASED, _NORMED = ("qwen2", "qwen2_moe"), ("qwen3", "qwen3_moe")
+#: Models whose queries, keys and values have biases, whatever they say.
+_BIASED = ("qwen2", "qwen2_moe")
 
 
 def _on(config: Mapping[str, Any], key: str) -> int:
