@@ -178,7 +178,10 @@ def _choose_plan(
     costs = unmeasured_costs(model, dualpipe) if measured is None else measured.costs
     if dualpipe.schedule == AUTO:
         assert measured is not None
-        dualpipe, rows = choose(dualpipe, measured, num_micro)
+        # DeepSpeed keeps the inputs of layers that it checkpoints by itself.
+        interval = settings.get("pipeline", {}).get("activation_checkpoint_interval", 0)
+        may_offload = not (interval or model.activation_checkpoint_interval)
+        dualpipe, rows = choose(dualpipe, measured, num_micro, may_offload)
         if ds_comm.get_rank() == 0:
             print_choice(rows, measured, num_micro)
         chosen = best_of(rows).plan

@@ -26,8 +26,9 @@ from ...errors import ConfigError
 from ...schedule.orders.registry import placements_on
 from ...schedule.placement import LINEAR, Placement
 from ...schedule.plain_json import parse
-from ...schedule.search.compare import Row, best_of, compare
+from ...schedule.search.compare import best_of
 from ...schedule.search.job_costs import Measurement
+from ...schedule.search.ladder import Rung, under_memory
 from ...schedule.timing.bound import plan_bound
 from ..config import DualPipeConfig
 from ..given import Collate, Dataset, Settings
@@ -96,40 +97,52 @@ def job_costs(
     return measured
 
 
-def choose(config: DualPipeConfig, measured: Measurement, num_micro: int) -> tuple[DualPipeConfig, list[Row]]:
+def choose(
+    config: DualPipeConfig, measured: Measurement, num_micro: int, may_offload: bool = True
+) -> tuple[DualPipeConfig, list[Rung]]:
     """The configuration with "auto" replaced by the schedule with the shortest simulated step, and all schedules;
-    `best_of` gives the row that was taken, with its plan.
+    `best_of` gives the row that was taken, with its plan. Where memory does not suffice a schedule gets a cap on its
+    activations, or has some of them in host memory, but for what the configuration says itself.
+
+    Args:
+        may_offload: activations may leave for host memory where the configuration does not say whether they shall.
 
     Raises:
         PlanError: no schedule fits.
     """
-    rows = compare(
-        measured.ranks,
+    said = "offload_activations" in config.model_fields_set or not may_offload
+    rungs = under_memory(
+        measured,
         num_micro,
-        measured.costs,
-        config.activation_cap,
-        config.optimize,
-        config.split_backward is not False,
-        job=measured,
+        fewer=config.offload_activations if said else None,
+        activation_cap=config.activation_cap,
+        optimize=config.optimize,
+        split_backward=config.split_backward is not False,
         stages_per_rank=config.stages_per_rank,
     )
-    best = best_of(rows)
+    best = best_of(rungs)
+    assert isinstance(best, Rung)
     chosen = {"schedule": best.schedule, "activation_cap": best.cap, "stages_per_rank": best.stages_per_rank}
-    return config.model_copy(update=chosen), rows
+    return config.model_copy(update=chosen | {"offload_activations": best.fewer}), rungs
 
 
-def print_choice(rows: list[Row], measured: Measurement, num_micro: int) -> None:
-    """Say in one table what was taken, and why."""
+def print_choice(rungs: list[Rung], measured: Measurement, num_micro: int) -> None:
+    """Say in tables what was taken, and why."""
+    from ...viz.ladder import fitting_table
     from ...viz.summary import comparison_table
     from ...viz.terminal import wide_console
 
     bounds = {
-        row.schedule: plan_bound(row.plan, measured.costs.for_placement(row.plan.placement)) for row in rows if row.plan
+        row.schedule: plan_bound(row.plan, measured.costs.for_placement(row.plan.placement))
+        for row in rungs
+        if row.plan
     }
     title = f"auto: {measured.ranks} ranks, {num_micro} micro-batches, seconds simulated with measured costs"
     console = wide_console()
-    console.print(comparison_table(rows, bounds, title))
-    console.print(best_of(rows).reason, highlight=False)
+    console.print(comparison_table(rungs, bounds, title))
+    if any(rung.plain for rung in rungs):
+        console.print(fitting_table(rungs, measured.memory_bytes or 0))
+    console.print(best_of(rungs).reason, highlight=False)
 
 
 def _measure(

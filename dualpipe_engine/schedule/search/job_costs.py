@@ -14,7 +14,7 @@ from ..placement import Placement
 from ..plain_json import Json, parse
 from ..timing.costs import CostModel
 
-VERSION = 1
+VERSION = 2
 
 
 @dataclass(frozen=True)
@@ -107,7 +107,7 @@ class Measurement:
             ConfigError: it is no measurement.
         """
         if not isinstance(data, dict) or data.get("dualpipe_measurement") != VERSION:
-            raise ConfigError(f'{name} is no measurement of this version: "schedule": "auto" writes one')
+            raise ConfigError(f'{name} is no measurement of this version: delete it, and "schedule": "auto" writes one')
         try:
             costs: dict[str, Any] = {key: tuple(v) if isinstance(v, list) else v for key, v in data["costs"].items()}
             known = {each.name for each in fields(cls)} - {"costs"}
