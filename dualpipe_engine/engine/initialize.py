@@ -23,6 +23,7 @@ from ..models.autoep import section as expert_parallel
 from ..schedule.plan import Plan
 from ..schedule.progress import Position
 from ..schedule.search.compare import best_of
+from ..schedule.search.ladder import Rung
 from ..schedule.timing.costs import CostModel
 from .auto.choose import choose, job_costs, print_choice
 from .checks.agreement import agree_on_copies, agree_on_job, agree_on_schedule
@@ -184,9 +185,10 @@ def _choose_plan(
         dualpipe, rows = choose(dualpipe, measured, num_micro, may_offload)
         if ds_comm.get_rank() == 0:
             print_choice(rows, measured, num_micro)
-        chosen = best_of(rows).plan
-        assert chosen is not None
-        plan = lowered_plan(chosen, dualpipe, costs)
+        best = best_of(rows)
+        assert isinstance(best, Rung) and best.plan is not None
+        costs = measured.costs_of(best.recompute)
+        plan = lowered_plan(best.plan, dualpipe, costs)
     else:
         plan = make_lowered_plan(dualpipe, grid.pipe_parallel_size, num_micro, costs)
     agree(plan, torch.device(get_accelerator().current_device_name()))

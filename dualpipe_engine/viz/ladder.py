@@ -33,7 +33,7 @@ def fitting_table(rungs: Sequence[Rung], free: int) -> Table:
         needs = gib(plain.memory or 0)
         table.add_row(f"  {rung.schedule}", "as it is", f"{plain.total:.6g}", "-", needs, "-", "no", style="dim")
         for each in rung.tried:
-            taken = rung.feasible and (each.cap, each.fewer) == (rung.cap, rung.fewer)
+            taken = rung.feasible and each.change == rung.change
             memory, saved = each.memory or 0, (plain.memory or 0) - (each.memory or 0)
             table.add_row(
                 f"{'>' if taken else ' '} {each.schedule}",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from bisect import bisect_left
+from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
 from functools import partial
 
@@ -14,15 +15,17 @@ from .job_costs import Measurement, gib
 
 @dataclass(frozen=True)
 class Rung(Row):
-    """One schedule of a comparison, with its activations in host memory or without.
+    """One schedule of a comparison, with some of its activations computed again or in host memory, or without.
 
     Args:
         fewer: the value of "offload_activations"; `plan` is without the copies, the other numbers are with them.
+        recompute: what the layers list is computed again.
         plain: the schedule as it is, where that takes more memory than there is.
         tried: changes that make it take less, whether they make it fit or not.
     """
 
     fewer: bool | int = False
+    recompute: bool = False
     plain: Rung | None = None
     tried: tuple[Rung, ...] = ()
 
@@ -31,7 +34,7 @@ class Rung(Row):
         """The keys that make it differ from the schedule as it is."""
         cap = None if self.cap is None else f'"activation_cap": {self.cap}'
         moved = None if self.fewer is False else f'"offload_activations": {str(self.fewer).lower()}'
-        return ", ".join(filter(None, (cap, moved)))
+        return ", ".join(filter(None, ('"recompute": true' if self.recompute else None, cap, moved)))
 
 
 def under_memory(
@@ -39,19 +42,21 @@ def under_memory(
     num_micro: int,
     *,
     fewer: bool | int | None = None,
+    may_recompute: bool = True,
     activation_cap: float | None = None,
     optimize: bool = True,
     split_backward: bool = True,
     stages_per_rank: int | None = None,
 ) -> list[Rung]:
     """Every schedule on a measured job. One that takes more memory than there is gets a cap on its activations or has
-    some of them in host memory, whichever is faster.
+    some of them in host memory, with what the layers list computed again or without, whichever is fastest.
 
     Args:
         job: the measurement.
         num_micro: micro-batches of the batch.
         fewer: the value of "offload_activations" for all schedules; None: those that need it get the smallest number
             that makes them fit.
+        may_recompute: try it, where the job was measured with it.
         activation_cap: see `compare`, as for the others.
 
     Raises:
@@ -61,33 +66,49 @@ def under_memory(
         compare,
         job.ranks,
         num_micro,
-        job.costs,
-        activation_cap,
-        optimize,
-        split_backward,
+        activation_cap=activation_cap,
+        optimize=optimize,
+        split_backward=split_backward,
         stages_per_rank=stages_per_rank,
     )
     given = False if fewer is None else fewer
-    plain = [_moved(row, given, job) for row in every(job=replace(job, memory_bytes=None))]
-    large = {rung.schedule for rung in plain if not _fits(rung, job)}
-    capped = {row.schedule: _moved(row, given, job) for row in every(job=job, schedules=large)} if large else {}
-    return [_made_to_fit(rung, capped[rung.schedule], fewer, job) if rung.schedule in large else rung for rung in plain]
+    free = replace(job, memory_bytes=None)
+    plain = [_moved(row, given, job) for row in every(costs=job.costs, job=free)]
+    large = {rung.schedule: rung for rung in plain if not _fits(rung, job)}
+    tried = {name: _changed(every, rung, fewer, job) for name, rung in large.items()}
+    if may_recompute and large and job.recomputed is not None:
+        again = replace(job, costs=job.recomputed)
+        for row in every(costs=again.costs, job=free, schedules=large):
+            rung = replace(_moved(row, given, again), recompute=True)
+            tried[row.schedule].append(rung)
+            if not _fits(rung, job):
+                more = _changed(every, rung, fewer, again)
+                tried[row.schedule] += [replace(each, recompute=True) for each in more]
+    return [_made_to_fit(rung, tried[rung.schedule], job) if rung.schedule in large else rung for rung in plain]
 
 
-def _made_to_fit(plain: Rung, capped: Rung, fewer: bool | int | None, job: Measurement) -> Rung:
-    tried = [capped] if capped.feasible else []
+def _changed(every: Callable[..., list[Row]], plain: Rung, fewer: bool | int | None, job: Measurement) -> list[Rung]:
+    """The schedule under a cap, if there is a plan, and with some activations in host memory, if it may."""
+    [capped] = every(costs=job.costs, job=job, schedules=(plain.schedule,))
+    found = [_moved(capped, plain.fewer, job)] if capped.feasible else []
     if fewer is None:
         numbers = range(1, 1 + _most(plain))
         fitting = bisect_left(numbers, True, key=lambda number: _fits(_moved(plain, number, job), job))
-        tried.append(_moved(plain, numbers[min(fitting, len(numbers) - 1)], job))
+        found.append(_moved(plain, numbers[min(fitting, len(numbers) - 1)], job))
+    return found
+
+
+def _made_to_fit(plain: Rung, tried: list[Rung], job: Measurement) -> Rung:
     fit = [rung for rung in tried if _fits(rung, job)]
     if fit:
         return replace(min(fit, key=lambda rung: rung.total), plain=plain, tried=tuple(tried))
     assert plain.plan is not None and job.memory_bytes is not None
     least = min(rung.memory or 0 for rung in (plain, *tried))
-    reason = f"{plain.schedule} needs {gib(least)} at least, but {gib(job.memory_bytes)} are free"
-    if job.state_bytes[plain.plan.placement.key] >= job.memory_bytes:
-        reason = capped.reason  # which says that no activation fits beside the weights
+    state = job.state_bytes[plain.plan.placement.key]
+    reason = (
+        f"{plain.schedule} needs {gib(least)} at least, {gib(state)} of them for weights, gradients and optimizer "
+        f"state, but {gib(job.memory_bytes)} are free"
+    )
     copies = plain.parameter_copies
     return Rung(plain.schedule, False, reason, copies, memory=least, plain=plain, tried=tuple(tried))
 

@@ -54,7 +54,7 @@ LATE_S = 0.1
 
 
 def copies(late):
-    """Seconds of a copy of twice `LARGEST_COPY` when those of one name are late, those of no bytes, and the copies made."""
+    """Seconds of a copy of 1024 bytes when those of one name are late, and of one of none; and the copies made."""
     names = []
 
     class Late(ThreadCopyist):

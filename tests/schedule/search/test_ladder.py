@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from io import StringIO
 
 import pytest
@@ -92,3 +93,18 @@ def test_the_table_says_what_changes_cost_and_save():
             assert rung.change in line and "yes" in line
             assert f"{rung.total - rung.plain.total:+.4g}" in line and f"{rung.plain.memory - rung.memory} B" in line
     assert best_of(rungs).memory <= 160
+
+
+def test_what_is_computed_again_makes_room():
+    """It is tried where a schedule does not fit, costs its time, and is not tried where the user has said."""
+    again = CostModel(1, 1.5, 1, activation_bytes=12, pending_bytes=12, copy=0.3)
+    both = replace(job(150), recomputed=again)
+    found = {rung.schedule: rung for rung in under_memory(both, MICROS)}
+    rung = found["1f1b"]
+    assert rung.recompute and rung.fewer is False and rung.memory == STATE + RANKS * 12 <= 150
+    assert rung.change == '"recompute": true' and rung.total == simulate(rung.plan, again).makespan
+    assert all(each.tried[-1].recompute for each in found.values() if each.plain)
+    tight = {rung.schedule: rung for rung in under_memory(replace(both, memory_bytes=140), MICROS)}["1f1b"]
+    assert tight.recompute and tight.fewer == 1 and tight.change == '"recompute": true, "offload_activations": 1'
+    assert not any(rung.recompute for rung in under_memory(both, MICROS, may_recompute=False))
+    assert not any(rung.recompute for rung in under_memory(replace(both, memory_bytes=10_000), MICROS))
