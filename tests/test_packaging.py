@@ -43,7 +43,7 @@ FOREIGN = {
 #: What a package beside the layers may import; compat re-exports the integrations.
 ABOVE = {
     "compat": {"schedule", "comm", "runtime", "compat", "integrations"},
-    "testing": {"schedule"},
+    "testing": {"schedule", "runtime"},
     "cli": {"cli", "schedule", "viz", "profiling", "page", "engine", "__version__"},
 }
 #: Each room imports itself and rooms before it. Of the folders that have folders, the files on top are rooms where the

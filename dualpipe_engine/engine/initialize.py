@@ -23,6 +23,7 @@ from ..models.autoep import section as expert_parallel
 from ..schedule.plan import Plan
 from ..schedule.progress import Position
 from ..schedule.search.compare import best_of
+from ..schedule.search.ladder import Rung
 from ..schedule.timing.costs import CostModel
 from .auto.choose import choose, job_costs, print_choice
 from .batches.shards import of_shards
@@ -187,12 +188,16 @@ def _choose_plan(
     costs = unmeasured_costs(model, dualpipe) if measured is None else measured.costs
     if dualpipe.schedule == AUTO:
         assert measured is not None
-        dualpipe, rows = choose(dualpipe, measured, num_micro)
+        # DeepSpeed keeps the inputs of layers that it checkpoints by itself.
+        interval = settings.get("pipeline", {}).get("activation_checkpoint_interval", 0)
+        may_offload = not (interval or model.activation_checkpoint_interval)
+        dualpipe, rows = choose(dualpipe, measured, num_micro, may_offload)
         if ds_comm.get_rank() == 0:
             print_choice(rows, measured, num_micro)
-        chosen = best_of(rows).plan
-        assert chosen is not None
-        plan = lowered_plan(chosen, dualpipe, costs)
+        best = best_of(rows)
+        assert isinstance(best, Rung) and best.plan is not None
+        costs = measured.costs_of(best.recompute)
+        plan = lowered_plan(best.plan, dualpipe, costs)
     else:
         plan = make_lowered_plan(dualpipe, grid.pipe_parallel_size, num_micro, costs)
     agree(plan, torch.device(get_accelerator().current_device_name()))

@@ -26,7 +26,6 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 
 if TYPE_CHECKING:
-    from dualpipe_engine.schedule.op import Op
     from dualpipe_engine.schedule.timing.costs import CostModel
 
 HIDDEN, LENGTH, VOCABULARY = 128, 128, 256
@@ -150,6 +149,7 @@ def can_pin(ranks: int) -> bool:
 
 def _measure(sizes: Sizes, rung: Rung, kept: dict[tuple[str, bool], CostModel]) -> dict[str, Any]:
     from dualpipe_engine.comm.from_all import from_all
+    from dualpipe_engine.runtime.held import added_bytes
     from dualpipe_engine.schedule.timing.simulate import peak_bytes
     from dualpipe_engine.testing.held_activations import activation_watch
 
@@ -162,7 +162,7 @@ def _measure(sizes: Sizes, rung: Rung, kept: dict[tuple[str, bool], CostModel]) 
         losses.append(float(engine.train_batch(iter(batch))))
     key = rung.name, rung.recompute
     if key not in kept:  # the first rung of these has nothing in host memory
-        kept[key] = _costs(from_all(_added(held)), engine.plan.placement.num_stages)
+        kept[key] = _costs(from_all(added_bytes(held)), engine.plan.placement.num_stages)
     computed = peak_bytes(engine.plan, kept[key])
     seconds = _seconds(lambda: engine.train_batch(iter(batch)), sizes.steps)
     rank = engine.place.rank
@@ -208,17 +208,6 @@ def _engine(sizes: Sizes, rung: Rung) -> Any:
         )
     engine, *_ = dualpipe_engine.initialize(model=module, config=config)
     return engine
-
-
-def _added(held: list[tuple[Op, int]]) -> dict[tuple[str, int], int]:
-    """("F" or "I", stage) -> bytes that the first of these ops in the batch adds."""
-    found: dict[tuple[str, int], int] = {}
-    before = 0
-    for op, size in held:
-        if op.kind in ("F", "I"):
-            found.setdefault((op.kind, op.stage), size - before)
-        before = size
-    return found
 
 
 def _costs(of_ranks: list[dict[tuple[str, int], int]], stages: int) -> CostModel:

@@ -88,3 +88,48 @@ def measure(folder):
         engine.destroy()
         found.append(Measurement.load(path).costs.activation_bytes)
     return found
+
+
+def chosen(folder):
+    """What "auto" measures when nothing is said of "recompute", and, where memory is short, what it computes again and
+    the losses beside those without."""
+    from dataclasses import replace
+
+    import dualpipe_engine
+    from dualpipe_engine.engine.auto.choose import choose
+    from dualpipe_engine.engine.config import DualPipeConfig
+    from dualpipe_engine.schedule.search.job_costs import Measurement
+    from dualpipe_engine.schedule.timing.costs import CostModel
+
+    path = f"{folder}/costs.json"
+
+    def start(**pipeline):
+        module = moe_runs.make_module(moe_runs.config(**MODEL), 2, 1)
+        config = training.settings(4, costs=path, **pipeline)
+        engine, *_ = dualpipe_engine.initialize(model=module, config=config, training_data=moe_runs.Tokens(16))
+        data = training.stream(0)
+        found = engine.plan.schedule, sorted(engine.module.dualpipe_recomputed), float(engine.train_batch(data))
+        engine.destroy()
+        return found
+
+    start(schedule="auto")
+    measured = Measurement.load(path)
+    tight = replace(
+        measured,
+        costs=CostModel(1, 1, 1, activation_bytes=20, copy=100),
+        recomputed=CostModel(1, 1.1, 1, activation_bytes=10, copy=100),
+        state_bytes=dict.fromkeys(measured.state_bytes, 100),
+    )
+    for memory in range(110, 150):
+        tight = replace(tight, memory_bytes=memory)
+        config, _ = choose(DualPipeConfig(schedule="auto"), tight, 4)
+        if config.recompute:
+            break
+    torch.distributed.barrier()
+    if torch.distributed.get_rank() == 0:
+        tight.save(path)
+    torch.distributed.barrier()
+    again = start(schedule="auto")
+    cap = {"activation_cap": config.activation_cap}
+    plain = start(schedule=again[0], **cap)
+    return measured, config.schedule, again, plain

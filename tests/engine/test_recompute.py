@@ -124,3 +124,15 @@ class Normed(nn.Module):
 def test_auto_measures_what_is_left(ranks, tmp_path):
     for plain, again in ranks.run(2, recompute_runs.measure, folder=str(tmp_path), timeout=300):
         assert all(0.3 * held < less < 0.9 * held for held, less in zip(plain, again, strict=True))
+
+
+@pytest.mark.all
+def test_auto_computes_again_where_memory_is_short(ranks, tmp_path):
+    for measured, schedule, again, plain in ranks.run(2, recompute_runs.chosen, folder=str(tmp_path), timeout=300):
+        for held, less in zip(measured.costs.activation_bytes, measured.recomputed.activation_bytes, strict=True):
+            assert 0.3 * held < less < 0.9 * held
+        for name in ("f", "i", "w"):
+            assert all(map(float.__ge__, getattr(measured.recomputed, name), getattr(measured.costs, name)))
+        assert again[0] == plain[0] == schedule
+        assert again[1] and not plain[1]
+        assert again[2] == plain[2]

@@ -5,6 +5,8 @@ from __future__ import annotations
 import hashlib
 import socket
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -17,7 +19,8 @@ from deepspeed.runtime.config import DeepSpeedConfig, DtypeEnum
 from deepspeed.runtime.engine import DeepSpeedEngine
 from deepspeed.runtime.keep_in_fp32 import keep_in_fp32_pattern
 from deepspeed.utils import logger
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _NormBase
 from torch.utils.data import DataLoader, IterableDataset
 
 from ...comm.from_all import from_all
@@ -26,9 +29,11 @@ from ...errors import ConfigError
 from ...schedule.orders.registry import placements_on
 from ...schedule.placement import LINEAR, Placement
 from ...schedule.plain_json import parse
-from ...schedule.search.compare import Row, best_of, compare
+from ...schedule.search.compare import best_of
 from ...schedule.search.job_costs import Measurement
+from ...schedule.search.ladder import Rung, under_memory
 from ...schedule.timing.bound import plan_bound
+from ...schedule.timing.costs import CostModel, PerStage
 from ..config import DualPipeConfig
 from ..given import Collate, Dataset, Settings
 from ..placing.experts import numel_by_sharing
@@ -75,8 +80,13 @@ def job_costs(
     micro_size = _micro_size(settings, num_micro, module._grid.data_parallel_size)
     job = _describe(module, settings, config, micro_size)
     stored = _stored(path)
+    tries = auto and any(from_all(bool(_may_be_recomputed(module, settings, config))))
     if stored is not None:
+        if config.recompute is True and stored.recomputed is not None:
+            stored = replace(stored, costs=stored.recomputed, job={**stored.job, "recompute": "True"}, recomputed=None)
         changed = stored.differences(job)
+        if tries and stored.recomputed is None:
+            changed.append("recompute: not tried -> to be tried")
         if not changed:
             return stored
         if not auto:
@@ -97,40 +107,58 @@ def job_costs(
     return measured
 
 
-def choose(config: DualPipeConfig, measured: Measurement, num_micro: int) -> tuple[DualPipeConfig, list[Row]]:
+def choose(
+    config: DualPipeConfig, measured: Measurement, num_micro: int, may_offload: bool = True
+) -> tuple[DualPipeConfig, list[Rung]]:
     """The configuration with "auto" replaced by the schedule with the shortest simulated step, and all schedules;
-    `best_of` gives the row that was taken, with its plan.
+    `best_of` gives the row that was taken, with its plan. Where memory does not suffice a schedule gets a cap on its
+    activations, or has some of them in host memory or computed again, but for what the configuration says itself.
+
+    Args:
+        may_offload: activations may leave for host memory where the configuration does not say whether they shall.
 
     Raises:
         PlanError: no schedule fits.
     """
-    rows = compare(
-        measured.ranks,
+    said = "offload_activations" in config.model_fields_set or not may_offload
+    rungs = under_memory(
+        measured,
         num_micro,
-        measured.costs,
-        config.activation_cap,
-        config.optimize,
-        config.split_backward is not False,
-        job=measured,
+        fewer=config.offload_activations if said else None,
+        may_recompute="recompute" not in config.model_fields_set,
+        activation_cap=config.activation_cap,
+        optimize=config.optimize,
+        split_backward=config.split_backward is not False,
         stages_per_rank=config.stages_per_rank,
     )
-    best = best_of(rows)
-    chosen = {"schedule": best.schedule, "activation_cap": best.cap, "stages_per_rank": best.stages_per_rank}
-    return config.model_copy(update=chosen), rows
+    best = best_of(rungs)
+    assert isinstance(best, Rung)
+    chosen: dict[str, object] = {
+        "schedule": best.schedule,
+        "activation_cap": best.cap,
+        "stages_per_rank": best.stages_per_rank,
+    }
+    chosen |= {"offload_activations": best.fewer, "recompute": best.recompute or config.recompute}
+    return config.model_copy(update=chosen), rungs
 
 
-def print_choice(rows: list[Row], measured: Measurement, num_micro: int) -> None:
-    """Say in one table what was taken, and why."""
+def print_choice(rungs: list[Rung], measured: Measurement, num_micro: int) -> None:
+    """Say in tables what was taken, and why."""
+    from ...viz.ladder import fitting_table
     from ...viz.summary import comparison_table
     from ...viz.terminal import wide_console
 
     bounds = {
-        row.schedule: plan_bound(row.plan, measured.costs.for_placement(row.plan.placement)) for row in rows if row.plan
+        row.schedule: plan_bound(row.plan, measured.costs_of(row.recompute).for_placement(row.plan.placement))
+        for row in rungs
+        if row.plan
     }
     title = f"auto: {measured.ranks} ranks, {num_micro} micro-batches, seconds simulated with measured costs"
     console = wide_console()
-    console.print(comparison_table(rows, bounds, title))
-    console.print(best_of(rows).reason, highlight=False)
+    console.print(comparison_table(rungs, bounds, title))
+    if any(rung.plain for rung in rungs):
+        console.print(fitting_table(rungs, measured.memory_bytes or 0))
+    console.print(best_of(rungs).reason, highlight=False)
 
 
 def _measure(
@@ -151,26 +179,60 @@ def _measure(
     dtype = {"bf16": torch.bfloat16, "fp16": torch.half}.get(job["precision"])
     _cast(module, types, dtype)
     set_activation_checkpointing(module, settings.get("pipeline", {}))
+    probe = partial(
+        probe_stages,
+        module,
+        place,
+        next_batch,
+        num_micro,
+        device=device,
+        split_backward=config.split_backward is not False,
+        overlap=config.overlap is not False,
+        timeout_s=config.p2p_timeout_s,
+        sums=_sums(types, dtype),
+    )
     with tiled(module, config.tiled_loss, config.tiled_mlp):
-        costs = probe_stages(
-            module,
-            place,
-            next_batch,
-            num_micro,
-            device=device,
-            split_backward=config.split_backward is not False,
-            overlap=config.overlap is not False,
-            timeout_s=config.p2p_timeout_s,
-            sums=_sums(types, dtype),
-            recomputed=recomputed_modules(module, config.recompute),
-        )
+        costs, recomputed = probe(recomputed=recomputed_modules(module, config.recompute)), None
+        again = _may_be_recomputed(module, settings, config)
+        if any(from_all(bool(again))):
+            recomputed = _at_least(probe(recomputed=again), costs)
     trained = [param for param in module.parameters() if param.requires_grad]
     numel = sum(param.numel() for param in trained)
     dtype = trained[0].dtype if trained else torch.float32
     placements = placements_on(ranks, len(module._layer_specs))
     reduction = reduction_seconds(grid, place, numel, dtype, placements)
     state, memory = _memory(settings, place, trained, dtype, placements)
-    return Measurement(costs, ranks, len(module._layer_specs), reduction, state, memory, job)
+    return Measurement(costs, ranks, len(module._layer_specs), reduction, state, memory, job, recomputed)
+
+
+def _may_be_recomputed(module: PipelineModule, settings: Settings, config: DualPipeConfig) -> dict[str, nn.Module]:
+    """What the layers of this rank list as `recomputed`, where the configuration leaves open whether it is computed
+    again and nothing stands against it on any rank. Collective over all ranks."""
+    interval = settings.get("pipeline", {}).get("activation_checkpoint_interval", 0)
+    if "recompute" in config.model_fields_set or interval or module.activation_checkpoint_interval:
+        return {}
+    layers = module.forward_funcs
+    own = config.overlap is not False and any(hasattr(type(each), "overlapped_forward_backward") for each in layers)
+    statistics = any(isinstance(part, _NormBase) for part in module.modules())
+    of_ranks = from_all((any(getattr(layer, "recomputed", ()) for layer in layers), own or statistics))
+    if not any(lists for lists, _ in of_ranks) or any(against for _, against in of_ranks):
+        return {}
+    try:
+        return recomputed_modules(module, True)
+    except ConfigError:  # on all ranks: a module that transfers is among them
+        return {}
+
+
+def _at_least(costs: CostModel, other: CostModel) -> CostModel:
+    """The same, where no op of a stage takes less than in `other`."""
+
+    def larger(one: PerStage, two: PerStage) -> PerStage:
+        assert isinstance(one, tuple) and isinstance(two, tuple)
+        return tuple(map(max, one, two))
+
+    f, i, w = larger(costs.f, other.f), larger(costs.i, other.i), larger(costs.w, other.w)
+    pair = None if costs.fb is None or other.fb is None else larger(costs.fb, other.fb)
+    return replace(costs, f=f, i=i, w=w, fb=pair)
 
 
 def _cast(module: PipelineModule, types: DeepSpeedConfig, dtype: torch.dtype | None) -> None:

@@ -10,8 +10,10 @@ import torch.distributed as dist
 from deepspeed.accelerator import get_accelerator
 from deepspeed.runtime.pipe.topology import PipelineParallelGrid
 
+from ...comm.copies import copyist, host_empty
 from ...comm.from_all import from_all
 from ...comm.transport import Transport
+from ...errors import PipelineRuntimeError
 from ...runtime.observer import Observer
 from ...schedule.op import NONE, STEP, Op
 from ...schedule.placement import Placement
@@ -21,6 +23,7 @@ from ..placing.grid import MirrorTopology, Place
 REPEATS = 5  #: timed, after one that warms up
 TIMED = Op(STEP, NONE, NONE)  #: the name of all that is timed
 LARGEST = 1 << 24  #: elements of a reduction that is timed; the time of a larger one is scaled up
+LARGEST_COPY = 1 << 26  #: bytes of a copy, likewise
 
 
 def transfer_seconds(
@@ -89,6 +92,39 @@ def reduction_seconds(
         dist.destroy_process_group(mirrored)
     seconds_of_ranks = from_all(seconds)
     return {name: max(each[name] for each in seconds_of_ranks) for name in seconds}
+
+
+def copy_seconds(size: int, device: torch.device, timeout_s: float) -> float:
+    """Seconds of the copy of so many bytes from the device to host memory, or of that back: of the slower one.
+
+    Collective over all ranks, which copy at one time, as those of a host share its memory.
+
+    Args:
+        size: bytes; none take no time.
+        device: where the stages run. On the CPU a thread copies, as for activations.
+        timeout_s: seconds after which a copy that the host waits for is given up.
+
+    Raises:
+        PipelineRuntimeError: it was not in time.
+    """
+    there = torch.zeros(max(1, min(size, LARGEST_COPY)), dtype=torch.uint8, device=device)
+    host, copies = host_empty(there), copyist(device)
+    host.copy_(there)
+
+    def copy(name: str, target: torch.Tensor, source: torch.Tensor) -> None:
+        with waiting():
+            if not copies.copy(name, [(target, source)]).wait(timeout_s):
+                raise PipelineRuntimeError(
+                    f'a copy between device and host has not ended within {timeout_s:g} s: raise "p2p_timeout_s"'
+                )
+
+    with waiting():
+        dist.barrier()
+    seconds = max(
+        _timed(lambda: copy("offload", host_empty(there), there), device),  # memory is taken anew, as for activations
+        _timed(lambda: copy("reload", torch.empty_like(there), host), device),
+    )
+    return seconds * size / there.numel()
 
 
 def _twins(grid: PipelineParallelGrid) -> list[list[int]]:

@@ -23,9 +23,11 @@ from ...comm.p2p import Edges
 from ...comm.transports import transport_of
 from ...runtime.chunk import StageChunk
 from ...runtime.executor import Executor
+from ...runtime.held import added_bytes, held_behind
 from ...runtime.observer import Observer
 from ...runtime.recompute import Recompute
 from ...runtime.weight_grad import DeferredWeightGrads, install, uninstall
+from ...schedule.op import F, I
 from ...schedule.orders.paired import paired_plan
 from ...schedule.passes.lower import lower
 from ...schedule.plan import Plan
@@ -39,7 +41,7 @@ from ..placing.experts import connected_experts
 from ..placing.grid import Place
 from ..placing.partition import same_random_state
 from ..placing.stages import has_phases, make_chunk, needs_input_gradient
-from .link_probe import transfer_seconds
+from .link_probe import copy_seconds, transfer_seconds
 
 BATCHES = 3  #: measured, after one that warms up
 
@@ -57,7 +59,8 @@ def probe_stages(
     sums: torch.dtype | None = None,
     recomputed: dict[str, nn.Module] | None = None,
 ) -> CostModel:
-    """Seconds and activation bytes of each stage of the linear cut, and seconds of a transfer.
+    """Seconds and activation bytes of each stage of the linear cut, seconds of the copy of these to host memory, and
+    seconds of a transfer.
 
     Collective over all ranks; every rank returns the same.
 
@@ -94,14 +97,15 @@ def probe_stages(
             store=store,
             overlap=overlap,
         )
-        saved = _SavedBytes(chunk, module)
         with waiting():
             group, edges_of = module._grid.pp_proc_group, place.placement.edges()
             transport = transport_of(group)(place.pipeline, stage, group, device, edges=edges_of, timeout_s=timeout_s)
         edges = Edges(transport, device, timeout_s, dynamic_shape=module.dynamic_shape)
         bench = _Bench(module, place, chunk, edges, device, _sums_of(module, sums))
         try:
-            bench.run(make_plan("zb1p" if split_backward else "1f1b", ranks, num_micro), next_batch)
+            plan = make_plan("zb1p" if split_backward else "1f1b", ranks, num_micro)
+            bench.run(plan, next_batch)
+            kept, pending = bench.held(plan, next_batch)
             if any(from_all(chunk.brings_overlap)):
                 bench.run(paired_plan(ranks, num_micro), next_batch)
         finally:
@@ -110,7 +114,9 @@ def probe_stages(
         hop = transfer_seconds(place, transport, sizes, device, timeout_s)
         dist.barrier()  # nobody takes from a rank that has gone on
         transport.close()
-    return _same_on_all(place, measured_costs([Timeline(ranks, bench.spans)], ranks).at(stage), saved.total, hop)
+        copy_s = copy_seconds(kept, device, timeout_s)
+    costs = measured_costs([Timeline(ranks, bench.spans)], ranks)
+    return _same_on_all(place, (*costs.at(stage), copy_s), (kept, pending), hop)
 
 
 class _Bench:
@@ -129,7 +135,7 @@ class _Bench:
         device: torch.device,
         sums: Sequence[tuple[torch.Tensor, torch.Tensor]],
     ) -> None:
-        self._module, self._place, self._device = module, place, device
+        self._module, self._place, self._device, self._sums = module, place, device, sums
         self._observer = Observer(place.rank, device)
         self._executor = Executor(place.rank, {place.rank: chunk}, edges, self._observer, _Adding(sums))
         self._side = side_stream(device)
@@ -137,15 +143,27 @@ class _Bench:
 
     def run(self, plan: Plan, next_batch: Callable[[], Nest]) -> None:
         """Run a plan once to warm up, and `BATCHES` times."""
-        lowered, gradient = lower(plan), needs_input_gradient(self._module)
         for number in range(BATCHES + 1):
-            dist.barrier()
-            feed = BatchFeed(
-                self._place, plan.num_micro, next_batch, self._device, side=self._side, input_gradient=gradient
-            )
-            self._executor.run(lowered, feed)
+            self._batch(plan, next_batch)
             if number:
                 self.spans.extend(self._observer.spans())
+
+    def held(self, plan: Plan, next_batch: Callable[[], Nest]) -> tuple[int, int]:
+        """Run a plan once: bytes that a micro-batch keeps on the stage from F to I, and from I to W."""
+        own = [*self._module.parameters(), *self._module.buffers(), *(total for _, total in self._sums)]
+        with held_behind(self._executor, own) as found:
+            self._batch(plan, next_batch)
+        added = added_bytes(found)
+        kept = max(0, added[F, self._place.rank])
+        return kept, max(0, kept + added.get((I, self._place.rank), 0))
+
+    def _batch(self, plan: Plan, next_batch: Callable[[], Nest]) -> None:
+        dist.barrier()
+        gradient = needs_input_gradient(self._module)
+        feed = BatchFeed(
+            self._place, plan.num_micro, next_batch, self._device, side=self._side, input_gradient=gradient
+        )
+        self._executor.run(lower(plan), feed)
 
 
 class _Adding:
@@ -177,45 +195,22 @@ def _sums_of(module: torch.nn.Module, dtype: torch.dtype | None) -> list[tuple[t
     return [(param, torch.zeros_like(param, dtype=dtype)) for param in module.parameters() if param.requires_grad]
 
 
-def _same_on_all(place: Place, seconds: tuple[float, ...], size: int, hop: float) -> CostModel:
-    """Mean times over the replicas, the largest activations, the slowest hop."""
+def _same_on_all(place: Place, seconds: tuple[float, ...], sizes: tuple[int, int], hop: float) -> CostModel:
+    """Mean times over the replicas, the largest activations, the slowest copies and hop."""
     ranks = len(place.pipeline)
-    times, sizes, hops = [[0.0] * 4 for _ in range(ranks)], [0] * ranks, []
-    of_ranks = from_all((place.rank, seconds, size, hop))
+    times, bytes_of, hops = [[0.0] * 5 for _ in range(ranks)], [(0, 0)] * ranks, []
+    of_ranks = from_all((place.rank, seconds, sizes, hop))
     share = ranks / len(of_ranks)
-    for stage, seconds, size, hop in of_ranks:
-        times[stage] = [total + each * share for total, each in zip(times[stage], seconds, strict=True)]
-        sizes[stage] = max(sizes[stage], size)
+    for stage, seconds, sizes, hop in of_ranks:
+        *mean, slowest = times[stage]
+        *found, copy_s = seconds
+        mean = [total + each * share for total, each in zip(mean, found, strict=True)]
+        times[stage] = [*mean, max(slowest, copy_s)]
+        bytes_of[stage] = max(bytes_of[stage][0], sizes[0]), max(bytes_of[stage][1], sizes[1])
         hops.append(hop)
-    f, i, w, fb = (tuple(column) for column in zip(*times, strict=True))
-    return CostModel(f, i, w, fb, comm=max(hops), activation_bytes=tuple(sizes))
-
-
-class _SavedBytes:
-    """Counts the bytes that the first forward of a chunk leaves behind for its backward, parameters aside.
-
-    Attributes:
-        total: the bytes.
-    """
-
-    def __init__(self, chunk: StageChunk, module: PipelineModule) -> None:
-        self.total = 0
-        self._seen = {param.untyped_storage().data_ptr() for param in module.parameters()}
-        forward = chunk.forward
-
-        def counted(*args: Nest) -> Nest:
-            vars(chunk).pop("forward")
-            with torch.autograd.graph.saved_tensors_hooks(self._count, lambda tensor: tensor):
-                return forward(*args)
-
-        vars(chunk)["forward"] = counted
-
-    def _count(self, tensor: torch.Tensor) -> torch.Tensor:
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() not in self._seen:
-            self._seen.add(storage.data_ptr())
-            self.total += storage.nbytes()
-        return tensor.detach()
+    f, i, w, fb, copy_of = (tuple(column) for column in zip(*times, strict=True))
+    kept, pending = (tuple(column) for column in zip(*bytes_of, strict=True))
+    return CostModel(f, i, w, fb, max(hops), activation_bytes=kept, pending_bytes=pending, copy=copy_of)
 
 
 @contextmanager

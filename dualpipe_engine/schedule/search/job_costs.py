@@ -14,7 +14,7 @@ from ..placement import Placement
 from ..plain_json import Json, parse
 from ..timing.costs import CostModel
 
-VERSION = 1
+VERSION = 2
 
 
 @dataclass(frozen=True)
@@ -31,6 +31,7 @@ class Measurement:
             allocate.
         memory_bytes: bytes that were free on the device when `state_bytes` was taken; None: unknown.
         job: what was measured, so that a file is not used for another job.
+        recomputed: as `costs`, with what the layers list computed again in the backward; None: it was not measured.
     """
 
     costs: CostModel
@@ -40,6 +41,11 @@ class Measurement:
     state_bytes: Mapping[str, int] = field(default_factory=dict)
     memory_bytes: int | None = None
     job: Mapping[str, str] = field(default_factory=dict)
+    recomputed: CostModel | None = None
+
+    def costs_of(self, recompute: bool) -> CostModel:
+        """The costs with what the layers list computed again, or without."""
+        return self.recomputed if recompute and self.recomputed is not None else self.costs
 
     def differences(self, job: Mapping[str, str]) -> list[str]:
         """What is different in `job`, each as "name: measured -> now"."""
@@ -107,15 +113,25 @@ class Measurement:
             ConfigError: it is no measurement.
         """
         if not isinstance(data, dict) or data.get("dualpipe_measurement") != VERSION:
-            raise ConfigError(f'{name} is no measurement of this version: "schedule": "auto" writes one')
+            raise ConfigError(f'{name} is no measurement of this version: delete it, and "schedule": "auto" writes one')
         try:
-            costs: dict[str, Any] = {key: tuple(v) if isinstance(v, list) else v for key, v in data["costs"].items()}
-            known = {each.name for each in fields(cls)} - {"costs"}
-            found = cls(costs=CostModel(**costs), **{key: data[key] for key in known if key in data})
-            found.costs.check(found.ranks)
+            again = data.get("recomputed")
+            known = {each.name for each in fields(cls)} - {"costs", "recomputed"}
+            found = cls(
+                costs=_costs(data["costs"]),
+                recomputed=None if again is None else _costs(again),
+                **{key: data[key] for key in known if key in data},
+            )
+            for costs in filter(None, (found.costs, found.recomputed)):
+                costs.check(found.ranks)
         except (KeyError, TypeError, AttributeError, PlanError) as error:
             raise ConfigError(f"the measurement {name} is damaged: {error}") from None
         return found
+
+
+def _costs(data: Mapping[str, Any]) -> CostModel:
+    given: dict[str, Any] = {key: tuple(value) if isinstance(value, list) else value for key, value in data.items()}
+    return CostModel(**given)
 
 
 def gib(size: float) -> str:

@@ -10,6 +10,7 @@ import training
 
 import dualpipe_engine
 from dualpipe_engine.engine.auto import choose as auto
+from dualpipe_engine.engine.config import read_config
 
 
 def start(path, ranks=4, replicas=1, data=True, schedule="auto", precision="fp32", **pipeline):
@@ -40,6 +41,7 @@ def start(path, ranks=4, replicas=1, data=True, schedule="auto", precision="fp32
     stream = training.stream(engine.data_rank)
     found = {
         "schedule": engine.plan.schedule,
+        "copies": engine.plan.has_copies(),
         "digest": engine.plan.digest(),
         "losses": [float(engine.train_batch(stream)) for _ in range(3)],
         "measured": len(measured),
@@ -47,3 +49,10 @@ def start(path, ranks=4, replicas=1, data=True, schedule="auto", precision="fp32
     engine.data_iterator = engine.training_dataloader = None
     gc.collect()
     return found
+
+
+def described(path, ranks):
+    """What the file of a job says that it was measured on."""
+    config = training.settings(4, 1, schedule="auto", costs=str(path))
+    module = training.make_module(ranks, 2 * ranks)
+    return auto._describe(module, *read_config(config), auto._micro_size(config, 4, 1))

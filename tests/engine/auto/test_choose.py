@@ -95,6 +95,7 @@ def test_auto_measures_once_and_trains_as_the_schedule_it_took(ranks, tmp_path, 
     assert measured.ranks == 4 and len(measured.costs.f) == 4
     assert all(seconds > 0 for seconds in (*measured.costs.f, *measured.costs.i, *measured.costs.w))
     assert measured.costs.comm > 0 and min(measured.costs.activation_bytes) > 0
+    assert min(measured.costs.copy) > 0 and len(measured.costs.pending_bytes) == 4
     assert measured.reduction["linear"] == 0 < measured.reduction["bidirectional"]
     assert measured.state_bytes.keys() == measured.reduction.keys() >= {"linear", "vee", "loop of 2", "loop of 3"}
 
@@ -107,6 +108,25 @@ def test_auto_measures_once_and_trains_as_the_schedule_it_took(ranks, tmp_path, 
     assert main(["compare", "--costs", str(path), "--micro-batches", "4", "--optimize"]) == 0
     marked = [line for line in capsys.readouterr().out.splitlines() if "> " in line]
     assert first[0]["schedule"] in marked[0]
+
+
+def test_what_does_not_fit_goes_to_host_memory(ranks, tmp_path):
+    path = tmp_path / "costs.json"
+    job = ranks.run(2, auto_runs.described, path=path, ranks=2)[0]
+    states = {"linear": 100, "bidirectional": 300, "vee": 100, "loop of 2": 100}
+    costs = CostModel(1, 1, 1, activation_bytes=10)
+    tight = Measurement(costs, 2, 4, state_bytes=states, memory_bytes=116, job=job)
+    config, rungs = choose(DualPipeConfig(schedule="auto"), tight, 4)
+    assert config.offload_activations and min(rung.plain.memory for rung in rungs if rung.plain) > 116
+    tight.save(path)
+    found = ranks.run(2, auto_runs.start, path=path, ranks=2, data=False)
+    assert all(rank["schedule"] == config.schedule and rank["copies"] for rank in found)
+    same = {"schedule": config.schedule, "activation_cap": config.activation_cap}
+    plain = ranks.run(2, auto_runs.start, path=path, ranks=2, data=False, **same)
+    assert not plain[0]["copies"] and plain[0]["losses"] == found[0]["losses"]
+    stays = DualPipeConfig(schedule="auto", offload_activations=False)
+    for asked, may in ((stays, True), (DualPipeConfig(schedule="auto"), False)):
+        assert choose(asked, tight, 4, may)[0].offload_activations is False
 
 
 def test_auto_with_replicas_and_bf16(ranks, tmp_path):

@@ -44,7 +44,7 @@ def test_memory_cap_counts_the_largest_stage():
 
 
 @pytest.mark.parametrize(
-    "text", ["", "[]", "{}", '{"dualpipe_measurement": 99}', '{"dualpipe_measurement": 1, "ranks": 2, "layers": 2}']
+    "text", ["", "[]", "{}", '{"dualpipe_measurement": 99}', '{"dualpipe_measurement": 2, "ranks": 2, "layers": 2}']
 )
 def test_what_is_no_measurement_is_refused(tmp_path, text):
     path = tmp_path / "costs.json"
