@@ -22,12 +22,14 @@ from .registry import Adapter, added_adapter, refuse_unfit
 from .result_check import check_result
 from .routed import RoutedRunner, RouterLoss
 from .runner import BlockRange, Runner
+from .sketch import sketches
 from .stage import Stage
 from .stubs import shadow
 
 if TYPE_CHECKING:
     from deepspeed.pipe import LayerSpec
 
+EXTRAS = ("attention_mask", "position_ids", "token_type_ids")  #: what the probe need not have, after the main input
 TIED = "ends"  #: key of the TiedLayerSpec of a model whose first and last piece share weights
 
 
@@ -99,8 +101,27 @@ class ModelAdapter:
         self._shadows: dict[str, nn.Module] = {}
         above = ancestors((*self.chain.prologue, *self.chain.blocks, *self.chain.epilogue))
         self._kept, self._unused = self._rest(above)
-        if not any(param.is_meta for param in model.parameters()):
-            check_result(model, self._inputs, probe, lambda: self._cut(min(2, len(self.chain.blocks))))
+        self._check(probe)
+        self._inputs.only((*probe, *(name for name in self._inputs.names if name in EXTRAS), "inputs_embeds"))
+
+    def _check(self, probe: dict[str, Nest]) -> None:
+        """Compare the smallest stages with the model. Where they fail without the token ids, all get them."""
+        meta = any(param.is_meta for param in self.model.parameters())
+        forwards = sketches(self.model, self.chain.blocks) if meta else {}
+        try:
+            check_result(self.model, self._inputs, probe, self._parts, forwards)
+        except ConfigError:
+            if not self._inputs.embeds:
+                raise
+            self._inputs = self._inputs.with_ids()
+            check_result(self.model, self._inputs, probe, self._parts, forwards)
+
+    def _parts(self) -> list[Stage]:
+        """Prologue, each block and epilogue as stages of their own, not filled."""
+        count = len(self.chain.blocks)
+        blocks = [BlockRange(index, index + 1, False, False) for index in range(count)]
+        spans = [BlockRange(0, 0, True, False), *blocks, BlockRange(count, count, False, True)]
+        return [Stage(self, (span,)) for span in spans]
 
     @property
     def loss_fn(self) -> LossFn:
@@ -140,13 +161,7 @@ class ModelAdapter:
         Raises:
             ConfigError: there are fewer blocks than stages.
         """
-        stages = self._cut(num_partitions)
-        for stage in stages:
-            stage.fill()
-        return stages
-
-    def _cut(self, num_partitions: int) -> list[Stage]:
-        return [self._stage(index, num_partitions) for index in range(num_partitions)]
+        return [self.stage(index, num_partitions) for index in range(num_partitions)]
 
     def stage(self, index: int, num_partitions: int) -> Stage:
         """One of the stages of `partition`; nothing is built or read for the others."""
@@ -271,12 +286,11 @@ def _inputs(model: nn.Module) -> Inputs:
     if main is None:  # not of transformers
         names = tuple(name for name, param in signature.items() if param.kind is param.POSITIONAL_OR_KEYWORD)
         return Inputs(names, False, {})
-    extras = ("attention_mask", "position_ids", "token_type_ids")
     family = family_of(model)
     embeds = family is not None and family.embeds_only and "inputs_embeds" in signature
     # The auxiliary loss over routers is made by `RoutedRunner`.
     fixed = {name: False for name in ("use_cache", "output_router_logits") if name in signature}
-    return Inputs((main, *(name for name in extras if name in signature)), embeds, fixed)
+    return Inputs((main, *(name for name in EXTRAS if name in signature)), embeds, fixed)
 
 
 def _probe(model: nn.Module, inputs: Inputs, example: Nest) -> dict[str, Nest]:
@@ -290,7 +304,7 @@ def _probe(model: nn.Module, inputs: Inputs, example: Nest) -> dict[str, Nest]:
     if main == "input_ids" and config is not None:
         return inputs.read(torch.ones(1, 4, dtype=torch.long, device=device))[0]
     if main == "pixel_values" and config is not None:
-        size = getattr(config, "image_size", 64)
+        size = getattr(config, "image_size", getattr(getattr(config, "vision_config", None), "image_size", 64))
         height, width = size if isinstance(size, (tuple, list)) else (size, size)
         return inputs.read(torch.zeros(1, getattr(config, "num_channels", 3), height, width, device=device))[0]
     raise ConfigError(

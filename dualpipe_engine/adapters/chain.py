@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
-from functools import partial
 from itertools import pairwise
 
 import torch
@@ -13,7 +12,7 @@ from torch.utils import _pytree as pytree
 
 from ..comm.nest import Nest
 from ..errors import ConfigError
-from .stubs import first_tensor, placeholder, shadow
+from .sketch import Forwards, in_place, sketches
 
 
 @dataclass(frozen=True)
@@ -24,7 +23,7 @@ class Chain:
         prologue: run before the first block, such as an embedding.
         blocks: run one after the other; each takes the hidden state that the one before it returns.
         epilogue: run after the last block, such as a norm and a head.
-        outputs: for each block the length of the tuple that it returns, the hidden state first; 0 for a plain tensor.
+        outputs: for each block the length of the tuple or list that it returns, the hidden state first; 0 for a tensor.
     """
 
     prologue: tuple[str, ...]
@@ -54,7 +53,7 @@ def find_chain(model: nn.Module, inputs: Mapping[str, Nest] | tuple[Nest, ...]) 
     """Run one forward without side effects on the model's mode, gradients or random state, and find its chain.
 
     Args:
-        model: the whole model. On the meta device its blocks are not run but handed through.
+        model: the whole model. On the meta device sketches of its blocks run.
         inputs: keyword or positional arguments of its forward, small ones.
 
     Raises:
@@ -62,7 +61,7 @@ def find_chain(model: nn.Module, inputs: Mapping[str, Nest] | tuple[Nest, ...]) 
     """
     meta = any(param.is_meta for param in model.parameters())
     try:
-        root = _trace(model, inputs, _without_weights(model, _row_of_blocks(model)) if meta else {})
+        root = _trace(model, inputs, sketches(model, _row_of_blocks(model)) if meta else {})
     except ConfigError:
         raise
     except Exception as error:
@@ -82,7 +81,7 @@ def find_chain(model: nn.Module, inputs: Mapping[str, Nest] | tuple[Nest, ...]) 
     _check_blocks(model, blocks)
     names = tuple(call.name for call in blocks)
     prologue, epilogue = _ends(model, root, names, blocks[0].began, blocks[-1].ended)
-    outputs = tuple(len(call.output) if isinstance(call.output, tuple) else 0 for call in blocks)
+    outputs = tuple(len(call.output) if isinstance(call.output, (tuple, list)) else 0 for call in blocks)
     return Chain(prologue, names, epilogue, outputs)
 
 
@@ -99,9 +98,7 @@ def _tensors(value: Nest) -> Iterator[torch.Tensor]:
     return (leaf for leaf in pytree.tree_leaves(value) if isinstance(leaf, torch.Tensor))
 
 
-def _trace(
-    model: nn.Module, inputs: Mapping[str, Nest] | tuple[Nest, ...], replaced: Mapping[str, Callable[..., Nest]]
-) -> _Call:
+def _trace(model: nn.Module, inputs: Mapping[str, Nest] | tuple[Nest, ...], replaced: Forwards) -> _Call:
     """The tree of module calls; `replaced` are forwards that run in place of those of the modules named."""
     root = _Call("", [], 0)
     stack, clock, hooks = [root], [0], []
@@ -126,38 +123,15 @@ def _trace(
             if name:
                 hooks.append(module.register_forward_pre_hook(enter(name), with_kwargs=True, prepend=True))
                 hooks.append(module.register_forward_hook(leave))
-            if name in replaced:
-                module.forward = replaced[name]  # type: ignore[method-assign]
         model.eval()
-        with torch.random.fork_rng(devices=[]), torch.enable_grad():
+        with torch.random.fork_rng(devices=[]), torch.enable_grad(), in_place(model, replaced):
             model(**inputs) if isinstance(inputs, Mapping) else model(*inputs)
     finally:
         for hook in hooks:
             hook.remove()
-        for name in replaced:
-            vars(model.get_submodule(name)).pop("forward", None)
         for module, mode in training.items():
             module.training = mode
     return root
-
-
-def _without_weights(model: nn.Module, blocks: tuple[str, ...]) -> dict[str, Callable[..., Nest]]:
-    """Forwards with which a model on the meta device runs on CPU tensors: blocks hand on their first argument, and
-    modules with weights or buffers of their own return zeros."""
-    replaced: dict[str, Callable[..., Nest]] = dict.fromkeys(blocks, first_tensor)
-
-    def visit(module: nn.Module, name: str) -> None:
-        for key, child in module.named_children():
-            path = f"{name}.{key}" if name else key
-            if path in replaced:
-                continue
-            if child._parameters or child._buffers:
-                replaced[path] = partial(placeholder, shadow(child), torch.zeros(()))
-            else:
-                visit(child, path)
-
-    visit(model, "")
-    return replaced
 
 
 def _row_of_blocks(model: nn.Module) -> tuple[str, ...]:

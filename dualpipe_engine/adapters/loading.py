@@ -14,7 +14,7 @@ from torch import nn
 from ..errors import ConfigError, MissingExtraError
 from ..models.safetensors_folder import files_of
 from .conversion import Read, sources_of
-from .losses import ModelConfig
+from .losses import ModelConfig, PretrainedModel
 
 
 def empty_model(config: ModelConfig, folder: str | None) -> nn.Module:
@@ -66,12 +66,13 @@ class Weights:
         self._files: dict[str, Path] | None = None if folder is None else files_of(Path(folder))
         self._sources = sources_of(model, self._files or ())
 
-    def fill(self, stage: nn.Module, without: Collection[str] = ()) -> None:
+    def fill(self, stage: nn.Module, without: Collection[str] = (), models: Sequence[nn.Module] = ()) -> None:
         """Give storage and values to the parameters and buffers of a stage, on the CPU.
 
         Args:
             stage: on the meta device, its modules under their names in the model.
             without: names of modules that get stand-ins only (`stand_in`).
+            models: of its runners, in which the modules around those of the stage are of the model's classes.
 
         Raises:
             ConfigError: the folder lacks a weight.
@@ -79,7 +80,9 @@ class Weights:
         for name in without:
             stand_in(stage.get_submodule(name))
         materialize(stage, torch.device("cpu"))
-        self._give_values(stage, "", tuple(f"{name}." for name in without))
+        above = [name for name, part in stage.named_modules() if part is stage or type(part) is nn.Module]
+        around = [(name, model.get_submodule(name)) for model in models for name in above]
+        self._give_values(stage, "", tuple(f"{name}." for name in without), around)
 
     def fill_experts(self, experts: nn.Module, path: str) -> None:
         """Give values to a module with stand-ins, on the CPU; parameters stay the objects that they are.
@@ -93,23 +96,92 @@ class Weights:
         """
         kept = [(param, param.data.contiguous()) for param in experts.parameters() if not is_empty(param)]
         for param in experts.parameters():
-            param.data = torch.empty(param.shape, dtype=param.dtype)
+            param.data = _unwritten(param, torch.device("cpu"))
         self._give_values(experts, f"{path}.")
         for param, data in kept:
             param.data = data
 
-    def _give_values(self, module: nn.Module, before: str, without: tuple[str, ...] = ()) -> None:
-        """Draw or read a module with storage, whose name comes with `before`, but for names that start as `without`."""
+    def _give_values(
+        self,
+        module: nn.Module,
+        before: str,
+        without: tuple[str, ...] = (),
+        around: Sequence[tuple[str, nn.Module]] = (),
+    ) -> None:
+        """Draw or read a module with storage, whose name comes with `before`, but for names that start as `without`;
+        what is `around` it draws some of it again."""
         seed = torch.initial_seed()
+        inside = [((before + name).rstrip("."), inner) for name, inner in module.named_modules()]
         with torch.random.fork_rng(devices=[]):
-            for name, inner in reversed(list(module.named_modules())):  # children first, as transformers does
-                name = (before + name).rstrip(".")
+            for name, inner in (*reversed(inside), *reversed(around)):  # children first, as transformers does
                 if not f"{name}.".startswith(without):
-                    torch.manual_seed((seed + _number(name)) % 2**63)
-                    self._model._init_weights(inner)  # type: ignore[operator]
-        if self._files is not None:
-            held = module.state_dict(keep_vars=True, prefix=before)
-            self._read({name: tensor for name, tensor in held.items() if not name.startswith(without)})
+                    self._draw(name, inner, seed)
+        held = module.state_dict(keep_vars=True, prefix=before)
+        read = {name: tensor for name, tensor in held.items() if not name.startswith(without)}
+        if self._files is None:
+            read = {}
+            self._draw_ties(module, before, without)
+        self._refuse_unwritten(module, before, without, {id(tensor) for tensor in read.values()})
+        if read:
+            self._read(read)
+
+    def _draw(self, name: str, module: nn.Module, seed: int) -> None:
+        """Values that the model gives the weights of a module, which depend on its name."""
+        torch.manual_seed((seed + _number(name)) % 2**63)
+        self._owner(name)._init_weights(module)
+        _reset(module)
+
+    def _draw_ties(self, module: nn.Module, before: str, without: tuple[str, ...]) -> None:
+        """Give weights that are tied to those of a module that is not here what that one draws."""
+        first: dict[int, str] = {}
+        for name, param in self._model.named_parameters(remove_duplicate=False):
+            first.setdefault(id(param), name)
+        here = {before + name: param for name, param in module.named_parameters(remove_duplicate=False)}
+        for name, param in here.items():
+            source = first[id(self._model.get_parameter(name))]
+            if source in here or name.startswith(without):
+                continue
+            path = self._around(source)
+            other = copy.deepcopy(self._model.get_submodule(path))
+            materialize(other, torch.device("cpu"))
+            seed = torch.initial_seed()
+            with torch.random.fork_rng(devices=[]), torch.no_grad():
+                for inner_name, inner in reversed(list(other.named_modules())):
+                    self._draw(f"{path}.{inner_name}".rstrip("."), inner, seed)
+                param.copy_(other.get_parameter(source.removeprefix(f"{path}.")))
+
+    def _around(self, param: str) -> str:
+        """The outermost module around a weight that has no blocks: it may draw the weight again."""
+        path = param.rpartition(".")[0]
+        while up := path.rpartition(".")[0]:
+            if any(isinstance(part, nn.ModuleList) for part in self._model.get_submodule(up).modules()):
+                break
+            path = up
+        return path
+
+    def _owner(self, name: str) -> PretrainedModel:
+        """The innermost model of transformers around a module: it knows how the module begins."""
+        owner: Any = self._model
+        around = self._model
+        for part in name.split(".") if name else ():
+            if part not in around._modules:
+                break
+            around = around.get_submodule(part)
+            owner = around if hasattr(around, "_init_weights") else owner
+        return owner
+
+    def _refuse_unwritten(self, module: nn.Module, before: str, without: tuple[str, ...], read: set[int]) -> None:
+        """Refuse what no initialization has written and no file will.
+
+        Raises:
+            ConfigError: there is such a weight or buffer.
+        """
+        for name, tensor in (*module.named_parameters(prefix=before[:-1]), *module.named_buffers(prefix=before[:-1])):
+            if not name.startswith(without) and id(tensor) not in read and _is_unwritten(tensor):
+                raise ConfigError(
+                    f"{type(self._model).__name__}: {name} gets its values where the model is built, which a model "
+                    "without weights passes by: build the model whole, or load it with from_pretrained, and pass it"
+                )
 
     def share(self, path: str, names: Sequence[str], experts: range | None, total: int) -> dict[str, torch.Tensor]:
         """Weights of a module of experts, or of stacked ones those of some experts alone, on the CPU.
@@ -211,11 +283,41 @@ def materialize(module: nn.Module, device: torch.device) -> None:
                 if tensor is None or not tensor.is_meta:
                     continue
                 if id(tensor) not in seen:
-                    made: torch.Tensor = torch.empty_like(tensor, device=device)
+                    made = _unwritten(tensor, device)
                     if isinstance(tensor, nn.Parameter):
                         made = nn.Parameter(made, requires_grad=tensor.requires_grad)
                     seen[id(tensor)] = made
                 held[key] = seen[id(tensor)]
+
+
+def _unwritten(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """As large a tensor that shows whether it has been written: NaN, or the least integer."""
+    if tensor.is_floating_point():
+        return torch.full_like(tensor, torch.nan, device=device, requires_grad=False)
+    if tensor.dtype in (torch.int32, torch.int64):
+        return torch.full_like(tensor, torch.iinfo(tensor.dtype).min, device=device)
+    return torch.empty_like(tensor, device=device)
+
+
+def _is_unwritten(tensor: torch.Tensor) -> bool:
+    if is_empty(tensor):
+        return False  # a stand-in, which has its turn
+    if tensor.is_floating_point():
+        return bool(tensor.isnan().any())
+    if tensor.dtype in (torch.int32, torch.int64):
+        return bool((tensor == torch.iinfo(tensor.dtype).min).any())
+    return False
+
+
+def _reset(module: nn.Module) -> None:
+    """Values as torch draws them for what the model's own initialization leaves alone."""
+    own = list(module.parameters(recurse=False))
+    drawn = [(param, param.detach().clone()) for param in own if not _is_unwritten(param)]
+    if len(drawn) < len(own) and hasattr(module, "reset_parameters"):
+        module.reset_parameters()  # type: ignore[operator]
+        with torch.no_grad():
+            for param, value in drawn:
+                param.copy_(value)
 
 
 def stand_in(module: nn.Module) -> None:

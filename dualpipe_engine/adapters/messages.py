@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
 import torch
 
 from ..comm.nest import Nest
+from ..errors import ConfigError
 
 SHAPE = "shape:"  #: prefix of an input that travels as its shape only
+
+ANSWERS = ("start_positions", "end_positions")
+"""Names of labels that are not called so."""
 
 
 class Inputs:
@@ -21,7 +25,16 @@ class Inputs:
     """
 
     def __init__(self, names: tuple[str, ...], embeds: bool, fixed: Mapping[str, Nest]) -> None:
-        self.names, self._embeds, self._fixed = names, embeds, dict(fixed)
+        self.names, self.embeds, self._fixed = names, embeds, dict(fixed)
+        self._seen: frozenset[str] | None = None
+
+    def only(self, names: Iterable[str]) -> None:
+        """Refuse batches with other tensors than those named, and labels, from now on."""
+        self._seen = frozenset(names)
+
+    def with_ids(self) -> Inputs:
+        """The same for stages that all get the token ids."""
+        return Inputs(self.names, False, self._fixed)
 
     def read(self, batch: Nest) -> tuple[dict[str, Nest], dict[str, Nest]]:
         """The keyword arguments of the model's forward, and those that travel on."""
@@ -31,16 +44,26 @@ class Inputs:
             values = batch if isinstance(batch, (tuple, list)) else (batch,)
             given = dict(zip(self.names, values, strict=False))
         given = {name: value for name, value in given.items() if value is not None}
+        self._refuse_unseen(given)
         travel = {}
         for name, value in given.items():
             if name in (self.names[0], "inputs_embeds") and isinstance(value, torch.Tensor):
                 if value.is_floating_point():
                     travel[SHAPE + name] = tuple(value.shape)
                     continue
-                if self._embeds:
+                if self.embeds:
                     continue
             travel[name] = value
         return self._fixed | given, travel
+
+    def _refuse_unseen(self, given: Mapping[str, Nest]) -> None:
+        for name, value in given.items():
+            known = self._seen is None or name in self._seen or "label" in name or name in ANSWERS
+            if not known and isinstance(value, torch.Tensor):
+                raise ConfigError(
+                    f"the stages were not tried with {name}, so what it changes may pass around the blocks: give "
+                    "get_model_adapter example_inputs= with all that a batch has"
+                )
 
     def stand_in(self, hidden: torch.Tensor, travel: Mapping[str, Nest]) -> dict[str, Nest]:
         """The keyword arguments of a later stage's forward."""

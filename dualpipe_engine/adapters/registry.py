@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 from typing import Any, TypeAlias
 
@@ -35,11 +36,22 @@ def refuse_unfit(model: nn.Module) -> None:
     """Refuse what the probe cannot see.
 
     Raises:
-        ConfigError: the model is an encoder with a decoder.
+        ConfigError: the model is an encoder with a decoder, or skips blocks at random.
     """
     config = getattr(model, "config", None)
-    if getattr(config, "is_encoder_decoder", False):
+    reads = inspect.signature(model.forward).parameters
+    if getattr(config, "is_encoder_decoder", False) and any(name.startswith("decoder_") for name in reads):
         raise ConfigError(
             f"{type(model).__name__} is no single chain: it is an encoder-decoder model, and every block of its "
             "decoder reads the encoder's output as well as the hidden state"
         )
+    configs = {
+        id(each): each for each in (getattr(part, "config", None) for part in model.modules()) if each is not None
+    }
+    for owner in (*configs.values(), *model.modules()):
+        for name, share in getattr(owner, "__dict__", {}).items():
+            if name.endswith("layerdrop") and isinstance(share, float) and share > 0.0:
+                raise ConfigError(
+                    f"{type(model).__name__} skips blocks at random in training ({name}={share}), and stages would not "
+                    f"skip the same: set {name}=0.0 in the configuration that the model is built from"
+                )

@@ -13,42 +13,43 @@ from torch.utils import _pytree as pytree
 from ..comm.nest import Nest
 from ..errors import ConfigError
 from .messages import Inputs
+from .sketch import Forwards, in_place
+from .stage import Stage
 
 
 def check_result(
     model: nn.Module,
     inputs: Inputs,
     probe: Mapping[str, Any],
-    cut: Callable[[], Sequence[nn.Module]],
+    cut: Callable[[], Sequence[Stage]],
+    forwards: Forwards,
 ) -> None:
     """Run the stages and the model on the same inputs and compare, bit for bit.
 
     Args:
-        model: the whole model, with weights; it keeps its mode and the random state.
+        model: the whole model; it keeps its mode and the random state.
         inputs: reads its output.
         probe: keyword arguments of a small forward.
         cut: makes the stages.
+        forwards: of a model on the meta device what runs in place of its modules; else none.
 
     Raises:
         ConfigError: the stages fail, or give something else.
     """
     name = type(model).__name__
     with _evaluated(model), torch.no_grad():
-        for given in (_others(model, probe), probe):
+        for given in (_others(model, inputs, probe), probe):
             try:
-                whole = _seeded(_whole, model, inputs, given)
+                with in_place(model, forwards):
+                    whole = _seeded(_whole, model, inputs, given)
                 break
-            except Exception:  # inputs that are not for this model
+            except Exception as error:  # inputs that are not for this model
                 if given is probe:
-                    raise
+                    raise _failed(name, "the model does not run", error) from error
         try:
-            found = _seeded(_through, cut(), given)
+            found = _seeded(_through, cut(), given, forwards)
         except Exception as error:
-            first = (str(error).splitlines() or [""])[0]
-            raise ConfigError(
-                f"{name} cannot be cut: its stages do not run by themselves ({type(error).__name__}: {first}); "
-                "something that its forward needs lies neither in its blocks nor in its inputs"
-            ) from error
+            raise _failed(name, "its stages do not run by themselves", error) from error
     for index, (ours, theirs) in enumerate(zip(_tensors(found), _tensors(whole), strict=False)):
         if ours.shape != theirs.shape or not torch.allclose(ours, theirs, rtol=0.0, atol=0.0, equal_nan=True):
             far = "in shape" if ours.shape != theirs.shape else f"by {(ours - theirs).abs().max():.2g}"
@@ -59,18 +60,27 @@ def check_result(
             )
 
 
+def _failed(name: str, what: str, error: Exception) -> ConfigError:
+    first = (str(error).splitlines() or [""])[0]
+    return ConfigError(
+        f"{name} cannot be cut: {what} ({type(error).__name__}: {first}); something that its forward needs lies "
+        "neither in its blocks nor in its inputs"
+    )
+
+
 def _whole(model: nn.Module, inputs: Inputs, given: Mapping[str, Any]) -> Nest:
     return inputs.result(model(**given), {})
 
 
-def _through(stages: Sequence[nn.Module], message: Nest) -> Nest:
+def _through(stages: Sequence[Stage], message: Nest, forwards: Forwards) -> Nest:
     for stage in stages:
-        message = stage.eval()(message)
+        with in_place(stage, forwards):
+            message = stage.eval().trial(message)
     return message
 
 
-def _others(model: nn.Module, probe: Mapping[str, Any]) -> dict[str, Any]:
-    """Two rows of other values; of token ids other lengths, too."""
+def _others(model: nn.Module, inputs: Inputs, probe: Mapping[str, Any]) -> dict[str, Any]:
+    """Two rows of other values; of token ids other lengths, too, and with a mask where the model takes one."""
     generator = torch.Generator().manual_seed(11)
     config: Any = getattr(model, "config", None)
 
@@ -85,7 +95,11 @@ def _others(model: nn.Module, probe: Mapping[str, Any]) -> dict[str, Any]:
             return torch.randint(min(3, most - 1), most, (2, 6), generator=generator).to(value.device)
         return value
 
-    return {key: other(key, value) for key, value in probe.items()}
+    changed = {key: other(key, value) for key, value in probe.items()}
+    if "input_ids" in changed and "attention_mask" in inputs.names:
+        changed["attention_mask"] = torch.ones_like(changed["input_ids"])
+        changed["attention_mask"][0, -2:] = 0
+    return changed
 
 
 def _tensors(value: Nest) -> list[torch.Tensor]:

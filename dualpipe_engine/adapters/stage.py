@@ -74,6 +74,10 @@ class Stage(nn.Module):
         self.fill()
         return self._runners[0](message)
 
+    def trial(self, message: Nest) -> Nest:
+        """Run the piece as it is; one without weights needs `sketch.in_place`."""
+        return self._runners[0](message)
+
     def finish(self, message: Nest) -> Nest:
         """Run the second range of a piece that holds both ends of the model."""
         self.fill()
@@ -137,7 +141,7 @@ class Stage(nn.Module):
     def _fill_but(self, without: tuple[str, ...]) -> None:
         if self._empty:
             assert self._weights is not None
-            self._weights.fill(self, without)
+            self._weights.fill(self, without, [runner.model for runner in self._runners])
             self._empty, self._waiting = False, without
 
     def _save_to_state_dict(self, *args: Any) -> None:

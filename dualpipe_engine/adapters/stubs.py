@@ -106,7 +106,7 @@ def placeholder(original: nn.Module, hidden: torch.Tensor, *args: Nest, **kwargs
         if not isinstance(value, torch.Tensor):
             return value
         dtype = hidden.dtype if value.is_floating_point() else value.dtype
-        return torch.zeros((), dtype=dtype, device=hidden.device).expand(value.shape)
+        return torch.zeros(value.shape, dtype=dtype, device=hidden.device)  # each of its own: some write into them
 
     with torch.no_grad(), torch.autocast(hidden.device.type, enabled=False):
         args, kwargs = pytree.tree_map(to_meta, (args, kwargs))
