@@ -42,9 +42,10 @@ from .batches.loss_sums import Totals
 from .batches.steps import WHOLE, PartOfStep, StepsApart
 from .checkpoint.save_load import Checkpoints
 from .checks.finite import FiniteCheck
+from .checks.token_mixing import TokenMixing
 from .checks.written_buffers import WrittenBuffers
 from .config import DualPipeConfig
-from .context import Context, Groups, Scaling, Steps
+from .context import Context, Groups, Steps
 from .given import Optimizer, ParamEntry, Settings
 from .life_cycle import LifeCycle
 from .load_report import LoadReporter
@@ -54,14 +55,10 @@ from .placing.module import PlacedModule
 from .placing.param_groups import GroupMap
 from .placing.sequences import Sharing
 from .placing.shared_blocks import SharingExperts
-from .placing.stages import (
-    has_phases,
-    make_chunk,
-    params_of,
-    stage_views,
-)
+from .placing.stages import has_phases, make_chunk, params_of, stage_views
 from .plan import make_lowered_plan
 from .reduction.after_schedule import AfterSchedule
+from .reduction.averaging import Averaging
 from .reduction.freezing import TrainedParams
 from .reduction.tail import GradientTail
 from .reporting import Reporting
@@ -70,7 +67,7 @@ from .timelines import Measuring
 
 
 class DualPipeEngine(
-    LifeCycle, StepsApart, Evaluation, Measuring, Reporting, Checkpoints, Loading, SharingExperts, Surface
+    LifeCycle, Averaging, StepsApart, Evaluation, Measuring, Reporting, Checkpoints, Loading, SharingExperts, Surface
 ):
     """What `dualpipe_engine.initialize` returns.
 
@@ -164,21 +161,6 @@ class DualPipeEngine(
             load_report_steps=self._load_report_steps(),
         )
 
-    def _load_report_steps(self) -> int | None:
-        if not self.module.dualpipe_counts:
-            return None
-        every: int | None = self.dualpipe_config.load_report_steps or self.steps_per_print()
-        return every
-
-    def _scaling(self) -> Scaling:
-        dtype, copies = self.communication_data_type, self.mpu.get_data_parallel_world_size()
-        if not self.gradient_average:
-            return Scaling(dtype)
-        if not self.postscale_gradients():
-            return Scaling(dtype, before=1.0 / copies)
-        ahead = self.gradient_predivide_factor()
-        return Scaling(dtype, 1.0 / ahead, ahead / copies)
-
     def _reduce_all(self) -> None:
         self._exec_reduce_tied_grads()
         self._exec_reduce_grads()
@@ -220,6 +202,7 @@ class DualPipeEngine(
         self._observer = context.observer
         self._trained = TrainedParams(context)
         placement, replicas = self.place.placement, self.place.replicas
+        self._mixing = TokenMixing(self.sharing.size > 1)
         self._written = WrittenBuffers(module, placement, self._pipeline_group, replicas)
         self.finite = self._make_finite_check()
         self._tail = GradientTail(context, self._trained, self.finite, self.watch)
@@ -324,7 +307,7 @@ class DualPipeEngine(
         self._follow_save()
         self._agree_on_plan()
         feed = self._begin_batch(data_iter, part)
-        with autocast_if_enabled(self):
+        with autocast_if_enabled(self), self._mixing.watched(train=True):
             self._executor.run(self.plan, feed)
         self.module.micro_offset += self.micro_batches
         if not self._checked_stream:
@@ -365,14 +348,8 @@ class DualPipeEngine(
         self._executor.scale = self._loss_factor() / part.batches
         return feed
 
-    def _loss_factor(self) -> float:
-        """Factor on each loss before its backward, so that DeepSpeed's mean (or sum) over all copies of a stage comes
-        out as the mean over micro-batches and the mean (or sum) over replicas."""
-        copies = self.plan.placement.num_directions if self.gradient_average else 1
-        scale = self._get_optimizer_loss_scale() if self.fp16_enabled() else 1.0
-        return copies / self.micro_batches * float(scale)
-
     def _exec_optimizer_step(self, lr_kwargs: Settings | None = None) -> None:
+        self._mixing.check(train=True)
         self._written.check()
         super()._exec_optimizer_step(lr_kwargs)
 

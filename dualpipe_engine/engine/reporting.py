@@ -8,6 +8,7 @@ from deepspeed.utils import logger
 from ..comm.from_all import from_all
 from ..profiling.expert_load import LoadReport
 from ..schedule.progress import waiting
+from .config import DualPipeConfig
 from .load_report import LoadReporter
 from .placing.grid import Place
 
@@ -16,8 +17,15 @@ class Reporting(PipelineEngine):
     """The part of `DualPipeEngine` that reports."""
 
     place: Place
+    dualpipe_config: DualPipeConfig
     _load_reporter: LoadReporter
     expert_load: LoadReport | None = None  #: of the last step that was reported ("load_report_steps")
+
+    def _load_report_steps(self) -> int | None:
+        if not self.module.dualpipe_counts:
+            return None
+        every: int | None = self.dualpipe_config.load_report_steps or self.steps_per_print()
+        return every
 
     def _report_split(self) -> None:
         """After the first batch, whose forwards show it: which share of the weights runs in W, and what does not; and

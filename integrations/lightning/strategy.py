@@ -20,6 +20,7 @@ from torch.utils.data import RandomSampler
 from dualpipe_engine.comm.nest import Nest
 from dualpipe_engine.errors import ConfigError
 
+from ..sequences import refuse_shared_sequences
 from .checkpoint import load_engine, remove_engine, save_engine
 from .engine import configuration, make_engine, make_module
 from .layers import Chain, LayerEntry, refill, release, share_start
@@ -64,7 +65,7 @@ class DualPipeStrategy(DDPStrategy):
         ends_step: whether a step follows the batch that runs.
 
     Raises:
-        ConfigError: an argument is for DistributedDataParallel.
+        ConfigError: an argument is for DistributedDataParallel, or replicas would share sequences.
     """
 
     strategy_name = "dualpipe"
@@ -85,6 +86,7 @@ class DualPipeStrategy(DDPStrategy):
         super().__init__(**kwargs)
         self._num_stages, self._schedule = num_stages, schedule
         self._extra = dict(deepspeed_config or {})
+        refuse_shared_sequences(self._extra)
         self._resume_elsewhere = resume_elsewhere
         self._made = False  # the pipeline, in this run of the Trainer
         self._loaded: Path | None = None

@@ -24,6 +24,7 @@ from dualpipe_engine.models.autoep.section import read_section
 
 from ..elsewhere import load_from, load_weights
 from ..optimizers import refuse_optimizer
+from ..sequences import refuse_shared_sequences
 from .batches import Batch, Model
 from .evaluation import PipelineEvaluation
 from .loss import StandIn, TrainerLoss, with_weights
@@ -92,6 +93,7 @@ class DualPipeTrainer(PipelineEvaluation):
         self._engine: DualPipeEngine | None = None
         self._num_chunks, self._schedule = num_chunks, schedule
         self._extra = dict(deepspeed_config or {})
+        refuse_shared_sequences(self._extra)
         if expert_parallel is not None:
             if EXPERT_PARALLEL in self._extra:
                 raise ConfigError("expert_parallel= is in deepspeed_config= too: leave one of them out")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from unittest import mock
+
 import moe_runs
 import pytest
 import torch
@@ -10,9 +12,12 @@ from deepspeed.pipe import LayerSpec, PipelineModule
 from deepspeed.runtime.pipe.topology import PipeDataParallelTopology
 
 from dualpipe_engine.errors import ConfigError
+from dualpipe_engine.models import transformer
+from dualpipe_engine.runtime import offload
 
 LENGTH, IGNORED = 8, -100
 MICROS = 4
+WIDTH = moe_runs.config().hidden
 
 
 def stream(reader):
@@ -31,8 +36,8 @@ def stream(reader):
         yield inputs, labels
 
 
-def settings(size, readers, schedule, zero=0, **more):
-    config = training.settings(MICROS, readers, zero=zero, schedule=schedule)
+def settings(size, readers, schedule, zero=0, precision="fp32", pipeline=None, **more):
+    config = training.settings(MICROS, readers, zero, precision, schedule, **(pipeline or {}))
     if size > 1:
         config["sequence_parallel_size"] = size
     return config | more
@@ -51,9 +56,9 @@ def gradients(cases):
     return [gradients_of(**case) for case in cases]
 
 
-def gradients_of(model, schedule, size, ranks=2, replicas=2):
+def gradients_of(model, schedule, size, ranks=2, replicas=2, pipeline=None):
     """The loss and all reduced gradients of one batch, and the loss of an evaluation."""
-    engine = start(model, settings(size, replicas // size, schedule), ranks, replicas)
+    engine = start(model, settings(size, replicas // size, schedule, pipeline=pipeline), ranks, replicas)
     begin = {name: param.detach().clone() for name, param in engine.module.named_parameters()}
     evaluated = float(engine.eval_batch(stream(7)))
     with pytest.raises(ConfigError, match="gives the mean loss"):
@@ -103,6 +108,27 @@ def train(folder, steps, ways):
     return found
 
 
+def losses(ways, steps=2):
+    """Losses of the same job with whole sequences and with parts, for each way.
+
+    Args:
+        ways: a dict each of a `model` and of arguments of `settings`.
+    """
+    with mock.patch.object(offload, "LEAST", 0):  # everything that may leave does
+        return [[_losses(size, steps, **way) for size in (1, 2)] for way in ways]
+
+
+def _losses(size, steps, model=None, **given):
+    readers = 2 // size
+    model = {"expert_parallel": 1, "kv_heads": 1, "attention": "grouped", "bias_rate": 0.0} | (model or {})
+    engine = start(model, settings(size, readers, **given), 2, 2, double=False)
+    assert engine.plan.has_copies() == ("offload_activations" in given.get("pipeline", {}))
+    data = _rows(engine.data_rank, readers)
+    found = [float(engine.train_batch(data)) for _ in range(steps)]
+    engine.destroy()
+    return found
+
+
 def _rows(reader, readers):
     """The same sequences for any number of readers: each of two takes one row of a pair, one takes both."""
     generator = torch.Generator().manual_seed(9)
@@ -136,6 +162,7 @@ def refusals():
         (grouped | {"mtp_depth": 1}, plain, "mtp_depth, which looks beyond"),
         (grouped, plain | {"gradient_allreduce_op": "sum"}, 'take "mean"'),
         (grouped, plain | {"pipeline": {"schedule": "auto"}}, "name a schedule"),
+        (grouped, plain | {"expert_parallel": {"enabled": True}}, 'leave "expert_parallel" out'),
     ]
     for model, config, text in cases:
         with pytest.raises(ConfigError, match=text):
@@ -144,15 +171,55 @@ def refusals():
         with pytest.raises(ConfigError, match=text):
             start(grouped, plain, 2, 2, mesh_param)
     with pytest.raises(ConfigError, match="attention knows parts of sequences"):
-        _without_attention(plain)
+        start_layers([], plain)
+    block = LayerSpec(transformer.DenseBlock, moe_runs.config(**grouped))
+    with pytest.raises(ConfigError, match="LSTM mixes tokens"):
+        start_layers([block, LayerSpec(torch.nn.LSTM, WIDTH, WIDTH)], plain)
 
 
-def _without_attention(config):
+def start_layers(layers, config):
+    """An engine of an embedding, the given layers and a projection."""
     import dualpipe_engine
 
-    layers = [LayerSpec(torch.nn.Embedding, 17, 8), LayerSpec(torch.nn.Linear, 8, 17)]
-    module = PipelineModule(layers, topology=PipeDataParallelTopology(2, 2), loss_fn=training.cross_entropy)
-    dualpipe_engine.initialize(model=module, config=config)
+    ends = (
+        LayerSpec(torch.nn.Embedding, training.VOCABULARY, WIDTH),
+        LayerSpec(torch.nn.Linear, WIDTH, training.VOCABULARY),
+    )
+    topology = PipeDataParallelTopology(2, 2)
+    module = PipelineModule([ends[0], *layers, ends[1]], topology=topology, loss_fn=training.cross_entropy)
+    return dualpipe_engine.initialize(model=module, config=dict(config))[0]
+
+
+class Mixing(torch.nn.Module):
+    """Attention without parameters; `[batch, length, width]`."""
+
+    def forward(self, x):
+        return x + torch.nn.functional.scaled_dot_product_attention(x, x, x, is_causal=True)
+
+
+class Knowing(Mixing):
+    """Says that it knows parts."""
+
+    def share_sequences(self, group):
+        pass
+
+
+def calls_of_attention():
+    """A layer that calls torch's attention: refused in the first batch of either kind, before a step; not where a
+    layer says that it knows parts."""
+    block = LayerSpec(transformer.DenseBlock, moe_runs.config(attention="grouped", expert_parallel=1))
+    for kind, train, refused in ((Mixing, True, True), (Mixing, False, True), (Knowing, True, False)):
+        engine = start_layers([block, LayerSpec(kind)], settings(2, 1, "dualpipe"))
+        begin = [param.detach().clone() for param in engine.module.parameters()]
+        run = engine.train_batch if train else engine.eval_batch
+        if refused:
+            with pytest.raises(ConfigError, match="Mixing mixes tokens and does not know"):
+                run(stream(0))
+        else:
+            assert float(run(stream(0))) > 0
+        stepped = not all(map(torch.equal, begin, engine.module.parameters()))
+        assert stepped == (not refused)
+        engine.destroy()
 
 
 def other_data():

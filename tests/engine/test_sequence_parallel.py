@@ -6,9 +6,12 @@ import pytest
 import sequence_runs as runs
 import test_moe
 import torch
+import transformers
 from torch import nn
+from transformers.models.llama import modeling_llama
 
 from dualpipe_engine.engine.batches.shards import IGNORED, Shards, of_shards
+from dualpipe_engine.engine.checks.token_mixing import mixing_modules
 from dualpipe_engine.engine.placing.param_groups import PLACEHOLDER
 from dualpipe_engine.errors import ConfigError
 from dualpipe_engine.models.transformer import layers, loss
@@ -17,7 +20,7 @@ LATENT = {"heads": 4, "q_rank": 6}
 GROUPED = {"attention": "grouped", "heads": 4, "kv_heads": 1, "dense_blocks": 1}
 CASES = [
     {"model": LATENT, "schedule": "dualpipe", "size": 2},
-    {"model": GROUPED, "schedule": "dualpipev", "size": 2},
+    {"model": GROUPED, "schedule": "dualpipev", "size": 2, "pipeline": {"tiled_loss": 3, "tiled_mlp": 2}},
     {"model": LATENT, "schedule": "zb1p", "size": 2},
 ]
 
@@ -90,8 +93,44 @@ def test_training_and_checkpoints_are_those_of_another_size(ranks, tmp_path, ste
             assert losses == pytest.approx(rank[0], rel=1e-5)
 
 
+WAYS = [
+    {"schedule": "dualpipe", "zero": 2},
+    {"schedule": "zb1p", "zero": 1, "precision": "bf16"},
+    {"schedule": "dualpipev", "zero": 2, "precision": "bf16"},
+    {"schedule": "dualpipe", "pipeline": {"recompute": True}},
+    {"schedule": "dualpipev", "pipeline": {"offload_activations": True}},
+    {"schedule": "zbv", "zero": 2, "pipeline": {"recompute": True, "offload_activations": True}},
+]
+
+
+@pytest.mark.all
+def test_training_with_other_options_is_that_of_whole_sequences(ranks):
+    found = ranks.run(4, runs.losses, ways=WAYS, timeout=300)
+    for rank in found:
+        for way, (whole_losses, part_losses) in zip(WAYS, rank, strict=True):
+            assert part_losses == pytest.approx(whole_losses, rel=2e-3 if "precision" in way else 1e-5), way
+
+
 def test_what_cannot_work_is_refused(ranks):
     ranks.run(4, runs.refusals)
+
+
+def test_calls_of_attention_that_does_not_know_parts_are_refused(ranks):
+    ranks.run(4, runs.calls_of_attention)
+
+
+def test_modules_that_mix_tokens():
+    llama = transformers.LlamaConfig(hidden_size=8, num_attention_heads=2)
+    for kind, part in (
+        ("MultiheadAttention", nn.MultiheadAttention(8, 2)),
+        ("GRU", nn.GRU(8, 8)),
+        ("LlamaAttention", modeling_llama.LlamaAttention(llama, 0)),
+    ):
+        assert mixing_modules(nn.Sequential(nn.Linear(8, 8), nn.Sequential(part))) == [kind]
+        knows = runs.Knowing()
+        knows.part = part
+        assert mixing_modules(nn.Sequential(knows)) == []
+    assert mixing_modules(modeling_llama.LlamaMLP(llama)) == []
 
 
 def test_replicas_of_a_sequence_read_the_same(ranks):

@@ -189,6 +189,11 @@ def test_values_without_an_effect_are_refused(given, replicas, match):
         refuse_arguments(SimpleNamespace(**vars(arguments()) | given), replicas)
 
 
+def test_shared_sequences_are_refused():
+    with pytest.raises(ConfigError, match='"sequence_parallel_size": 2 would share sequences'):
+        DualPipeTrainer(runs.make_model(), arguments(), deepspeed_config={"sequence_parallel_size": 2})
+
+
 def test_hooks_without_an_effect_are_refused():
     import peft
 

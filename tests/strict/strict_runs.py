@@ -209,6 +209,12 @@ def moe_gradients(**kwargs):
     return moe_runs.gradients(**kwargs)
 
 
+def sequence_gradients(**kwargs):
+    import sequence_runs
+
+    return sequence_runs.gradients(**kwargs)
+
+
 def train_from(**kwargs):
     import checkpoint_runs
 

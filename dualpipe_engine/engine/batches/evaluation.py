@@ -14,6 +14,7 @@ from ...errors import ConfigError, raised_everywhere
 from ...faults.watched import watched
 from ...runtime.executor import BatchResult
 from ...schedule.passes.lower import forward_only, lower
+from ..checks.token_mixing import TokenMixing
 from .loader import Loading
 from .recovery import Recovery
 
@@ -22,6 +23,7 @@ class Evaluation(Recovery, Loading):
     """The part of `DualPipeEngine` that evaluates."""
 
     data_iterator: Iterator[Nest] | None
+    _mixing: TokenMixing
 
     @watched
     def eval_batch(
@@ -106,7 +108,8 @@ class Evaluation(Recovery, Loading):
             self.watch.fail_batch(error, "eval_batch")
         with raised_everywhere():
             plan = lower(forward_only(self.plan.placement, num_micro), train=False)
-        result = self._eval_executor.run(plan, feed, train=False)
+        with self._mixing.watched(train=False):
+            result = self._eval_executor.run(plan, feed, train=False)
         try:
             feed.drain()
             if compute_loss and not self.watch.batch_failed:
@@ -120,6 +123,7 @@ class Evaluation(Recovery, Loading):
         mean = self.totals.finish().loss
         float(mean)  # all ranks are here, and know whether the batch has failed on one
         self.watch.raise_failed()
+        self._mixing.check(train=False)
         return result, BatchResult(outputs={m: (loss, None) for m, loss in losses.items()}), mean if averaged else None
 
     def _eval_value(self, result: BatchResult, num_micro: int, reduce: str | None) -> Nest:

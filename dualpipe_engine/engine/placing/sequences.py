@@ -16,6 +16,7 @@ from deepspeed.runtime.pipe.topology import PipelineParallelGrid
 from ...comm.from_all import from_all
 from ...errors import ConfigError
 from ..checks.agreement import raise_everywhere
+from ..checks.token_mixing import knows_parts, mixing_modules, refusal
 from ..given import Settings
 
 SIZE, DATA = "sequence_parallel_size", "data_parallel_size"
@@ -136,8 +137,8 @@ def share_sequences(module: PipelineModule, base_grid: PipelineParallelGrid, siz
             group = dist.new_group(ranks)
             if dist.get_rank() in ranks:
                 own = Sharing(size, ranks.index(dist.get_rank()), group)
-    sharing = [part for part in module.modules() if hasattr(part, "share_sequences")]
-    wrong = []
+    sharing = [part for part in module.modules() if knows_parts(part)]
+    wrong = [refusal(name) for name in mixing_modules(module)[:1]]
     try:
         for part in sharing:
             part.share_sequences(own.group)

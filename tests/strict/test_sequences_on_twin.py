@@ -1,0 +1,23 @@
+"""Replicas that share sequences on the strict twin of NCCL."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import pytest
+import strict_runs
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "engine"))
+import test_sequence_parallel as sequences
+
+CASES = [*sequences.CASES, {"model": sequences.GROUPED, "schedule": "interleaved", "size": 2}]
+
+
+@pytest.mark.all
+@pytest.mark.parametrize(("eager", "in_flight"), [(True, 8), (False, 3)], ids=["eager", "lazy"])
+def test_gradients(on_twin, eager, in_flight):
+    """On neighbours in line, in a circle, in both directions and on a V."""
+    found = on_twin(4, strict_runs.sequence_gradients, eager, in_flight, cases=CASES)
+    for number, case in enumerate(CASES):
+        sequences.check([rank[number] for rank in found], case)
