@@ -270,6 +270,21 @@ def test_whole_jobs_of_a_folder_with_experts_shared(tmp_path, capsys):
     assert "choose --expert-parallel" in capsys.readouterr().err
 
 
+def test_the_memory_ladder_of_a_job(tmp_path, capsys):
+    """The chosen one does not fit as it is; its rungs are listed."""
+    sizes = {"hidden_size": 1024, "num_hidden_layers": 8, "num_attention_heads": 8, "intermediate_size": 4096}
+    (tmp_path / "config.json").write_text(json.dumps(sizes | {"vocab_size": 500}))
+    base = ["compare", "--model", str(tmp_path), "--gpus", "2", "--ranks", "2", "--micro-batches", "2"]
+    base += ["--stages-per-rank", "2", "--memory"]
+    data = json.loads(output(capsys, *base, "2e9", "--format", "json"))
+    first = next(row for row in data["schedules"] if row["chosen"])
+    assert first["cheapest"] in data["rungs"] and first["cheapest"]["memory"] <= 2e9 < first["as_it_is"]["memory"]
+    assert {row["schedule"] for row in data["schedules"]} == set(SCHEDULES)
+    shown = output(capsys, *base, "2e9")
+    assert "cheapest change that makes it fit" in shown and "every rung" in shown and data["reason"] in shown
+    assert "nothing fits into 0.1 GB" in output(capsys, *base, "1e8")
+
+
 def test_a_comparison_without_micro_batches_says_so(capsys):
     assert main(["compare", "--ranks", "4"]) == 2
     assert "--micro-batches" in capsys.readouterr().err

@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import argparse
+from typing import TYPE_CHECKING
 
 from ..errors import ConfigError
-from .arguments import print_json, whole
+from .arguments import finite, print_json, whole
+
+if TYPE_CHECKING:
+    from ..schedule.jobs.ladder import Work
 
 
 def add_job(parser: argparse.ArgumentParser) -> list[argparse.Action]:
@@ -26,6 +30,17 @@ def add_job(parser: argparse.ArgumentParser) -> list[argparse.Action]:
             action="store_true",
             help="rows travel once for each expert, not by DeepEP once a rank",
         ),
+        job.add_argument(
+            "--memory",
+            type=finite,
+            metavar="BYTES",
+            help="of a device, such as 80e9: the cheapest recomputation and offload that make each schedule fit",
+        ),
+        job.add_argument(
+            "--own-layers",
+            action="store_true",
+            help="with --memory: layers of dualpipe_engine.models, not transformers",
+        ),
         job.add_argument("--no-fp8", action="store_true", help="matrix products in bf16 where the hardware has FP8"),
     ]
 
@@ -34,16 +49,22 @@ def estimate_job(args: argparse.Namespace) -> None:
     """Print what the arguments ask for."""
     from ..schedule.jobs.estimate import estimate, make_job
     from ..schedule.jobs.hardware import load_hardware
+    from ..schedule.jobs.ladder import Work
     from ..schedule.jobs.model_shape import load_shape
     from ..viz.estimates import assumption_table, estimate_data, estimate_table
     from ..viz.terminal import wide_console
 
     if args.gpus is None:
         raise ConfigError(f"say how many GPUs train {args.model}: --gpus N")
-    model, hardware = load_shape(args.model), load_hardware(args.hardware or "h800")
+    if args.own_layers and args.memory is None:
+        raise ConfigError("--own-layers: no effect without --memory, leave it out")
+    model, hardware = load_shape(args.model, args.own_layers), load_hardware(args.hardware or "h800")
     sequences = 1 if args.micro_batch_size is None else args.micro_batch_size
     counts = (args.gpus, args.ranks, args.expert_parallel, args.micro_batches, sequences)
     job = make_job(model, *counts, args.sequence_length, not args.no_fp8, not args.all_to_all)
+    if args.memory is not None:
+        _climb(args, Work(model, job, hardware, args.memory, args.own_layers))
+        return
     rows = estimate(model, job, hardware, args.stages_per_rank)
     if args.format == "json":
         print_json(estimate_data(rows, model, job, hardware))
@@ -51,3 +72,25 @@ def estimate_job(args: argparse.Namespace) -> None:
     console = wide_console()
     console.print(estimate_table(rows, model, job, hardware))
     console.print(assumption_table(job, hardware))
+
+
+def _climb(args: argparse.Namespace, work: Work) -> None:
+    """Print the memory ladder of every schedule."""
+    from ..schedule.jobs.ladder import attempts, chosen, climb
+    from ..viz.estimates import assumption_table
+    from ..viz.ladder import assumed, ladder_data, reason, rungs_table, schedules_table
+    from ..viz.terminal import tracked, wide_console
+
+    if not work.memory > 0:
+        raise ConfigError(f"--memory must be above 0, got {work.memory:g}: say the bytes of a device, such as 80e9")
+    stages = args.stages_per_rank
+    ladders = tracked(climb(work, stages), len(attempts(stages)), "schedules")
+    if args.format == "json":
+        print_json(ladder_data(ladders, work))
+        return
+    console = wide_console()
+    console.print(schedules_table(ladders, work))
+    if (first := chosen(ladders)) is not None:
+        console.print(rungs_table(first))
+    console.print(reason(ladders, work), soft_wrap=True, highlight=False)
+    console.print(assumption_table(work.job, work.hardware, assumed(work)))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
@@ -57,7 +57,14 @@ def estimate_table(rows: Sequence[Estimate], model: ModelShape, job: Job, hardwa
     return table
 
 
-def assumption_table(job: Job, hardware: Hardware) -> Table:
+ASSUMED = {
+    "all-to-all": "dispatch and bf16 combine; hidden in F&B pairs, paid in full elsewhere",
+    "recomputed": "norms, latent up-projections and activation functions",
+    "optimizer": "ZeRO-1: fp32 weights, bf16 moments, fp32 gradients reduced after the schedule",
+}
+
+
+def assumption_table(job: Job, hardware: Hardware, assumed: Mapping[str, str] = ASSUMED) -> Table:
     """Everything the estimate stands on; a .json file for --hardware changes any of the hardware's lines."""
     from rich.table import Table
 
@@ -65,9 +72,8 @@ def assumption_table(job: Job, hardware: Hardware) -> Table:
     for what in (job, hardware):
         for name, value in asdict(what).items():
             table.add_row(name.replace("_", " "), f"{value:g}" if isinstance(value, float) else str(value))
-    table.add_row("all-to-all", "dispatch and bf16 combine; hidden in F&B pairs, paid in full elsewhere")
-    table.add_row("recomputed", "norms, latent up-projections and activation functions")
-    table.add_row("optimizer", "ZeRO-1: fp32 weights, bf16 moments, fp32 gradients reduced after the schedule")
+    for name, text in assumed.items():
+        table.add_row(name, text)
     return table
 
 

@@ -1,47 +1,162 @@
-"""Table (rich): what makes schedules fit into memory, what it costs in seconds and what it saves in bytes."""
+"""The memory ladder of a whole job: the rung of each schedule, all rungs of the chosen one, and the reason in words."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Any
 
-from ..schedule.search.job_costs import gib
-from ..schedule.search.ladder import Rung
+from ..schedule.jobs.ladder import Ladder, Outcome, Work, chosen
+from .estimates import ASSUMED
 
 if TYPE_CHECKING:
     from rich.table import Table
 
 
-def fitting_table(rungs: Sequence[Rung], free: int) -> Table:
-    """The changes that were tried for schedules that do not fit as they are; `>` marks the cheapest that makes one fit.
+def assumed(work: Work) -> dict[str, str]:
+    """What the figures stand on beside job and hardware."""
+    whose = "dualpipe_engine.models" if work.own else "transformers"
+    return {
+        "all-to-all": ASSUMED["all-to-all"],
+        "activations": f"those of the layers of {whose}"
+        + (", inputs of matrix products in FP8" if work.fp8 else "")
+        + "; loads of experts are even",
+        "optimizer": "ZeRO-1: bf16 weights, fp32 gradients, Adam with fp32 weights and moments",
+        "not counted": "buffers of transfers, what lives for one op, what the allocator wastes",
+    }
 
-    Args:
-        rungs: what `schedule.search.ladder.under_memory` returns.
-        free: bytes of memory.
-    """
+
+def schedules_table(ladders: Sequence[Ladder], work: Work) -> Table:
+    """The cheapest rung that fits of each schedule; `>` marks the fastest."""
     from rich.table import Table
-    from rich.text import Text
 
-    table = Table(title=Text(f"{gib(free)} are free: what makes schedules fit"), title_justify="left")
-    for name in ("schedule", "change"):
-        table.add_column(name)
-    for name in ("step", "costs", "memory", "saves", "fits"):
+    first = chosen(ladders)
+    title = f"{work.model.name} on {work.job.gpus} {work.hardware.name}, {work.memory / 1e9:g} GB each"
+    table = Table(title=title, title_justify="left", caption_justify="left")
+    table.add_column("schedule", no_wrap=True)
+    for name in ("as it is (s)", "(GB)"):
         table.add_column(name, justify="right")
-    for rung in rungs:
-        if (plain := rung.plain) is None:
+    table.add_column("cheapest change that makes it fit")
+    for name in ("step (s)", "(GB)"):
+        table.add_column(name, justify="right")
+    notes = []
+    for each in ladders:
+        if each.reason:
+            table.add_row(f"  {schedule_name(each)}", *["-"] * 5, style="dim")
+            notes.append(each.reason)
             continue
-        needs = gib(plain.memory or 0)
-        table.add_row(f"  {rung.schedule}", "as it is", f"{plain.total:.6g}", "-", needs, "-", "no", style="dim")
-        for each in rung.tried:
-            taken = rung.feasible and each.change == rung.change
-            memory, saved = each.memory or 0, (plain.memory or 0) - (each.memory or 0)
-            table.add_row(
-                f"{'>' if taken else ' '} {each.schedule}",
-                Text(each.change),
-                f"{each.total:.6g}",
-                f"{each.total - plain.total:+.4g}",
-                gib(memory),
-                gib(saved),
-                "yes" if memory <= free else "no",
-            )
+        plain, found = f"{each.plain.step:.2f}", each.cheapest
+        asis = plain, f"{each.plain.memory / 1e9:.1f}"
+        if found is None:
+            least = each.least
+            none = f"none; least: {change(least)}"
+            table.add_row(f"  {schedule_name(each)}", *asis, none, f"{least.step:.2f}", _gb(least), style="dim")
+            continue
+        mark, style = (">", "bold green") if each is first else (" ", "")
+        table.add_row(
+            f"{mark} {schedule_name(each)}", *asis, change(found), f"{found.step:.2f}", _gb(found), style=style
+        )
+    table.caption = "\n".join(["memory: of the fullest rank", *notes])
     return table
+
+
+def rungs_table(ladder: Ladder) -> Table:
+    """What each rung costs in seconds and saves in bytes."""
+    from rich.table import Table
+
+    plain = ladder.plain
+    table = Table(title=f"{schedule_name(ladder)}, every rung", title_justify="left")
+    table.add_column("computed again")
+    for name in ("backward", "offload", "step (s)", "costs (s)", "saves (GB)", "memory (GB)"):
+        table.add_column(name, justify="right")
+    for each in ladder.outcomes:
+        table.add_row(
+            each.rung.label,
+            {True: "split", False: "full", None: "-"}[each.split],
+            "-" if each.away is False else "all" if each.away is True else str(each.away),
+            f"{each.step:.2f}",
+            f"{each.step - plain.step:.2f}",
+            f"{(plain.memory - each.memory) / 1e9:.1f}",
+            _gb(each),
+            style="bold green" if each == ladder.cheapest else "" if each.fits else "dim",
+        )
+    return table
+
+
+def reason(ladders: Sequence[Ladder], work: Work) -> str:
+    """The choice and why, in a sentence."""
+    first, limit = chosen(ladders), f"{work.memory / 1e9:g} GB"
+    able = [each for each in ladders if not each.reason]
+    if first is None or first.cheapest is None:
+        if not able:
+            return "no schedule runs on these ranks: " + "; ".join(each.reason for each in ladders)
+        least = min(able, key=lambda each: each.least.memory)
+        return (
+            f"nothing fits into {limit}: the least is {schedule_name(least)}, {change(least.least)}, with "
+            f"{least.least.memory / 1e9:.1f} GB: take more pipeline ranks, or shorter micro-batches"
+        )
+    best, plain = first.cheapest, first.plain
+    text = f"{schedule_name(first)}, {change(best)}: the shortest step that fits into {limit}, {best.step:.2f} s"
+    if best != plain:
+        text += (
+            f", which saves {(plain.memory - best.memory) / 1e9:.1f} of {plain.memory / 1e9:.1f} GB for "
+            f"{best.step - plain.step:.2f} s"
+        )
+    fitting = [(each.cheapest.step, schedule_name(each)) for each in able if each.cheapest]
+    rest = [each for each in fitting if each[0] > 1.001 * best.step]  # with full backwards two may be the same
+    return text + (f"; next is {min(rest)[1]} with {min(rest)[0]:.2f} s" if rest else "")
+
+
+def ladder_data(ladders: Sequence[Ladder], work: Work) -> dict[str, Any]:
+    """The same as JSON."""
+    first = chosen(ladders)
+    return {
+        "model": work.model.name,
+        "job": asdict(work.job),
+        "hardware": asdict(work.hardware),
+        "memory": work.memory,
+        "schedules": [
+            {
+                "schedule": each.schedule,
+                "stages_per_rank": each.stages_per_rank,
+                "reason": each.reason,
+                "as_it_is": None if each.reason else _data(each.plain),
+                "cheapest": None if each.reason or not each.cheapest else _data(each.cheapest),
+                "chosen": each is first,
+            }
+            for each in ladders
+        ],
+        "rungs": [_data(each) for each in first.outcomes] if first else [],
+        "reason": reason(ladders, work),
+    }
+
+
+def change(outcome: Outcome) -> str:
+    """What is changed, for people."""
+    parts = [] if outcome.rung.label == "-" else [f"{outcome.rung.label} again"]
+    parts += ["full backwards"] if outcome.split is False else []
+    if outcome.away is not False:
+        parts.append(f"offload {'all' if outcome.away is True else outcome.away}")
+    return "; ".join(parts) or "as it is"
+
+
+def schedule_name(ladder: Ladder) -> str:
+    """With the stages of a rank where they were chosen."""
+    return ladder.schedule + ("" if ladder.stages_per_rank is None else f" x{ladder.stages_per_rank}")
+
+
+def _gb(outcome: Outcome) -> str:
+    return f"{outcome.memory / 1e9:.1f}" + ("" if outcome.fits else " (too much)")
+
+
+def _data(outcome: Outcome) -> dict[str, Any]:
+    """With the keys of the "pipeline" section."""
+    return {
+        "recompute": list(outcome.rung.names),
+        "activation_checkpoint_interval": int(outcome.rung.whole),
+        "split_backward": outcome.split,
+        "offload_activations": outcome.away,
+        "step": outcome.step,
+        "memory": outcome.memory,
+        "fits": outcome.fits,
+    }

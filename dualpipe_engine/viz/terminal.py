@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import sys
+from collections.abc import Iterable
 from itertools import groupby
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 from ..schedule.op import FB, STEP, B, F, atoms
 from ..schedule.timeline import Timeline
@@ -14,6 +16,8 @@ if TYPE_CHECKING:
     from rich.text import Text
 
 
+Item = TypeVar("Item")
+
 PLAIN_WIDTH = 120  #: columns where the output is no terminal
 
 
@@ -23,6 +27,15 @@ def wide_console() -> Console:
 
     console = Console()
     return console if console.is_terminal else Console(width=max(PLAIN_WIDTH, console.width))
+
+
+def tracked(items: Iterable[Item], total: int, what: str) -> list[Item]:
+    """All of `total` items, with a progress bar on stderr while they are made, where that is a terminal."""
+    from rich.console import Console
+    from rich.progress import Progress
+
+    with Progress(console=Console(stderr=True), transient=True, disable=not sys.stderr.isatty()) as progress:
+        return list(progress.track(items, total, description=what))
 
 
 def draw_terminal(timeline: Timeline, console: Console, title: str = "", unit: str = "") -> None:

@@ -144,7 +144,7 @@ def choose(
 
 def print_choice(rungs: list[Rung], measured: Measurement, num_micro: int) -> None:
     """Say in tables what was taken, and why."""
-    from ...viz.ladder import fitting_table
+    from ...viz.fitting import fitting_table
     from ...viz.summary import comparison_table
     from ...viz.terminal import wide_console
 

@@ -45,10 +45,12 @@ class Module(NamedTuple):
     Args:
         name: within the layer.
         kind: its class.
+        products: of a projection up from a latent, multiply-adds for one token; 0: it is another.
     """
 
     name: str
     kind: str = "Linear"
+    products: int = 0
 
 
 @dataclass(frozen=True)
@@ -91,6 +93,17 @@ class Flow:
             if each.owner not in again and (each.saved or again.intersection(each.into)):
                 sizes[each.part] += _bytes(each, width, fp8)
         return dict(sizes)
+
+    def repeated(self, names: Names, width: int, fp8: bool = False) -> tuple[int, int]:
+        """What it takes to compute norms, activation functions and projections up from a latent once more, for a token:
+        multiply-adds, and bytes that are read and written.
+
+        Args: see `kept`.
+        """
+        again = self.again(names)
+        written = sum(_bytes(each, width, fp8) for each in self.made if each.owner in again)
+        read = sum(_bytes(each, width, fp8) for each in self.made if again.intersection(each.into))
+        return sum(module.products for module in self.modules if module.name in again), written + read
 
     def pending(self, width: int, fp8: bool = False) -> int:
         """Bytes of a token that are left from I to W; the arguments are those of `kept`."""

@@ -167,15 +167,23 @@ def check_shared(model: ModelShape, experts: int) -> None:
             raise ConfigError(f"{experts} ranks cannot share {count} experts of {model.name}: choose --expert-parallel")
 
 
+def _compute_share(layer: LayerShape, hardware: Hardware) -> float:
+    """Part of the SMs that is left to computation."""
+    return 1 - hardware.comm_sms / hardware.sms if layer.rows else 1.0
+
+
+def product_rate(layer: LayerShape, job: Job, hardware: Hardware) -> float:
+    """FLOP/s that matrix products of a layer sustain; embedding and heads stay in bf16."""
+    fp8 = job.fp8 and hardware.fp8 > 0 and layer.context > 0
+    peak = hardware.fp8 * hardware.fp8_efficiency if fp8 else hardware.bf16 * hardware.bf16_efficiency
+    return peak * _compute_share(layer, hardware)
+
+
 def layer_seconds(layer: LayerShape, job: Job, hardware: Hardware) -> Seconds:
     """Times of a layer."""
-    fp8 = job.fp8 and hardware.fp8 > 0
-    share = 1 - hardware.comm_sms / hardware.sms if layer.rows else 1.0  # of the SMs, left to computation
-    peak = hardware.fp8 * hardware.fp8_efficiency if fp8 else hardware.bf16 * hardware.bf16_efficiency
-    if not layer.context:  # embedding and heads stay in bf16
-        peak = hardware.bf16 * hardware.bf16_efficiency
+    share = _compute_share(layer, hardware)
     imbalance = hardware.imbalance if job.experts > 1 else 1.0
-    product = 2 * (layer.dense + layer.routed * imbalance) * job.tokens / (peak * share)
+    product = 2 * (layer.dense + layer.routed * imbalance) * job.tokens / product_rate(layer, job, hardware)
     core = 2 * layer.context * job.length / 2 * job.tokens / (hardware.bf16 * hardware.attention_efficiency * share)
     moved = 2 * layer.moved * job.tokens / (hardware.bandwidth * hardware.memory_efficiency)
     comm = 0.0
@@ -215,17 +223,33 @@ def cut_model(model: ModelShape, placement: Placement, weights: Sequence[float])
     return kept_together(balance_pairs(weights, placement), [layer.with_next for layer in model.layers], placement)
 
 
-def stage_costs(model: ModelShape, placement: Placement, job: Job, hardware: Hardware) -> CostModel:
-    """Costs of the stages of the cut that gives ranks equal work."""
+def job_bounds(model: ModelShape, placement: Placement, job: Job, hardware: Hardware) -> list[int]:
+    """Bounds of the stages of the cut that gives ranks equal work."""
     times = [layer_seconds(layer, job, hardware) for layer in model.layers]
-    bounds = cut_model(model, placement, [t.f + t.i + t.w for t in times])
+    return cut_model(model, placement, [t.f + t.i + t.w for t in times])
+
+
+def stage_costs(
+    model: ModelShape, placement: Placement, job: Job, hardware: Hardware, repeated: Sequence[float] = ()
+) -> CostModel:
+    """Costs of the stages of the cut that gives ranks equal work.
+
+    Args:
+        model: what is trained.
+        placement: of the stages.
+        job: ranks and batch.
+        hardware: of the cluster.
+        repeated: seconds of each layer's forward that its backward computes again; empty: none.
+    """
+    times = [layer_seconds(layer, job, hardware) for layer in model.layers]
+    bounds = job_bounds(model, placement, job, hardware)
     f, i, w, fb, kept = [], [], [], [], []
     for start, stop in pairwise(bounds):
-        held = times[start:stop]
+        held, again = times[start:stop], sum(repeated[start:stop])
         comm = sum(t.comm for t in held)
-        compute = sum(t.f + t.i + t.w for t in held)
+        compute = sum(t.f + t.i + t.w for t in held) + again
         f.append(sum(t.f for t in held) + comm)
-        i.append(sum(t.i for t in held) + comm)
+        i.append(sum(t.i for t in held) + again + comm)
         w.append(sum(t.w for t in held))
         fb.append(max(compute, 2 * comm) / hardware.pair_efficiency)
         size = 1 if job.fp8 and hardware.fp8 else 2
@@ -240,8 +264,7 @@ def state_bytes(model: ModelShape, placement: Placement, job: Job, hardware: Har
     Weights in bf16 (and FP8), gradients in fp32; of the optimizer fp32 weights and bf16 moments (arXiv 2412.19437,
     section 3.3.2), partitioned over all copies of a stage.
     """
-    weights = [t.f + t.i + t.w for t in (layer_seconds(layer, job, hardware) for layer in model.layers)]
-    bounds = cut_model(model, placement, weights)
+    bounds = job_bounds(model, placement, job, hardware)
     copies = placement.num_directions * job.replicas
     expert_copies = copies // job.experts
     most, slowest = 0.0, 0.0

@@ -13,6 +13,9 @@ from .activations import Flow, Made, Module
 #: What `"recompute": true` stands for in our layers; transformers' list nothing.
 OWN_RECOMPUTED = ("norm", "activation", r"attention\.(expand|turn|query\.[12])")
 
+#: The same of transformers' layers.
+TRANSFORMERS_RECOMPUTED = ("norm", "act_fn", "(q|kv)_b_proj")
+
 
 #: Models whose queries and keys have norms of their own.
 NORMED = ("qwen3", "qwen3_moe")
@@ -190,8 +193,8 @@ def _latent(config: Mapping[str, Any], names: Names, own: bool, width: int) -> F
         Module(at, "LatentAttention"),
         Module(compress),
         _norm_module(inner),
-        Module(expand),
-        Module(up),
+        Module(expand, products=rank * expanded),
+        Module(up, products=(query_rank or hidden) * queries),
         Module(out),
     ]
     made += _copies(at, heads * value, 2 * rope if own else 0, turn)

@@ -29,10 +29,11 @@ class Hardware:
         bf16_efficiency: the same in bf16.
         attention_efficiency: part of the bf16 peak that the causal attention core sustains.
         memory_efficiency: part of the memory bandwidth that other kernels sustain.
-        network_efficiency: part of the bandwidth of links that all-to-all and reductions sustain.
+        network_efficiency: part of the bandwidth of links that all-to-all, reductions and copies to the host sustain.
         pair_efficiency: part of a pair's time in which it computes, where communication hides under it (97.2 % in
             DeepSeek's published trace of DualPipe).
         imbalance: tokens of the busiest expert rank by those of the mean one.
+        pcie: bytes/s of copies between device and host, each way.
     """
 
     name: str
@@ -52,6 +53,8 @@ class Hardware:
     network_efficiency: float = 0.9
     pair_efficiency: float = 0.972
     imbalance: float = 1.1
+    # PCIe Gen5 x16: the data sheets of H100 and H200 have 128 GB/s, both ways together; that of A100 (Gen4) 64 GB/s.
+    pcie: float = 64e9
 
 
 KNOWN = {
@@ -60,7 +63,7 @@ KNOWN = {
         Hardware("h800", 989e12, 1979e12, 3.35e12, 80e9, 50e9, 200e9),
         Hardware("h100", 989e12, 1979e12, 3.35e12, 80e9, 50e9, 450e9),
         Hardware("h200", 989e12, 1979e12, 4.8e12, 141e9, 50e9, 450e9),
-        Hardware("a100", 312e12, 0.0, 2.0e12, 80e9, 25e9, 300e9, sms=108),
+        Hardware("a100", 312e12, 0.0, 2.0e12, 80e9, 25e9, 300e9, sms=108, pcie=32e9),
     )
 }
 

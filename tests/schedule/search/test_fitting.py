@@ -14,7 +14,7 @@ from dualpipe_engine.schedule.search.job_costs import Measurement
 from dualpipe_engine.schedule.search.ladder import under_memory
 from dualpipe_engine.schedule.timing.costs import CostModel
 from dualpipe_engine.schedule.timing.simulate import peak_bytes, simulate
-from dualpipe_engine.viz.ladder import fitting_table
+from dualpipe_engine.viz.fitting import fitting_table
 
 RANKS, MICROS, STATE = 4, 8, 100
 KEYS = ("linear", "bidirectional", "vee", "loop of 2")

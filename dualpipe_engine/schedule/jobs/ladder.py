@@ -1,0 +1,272 @@
+"""The memory ladder of a whole job: what recomputation and offload cost each schedule, and the cheapest that fits.
+
+Each schedule has one optimized plan for each number of stages a rank, and where it splits backwards one with full
+backwards, which keeps nothing from I to W. On every rung it runs against the costs that the rung leads to: what is
+computed again is added to the backward, never a transfer, and copies to host memory run at the bandwidth of PCIe. Bytes
+are those of `model_memory` for bf16 weights, fp32 gradients and Adam under ZeRO-1.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from itertools import pairwise
+from typing import NamedTuple
+
+from ...errors import PlanError
+from ..orders.registry import KNOWN, Schedule
+from ..passes.offload import offload
+from ..plan import Plan
+from ..search.make_plan import make_plan
+from ..timing.costs import CostModel
+from ..timing.simulate import makespan_of, peak_activations, peak_bytes
+from .activations import Names, unknown_names
+from .estimate import Job, job_bounds, layer_seconds, product_rate, stage_costs, state_bytes
+from .flows import OWN_RECOMPUTED, TRANSFORMERS_RECOMPUTED
+from .hardware import Hardware
+from .memory import Training
+from .model_memory import Shape, stages_memory
+from .model_shape import LayerShape, ModelShape
+
+#: bf16 with fp32 gradients, Adam and ZeRO-1.
+TRAINING = Training(2, 4, 12, True, False, 6)
+STAGES = (2, 4)  #: stages a rank that are tried where the schedule takes any number
+LABELS = ("norms", "activation functions", "up-projections")  #: of the names of OWN_RECOMPUTED, for people
+WIDTH = 2  #: bytes of an element of the weights
+
+
+class Rung(NamedTuple):
+    """What is computed again.
+
+    Args:
+        label: for people.
+        names: of "recompute".
+        whole: whole layers are, by "activation_checkpoint_interval": 1.
+    """
+
+    label: str = "-"
+    names: Names = ()
+    whole: bool = False
+
+
+PLAIN, WHOLE = Rung(), Rung("whole layers", whole=True)
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """A schedule on a rung.
+
+    Args:
+        rung: what is computed again.
+        split: "split_backward": whether I and W run apart; None: the schedule never has them apart.
+        away: "offload_activations".
+        step: seconds, reduction of gradients included.
+        memory: bytes of the fullest rank.
+        fits: whether these are no more than there are.
+    """
+
+    rung: Rung
+    split: bool | None
+    away: bool | int
+    step: float
+    memory: int
+    fits: bool
+
+
+@dataclass(frozen=True)
+class Work:
+    """What all schedules do.
+
+    Args:
+        model: what is trained.
+        job: ranks and batch.
+        hardware: of the cluster.
+        memory: bytes of a device.
+        own: the layers are those of `dualpipe_engine.models`, not those of transformers.
+    """
+
+    model: ModelShape
+    job: Job
+    hardware: Hardware
+    memory: float
+    own: bool = False
+
+    @property
+    def fp8(self) -> bool:
+        return self.job.fp8 and self.hardware.fp8 > 0
+
+    @property
+    def rungs(self) -> list[Rung]:
+        """Nothing; what DeepSeek-V3 computes again, name by name; whole layers."""
+        flows = [layer.flow(WIDTH) for layer in self.model.layers]
+        listed = zip(LABELS, OWN_RECOMPUTED if self.own else TRANSFORMERS_RECOMPUTED, strict=True)
+        known = [(label, name) for label, name in listed if not unknown_names(flows, (name,))]
+        named = [known[:count] for count in range(1, len(known) + 1)]
+        rungs = [Rung(", ".join(label for label, _ in each), tuple(name for _, name in each)) for each in named]
+        return [PLAIN, *rungs, WHOLE]
+
+
+def attempts(stages_per_rank: int | None) -> list[tuple[str, Schedule]]:
+    """Schedules by name, those that take any number of stages a rank with each that is tried."""
+    tried = STAGES if stages_per_rank is None else (stages_per_rank,)
+    found = []
+    for name, each in KNOWN.items():
+        found += [(name, each)] if each.with_stages is None else [(name, each.with_stages(count)) for count in tried]
+    return found
+
+
+class Ladder:
+    """One schedule on every rung.
+
+    Args:
+        work: what it does.
+        schedule: its name.
+        known: what is known of it.
+
+    Attributes:
+        reason: why there is no plan, or "".
+    """
+
+    def __init__(self, work: Work, schedule: str, known: Schedule) -> None:
+        self.work, self.schedule, self.stages_per_rank, self.reason = work, schedule, known.stages_per_rank, ""
+        self._plans: dict[bool | None, Plan] = {}
+        self._away: dict[tuple[Rung, bool | None], Outcome] = {}
+        job = work.job
+        shape = schedule, job.ranks, job.micro_batches
+        try:
+            placement = known.on(job.ranks)
+            costs = stage_costs(work.model, placement, job, work.hardware)
+            for split in (True, False) if known.splits else (None,):
+                apart = split is not False
+                self._plans[split] = make_plan(*shape, costs, True, None, apart, known.stages_per_rank)
+        except PlanError as error:
+            self.reason = str(error)
+            return
+        self._placement = placement
+        self._bounds = job_bounds(work.model, placement, job, work.hardware)
+        self._reduction = state_bytes(work.model, placement, job, work.hardware)[1]
+        self._costs = {rung: self._costs_on(rung) for rung in work.rungs}
+
+    @property
+    def plain(self) -> Outcome:
+        """As it is."""
+        return self._kept[0]
+
+    @cached_property
+    def cheapest(self) -> Outcome | None:
+        """The fastest that fits; of equals the one that changes least. None: none fits."""
+        best: Outcome | None = None
+        for each in sorted(self._kept, key=lambda each: each.step):  # offload makes none faster
+            if best is not None and each.step >= best.step:
+                break
+            found = each if each.fits else self._offloaded(each)
+            if found.fits and (best is None or found.step < best.step):
+                best = found
+        return best
+
+    @cached_property
+    def outcomes(self) -> list[Outcome]:
+        """All; what does not fit also with the least offload that makes it fit, or all."""
+        found = []
+        for each in self._kept:
+            found += [each] if each.fits or each.rung.whole else [each, self._offloaded(each)]
+        return found
+
+    @property
+    def least(self) -> Outcome:
+        """The one with the fewest bytes."""
+        return min(self.outcomes, key=lambda each: each.memory)
+
+    @cached_property
+    def _kept(self) -> list[Outcome]:
+        """Without offload."""
+        return [self._outcome(rung, split, False) for split in self._plans for rung in self.work.rungs]
+
+    def _offloaded(self, kept: Outcome) -> Outcome:
+        """With the least offload that fits, or all. Of whole layers DeepSpeed keeps the inputs: none."""
+        rung, split = key = kept.rung, kept.split
+        if rung.whole:
+            return kept
+        if key not in self._away:
+            plan, costs, limit = self._plans[split], self._costs[rung], self.work.memory
+            least, most = 0, max(peak_activations(plan))
+            away: bool | int = True
+            if self._bytes(offload(plan, most, costs), rung) <= limit:
+                while most - least > 1:
+                    middle = (least + most) // 2
+                    fits = self._bytes(offload(plan, middle, costs), rung) <= limit
+                    least, most = (least, middle) if fits else (middle, most)
+                away = most
+            self._away[key] = self._outcome(rung, split, away)
+        return self._away[key]
+
+    def _outcome(self, rung: Rung, split: bool | None, away: bool | int) -> Outcome:
+        costs = self._costs[rung]
+        plan = offload(self._plans[split], away, costs)
+        size = self._bytes(plan, rung)
+        return Outcome(rung, split, away, makespan_of(plan, costs) + self._reduction, size, size <= self.work.memory)
+
+    def _costs_on(self, rung: Rung) -> CostModel:
+        model, work = self.work.model, self.work
+        repeated = [repeated_seconds(layer, rung, work) for layer in model.layers]
+        sizes = self._of_stages([layer_bytes(layer, rung, work) for layer in model.layers])
+        pending = self._of_stages([layer.flow(WIDTH).pending(WIDTH, work.fp8) for layer in model.layers])
+        link = work.hardware.pcie * work.hardware.network_efficiency
+        costs = stage_costs(model, self._placement, work.job, work.hardware, repeated)
+        copies = tuple(size / link for size in sizes)
+        return replace(costs, activation_bytes=sizes, pending_bytes=pending, copy=copies)
+
+    def _of_stages(self, of_token: Sequence[int]) -> tuple[int, ...]:
+        return tuple(self.work.job.tokens * sum(of_token[start:stop]) for start, stop in pairwise(self._bounds))
+
+    def _bytes(self, plan: Plan, rung: Rung) -> int:
+        """Of the fullest rank."""
+        job, peaks = self.work.job, peak_bytes(plan, self._costs[rung])
+        if rung.whole:
+            peaks = [peak + self._one_layer(rank) for rank, peak in enumerate(peaks)]
+        shape = Shape(job.ranks, job.micro_batches, job.replicas, job.experts, job.sequences, job.length)
+        ranks = stages_memory(self.work.model, self._bounds, self._placement, TRAINING, shape, peaks)
+        return max(each.total for each in ranks)
+
+    def _one_layer(self, rank: int) -> int:
+        """Bytes of all that the largest layer of a rank keeps, once it is computed again."""
+        spans = [(self._bounds[stage], self._bounds[stage + 1]) for stage in self._placement.stages_of(rank)]
+        held = [layer for start, stop in spans for layer in self.work.model.layers[start:stop]]
+        return self.work.job.tokens * max(layer_bytes(layer, PLAIN, self.work) for layer in held)
+
+
+def climb(work: Work, stages_per_rank: int | None = None) -> Iterator[Ladder]:
+    """Every schedule of `attempts`."""
+    for name, known in attempts(stages_per_rank):
+        ladder = Ladder(work, name, known)
+        if not ladder.reason:
+            _ = ladder.cheapest  # so that whoever counts ladders counts the work
+        yield ladder
+
+
+def chosen(ladders: Sequence[Ladder]) -> Ladder | None:
+    """The schedule with the fastest rung that fits; None: none fits."""
+    fitting = [(each.cheapest.step, index) for index, each in enumerate(ladders) if not each.reason and each.cheapest]
+    return ladders[min(fitting)[1]] if fitting else None
+
+
+def repeated_seconds(layer: LayerShape, rung: Rung, work: Work) -> float:
+    """Seconds of a layer's forward that its backward computes again for one micro-batch."""
+    job, hardware = work.job, work.hardware
+    if rung.whole:
+        return layer_seconds(layer, job, hardware).f
+    products, moved = layer.flow(WIDTH).repeated(rung.names, WIDTH, work.fp8)
+    seconds = 2 * products / product_rate(layer, job, hardware)
+    return job.tokens * (seconds + moved / (hardware.bandwidth * hardware.memory_efficiency))
+
+
+def layer_bytes(layer: LayerShape, rung: Rung, work: Work) -> int:
+    """Bytes of a token that a layer keeps on a rung.
+
+    Of a whole layer that is its input, and with experts what transfers deliver: rows that are dispatched, with the
+    residual and the normed stream, and rows that are combined, with the residual.
+    """
+    kept = sum(layer.flow(WIDTH).kept(rung.names, WIDTH, work.fp8).values())
+    entered = 4 + 2 * layer.top_k if layer.rows else 1
+    return min(kept, WIDTH * work.model.hidden * entered) if rung.whole else kept
