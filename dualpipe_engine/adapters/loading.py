@@ -44,6 +44,11 @@ def empty_model(config: ModelConfig, folder: str | None) -> nn.Module:
     kind: Any = getattr(transformers, names[0], None) if names else transformers.AutoModelForCausalLM
     if kind is None:
         raise ConfigError(f"transformers has no class {names[0]}, which the configuration names in architectures")
+    if not names and type(config) not in transformers.MODEL_FOR_CAUSAL_LM_MAPPING:
+        raise ConfigError(
+            f"{type(config).__name__} does not say which model it is of, and there is no causal language model of it: "
+            'set config.architectures = ["NameOfTheModel"]'
+        )
     dtype = getattr(config, "dtype", None) or torch.float32
     with torch.device("meta"):
         if names:

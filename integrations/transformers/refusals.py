@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from torch.nn.modules.batchnorm import _BatchNorm
 from transformers import Trainer, TrainingArguments
 
 from dualpipe_engine.errors import ConfigError
@@ -54,8 +55,12 @@ def refuse_arguments(args: TrainingArguments, replicas: int = 1) -> None:
             raise ConfigError(f"accelerator_config={{{name!r}: ...}} is about loaders of all ranks; leave it out")
 
 
-def refuse_hooks(trainer: Trainer) -> None:
-    """Refuse what a subclass or an argument of the Trainer changes without an effect here.
+def refuse_hooks(trainer: Trainer, num_chunks: int = 1) -> None:
+    """Refuse what a subclass, an argument or the model changes without an effect here, or with another one.
+
+    Args:
+        trainer: with its model.
+        num_chunks: micro-batches of a batch.
 
     Raises:
         ConfigError: there is such a thing.
@@ -78,4 +83,10 @@ def refuse_hooks(trainer: Trainer) -> None:
             raise ConfigError(
                 f"the PEFT adapter {name!r} puts a prompt before the whole model, which stages do not see: use LoRA or "
                 "another kind that changes the blocks"
+            )
+    for name, part in trainer.model.named_modules():
+        if num_chunks > 1 and isinstance(part, _BatchNorm):
+            raise ConfigError(
+                f"{name} ({type(part).__name__}) takes its statistics from the whole batch, which is cut into "
+                f"{num_chunks} micro-batches: use num_chunks=1"
             )

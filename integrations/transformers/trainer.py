@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -28,6 +28,7 @@ from ..sequences import refuse_shared_sequences
 from .batches import Batch, Model
 from .evaluation import PipelineEvaluation
 from .loss import StandIn, TrainerLoss, with_weights
+from .masters import masters
 from .optimizer import OptimizerView, rebuilt
 from .refusals import refuse_arguments, refuse_hooks
 from .routed_loss import RoutedLoss
@@ -52,8 +53,8 @@ class DualPipeTrainer(PipelineEvaluation):
     Losses, gradient norms and learning rates are those of a Trainer in one process on the same batches: the last stage
     calls `compute_loss`, overridden or not (`loss.py`). Optimizers, learning rate schedules, callbacks, evaluation,
     metrics, checkpoints and resume work as there; what does not is refused here (`refusals.py`). `save_model` gathers
-    the stages into a folder that `from_pretrained` loads; `trainer.model` itself has the trained weights of this rank's
-    stages only.
+    the stages, in fp32 where the model was, into a folder that `from_pretrained` loads; `trainer.model` itself has the
+    trained weights of this rank's stages only.
 
     Args:
         model: a model that `get_model_adapter` can cut, PEFT models included.
@@ -67,7 +68,7 @@ class DualPipeTrainer(PipelineEvaluation):
             `{"enabled": True, "autoep_size": 2}`. How evenly they are used goes to the logs.
         enable_profiling: keep a profile of the run in `dualpipe_profile.json` in the output folder.
         resume_elsewhere: let `train(resume_from_checkpoint=...)` take checkpoints that another number of ranks or
-            another schedule has saved, under ZeRO-1 and ZeRO-2.
+            another schedule has saved, under ZeRO-1 and ZeRO-2, and in fp32 without ZeRO.
         options: as for `Trainer`.
 
     Raises:
@@ -103,7 +104,8 @@ class DualPipeTrainer(PipelineEvaluation):
             super().__init__(model, args, *positional, **options)
         else:
             super().__init__(model=model, args=args, **options)
-        refuse_hooks(self)
+        self._given = getattr(_base_model(self.model), "dtype", torch.float32)  # what a Trainer would save
+        refuse_hooks(self, self._num_chunks)
         if self._num_chunks < 1:
             raise ConfigError(f"num_chunks must be at least 1, got {self._num_chunks}")
         if not dist.is_initialized():
@@ -330,9 +332,11 @@ class DualPipeTrainer(PipelineEvaluation):
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """Gather the stages and save the whole model, as `from_pretrained` loads it. Collective."""
-        state = _whole_names(self.model, gather_state_dict(self._make_engine()))
-        if self.args.should_save:
-            self._save(output_dir, state_dict=state)
+        engine = self._make_engine()
+        with masters(engine) if self._given == torch.float32 else nullcontext():
+            state = _whole_names(self.model, gather_state_dict(engine))
+            if self.args.should_save:  # within: the configuration that is saved has the dtype of the parameters
+                self._save(output_dir, state_dict=state)
         dist.barrier()
         if self.args.push_to_hub and not _internal_call:
             self.push_to_hub(commit_message="Model save", revision=self.args.hub_revision)

@@ -151,3 +151,8 @@ def test_layerdrop_is_refused_with_its_remedy():
     config = transformers.OPTConfig(**kinds.KINDS["opt_layerdrop"].settings)
     config.layerdrop = 0.0
     get_model_adapter(config=config)
+
+
+def test_a_configuration_that_does_not_name_its_model():
+    with pytest.raises(ConfigError, match=r"config.architectures"):
+        get_model_adapter(config=transformers.ModernBertConfig())

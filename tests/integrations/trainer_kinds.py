@@ -21,6 +21,12 @@ def small(kind, **config):
     return getattr(transformers, kind)(made)
 
 
+def resnet():
+    torch.manual_seed(5)
+    sizes = {"embedding_size": 8, "hidden_sizes": [8, 16, 16, 16], "depths": [1, 1, 2, 1], "layer_type": "basic"}
+    return transformers.ResNetForImageClassification(transformers.ResNetConfig(**sizes, num_labels=3))
+
+
 class Rows(torch.utils.data.Dataset):
     """Samples of a kind of labels; `tokens` are ragged."""
 
@@ -149,6 +155,9 @@ KINDS = {
     | label_rows(lambda tokens: (tokens[:4] % 2).float()),
 }
 
+#: Those that a batch in parts would change.
+KINDS_OF_WHOLE_BATCHES = {"statistics": {"model": resnet, "data": Pictures, "collate": None}}
+
 
 def run_kind(name, folder, stock, steps=STEPS, **options):
     """Losses and norms of a few steps, loss and logits of an evaluation, logits of rows without labels."""
@@ -157,7 +166,7 @@ def run_kind(name, folder, stock, steps=STEPS, **options):
     for state in (AcceleratorState, GradientState, PartialState):
         state._reset_state()
     transformers.set_seed(0)
-    given = KINDS[name]
+    given = (KINDS | KINDS_OF_WHOLE_BATCHES)[name]
     if stock:
         kind = transformers.Trainer
     else:

@@ -116,3 +116,80 @@ def short(folder):
         model=make_model(), args=arguments, train_dataset=data, num_chunks=8, enable_profiling=True
     )
     return trainer.train().global_step
+
+
+class Added:
+    """`compute_metrics` batch by batch, which looks at inputs and losses too."""
+
+    def __init__(self):
+        self.rows = 0
+
+    def __call__(self, seen, compute_result):
+        assert len(seen.inputs["input_ids"]) == len(seen.predictions) and len(seen.losses)
+        self.rows += len(seen.predictions)
+        if not compute_result:
+            return {}
+        found, self.rows = {"rows": self.rows}, 0
+        return found
+
+
+def many_arguments(folder, stock=False):
+    """A run with arguments of data, recomputation and evaluation that others leave alone."""
+    from accelerate.state import AcceleratorState, GradientState, PartialState
+
+    for state in (AcceleratorState, GradientState, PartialState):
+        state._reset_state()
+    transformers.set_seed(0)
+    if stock:
+        kind, options = transformers.Trainer, {}
+    else:
+        from dualpipe_engine.compat import DualPipeTrainer as kind
+
+        options = {"num_chunks": 4}
+    arguments = transformers.TrainingArguments(
+        output_dir=folder, max_steps=4, per_device_train_batch_size=8, per_device_eval_batch_size=8, report_to=[],
+        learning_rate=3e-3, logging_steps=2, logging_first_step=True, eval_strategy="steps", eval_steps=2,
+        eval_on_start=True, batch_eval_metrics=True, include_for_metrics=["inputs", "loss"], use_cpu=True,
+        disable_tqdm=True, dataloader_pin_memory=False, save_strategy="no", train_sampling_strategy="group_by_length",
+        dataloader_drop_last=True, activation_checkpointing=True, data_seed=3, lr_scheduler_type="cosine_with_min_lr",
+        lr_scheduler_kwargs={"min_lr": 1e-4}, optim="sgd", optim_args="momentum=0.5", label_names=["labels"],
+    )  # fmt: skip
+    model = make_model()
+    trainer = kind(
+        model=model, args=arguments, train_dataset=Sentences(44), eval_dataset=Sentences(12, seed=2),
+        data_collator=pad, compute_metrics=Added(), **options,
+    )  # fmt: skip
+    trainer.train()
+    logs = trainer.state.log_history
+    evaluated = [row for row in logs if "eval_loss" in row]
+    return {
+        "losses": [row["loss"] for row in logs if "loss" in row],
+        "steps": [row["step"] for row in logs if "loss" in row],
+        "eval": [row["eval_loss"] for row in evaluated],
+        "given": {"eval_rows": evaluated[-1]["eval_rows"], "rates": [r["learning_rate"] for r in logs if "loss" in r]},
+        "recomputed": any(getattr(part, "gradient_checkpointing", False) for part in model.modules()),
+    }
+
+
+def in_bf16(folder, dtype=torch.float32, **options):
+    """Two steps whose changes are smaller than what bf16 tells apart."""
+    from accelerate.state import AcceleratorState, GradientState, PartialState
+
+    from dualpipe_engine.compat import DualPipeTrainer
+
+    for state in (AcceleratorState, GradientState, PartialState):
+        state._reset_state()
+    transformers.set_seed(0)
+    arguments = transformers.TrainingArguments(
+        output_dir=folder, max_steps=2, per_device_train_batch_size=8, learning_rate=1e-5, report_to=[], use_cpu=True,
+        disable_tqdm=True, dataloader_pin_memory=False, save_strategy="no", bf16=True, optim="adamw_torch",
+        lr_scheduler_type="constant",
+    )  # fmt: skip
+    trainer = DualPipeTrainer(
+        model=make_model().to(dtype), args=arguments, train_dataset=Sentences(24), data_collator=pad, **options
+    )
+    trainer.train()
+    trainer.save_model(folder)
+    dtypes = {param.dtype for param in trainer._engine.module.parameters()}
+    trainer._engine.destroy()
+    return dtypes
