@@ -43,11 +43,7 @@ class Tiles:
     def __init__(self, projection: nn.Module, count: int) -> None:
         self._project: Callable[[Tensor], Tensor] = projection.forward
         self._projection, self._count = projection, count
-        projection.forward = _Unprojected()
-
-    def undo(self) -> None:
-        """Let the layer return logits again."""
-        del self._projection.forward
+        self.undo = _stand_in(projection, _Unprojected())  #: lets the layer return logits again
 
     def total(self, summed: Callable[[Tensor, Tensor], Tensor], hidden: Tensor, labels: Tensor) -> Tensor:
         """The sum of `summed(logits, labels)` over all tiles (scalar).
@@ -106,11 +102,7 @@ class TiledLayer(Unsplit):
         self._module, self._name, self._count = module, name, count
         self._plain: Callable[..., Nest] = module.forward
         self._checked = False
-        module.forward = self
-
-    def undo(self) -> None:
-        """Give the module its own forward back."""
-        del self._module.forward
+        self.undo = _stand_in(module, self)  #: gives the module its own forward back
 
     def __call__(self, *args: Nest, **kwargs: Nest) -> Tensor:
         if len(args) + len(kwargs) != 1:
@@ -150,6 +142,19 @@ class TiledLayer(Unsplit):
         if not torch.allclose(both[..., :tile, :], first, rtol=1e-2, atol=1e-4 * float(first.abs().max())):
             raise ConfigError(f'"tiled_mlp": {self._name} mixes positions, so that it cannot run on pieces')
         self._checked = True
+
+
+def _stand_in(module: nn.Module, forward: Callable[..., Nest]) -> Callable[[], None]:
+    """Replace the forward of a module; what puts the former one back, which may be the user's."""
+    own = vars(module).get("forward")
+    module.forward = forward
+
+    def undo() -> None:
+        del module.forward
+        if own is not None:
+            module.forward = own
+
+    return undo
 
 
 def _random_states(device: torch.device) -> list[Tensor]:

@@ -12,6 +12,7 @@ from torch import nn
 
 from dualpipe_engine.engine.config import read_config
 from dualpipe_engine.errors import ConfigError
+from dualpipe_engine.runtime.tiles import TiledLayer, Tiles
 from dualpipe_engine.schedule.orders.registry import SCHEDULES
 
 BOTH = {"tiled_loss": 3, "tiled_mlp": 2}
@@ -80,6 +81,17 @@ def test_what_does_not_fit_is_refused(ranks, case, said):
 def test_logits_that_never_exist_are_refused(ranks):
     with pytest.raises(RankError, match="logits are never whole"):
         ranks.run(2, tiled_runs.logits)
+
+
+def test_a_forward_of_the_users_comes_back():
+    own, untouched = nn.Linear(4, 4), nn.Linear(4, 4)
+    own.forward = given = lambda x: 2 * x
+    replaced = [
+        make(part) for part in (own, untouched) for make in (lambda p: Tiles(p, 2), lambda p: TiledLayer(p, "mlp", 2))
+    ]
+    for each in reversed(replaced):
+        each.undo()
+    assert own.forward is given and "forward" not in vars(untouched)
 
 
 def test_no_effect_under_deepspeeds_own_schedule():
