@@ -16,7 +16,7 @@ from typing import NamedTuple
 
 from ...errors import PlanError
 from ..orders.registry import KNOWN, Schedule
-from ..passes.offload import offload
+from ..passes.offload import least_that_fits, offload
 from ..plan import Plan
 from ..search.make_plan import make_plan
 from ..timing.costs import CostModel
@@ -190,15 +190,10 @@ class Ladder:
             return kept
         if key not in self._away:
             plan, costs, limit = self._plans[split], self._costs[rung], self.work.memory
-            least, most = 0, max(peak_activations(plan))
-            away: bool | int = True
-            if self._bytes(offload(plan, most, costs), rung) <= limit:
-                while most - least > 1:
-                    middle = (least + most) // 2
-                    fits = self._bytes(offload(plan, middle, costs), rung) <= limit
-                    least, most = (least, middle) if fits else (middle, most)
-                away = most
-            self._away[key] = self._outcome(rung, split, away)
+            fewer = least_that_fits(
+                max(peak_activations(plan)), lambda number: self._bytes(offload(plan, number, costs), rung) <= limit
+            )
+            self._away[key] = self._outcome(rung, split, True if fewer is None else fewer)
         return self._away[key]
 
     def _outcome(self, rung: Rung, split: bool | None, away: bool | int) -> Outcome:

@@ -11,6 +11,7 @@ device from F to OFFLOAD and from RELOAD to B or W, and each copy has at least o
 from __future__ import annotations
 
 from collections import defaultdict, deque
+from collections.abc import Callable
 from heapq import heappop, heappush
 from typing import NamedTuple
 
@@ -52,6 +53,22 @@ def offload(plan: Plan, fewer: bool | int, costs: CostModel = UNIT) -> Plan:
         _with_copies(program, _chosen(program, _candidates(program, costs), fewer)) for program in plan.programs
     )
     return Plan(plan.placement, plan.num_micro, programs, plan.schedule)
+
+
+def least_that_fits(most: int, fits: Callable[[int], bool]) -> int | None:
+    """The smallest number for `offload` that fits, 1 to `most`; None: not even `most` does.
+
+    Args:
+        most: the largest number that changes anything, the peak of activations.
+        fits: whether a plan with so many fewer fits.
+    """
+    least = 0
+    if most < 1 or not fits(most):
+        return None
+    while most - least > 1:
+        middle = (least + most) // 2
+        least, most = (least, middle) if fits(middle) else (middle, most)
+    return most
 
 
 def _candidates(program: tuple[Op, ...], costs: CostModel) -> list[_Away]:

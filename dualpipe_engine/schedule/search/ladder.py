@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from bisect import bisect_left
 from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
 from functools import partial
 
-from ..passes.offload import offload
+from ..passes.offload import least_that_fits, offload
 from ..timing.simulate import peak_activations, peak_bytes, simulate
 from .compare import Row, compare
 from .job_costs import Measurement, gib
@@ -92,9 +91,9 @@ def _changed(every: Callable[..., list[Row]], plain: Rung, fewer: bool | int | N
     [capped] = every(costs=job.costs, job=job, schedules=(plain.schedule,))
     found = [_moved(capped, plain.fewer, job)] if capped.feasible else []
     if fewer is None:
-        numbers = range(1, 1 + _most(plain))
-        fitting = bisect_left(numbers, True, key=lambda number: _fits(_moved(plain, number, job), job))
-        found.append(_moved(plain, numbers[min(fitting, len(numbers) - 1)], job))
+        most = _most(plain)
+        least = least_that_fits(most, lambda number: _fits(_moved(plain, number, job), job))
+        found.append(_moved(plain, most if least is None else least, job))
     return found
 
 
