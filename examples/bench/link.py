@@ -6,6 +6,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -38,6 +39,9 @@ def run_linked(script: str, arguments: Sequence[str], megabit: float) -> Any:
     names = [f"dualpipe{os.getpid()}{end}" for end in "ab"]
     devices = [f"dp{os.getpid()}{end}" for end in "ab"]
     with ExitStack() as stack:
+        # The namespaces outlive this process, so that SIGTERM has to unwind like any exception.
+        before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
+        stack.callback(signal.signal, signal.SIGTERM, before)
         for name in names:
             _sudo("ip", "netns", "add", name)
             stack.callback(_sudo, "ip", "netns", "del", name)
