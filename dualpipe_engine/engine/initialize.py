@@ -142,6 +142,8 @@ def _under_schedule(
         sharing = share_sequences(model, base_grid, base_grid.data_parallel_size // readers)
         if sharing.group is not None:
             model.loss_fn = of_shards(model.loss_fn)
+        model.dualpipe_recomputed = recomputed_modules(model, dualpipe.recompute)
+        check_statistics(model, plan.placement, model.dualpipe_recomputed)
         groups = GroupMap(model, given, optimizer, base_grid.pp_proc_group, lr_scheduler)
         optimizer, given = groups.apply()
         config_class = DeepSpeedConfig(settings, BatchView(readers))
@@ -218,8 +220,6 @@ def _place(model: PipelineModule, settings: Settings, dualpipe: DualPipeConfig, 
         model.dualpipe_unphased = overlap_blocks(model) if dualpipe.overlap is not False else {}
     set_activation_checkpointing(model, settings.get("pipeline", {}))
     tile(model, dualpipe.tiled_loss, dualpipe.tiled_mlp)
-    model.dualpipe_recomputed = recomputed_modules(model, dualpipe.recompute)
-    check_statistics(model, plan.placement, model.dualpipe_recomputed)
     return placed
 
 

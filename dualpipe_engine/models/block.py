@@ -1,4 +1,5 @@
-"""Transformer blocks: the dense one, and the one with experts, which offers phases.
+"""Transformer blocks: the dense one, which offers phases where ranks share sequences, and the one with experts, which
+always does.
 
 States between blocks are `[batch, length, hidden]`, or with more than that tuples, see `Passed`. The sum of the
 auxiliary losses so far travels down the pipeline with the activations, so that its gradient travels up with theirs.
@@ -6,6 +7,8 @@ auxiliary losses so far travels down the pipeline with the activations, so that 
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
 from typing import NamedTuple
 
 import torch.distributed as dist
@@ -15,7 +18,7 @@ from ..comm.nest import Nest
 from ..comm.tickets import Tickets
 from ..errors import ConfigError
 from ..runtime.phases import COMM, COMPUTE, Phase
-from .attention import GroupedQueryAttention, LatentAttention
+from .attention import Attention, GroupedQueryAttention, LatentAttention
 from .config import MoEConfig
 from .deep_ep import DeepEP, deep_ep_available
 from .dispatch import AllToAll, Dispatcher, State
@@ -23,8 +26,18 @@ from .experts import Experts, FeedForward
 from .routing import Router
 
 
-def _attention(config: MoEConfig) -> nn.Module:
+def _attention(config: MoEConfig) -> Attention:
     return LatentAttention(config) if config.attention == "latent" else GroupedQueryAttention(config)
+
+
+def _passed_by(phase: Phase) -> Phase:
+    """The phase on the first of two, which the second passes by."""
+    return phase._replace(run=partial(_on_first, phase.run))
+
+
+def _on_first(run: Callable[..., Nest], state: tuple[Nest, Nest], *tickets: Tickets | None) -> tuple[Nest, Nest]:
+    first, second = state
+    return run(first, *tickets), second
 
 
 class Passed(NamedTuple):
@@ -77,9 +90,11 @@ class DenseBlock(nn.Module):
 
     Attributes:
         recomputed: names of modules that `"recompute": true` stands for.
+        phases: offered once ranks share sequences.
     """
 
     recomputed = RECOMPUTED
+    phases: Callable[[], list[Phase]]
 
     def __init__(self, config: MoEConfig) -> None:
         super().__init__()
@@ -88,9 +103,29 @@ class DenseBlock(nn.Module):
         self.mlp = FeedForward(config.hidden, config.dense_inner)
         initialise(self, config)
 
+    def share_sequences(self, group: dist.ProcessGroup) -> None:
+        """Offer phases, because the attention, which is given the same `group`, will have some."""
+        self.phases = self._steps
+
+    def _steps(self) -> list[Phase]:
+        """Norm, the attention's, feed-forward."""
+        return [
+            Phase("norm", COMPUTE, self._enter),
+            *map(_passed_by, self.attention.steps()),
+            Phase("feed-forward", COMPUTE, self._finish),
+        ]
+
     def forward(self, state: Nest) -> Nest:
+        normed, passed = self._enter(state)
+        return self._finish((self.attention(normed), passed))
+
+    def _enter(self, state: Nest) -> tuple[Tensor, Passed]:
         passed = split(state)
-        x = passed.x + self.attention(self.norm1(passed.x))
+        return self.norm1(passed.x), passed
+
+    def _finish(self, state: tuple[Tensor, Passed]) -> Nest:
+        mixed, passed = state
+        x = passed.x + mixed
         return joined(passed._replace(x=x + self.mlp(self.norm2(x))))
 
 
@@ -147,9 +182,11 @@ class MoEBlock(nn.Module):
         self.dispatcher = DeepEP(group, experts) if deep_ep_available(group) else AllToAll(group, experts)
 
     def phases(self) -> list[Phase]:
-        """The block as phases: attention and routing, counts of rows, dispatch, experts, combine, sum."""
+        """The block as phases: those of the attention, routing, counts of rows, dispatch, experts, combine, sum."""
         return [
-            Phase("attention", COMPUTE, self._attend),
+            Phase("norm", COMPUTE, self._enter),
+            *map(_passed_by, self.attention.steps()),
+            Phase("routing", COMPUTE, self._route),
             Phase("counts", COMM, self._count),
             Phase("dispatch", COMM, self._dispatch),
             Phase("experts", COMPUTE, self._compute),
@@ -158,12 +195,18 @@ class MoEBlock(nn.Module):
         ]
 
     def forward(self, state: Nest) -> Nest:
-        state = self._dispatch(self._count(self._attend(state), None), None)
+        normed, passed = self._enter(state)
+        state = self._route((self.attention(normed), passed))
+        state = self._dispatch(self._count(state, None), None)
         return self._finish(self._combine(self._compute(state), None))
 
-    def _attend(self, state: Nest) -> State:
+    def _enter(self, state: Nest) -> tuple[Tensor, Passed]:
         passed = split(state)
-        x = passed.x + self.attention(self.norm1(passed.x))
+        return self.norm1(passed.x), passed
+
+    def _route(self, state: tuple[Tensor, Passed]) -> State:
+        mixed, passed = state
+        x = passed.x + mixed
         normed = self.norm2(x)
         routing = self.router(normed.flatten(0, 1), len(normed))
         ready = self.dispatcher.prepare(normed.flatten(0, 1), routing) | {"residual": x}

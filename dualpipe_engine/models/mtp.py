@@ -13,11 +13,11 @@ from __future__ import annotations
 from typing import Protocol
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from ..comm.nest import Nest
 from ..errors import ConfigError
-from .block import MoEBlock, initialise, joined, split
+from .block import MoEBlock, Passed, initialise, joined, split
 from .config import MoEConfig
 from .dispatch import State
 
@@ -66,12 +66,12 @@ class MTPBlock(MoEBlock):
     def forward(self, state: Nest) -> Nest:
         return super().forward(state) if split(state).ahead else state
 
-    def _attend(self, state: Nest) -> State:
+    def _enter(self, state: Nest) -> tuple[Tensor, Passed]:
         passed = split(state)
         embedding, *ahead = passed.ahead
         both = [self.embedding_norm(embedding), self.hidden_norm(passed.x[:, :-1])]
         x = self.project(torch.cat(both, dim=-1))
-        return super()._attend(joined(passed._replace(x=x, ahead=tuple(ahead), done=(*passed.done, passed.x))))
+        return super()._enter(joined(passed._replace(x=x, ahead=tuple(ahead), done=(*passed.done, passed.x))))
 
     def _finish(self, state: State) -> Nest:
         passed = split(super()._finish(state))

@@ -51,16 +51,25 @@ def phases_of(
         recompute: whether the computation of a layer is activation-checkpointed. What its communication delivers is
             kept, so nothing is sent twice.
     """
-    merged: list[Phase] = []
+    found: list[Phase] = []
     for layer in layers:
         parts = layer.phases() if isinstance(layer, Phased) else [Phase(type(layer).__name__, COMPUTE, layer)]
-        for name, kind, run in parts:
-            if kind == COMPUTE and recompute(layer):
-                run = partial(checkpoint, run, use_reentrant=False)
-            if kind == COMPUTE and merged and merged[-1].kind == COMPUTE:
-                before = merged.pop()
-                name, run = f"{before.name}+{name}", partial(_chain, before.run, run)
-            merged.append(Phase(name, kind, run))
+        again = recompute(layer)
+        for part in _merged(parts):
+            if again and part.kind == COMPUTE:
+                part = part._replace(run=partial(checkpoint, part.run, use_reentrant=False))
+            found.append(part)
+    return _merged(found)
+
+
+def _merged(phases: Sequence[Phase]) -> list[Phase]:
+    """Phases with computation that nothing separates made one."""
+    merged: list[Phase] = []
+    for name, kind, run in phases:
+        if kind == COMPUTE and merged and merged[-1].kind == COMPUTE:
+            before = merged.pop()
+            name, run = f"{before.name}+{name}", partial(_chain, before.run, run)
+        merged.append(Phase(name, kind, run))
     return merged
 
 

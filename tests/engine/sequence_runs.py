@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from unittest import mock
 
 import moe_runs
@@ -76,6 +77,7 @@ def gradients_of(model, schedule, size, ranks=2, replicas=2, pipeline=None):
         "reader": (engine.data_rank, engine.data_replicas, engine.train_batch_size()),
         "start": begin,
         "grads": grads,
+        "transfers": Counter(each.name for each in engine._transfers),
     }
     engine.destroy()
     return found
@@ -162,6 +164,7 @@ def refusals():
         (grouped | {"mtp_depth": 1}, plain, "mtp_depth, which looks beyond"),
         (grouped, plain | {"gradient_allreduce_op": "sum"}, 'take "mean"'),
         (grouped, plain | {"pipeline": {"schedule": "auto"}}, "name a schedule"),
+        (grouped, settings(2, 1, "zb1p", pipeline={"recompute": ["attention"]}), "transfers that are not to be"),
         (grouped, plain | {"expert_parallel": {"enabled": True}}, 'leave "expert_parallel" out'),
     ]
     for model, config, text in cases:

@@ -21,7 +21,7 @@ GROUPED = {"attention": "grouped", "heads": 4, "kv_heads": 1, "dense_blocks": 1}
 CASES = [
     {"model": LATENT, "schedule": "dualpipe", "size": 2},
     {"model": GROUPED, "schedule": "dualpipev", "size": 2, "pipeline": {"tiled_loss": 3, "tiled_mlp": 2}},
-    {"model": LATENT, "schedule": "zb1p", "size": 2},
+    {"model": LATENT, "schedule": "zb1p", "size": 2, "pipeline": {"overlap": False}},
 ]
 
 
@@ -51,6 +51,9 @@ def check(found, case):
     for rank in found:
         assert rank["loss"] == pytest.approx(total, rel=1e-6)  # reported in fp32
         assert rank["evaluated"] == pytest.approx(evaluated, rel=1e-6)
+        # Each exchange of a block, forward and backward, as a phase; without overlap within the layer.
+        by_phases = case.get("pipeline", {}).get("overlap") is not False
+        assert (rank["transfers"]["heads"] > 0) == by_phases == (rank["transfers"]["tokens"] > 0)
         assert rank["reader"] == (rank["replica"] // size, readers, 2 * runs.MICROS * readers)
     seen = test_moe.assemble(found, "grads")
     seen.pop(PLACEHOLDER, None)  # of ranks without experts
@@ -97,6 +100,8 @@ WAYS = [
     {"schedule": "zb1p", "zero": 1, "precision": "bf16"},
     {"schedule": "dualpipev", "zero": 2, "precision": "bf16"},
     {"schedule": "dualpipe", "pipeline": {"recompute": True}},
+    {"schedule": "dualpipe", "pipeline": {"activation_checkpoint_interval": 1}},
+    {"schedule": "zb1p", "model": {"expert_parallel": 2}},
     {"schedule": "dualpipev", "pipeline": {"offload_activations": True}},
     {"schedule": "zbv", "zero": 2, "pipeline": {"recompute": True, "offload_activations": True}},
 ]

@@ -14,6 +14,7 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from dualpipe_engine.models.attention import Attention
 from dualpipe_engine.models.block import DenseBlock, MoEBlock
 from dualpipe_engine.models.config import MoEConfig
 from dualpipe_engine.runtime.chunk import StageChunk
@@ -66,6 +67,7 @@ def stages():
             [MoEBlock(MoEConfig(**sizes, expert_parallel=2, balancing="loss"), dist.get_rank())],
             (x, loss),
         ),
+        "shared sequences": ([DenseBlock(shared), MoEBlock(shared, dist.get_rank()), DenseBlock(shared)], x),
         "all experts": ([MoEBlock(MoEConfig(**sizes))], x),
         "DeepSpeed's": ([deepspeed_moe_runs.PhasedBlock(), deepspeed_moe_runs.PhasedBlock(True)], (x[..., :8], loss)),
     }
@@ -75,6 +77,10 @@ def stages():
                 layer.connect(dist.group.WORLD)
             elif isinstance(layer, deepspeed_moe_runs.Block):
                 layer.moe.set_deepspeed_parallelism()
+    for layer in found["shared sequences"][0]:
+        for part in (layer, layer.attention):
+            if isinstance(part, (DenseBlock, Attention)):
+                part.share_sequences(dist.group.WORLD)
     return found
 
 
