@@ -145,12 +145,12 @@ def test_overlap_on_one_device_runs_on_the_cpu_too():
 
 
 @pytest.mark.all
-@pytest.mark.parametrize("model", ["plain", "qwen3-moe"])
-def test_overlap_over_a_slow_link(model, monkeypatch):
+@pytest.mark.parametrize("layers", ["--model plain", "--model qwen3-moe", "--exchange heads experts"])
+def test_overlap_over_a_slow_link(layers, monkeypatch):
     monkeypatch.syspath_prepend(BENCH)
     if not importlib.import_module("link").usable():
         pytest.skip("needs root, network namespaces, ip and tc")
-    words = f"overlap.py --model {model} --ratios 1 --pairs 1 --layers 1 --kilobytes 256"
+    words = f"overlap.py {layers} --ratios 1 --pairs 1 --layers 1 --kilobytes 256"
     done = subprocess.run([sys.executable, *words.split()], cwd=BENCH, capture_output=True, text=True, timeout=240)
     assert done.returncode == 0, done.stderr[-3000:]
     *_, row = done.stdout.splitlines()

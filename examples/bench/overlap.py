@@ -1,13 +1,21 @@
-"""How much of the expert all-to-all an F&B pair hides, beside the same forward and backward one after the other.
+"""How much of the all-to-all an F&B pair hides, beside the same forward and backward one after the other.
 
-    python examples/bench/overlap.py [--model qwen3-moe] [--ratios 0.5 1 2] [--compute sleep|real] [--out overlap.png]
+    python examples/bench/overlap.py [--exchange experts heads] [--ratios 0.5 1 2] [--compute sleep|real] [--out F.png]
+    python examples/bench/overlap.py --model qwen3-moe
     python examples/bench/overlap.py --cuda
 
 Two ranks share the experts of a stage of some layers, over a link that is made slow (`link.py`; needs root). A layer
 has attention, counts, dispatch, experts and combine as the model of `dualpipe_engine.models` has them, with its
-dispatcher; its computation takes `ratio` times as long as one of its all-to-alls, forward and backward alike. Times are
-medians over pairs. "computation" is what the computation of a pair took, "hidden" the part of the all-to-all time of
-the sequential run that an overlapped pair does not wait for: 1 - (pair - computation) / (sequential - computation).
+dispatcher; its computation takes `ratio` times as long as one of its all-to-alls, forward and backward alike.
+
+With --exchange heads the ranks share sequences: a layer is an attention of `dualpipe_engine.models` with eight heads of
+queries for one of keys and of values. Before the mixing of tokens it exchanges those, 1.25 times as much as afterwards;
+the computation before, within and after it is as above, with the mean of the two all-to-alls. With `--exchange heads
+experts` each layer has both.
+
+Times are medians over pairs. "computation" is what the computation of a pair took, "hidden" the part of the all-to-all
+time of the sequential run that an overlapped pair does not wait for: 1 - (pair - computation) / (sequential -
+computation).
 
 With --model qwen3-moe a layer is a decoder layer of transformers under DeepSpeed's AutoEP (`decoder.py`). Its own
 computation counts too, as what the sequential run does not wait for transfers; work is added to it up to `ratio`.
@@ -31,13 +39,16 @@ import torch
 import torch.distributed as dist
 
 from dualpipe_engine.comm.tickets import Transfer
+from dualpipe_engine.models.attention import Attention
 from dualpipe_engine.models.dispatch import AllToAll
 from dualpipe_engine.models.routing import Routing, count
 from dualpipe_engine.runtime.overlap import PhasedChunk, phases_of
 from dualpipe_engine.runtime.phases import COMM, COMPUTE, Phase
 
 WIDTH, EXPERTS = 256, 4
+HEADS, GROUP = 16, 8
 PLAIN, QWEN3_MOE = "plain", "qwen3-moe"
+OF_EXPERTS, OF_HEADS = "experts", "heads"
 
 
 class Work:
@@ -102,6 +113,26 @@ class Layer:
         return state["residual"] + self._dispatcher.finish(state)
 
 
+class SharedAttention(Attention):
+    """An attention whose computation is `Work`, and whose ranks share sequences; takes `[tokens, WIDTH]`."""
+
+    def __init__(self, work: Work) -> None:
+        super().__init__()
+        self._work, self.heads, self.kv_heads = work, HEADS, HEADS // GROUP
+        self.share_sequences(dist.group.WORLD)
+
+    def _project(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        query = _Busy.apply(x, self._work).view(1, len(x), HEADS, -1)
+        key = query[:, :, : self.kv_heads]
+        return query, key, key
+
+    def _mix(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, /) -> torch.Tensor:
+        return _Busy.apply(query, self._work) + (key + value).repeat_interleave(GROUP, dim=2)
+
+    def _output(self, mixed: torch.Tensor) -> torch.Tensor:
+        return mixed.reshape(-1, WIDTH)
+
+
 def measure(args: argparse.Namespace) -> list[dict[str, float]]:
     """On each rank: for every ratio the seconds of pairs, of halves one after the other, and of their computation."""
     torch.set_num_threads(1)
@@ -137,7 +168,7 @@ def measure(args: argparse.Namespace) -> list[dict[str, float]]:
         times, spent, own = zip(*found[1:], strict=True)  # the first warms up
         return median(times), median(spent), median(own) if args.model == QWEN3_MOE else 0.0
 
-    transfers = 4 * args.layers
+    transfers = 4 * len(layers)
     rows = []
     for ratio in args.ratios:
         for _ in range(3):  # a link that rested passes a burst: the exchange that counts is that between computations
@@ -163,7 +194,8 @@ def _stage(args: argparse.Namespace, work: Work) -> tuple[list[Any], torch.Tenso
         return layers, torch.randn(max(1, rows // TOP_K // LENGTH), LENGTH, WIDTH)
     experts = (torch.arange(rows) % EXPERTS).view(-1, 1)
     routing = Routing(experts, torch.ones(rows, 1), torch.zeros(1), count(experts, EXPERTS))
-    return [Layer(work, routing) for _ in range(args.layers)], torch.ones(rows, WIDTH)
+    kinds = {OF_EXPERTS: lambda: Layer(work, routing), OF_HEADS: lambda: SharedAttention(work)}
+    return [kinds[name]() for _ in range(args.layers) for name in args.exchange], torch.ones(rows, WIDTH)
 
 
 def _agreed(seconds: float) -> float:
@@ -204,6 +236,8 @@ def main() -> None:
     parser.add_argument("--ratios", type=float, nargs="+", default=[0.5, 1.0, 2.0], help="computation / all-to-all")
     parser.add_argument("--compute", choices=["sleep", "real"], default="sleep")
     parser.add_argument("--model", choices=[PLAIN, QWEN3_MOE], default=PLAIN, help="whose layers")
+    exchanged = "what a layer of plain ones exchanges (default: rows of experts)"
+    parser.add_argument("--exchange", choices=[OF_EXPERTS, OF_HEADS], nargs="+", default=[OF_EXPERTS], help=exchanged)
     parser.add_argument("--layers", type=int, default=4, help="of the stage")
     parser.add_argument("--pairs", type=int, default=5, help="timed for each ratio")
     parser.add_argument("--kilobytes", type=int, default=2048, help="that a rank sends in one all-to-all")
@@ -213,6 +247,8 @@ def main() -> None:
     parser.add_argument("--cuda", action="store_true", help="a stage on one GPU instead")
     parser.add_argument("--device", default="cuda", help="for --cuda: where the stage is")
     args = parser.parse_args()
+    if args.exchange != [OF_EXPERTS] and (args.cuda or args.model != PLAIN):
+        parser.error("--exchange is for plain layers over a link: leave out --model and --cuda")
     if args.cuda:
         from loopback import main as on_one_gpu
 
