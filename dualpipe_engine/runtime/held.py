@@ -53,7 +53,7 @@ def added_bytes(held: Sequence[tuple[Op, int]]) -> dict[tuple[str, int], int]:
 
 
 class _Made(TorchDispatchMode):
-    """Remembers the storages that operations make, as long as they live."""
+    """Remembers the storages that operations make, as long as they live. Those of meta tensors hold nothing."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -68,7 +68,7 @@ class _Made(TorchDispatchMode):
     ) -> Nest:
         out = func(*args, **(kwargs or {}))
         for tensor in pytree.tree_leaves(out):
-            if isinstance(tensor, Tensor):
+            if isinstance(tensor, Tensor) and not tensor.is_meta:
                 storage = tensor.untyped_storage()
                 self._alive[storage.data_ptr()] = weakref.ref(storage)
         return out
