@@ -32,9 +32,9 @@ def held_behind(
     found: list[tuple[Op, int]] = []
     handlers = executor._handlers
     before = dict(handlers)
-    with _Made() as made:
+    with HeldBytes() as held:
         for kind, handler in before.items():
-            handlers[kind] = _watched(handler, lambda: made.bytes(_places(own)) - away(), found)
+            handlers[kind] = _watched(handler, lambda: held.but(own) - away(), found)
         try:
             yield found
         finally:
@@ -52,8 +52,8 @@ def added_bytes(held: Sequence[tuple[Op, int]]) -> dict[tuple[str, int], int]:
     return found
 
 
-class _Made(TorchDispatchMode):
-    """Remembers the storages that operations make, as long as they live. Those of meta tensors hold nothing."""
+class HeldBytes(TorchDispatchMode):
+    """Counts, while it is entered, the memory of what operations make and that still lives."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -68,16 +68,19 @@ class _Made(TorchDispatchMode):
     ) -> Nest:
         out = func(*args, **(kwargs or {}))
         for tensor in pytree.tree_leaves(out):
-            if isinstance(tensor, Tensor) and not tensor.is_meta:
+            if isinstance(tensor, Tensor) and not tensor.is_meta:  # which has no memory
                 storage = tensor.untyped_storage()
                 self._alive[storage.data_ptr()] = weakref.ref(storage)
         return out
 
-    def bytes(self, own: set[int]) -> int:
-        """Of what lives, but for storages that begin at `own`."""
+    def but(self, own: Sequence[Tensor]) -> int:
+        """Bytes of all that lives, but for `own` and their gradients."""
+        gc.collect(0)
+        tensors = [each for tensor in own for each in (tensor, tensor.grad) if each is not None]
+        others = {tensor.untyped_storage().data_ptr() for tensor in tensors}
         found = {place: storage for place, ref in self._alive.items() if (storage := ref()) is not None}
         self._alive = {place: self._alive[place] for place in found}
-        return sum(storage.nbytes() for place, storage in found.items() if place not in own)
+        return sum(storage.nbytes() for place, storage in found.items() if place not in others)
 
 
 def _watched(
@@ -85,12 +88,6 @@ def _watched(
 ) -> Callable[[Op], None]:
     def watched(op: Op) -> None:
         handler(op)
-        gc.collect(0)
         found.append((op, held()))
 
     return watched
-
-
-def _places(own: Sequence[Tensor]) -> set[int]:
-    tensors = [each for tensor in own for each in (tensor, tensor.grad) if each is not None]
-    return {tensor.untyped_storage().data_ptr() for tensor in tensors}

@@ -51,7 +51,7 @@ class Rung(NamedTuple):
     @property
     def way(self) -> str:
         """How the schedule is made to hold less."""
-        away = "" if self.offload is False else f"offload {'all' if self.offload is True else self.offload}"
+        away = "" if self.offload is False else f"offload {_away(self.offload)}"
         return " + ".join(filter(None, ["recompute" if self.recompute else "", away])) or "-"
 
     @property
@@ -73,7 +73,7 @@ class Sizes(NamedTuple):
     ranks: int = 4
     layers: int = 16
     micros: int = 8
-    steps: int = 5
+    steps: int = 3
 
 
 class Block(torch.nn.Module):
@@ -155,7 +155,7 @@ def _measure(sizes: Sizes, rung: Rung, kept: dict[tuple[str, bool], CostModel]) 
 
     engine = _engine(sizes, rung)
     generator = torch.Generator().manual_seed(2)
-    data = [torch.randint(0, VOCABULARY, (2, LENGTH), generator=generator) for _ in range(sizes.micros)]
+    data = [torch.randint(0, VOCABULARY, (1, LENGTH), generator=generator) for _ in range(sizes.micros)]
     batch = [(tokens, tokens) for tokens in data]
     losses = [float(engine.train_batch(iter(batch)))]
     with activation_watch(engine) as held:
@@ -193,7 +193,7 @@ def _engine(sizes: Sizes, rung: Rung) -> Any:
     specs = [LayerSpec(torch.nn.Embedding, VOCABULARY, HIDDEN), *[LayerSpec(Block) for _ in range(sizes.layers)]]
     section = {"schedule": rung.schedule, "recompute": rung.recompute, "offload_activations": rung.offload}
     config = {
-        "train_micro_batch_size_per_gpu": 2,
+        "train_micro_batch_size_per_gpu": 1,
         "gradient_accumulation_steps": sizes.micros,
         "optimizer": {"type": "Adam", "params": {"torch_adam": True}},
         "steps_per_print": None,
@@ -221,19 +221,23 @@ def _costs(of_ranks: list[dict[tuple[str, int], int]], stages: int) -> CostModel
 
 
 def table(found: list[dict[str, Any]]) -> list[str]:
-    """Lines of Markdown; time and bytes beside those of the schedule without recomputation and offload."""
-    lines = ["| schedule | way | computed | measured | saved | step | more |", "|---|---|---|---|---|---|---|"]
-    for row in found:
-        plain = next(each for each in found if each["schedule"] == row["schedule"])
-        saved, more = 1 - row["measured"] / plain["measured"], row["seconds"] / plain["seconds"] - 1
-        sizes = " | ".join(f"{row[key] / 2**20:.2f} MiB" for key in ("computed", "measured"))
-        beside = "- | {} | -" if row is plain else f"{saved:.0%} | {{}} | {more:+.0%}"
-        lines.append(f"| {row['schedule']} | {row['way']} | {sizes} | {beside.format(_ms(row['seconds']))} |")
+    """Lines of Markdown: a row for each schedule with recomputation or without, a column for each way to offload."""
+    away = list(dict.fromkeys(row["offload"] for row in found))
+    titles = ["offload -" if each is False else f"offload {_away(each)}" for each in away]
+    lines = [f"| schedule | recompute | {' | '.join(titles)} |", "|---|---|" + "---|" * len(titles)]
+    for schedule, again in dict.fromkeys((row["schedule"], row["recompute"]) for row in found):
+        mine = [row for row in found if (row["schedule"], row["recompute"]) == (schedule, again)]
+        lines.append(f"| {schedule} | {'yes' if again else '-'} | {' | '.join(map(_cell, mine))} |")
     return lines
 
 
-def _ms(seconds: float) -> str:
-    return f"{seconds * 1e3:.0f} ms"
+def _cell(row: dict[str, Any]) -> str:
+    computed, measured = (f"{row[key] / 2**20:.2f}" for key in ("computed", "measured"))
+    return f"{computed} / {measured} MiB, {row['seconds'] * 1e3:.0f} ms"
+
+
+def _away(offload: bool | int) -> str:
+    return "all" if offload is True else str(offload)
 
 
 def plot(found: list[dict[str, Any]], title: str, path: Path) -> None:
@@ -261,7 +265,7 @@ def plot(found: list[dict[str, Any]], title: str, path: Path) -> None:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--steps", type=int, default=5, help="measured steps, of which the median counts (default 5)")
+    parser.add_argument("--steps", type=int, default=3, help="measured steps, of which the median counts (default 3)")
     parser.add_argument("--only", default=",".join(SCHEDULES), help="comma-separated schedules")
     parser.add_argument("--out", type=Path, help="write FILE.json with the rows and FILE.png with a plot")
     args = parser.parse_args()
@@ -274,12 +278,17 @@ def main() -> int:
 
     sizes, cases = Sizes(steps=args.steps), rungs(only)
     rows = run_ranks(measure, sizes.ranks, sizes, cases)
-    found = [{"schedule": rung.name, "way": rung.way, **row} for rung, row in zip(cases, rows, strict=True)]
+    found = [
+        {"schedule": rung.name, "recompute": rung.recompute, "offload": rung.offload, "way": rung.way, **row}
+        for rung, row in zip(cases, rows, strict=True)
+    ]
     for row in found:
         assert row["losses"] == next(each for each in found if each["schedule"] == row["schedule"])["losses"], row
     cores = f"{os.cpu_count()} cores, {'one a rank' if can_pin(sizes.ranks) else 'shared'}"
     title = f"{sizes.layers} blocks on {sizes.ranks} ranks, {sizes.micros} micro-batches, {cores}"
-    print(title, "", *table(found), sep="\n")
+    apart = max(abs(row["computed"] / row["measured"] - 1) for row in found)
+    what = f"computed / measured bytes of the fullest rank, at most {apart:.1%} apart, and time of a step"
+    print(title, what, "", *table(found), sep="\n")
     if args.out:
         args.out.with_suffix(".json").write_text(json.dumps({"title": title, "rows": found}, indent=1))
         plot(found, title, args.out.with_suffix(".png"))

@@ -1,4 +1,4 @@
-"""What is computed to be kept of a block is what autograd keeps, with and without recomputation by name."""
+"""What is computed to be held of a block, from F to I and from I to W, is what it holds, with names and without."""
 
 from __future__ import annotations
 
@@ -17,18 +17,28 @@ LATENT = {"kv_lora_rank": 40, "q_lora_rank": 56, "qk_nope_head_dim": 24, "qk_rop
 LATENT |= {"n_routed_experts": 4, "n_shared_experts": 1, "n_group": 1, "topk_group": 1}
 
 
-def saved_of(blocks, modules, run):
-    """Bytes that a forward of `blocks` keeps, with these modules computed again."""
+def held_of(module, modules, run, x):
+    """Bytes that `module` holds after its forward and after I, with these modules computed again; what `run(x)` returns
+    and the gradient of `x` aside."""
+    from dualpipe_engine.runtime.chunk import StageChunk
+    from dualpipe_engine.runtime.held import HeldBytes
     from dualpipe_engine.runtime.recompute import Recompute
-    from dualpipe_engine.testing.saved_bytes import SavedBytes
+    from dualpipe_engine.runtime.weight_grad import DeferredWeightGrads, install
 
-    recompute = Recompute(modules)
+    store, recompute = DeferredWeightGrads(), Recompute(modules)
+    install(module, store)
     recompute.install()
-    own = [*blocks.parameters(), *blocks.buffers()]
-    with SavedBytes(own) as saved:
-        out = recompute.within(run)()
-    assert out is not None
-    return saved.now
+    chunk = StageChunk(recompute.within(run), 0, is_last=False, store=store)
+    own = [*module.parameters(), *module.buffers(), x]
+    with HeldBytes() as held:
+        out = chunk.forward(0, x)
+        kept = held.but([*own, out])
+        chunk.input_backward(0, [torch.ones_like(out)])
+        del out
+        pending = held.but(own)
+        chunk.weight_backward(0)
+        assert held.but(own) == 0
+    return kept, pending
 
 
 def found(block, names, prefix):
@@ -55,16 +65,16 @@ def test_blocks_of_ours(names, dtype, experts):
     blocks = torch.nn.ModuleList(kind(config) for _ in range(BLOCKS)).to(dtype)
     x = torch.randn(1, TOKENS, 96, dtype=dtype, requires_grad=True)
 
-    def run():
-        state = x
+    def run(state):
         for block in blocks:
             state = block(state)
         return state
 
     modules = {name: part for index, block in enumerate(blocks) for name, part in found(block, names, index).items()}
     flow = block_flow(SIZES | LATENT, experts, True, dtype.itemsize)
-    kept = flow.kept(names, dtype.itemsize)
-    assert saved_of(blocks, modules, run) == pytest.approx(TOKENS * BLOCKS * sum(kept.values()), rel=0.05)
+    kept, pending = held_of(blocks, modules, run, x)
+    assert kept == pytest.approx(TOKENS * BLOCKS * sum(flow.kept(names, dtype.itemsize).values()), rel=0.05)
+    assert pending == pytest.approx(TOKENS * BLOCKS * flow.pending(dtype.itemsize), rel=0.05)
 
 
 FAMILIES = [("Llama", SIZES), ("Qwen3", SIZES), ("Mixtral", SIZES | {"num_local_experts": 4})]
@@ -76,14 +86,16 @@ FAMILIES += [("DeepseekV3", SIZES | LATENT | {"first_k_dense_replace": 0, "head_
 def test_blocks_of_transformers(names, kind, sizes):
     transformers = pytest.importorskip("transformers")
     torch.manual_seed(0)
-    ids = torch.randint(100, (1, TOKENS))
     experts = sizes.get("num_local_experts") or sizes.get("n_routed_experts") or 0
-    kept = []
+    held = []
     for count in (1, 3):
         config = getattr(transformers, f"{kind}Config")(**sizes, num_hidden_layers=count)
         model = getattr(transformers, f"{kind}ForCausalLM")(config).to(torch.bfloat16)
         blocks = model.model.layers
         modules = {name: part for n, block in enumerate(blocks) for name, part in found(block, names, n).items()}
-        kept.append(saved_of(model, modules, lambda model=model: model(input_ids=ids, use_cache=False)))
+        x = torch.randn(1, TOKENS, 96, dtype=torch.bfloat16, requires_grad=True)
+        held.append(held_of(model, modules, lambda x, model=model: model(inputs_embeds=x, use_cache=False).logits, x))
     flow = block_flow(sizes | {"model_type": config.model_type}, experts, False, 2)
-    assert (kept[1] - kept[0]) / 2 == pytest.approx(TOKENS * sum(flow.kept(names, 2).values()), rel=0.05)
+    kept, pending = ((three - one) / 2 for one, three in zip(*held, strict=True))
+    assert kept == pytest.approx(TOKENS * sum(flow.kept(names, 2).values()), rel=0.05)
+    assert pending == pytest.approx(TOKENS * flow.pending(2), rel=0.05)
