@@ -14,7 +14,6 @@ CASES = [
     ([*MODEL, "--comm", "0"], ["--comm"]),
     ([*MODEL, "--optimize"], ["--optimize"]),
     ([*MODEL, "--layer-costs", "1x40"], ["--layer-costs"]),
-    ([*MODEL, "--own-layers"], ["--own-layers: no effect without --memory"]),
     ([*MODEL, "--memory", "0"], ["--memory must be above 0", "80e9"]),
     ([*SHAPE, "--memory", "80e9"], ["--memory: no effect without --model"]),
     ([*SHAPE, "--gpus", "8"], ["--gpus: no effect without --model"]),

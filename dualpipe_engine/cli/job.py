@@ -39,7 +39,7 @@ def add_job(parser: argparse.ArgumentParser) -> list[argparse.Action]:
         job.add_argument(
             "--own-layers",
             action="store_true",
-            help="with --memory: layers of dualpipe_engine.models, not transformers",
+            help="activations of the layers of dualpipe_engine.models, not of transformers",
         ),
         job.add_argument("--no-fp8", action="store_true", help="matrix products in bf16 where the hardware has FP8"),
     ]
@@ -47,8 +47,9 @@ def add_job(parser: argparse.ArgumentParser) -> list[argparse.Action]:
 
 def estimate_job(args: argparse.Namespace) -> None:
     """Print what the arguments ask for."""
-    from ..schedule.jobs.estimate import estimate, make_job
+    from ..schedule.jobs.estimate import estimate
     from ..schedule.jobs.hardware import load_hardware
+    from ..schedule.jobs.job import make_job
     from ..schedule.jobs.ladder import Work
     from ..schedule.jobs.model_shape import load_shape
     from ..viz.estimates import assumption_table, estimate_data, estimate_table
@@ -56,8 +57,6 @@ def estimate_job(args: argparse.Namespace) -> None:
 
     if args.gpus is None:
         raise ConfigError(f"say how many GPUs train {args.model}: --gpus N")
-    if args.own_layers and args.memory is None:
-        raise ConfigError("--own-layers: no effect without --memory, leave it out")
     model, hardware = load_shape(args.model, args.own_layers), load_hardware(args.hardware or "h800")
     sequences = 1 if args.micro_batch_size is None else args.micro_batch_size
     counts = (args.gpus, args.ranks, args.expert_parallel, args.micro_batches, sequences)
@@ -71,14 +70,14 @@ def estimate_job(args: argparse.Namespace) -> None:
         return
     console = wide_console()
     console.print(estimate_table(rows, model, job, hardware))
-    console.print(assumption_table(job, hardware))
+    console.print(assumption_table(job, hardware, args.own_layers))
 
 
 def _climb(args: argparse.Namespace, work: Work) -> None:
     """Print the memory ladder of every schedule."""
     from ..schedule.jobs.ladder import attempts, chosen, climb
     from ..viz.estimates import assumption_table
-    from ..viz.ladder import assumed, ladder_data, reason, rungs_table, schedules_table
+    from ..viz.ladder import ladder_data, reason, rungs_table, schedules_table
     from ..viz.terminal import tracked, wide_console
 
     if not work.memory > 0:
@@ -93,4 +92,4 @@ def _climb(args: argparse.Namespace, work: Work) -> None:
     if (first := chosen(ladders)) is not None:
         console.print(rungs_table(first))
     console.print(reason(ladders, work), soft_wrap=True, highlight=False)
-    console.print(assumption_table(work.job, work.hardware, assumed(work)))
+    console.print(assumption_table(work.job, work.hardware, work.own))

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
-from ..schedule.jobs.estimate import PUBLISHED_HOURS, Estimate, Job
+from ..schedule.jobs.estimate import Estimate
 from ..schedule.jobs.hardware import Hardware
+from ..schedule.jobs.job import PUBLISHED_HOURS, Job
 from ..schedule.jobs.model_shape import ModelShape
+from ..schedule.jobs.stage_times import in_fp8
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -32,7 +34,10 @@ def estimate_table(rows: Sequence[Estimate], model: ModelShape, job: Job, hardwa
     table.add_column("schedule", no_wrap=True)
     for name in ("step (s)", "bubble", "memory (GB)", "tokens/s", "tokens/s a GPU", "GPU-hours for 10^12 tokens"):
         table.add_column(name, justify="right")
-    notes = [f"bubble: of the idlest rank; memory: {hardware.memory / 1e9:g} GB there are"]
+    notes = [
+        f"bubble: of the idlest rank; memory: of the fullest, {hardware.memory / 1e9:g} GB there are; "
+        f"what makes a schedule fit: --memory {hardware.memory / 1e9:g}e9"
+    ]
     for row in rows:
         if row.step is None or row.memory is None or row.tokens_per_second is None:
             table.add_row(f"  {row.schedule}", *["-"] * 6, style="dim")
@@ -57,23 +62,26 @@ def estimate_table(rows: Sequence[Estimate], model: ModelShape, job: Job, hardwa
     return table
 
 
-ASSUMED = {
-    "all-to-all": "dispatch and bf16 combine; hidden in F&B pairs, paid in full elsewhere",
-    "recomputed": "norms, latent up-projections and activation functions",
-    "optimizer": "ZeRO-1: fp32 weights, bf16 moments, fp32 gradients reduced after the schedule",
-}
+def assumption_table(job: Job, hardware: Hardware, own: bool) -> Table:
+    """Everything that figures of a job stand on; a .json file for --hardware changes any of the hardware's lines.
 
-
-def assumption_table(job: Job, hardware: Hardware, assumed: Mapping[str, str] = ASSUMED) -> Table:
-    """Everything the estimate stands on; a .json file for --hardware changes any of the hardware's lines."""
+    Args:
+        job: ranks and batch.
+        hardware: of the cluster.
+        own: the layers are those of `dualpipe_engine.models`, not those of transformers.
+    """
     from rich.table import Table
 
     table = Table(title="assumptions", title_justify="left", show_header=False)
     for what in (job, hardware):
         for name, value in asdict(what).items():
             table.add_row(name.replace("_", " "), f"{value:g}" if isinstance(value, float) else str(value))
-    for name, text in assumed.items():
-        table.add_row(name, text)
+    fp8 = ", inputs of matrix products in FP8" if in_fp8(job, hardware) else ""
+    layers = f"those of the layers of {'dualpipe_engine.models' if own else 'transformers'}{fp8}"
+    table.add_row("all-to-all", "dispatch and bf16 combine; hidden in F&B pairs, paid in full elsewhere")
+    table.add_row("activations", f"{layers}; loads of experts are even")
+    table.add_row("optimizer", "ZeRO-1: bf16 weights, fp32 gradients, Adam with fp32 weights and moments")
+    table.add_row("not counted", "buffers of transfers, what lives for one op, what the allocator wastes")
     return table
 
 

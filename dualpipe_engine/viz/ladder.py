@@ -7,23 +7,9 @@ from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 from ..schedule.jobs.ladder import Ladder, Outcome, Work, chosen
-from .estimates import ASSUMED
 
 if TYPE_CHECKING:
     from rich.table import Table
-
-
-def assumed(work: Work) -> dict[str, str]:
-    """What the figures stand on beside job and hardware."""
-    whose = "dualpipe_engine.models" if work.own else "transformers"
-    return {
-        "all-to-all": ASSUMED["all-to-all"],
-        "activations": f"those of the layers of {whose}"
-        + (", inputs of matrix products in FP8" if work.fp8 else "")
-        + "; loads of experts are even",
-        "optimizer": "ZeRO-1: bf16 weights, fp32 gradients, Adam with fp32 weights and moments",
-        "not counted": "buffers of transfers, what lives for one op, what the allocator wastes",
-    }
 
 
 def schedules_table(ladders: Sequence[Ladder], work: Work) -> Table:

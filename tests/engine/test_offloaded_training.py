@@ -11,51 +11,58 @@ from ranks import RankError
 from dualpipe_engine.engine.config import DualPipeConfig, read_config
 from dualpipe_engine.engine.plan import make_lowered_plan
 from dualpipe_engine.errors import ConfigError, PlanError
-from dualpipe_engine.schedule.orders.registry import SCHEDULES
+from dualpipe_engine.schedule.orders.registry import KNOWN, SCHEDULES
 from dualpipe_engine.schedule.passes.lower import lower
 from dualpipe_engine.schedule.passes.offload import offload
 from dualpipe_engine.schedule.search.make_plan import make_plan
 
-#: schedule, ZeRO stage, and more of the "pipeline" section
+AGAIN = {"recompute": True}
+APART = {"overlap": False}
+#: schedule, ZeRO stage, more of the "pipeline" section, and what is computed again beside
 SHORT = [
-    ("dualpipev", 1, {"recompute": True}),
-    ("zb1p", 2, {"overlap": False}),
-    ("zbv", 0, {"overlap": False, "recompute": ["norm", "activation"]}),
+    ("dualpipev", 1, {}, [AGAIN]),
+    ("zb1p", 2, APART, [{}]),
+    ("zbv", 0, APART, [{"recompute": ["norm", "activation"]}]),
 ]
-ALL = [
-    (schedule, zero, {"recompute": bool(number % 2)} | ({} if (number + zero) % 2 else {"overlap": False}))
-    for number, schedule in enumerate(SCHEDULES)
-    for zero in (0, 1, 2)
-]
+ALL = {
+    name: (4, [(name, zero, more, [{}, AGAIN]) for zero in (0, 1, 2) for more in ({}, APART)], 1) for name in SCHEDULES
+}
 
 
-def check(found, pairs):
+def check(found, plain, moved):
     for rank in found:
-        for plain, moved in pairs:
-            assert rank[moved]["losses"] == rank[plain]["losses"], moved
-            assert rank[moved]["weights"] == rank[plain]["weights"], moved
-            assert not rank[plain]["copies"]
-            assert not rank[moved]["left"], moved
-            assert (rank[moved]["copies"] > 0) == (rank[moved]["out"] > 0), moved
-            assert rank[moved]["back"] == rank[moved]["out"], moved
-    for _, moved in pairs:
-        assert any(rank[moved]["copies"] for rank in found), moved
+        assert rank[moved]["losses"] == rank[plain]["losses"], moved
+        assert rank[moved]["weights"] == rank[plain]["weights"], moved
+        assert not rank[plain]["copies"]
+        assert not rank[moved]["left"], moved
+        assert (rank[moved]["copies"] > 0) == (rank[moved]["out"] > 0), moved
+        assert rank[moved]["back"] == rank[moved]["out"], moved
+    assert any(rank[moved]["copies"] for rank in found), moved
 
 
 @pytest.mark.parametrize(
-    ("size", "cases", "wanted"), [(2, SHORT, True), pytest.param(4, ALL, 1, marks=pytest.mark.all)], ids=["some", "all"]
+    ("size", "cases", "wanted"),
+    [
+        pytest.param(2, SHORT, True, id="some"),
+        *(pytest.param(*case, id=name, marks=pytest.mark.all) for name, case in ALL.items()),
+    ],
 )
 def test_trains_to_the_same_bits(ranks, size, cases, wanted):
+    """With phases and without, W apart where the schedule has it so, beside what is computed again and alone.
+    What is computed again alone: test_recompute."""
     runs, pairs = {}, []
-    for schedule, zero, more in cases:
-        name = f"{schedule}, ZeRO-{zero}, {more}"
-        for each in (False, wanted):
-            runs[f"{name}, {each}"] = {"schedule": schedule, "zero": zero, "offload_activations": each, **more}
-        pairs.append(tuple(list(runs)[-2:]))
+    for schedule, zero, more, beside in cases:
+        plain = f"{schedule}, ZeRO-{zero}, {more}"
+        runs[plain] = {"schedule": schedule, "zero": zero, **more}
+        for each in beside:
+            runs[f"{plain}, {each}"] = runs[plain] | each | {"offload_activations": wanted}
+            pairs.append((plain, f"{plain}, {each}"))
     steps, micros = (1, 4) if size == 2 else (2, 8)
-    found = ranks.run(size, offload_runs.train, cases=runs, ranks=size, steps=steps, micros=micros, timeout=900)
-    check(found, pairs)
-    assert all(any(run["split"] for run in rank.values()) for rank in found)
+    found = ranks.run(size, offload_runs.train, cases=runs, ranks=size, steps=steps, micros=micros)
+    for pair in pairs:
+        check(found, *pair)
+    for rank in found:
+        assert all(run["split"] == KNOWN[runs[name]["schedule"]].splits for name, run in rank.items())
 
 
 @pytest.mark.all
@@ -80,7 +87,7 @@ def test_other_models_train_to_the_same_bits(ranks, more, precision):
         for wanted in (False, True)
     }
     found = ranks.run(4, offload_runs.train, cases=runs, ranks=2, replicas=2)
-    check(found, [tuple(runs)])
+    check(found, *runs)
 
 
 @pytest.mark.parametrize("reentrant", [pytest.param(True, marks=pytest.mark.all), False])

@@ -30,11 +30,12 @@ def measure(schedule, zero, precision="fp32"):
 
     import dualpipe_engine
     from dualpipe_engine.adapters import get_model_adapter
-    from dualpipe_engine.schedule.jobs.estimate import Job, all_to_all_bytes
     from dualpipe_engine.schedule.jobs.hardware import load_hardware
+    from dualpipe_engine.schedule.jobs.job import Job
     from dualpipe_engine.schedule.jobs.memory import training_of
     from dualpipe_engine.schedule.jobs.model_memory import Shape, layer_activations, stages_memory
     from dualpipe_engine.schedule.jobs.model_shape import shape_of
+    from dualpipe_engine.schedule.jobs.stage_times import all_to_all_bytes
     from dualpipe_engine.schedule.timing.costs import CostModel
     from dualpipe_engine.schedule.timing.simulate import peak_bytes
     from dualpipe_engine.testing.held_bytes import held_bytes

@@ -1,1 +1,1 @@
-"""Whole jobs estimated from a published model and hardware: time, memory, without running anything."""
+"""Whole jobs from a published model and hardware, without running anything: time, memory, what makes them fit."""

@@ -22,18 +22,16 @@ from ..search.make_plan import make_plan
 from ..timing.costs import CostModel
 from ..timing.simulate import makespan_of, peak_activations, peak_bytes
 from .activations import Names, unknown_names
-from .estimate import Job, job_bounds, layer_seconds, product_rate, stage_costs, state_bytes
 from .flows import OWN_RECOMPUTED, TRANSFORMERS_RECOMPUTED
 from .hardware import Hardware
-from .memory import Training
-from .model_memory import Shape, stages_memory
+from .job import Job
+from .model_memory import TRAINING, fullest, layer_activations, with_bytes
 from .model_shape import LayerShape, ModelShape
+from .stage_times import in_fp8, job_bounds, layer_seconds, product_rate, reduction_seconds, stage_costs
 
-#: bf16 with fp32 gradients, Adam and ZeRO-1.
-TRAINING = Training(2, 4, 12, True, False, 6)
 STAGES = (2, 4)  #: stages a rank that are tried where the schedule takes any number
 LABELS = ("norms", "activation functions", "up-projections")  #: of the names of OWN_RECOMPUTED, for people
-WIDTH = 2  #: bytes of an element of the weights
+WIDTH = TRAINING.weights
 
 
 class Rung(NamedTuple):
@@ -94,7 +92,7 @@ class Work:
 
     @property
     def fp8(self) -> bool:
-        return self.job.fp8 and self.hardware.fp8 > 0
+        return in_fp8(self.job, self.hardware)
 
     @property
     def rungs(self) -> list[Rung]:
@@ -145,7 +143,7 @@ class Ladder:
             return
         self._placement = placement
         self._bounds = job_bounds(work.model, placement, job, work.hardware)
-        self._reduction = state_bytes(work.model, placement, job, work.hardware)[1]
+        self._reduction = reduction_seconds(work.model, placement, job, work.hardware)
         self._costs = {rung: self._costs_on(rung) for rung in work.rungs}
 
     @property
@@ -205,24 +203,22 @@ class Ladder:
     def _costs_on(self, rung: Rung) -> CostModel:
         model, work = self.work.model, self.work
         repeated = [repeated_seconds(layer, rung, work) for layer in model.layers]
-        sizes = self._of_stages([layer_bytes(layer, rung, work) for layer in model.layers])
-        pending = self._of_stages([layer.flow(WIDTH).pending(WIDTH, work.fp8) for layer in model.layers])
-        link = work.hardware.pcie * work.hardware.network_efficiency
         costs = stage_costs(model, self._placement, work.job, work.hardware, repeated)
-        copies = tuple(size / link for size in sizes)
-        return replace(costs, activation_bytes=sizes, pending_bytes=pending, copy=copies)
-
-    def _of_stages(self, of_token: Sequence[int]) -> tuple[int, ...]:
-        return tuple(self.work.job.tokens * sum(of_token[start:stop]) for start, stop in pairwise(self._bounds))
+        costs = with_bytes(costs, model, self._bounds, work.job.tokens, WIDTH, rung.names, work.fp8)
+        if rung.whole:
+            sizes = [work.job.tokens * layer_bytes(layer, rung, work) for layer in model.layers]
+            kept = tuple(sum(sizes[start:stop]) for start, stop in pairwise(self._bounds))
+            costs = replace(costs, activation_bytes=kept)
+        assert isinstance(costs.activation_bytes, tuple)
+        link = work.hardware.pcie * work.hardware.network_efficiency
+        return replace(costs, copy=tuple(size / link for size in costs.activation_bytes))
 
     def _bytes(self, plan: Plan, rung: Rung) -> int:
         """Of the fullest rank."""
-        job, peaks = self.work.job, peak_bytes(plan, self._costs[rung])
+        peaks = peak_bytes(plan, self._costs[rung])
         if rung.whole:
             peaks = [peak + self._one_layer(rank) for rank, peak in enumerate(peaks)]
-        shape = Shape(job.ranks, job.micro_batches, job.replicas, job.experts, job.sequences, job.length)
-        ranks = stages_memory(self.work.model, self._bounds, self._placement, TRAINING, shape, peaks)
-        return max(each.total for each in ranks)
+        return fullest(self.work.model, self._bounds, self._placement, self.work.job, peaks)
 
     def _one_layer(self, rank: int) -> int:
         """Bytes of all that the largest layer of a rank keeps, once it is computed again."""
@@ -262,6 +258,6 @@ def layer_bytes(layer: LayerShape, rung: Rung, work: Work) -> int:
     Of a whole layer that is its input, and with experts what transfers deliver: rows that are dispatched, with the
     residual and the normed stream, and rows that are combined, with the residual.
     """
-    kept = sum(layer.flow(WIDTH).kept(rung.names, WIDTH, work.fp8).values())
+    kept = layer_activations(layer, WIDTH, rung.names, work.fp8)
     entered = 4 + 2 * layer.top_k if layer.rows else 1
     return min(kept, WIDTH * work.model.hidden * entered) if rung.whole else kept

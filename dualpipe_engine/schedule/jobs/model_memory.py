@@ -9,7 +9,7 @@ equal work.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 
 from ...errors import ConfigError, PlanError
@@ -17,12 +17,16 @@ from ..orders.registry import SCHEDULES, with_stages
 from ..passes.offload import offload
 from ..placement import Placement
 from ..search.make_plan import make_plan
-from ..timing.costs import CostModel
+from ..timing.costs import UNIT, CostModel
 from ..timing.simulate import peak_bytes
 from .activations import Names, unknown_names
-from .estimate import check_shared, cut_model
+from .job import Job, check_shared
 from .memory import STOCK, Memory, MemoryRow, Training, state_of
-from .model_shape import LayerShape, ModelShape, held_params
+from .model_shape import LayerShape, ModelShape
+from .stage_times import cut_model, held_by
+
+TRAINING = Training(2, 4, 12, True, False, 6)
+"""Of jobs on a cluster: bf16 with fp32 gradients, Adam and ZeRO-1."""
 
 Parts = dict[Names, dict[str, int]]
 """Names of what is computed again -> bytes of each part that are left."""
@@ -61,15 +65,43 @@ class Shape:
             )
 
 
-def layer_activations(layer: LayerShape, width: int, recompute: Names = ()) -> int:
+def layer_activations(layer: LayerShape, width: int, recompute: Names = (), fp8: bool = False) -> int:
     """Bytes of a token that autograd keeps from a layer's forward to its backward.
 
     Args:
         layer: the layer.
         width: bytes of an element of the weights.
         recompute: names of modules that are computed again.
+        fp8: see `Flow.kept`.
     """
-    return sum(layer.flow(width).kept(recompute, width).values())
+    return sum(layer.flow(width).kept(recompute, width, fp8).values())
+
+
+def with_bytes(
+    costs: CostModel,
+    model: ModelShape,
+    bounds: Sequence[int],
+    tokens: int,
+    width: int,
+    recompute: Names = (),
+    fp8: bool = False,
+) -> CostModel:
+    """The costs with the bytes of activations of the stages of a cut, from F to I and from I to W.
+
+    Args:
+        costs: seconds.
+        model: what is trained.
+        bounds: of the stages.
+        tokens: of a micro-batch.
+        width, recompute, fp8: see `layer_activations`.
+    """
+
+    def of_stages(of_token: Sequence[int]) -> tuple[int, ...]:
+        return tuple(tokens * sum(of_token[start:stop]) for start, stop in pairwise(bounds))
+
+    kept = of_stages([layer_activations(layer, width, recompute, fp8) for layer in model.layers])
+    pending = of_stages([layer.flow(width).pending(width, fp8) for layer in model.layers])
+    return replace(costs, activation_bytes=kept, pending_bytes=pending)
 
 
 def check_names(model: ModelShape, recompute: Names) -> None:
@@ -132,10 +164,7 @@ def model_memory(
             placement, stages = known[schedule].on(shape.ranks), known[schedule].stages_per_rank
             bounds = bounds_of(model, placement, shape)
             again = () if name == STOCK else recompute
-            costs = CostModel(
-                activation_bytes=_activations(model, bounds, shape, training.weights, again),
-                pending_bytes=_pending(model, bounds, shape, training.weights),
-            )
+            costs = with_bytes(UNIT, model, bounds, shape.sequences * shape.length, training.weights, again)
             plan = make_plan(schedule, shape.ranks, shape.micro_batches, costs, stages_per_rank=stages)
             peaks = peak_bytes(offload(plan, name != STOCK and offload_activations, costs), costs)
         except PlanError as error:
@@ -172,25 +201,15 @@ def stages_memory(
     """
     copies, found = placement.num_directions * shape.replicas, []
     for rank in range(placement.num_ranks):
-        held = [
-            layer for stage in placement.stages_of(rank) for layer in model.layers[bounds[stage] : bounds[stage + 1]]
-        ]
-        routed = sum(layer.experts for layer in held) // shape.experts
-        params = [(held_params(held), copies), (routed, copies // shape.experts)]
+        dense, routed = held_by(rank, model, bounds, placement)
+        params = [(dense, copies), (routed // shape.experts, copies // shape.experts)]
         found.append(state_of(training, params, activations[rank]))
     return tuple(found)
 
 
-def _activations(
-    model: ModelShape, bounds: Sequence[int], shape: Shape, width: int, recompute: Names
-) -> tuple[int, ...]:
-    return _of_stages([layer_activations(layer, width, recompute) for layer in model.layers], bounds, shape)
-
-
-def _pending(model: ModelShape, bounds: Sequence[int], shape: Shape, width: int) -> tuple[int, ...]:
-    return _of_stages([layer.flow(width).pending(width) for layer in model.layers], bounds, shape)
-
-
-def _of_stages(of_token: Sequence[int], bounds: Sequence[int], shape: Shape) -> tuple[int, ...]:
-    sizes = [each * shape.sequences * shape.length for each in of_token]
-    return tuple(sum(sizes[start:stop]) for start, stop in pairwise(bounds))
+def fullest(
+    model: ModelShape, bounds: Sequence[int], placement: Placement, job: Job, activations: Sequence[int]
+) -> int:
+    """Bytes of the fullest rank of a job on a cluster; for the arguments see `stages_memory`."""
+    shape = Shape(job.ranks, job.micro_batches, job.replicas, job.experts, job.sequences, job.length)
+    return max(each.total for each in stages_memory(model, bounds, placement, TRAINING, shape, activations))

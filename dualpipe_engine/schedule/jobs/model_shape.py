@@ -58,7 +58,6 @@ class LayerShape:
         routed: the same in the routed experts of a token.
         context: multiply-adds of the attention core for each token of context.
         moved: elements that go through memory outside of matrix products in a forward.
-        kept: elements kept for the backward, where norms, up-projections and activation functions are computed again.
         flows: what autograd keeps of it tensor by tensor, with weights of two bytes and of four.
         rows: elements that a token sends to the rank of an expert; 0: no experts.
         top_k: experts of a token.
@@ -75,7 +74,6 @@ class LayerShape:
     routed: int = 0
     context: int = 0
     moved: int = 0
-    kept: int = 0
     flows: tuple[Flow, Flow] = (Flow(), Flow())
     rows: int = 0
     top_k: int = 0
@@ -154,7 +152,6 @@ def shape_of(name: str, config: Mapping[str, Any], own: bool = False) -> ModelSh
         tied=tied,
         dense=(1 + depth) * table,
         moved=(1 + depth) * 2 * size,
-        kept=(1 + depth) * hidden,
         flows=(head_flow(hidden, size, depth, own, 2), head_flow(hidden, size, depth, own, 4)),
     )
     further: list[LayerShape] = []
@@ -178,7 +175,6 @@ def _dense_block(config: Mapping[str, Any], own: bool) -> LayerShape:
         dense=attention.matrices + product,
         context=attention.context,
         moved=10 * hidden + attention.moved + 4 * width,
-        kept=3 * hidden + attention.kept + 2 * width,
         flows=(block_flow(config, 0, own, 2), block_flow(config, 0, own, 4)),
     )
 
@@ -203,7 +199,6 @@ def _moe_block(config: Mapping[str, Any], own: bool) -> LayerShape | None:
         routed=top_k * expert,
         context=attention.context,
         moved=10 * hidden + attention.moved + 4 * top_k * hidden + 4 * (top_k + shared) * width,
-        kept=3 * hidden + attention.kept + top_k * hidden + 2 * (top_k + shared) * width,
         flows=(block_flow(config, experts, own, 2), block_flow(config, experts, own, 4)),
         rows=hidden,
         top_k=top_k,
@@ -225,7 +220,6 @@ def _mtp_block(block: LayerShape, hidden: int) -> LayerShape:
         name="mtp",
         params=block.params + 2 * hidden * hidden + 3 * hidden,
         dense=block.dense + 2 * hidden * hidden,
-        kept=block.kept + 2 * hidden,
         flows=(mtp_flow(block.flows[0], hidden, 2), mtp_flow(block.flows[1], hidden, 4)),
         with_next=True,
     )
@@ -238,7 +232,6 @@ class _Attention(NamedTuple):
     vectors: int
     context: int
     moved: int
-    kept: int
 
 
 def _attention(config: Mapping[str, Any]) -> _Attention:
@@ -254,7 +247,6 @@ def _attention(config: Mapping[str, Any]) -> _Attention:
             query_rank + rank + (query_rank + rank + rope + hidden) * biased,
             heads * (nope + rope + value),
             2 * heads * (nope + rope) * 2 + 2 * heads * value,
-            query_rank + rank + rope + heads * value,
         )
     size = int(config.get("head_dim") or hidden // heads)
     kv_heads = int(config.get("num_key_value_heads") or heads)
@@ -267,7 +259,6 @@ def _attention(config: Mapping[str, Any]) -> _Attention:
         vectors,
         2 * queries,
         2 * (queries + 2 * keys) + 2 * queries,
-        2 * queries + 2 * keys,
     )
 
 

@@ -4,19 +4,20 @@ from dataclasses import replace
 import pytest
 
 from dualpipe_engine.errors import ConfigError
-from dualpipe_engine.schedule.jobs.estimate import (
-    PUBLISHED_HOURS,
-    Job,
+from dualpipe_engine.schedule.jobs.estimate import estimate
+from dualpipe_engine.schedule.jobs.hardware import load_hardware
+from dualpipe_engine.schedule.jobs.job import PUBLISHED_HOURS, Job, make_job
+from dualpipe_engine.schedule.jobs.ladder import Ladder, Work
+from dualpipe_engine.schedule.jobs.model_memory import fullest
+from dualpipe_engine.schedule.jobs.model_shape import KNOWN, load_shape, shape_of
+from dualpipe_engine.schedule.jobs.stage_times import (
     all_to_all_bytes,
     cut_model,
-    estimate,
+    job_bounds,
     layer_seconds,
-    make_job,
     stage_costs,
-    state_bytes,
 )
-from dualpipe_engine.schedule.jobs.hardware import load_hardware
-from dualpipe_engine.schedule.jobs.model_shape import KNOWN, load_shape, shape_of
+from dualpipe_engine.schedule.orders.registry import KNOWN as SCHEDULES
 from dualpipe_engine.schedule.placement import BIDIRECTIONAL, LINEAR, VEE, Placement
 
 V3, H800 = load_shape("deepseek-v3"), load_hardware("h800")
@@ -44,9 +45,20 @@ def test_hidden_all_to_all_is_what_makes_pairs_faster(published):
     assert rows["dualpipe"].step > 0.9 * rows["zbv"].step
 
 
+def state(model, placement, job, hardware=H800):
+    """Bytes of the fullest rank without activations."""
+    return fullest(model, job_bounds(model, placement, job, hardware), placement, job, [0] * placement.num_ranks)
+
+
+def test_bytes_are_those_of_the_ladder_as_it_is(published):
+    job = make_job(V3, 2048)
+    for name in ("1f1b", "dualpipe"):
+        plain = Ladder(Work(V3, job, H800, 80e9), name, SCHEDULES[name]).plain
+        assert (published[name].memory, published[name].step) == (plain.memory, pytest.approx(plain.step))
+
+
 def test_the_mirror_costs_weights_and_gradients_but_no_optimizer_state():
-    one, _ = state_bytes(PLAIN, Placement(LINEAR, 16), JOB, H800)
-    two, _ = state_bytes(PLAIN, Placement(BIDIRECTIONAL, 16), JOB, H800)
+    one, two = (state(PLAIN, Placement(name, 16), JOB) for name in (LINEAR, BIDIRECTIONAL))
     assert 1.5 * one < two < 2 * one
 
 
@@ -56,9 +68,9 @@ def test_experts_are_divided_by_the_ranks_that_share_them():
     one = replace(PLAIN, layers=(moe,))
     for experts in (1, 8, 64):
         job = Job(128, 1, experts, 8, fp8=False)
-        held, _ = state_bytes(one, Placement(LINEAR, 1), job, H800)
         routed = moe.experts / experts
-        assert held == pytest.approx(6 * (moe.params + routed) + 8 * (moe.params / 128 + routed * experts / 128))
+        wanted = 6 * (moe.params + routed) + 12 * (moe.params / 128 + routed * experts / 128)
+        assert state(one, Placement(LINEAR, 1), job) == pytest.approx(wanted)
     times = [layer_seconds(moe, Job(128, 1, experts, 8), replace(H800, imbalance=1.0)) for experts in (1, 8)]
     assert times[0].w == pytest.approx(times[1].w), "as many tokens come as go"
 

@@ -2,8 +2,8 @@ from dataclasses import replace
 
 import pytest
 
-from dualpipe_engine.schedule.jobs.estimate import Job, layer_seconds, make_job, stage_costs
 from dualpipe_engine.schedule.jobs.hardware import Hardware, load_hardware
+from dualpipe_engine.schedule.jobs.job import Job, make_job
 from dualpipe_engine.schedule.jobs.ladder import (
     PLAIN,
     WHOLE,
@@ -16,6 +16,7 @@ from dualpipe_engine.schedule.jobs.ladder import (
     repeated_seconds,
 )
 from dualpipe_engine.schedule.jobs.model_shape import load_shape, shape_of
+from dualpipe_engine.schedule.jobs.stage_times import layer_seconds, stage_costs
 from dualpipe_engine.schedule.orders.registry import KNOWN
 from dualpipe_engine.schedule.placement import LINEAR, Placement
 from dualpipe_engine.viz.ladder import ladder_data, reason

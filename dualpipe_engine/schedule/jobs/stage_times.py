@@ -1,0 +1,140 @@
+"""Times of a job's stages, from FLOPs, bytes and bandwidths: each layer's forward and backward, stages of equal work.
+
+Where F and B run as a pair, expert all-to-all hides under computation, elsewhere it is paid in full.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+
+from ..cuts.balanced import balance_pairs
+from ..cuts.together import kept_together
+from ..placement import Placement
+from ..timing.costs import CostModel
+from .hardware import Hardware
+from .job import Job
+from .model_shape import LayerShape, ModelShape, held_params
+
+
+@dataclass(frozen=True)
+class Seconds:
+    """A layer's times for one micro-batch: computation of F, I and W, and the all-to-all of a forward or a backward."""
+
+    f: float
+    i: float
+    w: float
+    comm: float
+
+
+def _compute_share(layer: LayerShape, hardware: Hardware) -> float:
+    """Part of the SMs that is left to computation."""
+    return 1 - hardware.comm_sms / hardware.sms if layer.rows else 1.0
+
+
+def in_fp8(job: Job, hardware: Hardware) -> bool:
+    """Whether matrix products of blocks run in FP8."""
+    return job.fp8 and hardware.fp8 > 0
+
+
+def product_rate(layer: LayerShape, job: Job, hardware: Hardware) -> float:
+    """FLOP/s that matrix products of a layer sustain; embedding and heads stay in bf16."""
+    fp8 = in_fp8(job, hardware) and layer.context > 0
+    peak = hardware.fp8 * hardware.fp8_efficiency if fp8 else hardware.bf16 * hardware.bf16_efficiency
+    return peak * _compute_share(layer, hardware)
+
+
+def layer_seconds(layer: LayerShape, job: Job, hardware: Hardware) -> Seconds:
+    """Times of a layer."""
+    share = _compute_share(layer, hardware)
+    imbalance = hardware.imbalance if job.experts > 1 else 1.0
+    product = 2 * (layer.dense + layer.routed * imbalance) * job.tokens / product_rate(layer, job, hardware)
+    core = 2 * layer.context * job.length / 2 * job.tokens / (hardware.bf16 * hardware.attention_efficiency * share)
+    moved = 2 * layer.moved * job.tokens / (hardware.bandwidth * hardware.memory_efficiency)
+    comm = 0.0
+    if job.experts > 1:
+        inside = job.experts <= hardware.gpus_per_node and hardware.nvlink > 0
+        link = (hardware.nvlink if inside else hardware.network) * hardware.network_efficiency
+        comm = all_to_all_bytes(layer, job, hardware) / link
+    # The attention core's backward has five products for the forward's two.
+    return Seconds(product + core + moved, product + 2.5 * core + 2 * moved, product, comm)
+
+
+def all_to_all_bytes(layer: LayerShape, job: Job, hardware: Hardware) -> float:
+    """Bytes that a rank sends in the dispatch and the combine of one forward, with even loads: within one node to other
+    ranks, else to other nodes. Those of a backward are as many."""
+    nodes = -(-job.experts // hardware.gpus_per_node)
+    places = nodes if nodes > 1 else job.experts
+    copies = layer.top_k * (1 - 1 / places)
+    if job.deep_ep:  # to each place that any of its experts falls on
+        copies = (places - 1) * (1 - (1 - 1 / places) ** layer.top_k)
+        if layer.groups:
+            copies = min(copies, layer.groups * (1 - 1 / places))
+    dispatched = 1 if job.deep_ep and in_fp8(job, hardware) else 2
+    return layer.rows * copies * (dispatched + 2) * job.tokens
+
+
+def cut_model(model: ModelShape, placement: Placement, weights: Sequence[float]) -> list[int]:
+    """Bounds of the stages of the cut that gives ranks equal work.
+
+    Args:
+        model: what is cut.
+        placement: of its stages.
+        weights: time of each layer, in any unit.
+
+    Raises:
+        PlanError: there are fewer layers than stages.
+    """
+    return kept_together(balance_pairs(weights, placement), [layer.with_next for layer in model.layers], placement)
+
+
+def job_bounds(model: ModelShape, placement: Placement, job: Job, hardware: Hardware) -> list[int]:
+    """Bounds of the stages of the cut that gives ranks equal work."""
+    times = [layer_seconds(layer, job, hardware) for layer in model.layers]
+    return cut_model(model, placement, [t.f + t.i + t.w for t in times])
+
+
+def stage_costs(
+    model: ModelShape, placement: Placement, job: Job, hardware: Hardware, repeated: Sequence[float] = ()
+) -> CostModel:
+    """Seconds of the stages of the cut that gives ranks equal work; for bytes see `model_memory.with_bytes`.
+
+    Args:
+        model: what is trained.
+        placement: of the stages.
+        job: ranks and batch.
+        hardware: of the cluster.
+        repeated: seconds of each layer's forward that its backward computes again; empty: none.
+    """
+    times = [layer_seconds(layer, job, hardware) for layer in model.layers]
+    bounds = job_bounds(model, placement, job, hardware)
+    f, i, w, fb = [], [], [], []
+    for start, stop in pairwise(bounds):
+        held, again = times[start:stop], sum(repeated[start:stop])
+        comm = sum(t.comm for t in held)
+        compute = sum(t.f + t.i + t.w for t in held) + again
+        f.append(sum(t.f for t in held) + comm)
+        i.append(sum(t.i for t in held) + again + comm)
+        w.append(sum(t.w for t in held))
+        fb.append(max(compute, 2 * comm) / hardware.pair_efficiency)
+    hop = 2 * model.hidden * job.tokens / (hardware.network * hardware.network_efficiency)
+    return CostModel(tuple(f), tuple(i), tuple(w), tuple(fb), hop)
+
+
+def held_by(rank: int, model: ModelShape, bounds: Sequence[int], placement: Placement) -> tuple[int, int]:
+    """Parameters of a rank: those that all replicas have, and routed experts, before they are shared."""
+    spans = [(bounds[stage], bounds[stage + 1]) for stage in placement.stages_of(rank)]
+    held = [layer for start, stop in spans for layer in model.layers[start:stop]]
+    return held_params(held), sum(layer.experts for layer in held)
+
+
+def reduction_seconds(model: ModelShape, placement: Placement, job: Job, hardware: Hardware) -> float:
+    """Seconds of the slowest rank's reduction under ZeRO-1 over all copies of a stage: reduce-scatter of fp32 gradients,
+    all-gather of bf16 weights."""
+    bounds, traffic = job_bounds(model, placement, job, hardware), []
+    copies = placement.num_directions * job.replicas
+    for rank in range(placement.num_ranks):
+        dense, routed = held_by(rank, model, bounds, placement)
+        traffic.append(6 * (dense * (1 - 1 / copies) + routed / job.experts * (1 - job.experts / copies)))
+    return max(traffic) / (hardware.network * hardware.network_efficiency)
