@@ -26,6 +26,14 @@ from ranks import RankError
 from dualpipe_engine.compat import DualPipeTrainer
 from dualpipe_engine.errors import ConfigError
 
+TORCHRUN = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node")
+
+
+def start(command):
+    """Run a command in processes where nothing has been imported or initialised."""
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+
 
 @pytest.fixture(scope="module")
 def oracle(ranks, tmp_path_factory):
@@ -94,8 +102,9 @@ def assert_kinds(ours, theirs, logits=2e-6):
     """Losses within 1e-6, and logits within `logits`: rounding in them grows with the learning rate and the steps."""
     for name, expected in theirs.items():
         for found in ours:
-            for what in ("losses", "eval"):
+            for what in ("losses", "eval", "seen"):
                 assert found[name][what] == pytest.approx(expected[what], abs=1e-6), f"{name}: {what}"
+            assert found[name]["metrics"] == expected["metrics"], name
             assert found[name]["norms"] == pytest.approx(expected["norms"], rel=1e-4), name
             assert found[name]["rates"] == expected["rates"], name
             for what in {"logits", "bare"} & set(found[name]):
@@ -104,20 +113,30 @@ def assert_kinds(ours, theirs, logits=2e-6):
 
 
 @pytest.mark.parametrize(
-    "names", [DEFAULT, pytest.param(tuple(set(kinds.KINDS) - set(DEFAULT)), marks=pytest.mark.all)]
+    "names", [DEFAULT, pytest.param(tuple(sorted(kinds.KINDS.keys() - {*DEFAULT})), marks=pytest.mark.all)]
 )
 def test_heads_losses_and_optimizers_are_those_of_the_trainer(ranks, tmp_path, names):
     theirs = ranks.run(1, kinds.run_kinds, names=names, folder=str(tmp_path / "stock"), stock=True)[0]
     assert_kinds(ranks.run(2, kinds.run_kinds, names=names, folder=str(tmp_path / "ours"), num_chunks=3), theirs)
 
 
+@pytest.fixture(scope="module")
+def twenty(tmp_path_factory):
+    """Twenty steps of every kind with a Trainer in one process, which has no launcher."""
+    folder = tmp_path_factory.mktemp("twenty")
+    start([sys.executable, kinds.__file__, str(folder), "20"])
+    found = torch.load(folder / "0.pt")
+    assert found.keys() == kinds.KINDS.keys() and all(len(each["losses"]) == 20 for each in found.values())
+    return found
+
+
 @pytest.mark.all
-@pytest.mark.parametrize("name", list(kinds.KINDS))
-def test_twenty_steps_on_four_ranks_are_those_of_one_process(ranks, tmp_path, name):
-    job = {"names": [name], "steps": 20}
-    theirs = ranks.run(1, kinds.run_kinds, folder=str(tmp_path / "stock"), stock=True, **job)[0]
-    assert len(theirs[name]["losses"]) == 20
-    assert_kinds(ranks.run(4, kinds.run_kinds, folder=str(tmp_path / "ours"), num_chunks=4, **job), theirs, 5e-6)
+@pytest.mark.parametrize("world", [2, 4])
+def test_twenty_steps_in_fresh_processes_are_those_of_one(twenty, tmp_path, world):
+    start([*TORCHRUN, str(world), kinds.__file__, str(tmp_path), "20"])
+    ours = [torch.load(tmp_path / f"{rank}.pt") for rank in range(world)]
+    assert all(each.keys() == twenty.keys() for each in ours)
+    assert_kinds(ours, twenty, 5e-6)
 
 
 @pytest.mark.all
@@ -136,9 +155,7 @@ def test_the_call_of_the_docs_starts_in_fresh_processes(tmp_path):
         f"import sys; sys.path.insert(0, {str(folder)!r}); import trainer_runs; trainer_runs.short({str(tmp_path)!r})"
     )
     (tmp_path / "script.py").write_text(script)
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    done = subprocess.run([*launcher, str(tmp_path / "script.py")], capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr[-3000:]
+    start([*TORCHRUN, "2", str(tmp_path / "script.py")])
     assert json.loads((tmp_path / "dualpipe_profile.json").read_text()) and list(tmp_path.glob("checkpoint-3"))
 
 

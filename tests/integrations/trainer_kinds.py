@@ -1,12 +1,16 @@
-"""Trainers of many kinds, stock and ours, on pooled ranks: heads, losses, optimizers."""
+"""Trainers of many kinds, stock and ours: heads, losses, optimizers. On pooled ranks, or as a script."""
 
 from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
 
 import torch
 import transformers
 from trainer_runs import VOCABULARY, Sentences, make_model, pad
 
-STEPS = 4
+STEPS, IGNORED = 4, -100
 
 
 def small(kind, **config):
@@ -55,7 +59,7 @@ def of_rows(rows):
 
 def of_tokens(rows):
     batch = pad(rows)
-    labels = torch.nn.utils.rnn.pad_sequence([row["labels"] for row in rows], batch_first=True, padding_value=-100)
+    labels = torch.nn.utils.rnn.pad_sequence([row["labels"] for row in rows], batch_first=True, padding_value=IGNORED)
     return batch | {"labels": labels}
 
 
@@ -69,7 +73,7 @@ class Pictures(torch.utils.data.Dataset):
 
 
 def half_masked(tokens):
-    return torch.where(torch.arange(len(tokens)) % 2 == 0, tokens, -100)
+    return torch.where(torch.arange(len(tokens)) % 2 == 0, tokens, IGNORED)
 
 
 def mean_over_tokens(outputs, labels, num_items_in_batch=None):
@@ -159,8 +163,15 @@ KINDS = {
 KINDS_OF_WHOLE_BATCHES = {"statistics": {"model": resnet, "data": Pictures, "collate": None}}
 
 
+def accuracy(seen):
+    """Of classes, one or several a row or token."""
+    logits, labels = seen
+    right = (logits > 0) == (labels > 0.5) if logits.shape == labels.shape else logits.argmax(-1) == labels
+    return {"accuracy": float(right[labels != IGNORED].mean()), "counted": int((labels != IGNORED).sum())}
+
+
 def run_kind(name, folder, stock, steps=STEPS, **options):
-    """Losses and norms of a few steps, loss and logits of an evaluation, logits of rows without labels."""
+    """Losses and norms of a few steps, loss and metrics of an evaluation, logits with and without labels."""
     from accelerate.state import AcceleratorState, GradientState, PartialState
 
     for state in (AcceleratorState, GradientState, PartialState):
@@ -179,16 +190,20 @@ def run_kind(name, folder, stock, steps=STEPS, **options):
     model = given["model"]()
     more = given["options"](model) if "options" in given else {}
     trainer = given.get("subclass", lambda base: base)(kind)(
-        model=model, args=arguments, train_dataset=given["data"](), data_collator=given["collate"], **more, **options
-    )
+        model=model, args=arguments, train_dataset=given["data"](), data_collator=given["collate"],
+        compute_metrics=accuracy, **more, **options,
+    )  # fmt: skip
     trainer.train()
     logs = [row for row in trainer.state.log_history if "loss" in row]
+    metrics = trainer.evaluate(given["data"]())
     seen = trainer.predict(given["data"]())
     found = {
         "losses": [row["loss"] for row in logs],
         "norms": [row["grad_norm"] for row in logs],
         "rates": [row["learning_rate"] for row in logs],
-        "eval": seen.metrics["test_loss"],
+        "eval": metrics["eval_loss"],
+        "metrics": [metrics["eval_accuracy"], metrics["eval_counted"]],
+        "seen": [seen.metrics["test_loss"], seen.metrics["test_accuracy"]],
         "logits": torch.as_tensor(seen.predictions),
     }
     if given["collate"] is of_rows:
@@ -200,3 +215,9 @@ def run_kind(name, folder, stock, steps=STEPS, **options):
 
 def run_kinds(names, folder, stock=False, **options):
     return {name: run_kind(name, f"{folder}/{at}", stock, **options) for at, name in enumerate(names)}
+
+
+if __name__ == "__main__":  # FOLDER STEPS: all kinds in this process, or on all ranks of a launcher
+    folder, steps, rank = Path(sys.argv[1]), int(sys.argv[2]), os.environ.get("RANK")
+    more = {"stock": True} if rank is None else {"num_chunks": 4}
+    torch.save(run_kinds(list(KINDS), str(folder), steps=steps, **more), folder / f"{rank or 0}.pt")
