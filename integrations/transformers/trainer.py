@@ -32,6 +32,7 @@ from .masters import masters
 from .optimizer import OptimizerView, rebuilt
 from .refusals import refuse_arguments, refuse_hooks
 from .routed_loss import RoutedLoss
+from .stages import on_stages
 
 if TYPE_CHECKING:
     from deepspeed.pipe import PipelineModule
@@ -123,21 +124,10 @@ class DualPipeTrainer(PipelineEvaluation):
         """The engine; built at the first use. Collective."""
         if self._engine is not None:
             return self._engine
-        import deepspeed
-        from deepspeed.pipe import PipelineModule
-        from deepspeed.runtime.pipe.topology import PipeDataParallelTopology
-
         dualpipe_engine_config = self._configuration()
         adapter = get_model_adapter(_base_model(self.model))
-        deepspeed.init_distributed(verbose=False)  # takes the process group that is there
         self._loss = self._batch_loss(adapter)
-        module = PipelineModule(
-            adapter.to_layer_specs(),
-            topology=PipeDataParallelTopology(self._stages, self._replicas),
-            loss_fn=self._loss,
-            partition_method="parameters",
-            dynamic_shape=True,
-        )
+        module = on_stages(adapter, self._loss, self._stages, self._replicas)
         optimizer, groups = self._make_optimizer(module, dualpipe_engine_config)
         engine, *_ = dualpipe_engine.initialize(
             model=module,

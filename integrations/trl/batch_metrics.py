@@ -9,20 +9,24 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from transformers import Trainer
+from transformers import Trainer, TrainingArguments
 
 from dualpipe_engine.comm.from_all import from_all
 from dualpipe_engine.comm.nest import Nest
-from dualpipe_engine.errors import ConfigError
 
 from ..outputs import collect, share
 from ..transformers import DualPipeTrainer
 from ..transformers.batches import Batch, Model
 from ..transformers.loss import StandIn
+from .adapters import base_of
 from .fused import FusedStandIn, Whole
+from .refusals import refuse_data, refuse_settings
+
+if TYPE_CHECKING:
+    from dualpipe_engine.engine.engine import DualPipeEngine
 
 
 class BatchMetrics(DualPipeTrainer):
@@ -31,19 +35,16 @@ class BatchMetrics(DualPipeTrainer):
     _trl: type[Trainer]  #: whose `compute_loss` has the metrics
     _metrics: dict[str, Any]
     _total_train_tokens: int
-    aux_loss_enabled: bool
     compute_loss_func: Any
     label_smoother: Any
 
-    def __init__(self, *args: Any, **options: Any) -> None:
+    def __init__(self, model: Model, args: TrainingArguments | None = None, *positional: Any, **options: Any) -> None:
+        if args is not None:
+            refuse_settings(args, options.get("num_chunks", 8))
         self._fields: dict[int, Nest] = {}
-        super().__init__(*args, **options)
-        base = self.model.get_base_model() if hasattr(self.model, "get_base_model") else self.model
-        base.__dict__.pop("forward", None)  # with a fused head that no rank runs
-        if self.args.activation_offloading:
-            raise ConfigError("activation_offloading=True hooks a model that no rank runs; leave it out")
-        if self.aux_loss_enabled:
-            raise ConfigError("the auxiliary loss of experts is not there in one micro-batch: router_aux_loss_coef=0.0")
+        super().__init__(model, args, *positional, **options)
+        refuse_data(self)
+        base_of(self.model).__dict__.pop("forward", None)  # with a fused head that no rank runs
 
     def _stand_in(self, *given: Any) -> StandIn:
         return FusedStandIn(*given, kept=self._fields)
@@ -57,14 +58,13 @@ class BatchMetrics(DualPipeTrainer):
             yield
         finally:
             self._metrics, self._total_train_tokens = kept, tokens
-        fields = self._together(self._fields, len(inputs["input_ids"]))
+        fields = self._together(self._fields, len(inputs["input_ids"]), self._make_engine())
         self._fields.clear()
         if fields is not None:
             self._measure(Whole(fields), inputs)
 
-    def _together(self, fields: dict[int, Nest], rows: int) -> dict[str, torch.Tensor] | None:
+    def _together(self, fields: dict[int, Nest], rows: int, engine: DualPipeEngine) -> dict[str, torch.Tensor] | None:
         """Fields [rows, ...] of the micro-batches as those of the batch, on all ranks; None: there are none."""
-        engine = self._make_engine()
         found = share(collect(fields, engine), engine)
         if found is None:
             return None

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import AbstractContextManager, nullcontext
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from datasets import Dataset, concatenate_datasets
@@ -14,28 +15,37 @@ from transformers.trainer_utils import PredictionOutput
 from trl import DPOConfig, DPOTrainer
 from trl.trainer.utils import FusedCausalLMOutput
 
+from dualpipe_engine import initialize
+from dualpipe_engine.adapters import get_model_adapter
 from dualpipe_engine.comm.nest import Nest
 from dualpipe_engine.errors import ConfigError
 
 from ..transformers.batches import Batch, Model
-from ..transformers.loss import with_weights
+from ..transformers.loss import TrainerLoss, with_weights
+from ..transformers.stages import on_stages
+from .adapters import adapter_of_stages, base_of
 from .batch_metrics import BatchMetrics
 from .fused import fused
 
-#: Losses that are no mean over pairs: micro-batches do not add up to the batch.
-OVER_THE_BATCH = {"aot", "aot_unpaired", "sft"}
+if TYPE_CHECKING:
+    from dualpipe_engine.engine.engine import DualPipeEngine
+
+REFERENCE = "ref"  #: the adapter that TRL keeps of a PEFT model as it was given
+LOGS = ("ref_chosen_logps", "ref_rejected_logps")  #: columns with log-probabilities of the reference
 
 
 class DualPipeDPOTrainer(BatchMetrics, DPOTrainer):
     """Direct preference optimization with TRL: losses and metrics are those of its DPOTrainer.
 
-    The log-probabilities of the reference, which is the model as it is given, are computed on the stages when the
-    trainer is made. A micro-batch has pairs: chosen rows, then rejected ones.
+    The reference is `ref_model`, or else the model as it is given, which TRL loads once more. It stands on a pipeline
+    of its own, on the same ranks, which each hold one of its stages. The reference of a PEFT model is on the stages
+    already: the model without its adapters, or with those that it was given with. With `precompute_ref_log_probs=True`
+    and without a `ref_model` there is no second model either. A micro-batch has pairs: chosen rows, then rejected ones.
 
     Args:
         model: as for `DualPipeTrainer`.
-        ref_model: refused.
-        args: with `precompute_ref_log_probs=True`.
+        ref_model: a model that `get_model_adapter` can cut.
+        args: as for `DPOTrainer`.
         options: as for `DPOTrainer` and `DualPipeTrainer`.
 
     Raises:
@@ -44,25 +54,23 @@ class DualPipeDPOTrainer(BatchMetrics, DPOTrainer):
 
     eval_dataset: Any
     train_dataset: Any
+    ref_model: Model
+    precompute_ref_logps: bool
     _trl = DPOTrainer
-    _for_the_loss = ("labels", "completion_mask", "ref_chosen_logps", "ref_rejected_logps")
+    _for_the_loss = ("labels", "completion_mask", *LOGS)
 
     def __init__(
         self, model: Model, ref_model: PreTrainedModel | None = None, args: DPOConfig | None = None, **options: Any
     ) -> None:
-        if args is None or not args.precompute_ref_log_probs:
-            raise ConfigError("a second model beside the stages is not there: use precompute_ref_log_probs=True")
-        if ref_model is not None:
-            raise ConfigError("the reference is the model as it is given: leave ref_model out, or start from it")
-        if options.get("peft_config") is not None or hasattr(model, "get_base_model"):
-            raise ConfigError("the reference of a PEFT model is not on the stages: train the whole model, or by SFT")
         if options.get("compute_metrics") is not None:
             raise ConfigError("compute_metrics has no logits of pairs here: use the metrics that TRL logs")
-        if OVER_THE_BATCH & set(args.loss_type) and options.get("num_chunks", 8) > 1:
-            raise ConfigError(f"loss_type={args.loss_type} is no mean over pairs: use num_chunks=1")
         self._made = False
-        super().__init__(model, args, **options)
-        self._made = True
+        self._reference_engine: DualPipeEngine | None = None
+        super().__init__(model, args, ref_model=ref_model, **options)
+        if self.ref_model is not None:
+            self.ref_model.__dict__.pop("forward", None)  # as that of the model
+        self._made, self._ahead = True, self.args.precompute_ref_log_probs
+        self.precompute_ref_logps = True  # each batch has them, if not the data
         rows = self.args.precompute_ref_batch_size
         add = partial(self._precompute_ref_logps, batch_size=rows or self.args.per_device_train_batch_size)
         self.train_dataset = add(self.train_dataset, "train")
@@ -72,6 +80,10 @@ class DualPipeDPOTrainer(BatchMetrics, DPOTrainer):
         elif self.eval_dataset is not None:
             self.eval_dataset = add(self.eval_dataset, "eval")
 
+    def create_accelerator_and_postprocess(self) -> None:
+        super().create_accelerator_and_postprocess()
+        self.accelerator.prepare_model = lambda model, **_: model  # a reference is not moved as a whole
+
     def predict(self, *args: Any, **options: Any) -> PredictionOutput:
         """
         Raises:
@@ -79,29 +91,61 @@ class DualPipeDPOTrainer(BatchMetrics, DPOTrainer):
         """
         raise ConfigError("predict has no logits of pairs here: use evaluate, or a DualPipeTrainer")
 
+    def _prepare_inputs(self, inputs: Batch) -> Batch:
+        """As the Trainer's, and with the log-probabilities of the reference [pairs]. Collective."""
+        inputs = super()._prepare_inputs(inputs)
+        return inputs if self._ahead else inputs | dict(zip(LOGS, self._logs_of(inputs), strict=True))
+
     def _precompute_ref_logps(self, dataset: Dataset, name: str, batch_size: int) -> Dataset:
-        if not self._made:
-            return dataset  # there is no engine yet
+        if not self._made or not self._ahead:
+            return dataset
         loader = DataLoader(dataset, batch_size=batch_size, collate_fn=self.data_collator)
-        columns: dict[str, list[float]] = {"ref_chosen_logps": [], "ref_rejected_logps": []}
+        columns: dict[str, list[float]] = {column: [] for column in LOGS}
         for batch in self._prepare_loader(1, 0, loader):
-            found = self.compute_ref_log_probs(self._reference, self._prepare_inputs(batch))
-            for column, logs in zip(columns.values(), found, strict=True):
+            for column, logs in zip(columns.values(), self._logs_of(super()._prepare_inputs(batch)), strict=True):
                 column += logs.tolist()
         return concatenate_datasets([dataset, Dataset.from_dict(columns)], axis=1)
 
+    def _logs_of(self, inputs: Batch) -> tuple[torch.Tensor, torch.Tensor]:
+        """Log-probabilities [pairs] of chosen and of rejected rows under the reference. Collective."""
+        self._make_engine()  # of what trains, before TRL leaves the adapters out
+        found: tuple[torch.Tensor, torch.Tensor] = self.compute_ref_log_probs(self._reference, inputs)
+        return found
+
     def _reference(self, *, labels: torch.Tensor, **inputs: Any) -> FusedCausalLMOutput:
         """Log-probabilities of the tokens of a batch, on the stages. Collective."""
-        engine = self._make_engine()
+        engine, loss = self._make_engine(), self._loss
+        adapter: AbstractContextManager[None] = nullcontext()
+        if self.ref_model is not None:
+            engine = self._make_reference()
+            loss = engine.module.loss_fn
+        elif base_of(self.model) is not self.model:
+            adapter = adapter_of_stages(engine.module, REFERENCE if REFERENCE in self.model.peft_config else None)
         tensors = {name: value for name, value in inputs.items() if isinstance(value, torch.Tensor)}
         micros = with_weights(self._split(tensors | {"labels": labels}), None)
 
         def logs(output: Nest, given: Mapping[str, Any]) -> Nest:
             return {"log_probs": fused(output, given["labels"]).log_probs}
 
-        with self._loss.evaluating(False, False, keep=logs) as kept:
+        # In the precision of the stages that train, so that equal weights give equal numbers.
+        exact = torch.autocast(labels.device.type, enabled=False)
+        with exact, adapter, loss.evaluating(False, False, keep=logs) as kept:
             engine.eval_batch(iter(micros), num_micro_batches=len(micros))
-        return FusedCausalLMOutput(**(self._together(kept, len(labels)) or {}))
+        return FusedCausalLMOutput(**(self._together(kept, len(labels), engine) or {}))
+
+    def _make_reference(self) -> DualPipeEngine:
+        """The engine of `ref_model`, which holds each stage once; built at the first use. Collective."""
+        if self._reference_engine is None:
+            given = self._configuration()
+            kept = ("train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "steps_per_print", "bf16", "fp16")
+            pipeline = {name: value for name, value in given["pipeline"].items() if name == "p2p_timeout_s"}
+            settings = {name: given[name] for name in kept if name in given}
+            adapter = get_model_adapter(base_of(self.ref_model))
+            module = on_stages(adapter, TrainerLoss(self, base_of(self.ref_model), None), self._stages, self._replicas)
+            self._reference_engine, *_ = initialize(
+                model=module, config=settings | {"pipeline": {"schedule": "1f1b"} | pipeline}
+            )
+        return self._reference_engine
 
     def _rows_of(self, inputs: Batch) -> int:
         return len(inputs["input_ids"]) // 2
