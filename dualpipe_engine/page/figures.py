@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 MOST_BOXES = 12_000  #: of a drawing; above, each column of time shows what fills most of it
 COLUMNS = 1200
 _MS = 1e3
-_BELOW = {"orientation": "h", "yref": "container", "y": 0, "yanchor": "bottom"}
+_TICKS_AND_TITLE = 56  #: pixels below an axis
 _SHARES = {
     F: PALETTE[F][1],
     I: PALETTE[I][1],
@@ -67,13 +67,14 @@ def schedules(drawings: Mapping[str, Timeline]) -> Figure:
             ticktext=[f"rank {r}" for r in range(ranks)],
         )
     figure.update_xaxes(range=[0, max(timeline.makespan for timeline in drawings.values()) * _MS])
-    figure.update_xaxes(title_text="ms", row=len(drawings), col=1)
+    figure.update_xaxes(title_text="ms", title_standoff=8, row=len(drawings), col=1)
+    height = 140 + len(drawings) * min(900, 70 + 24 * ranks)
     figure.update_layout(
         barmode="overlay",
         bargap=0.08,
-        height=140 + len(drawings) * min(900, 70 + 28 * ranks),
-        legend=_BELOW,
-        uniformtext={"minsize": 7, "mode": "hide"},
+        height=height,
+        legend=_below(height),
+        uniformtext={"minsize": 9, "mode": "hide"},
         hoverlabel={"align": "left"},
         dragmode="zoom",
     )
@@ -177,9 +178,10 @@ def where_time_goes(profile: Profile) -> Figure:
         if any(rank.seconds.get(category) for rank in profile.ranks)
     ]
     figure = Figure(bars)
-    figure.update_layout(barmode="stack", height=130 + 30 * len(names), legend=_BELOW | {"traceorder": "normal"})
+    height = 130 + 30 * len(names)
+    figure.update_layout(barmode="stack", height=height, legend=_below(height))
     figure.update_yaxes(autorange="reversed")
-    figure.update_xaxes(title_text="ms of a step")
+    figure.update_xaxes(title_text="ms of a step", title_standoff=8)
     return figure
 
 
@@ -206,7 +208,7 @@ def communication(profile: Profile) -> Figure:
                     hovertemplate="%{x}: %{y:.2f} ms %{fullData.name}<extra></extra>",
                 )
             )
-    figure.update_layout(barmode="stack", height=340, legend=_BELOW)
+    figure.update_layout(barmode="stack", height=340, legend=_below(340))
     figure.update_yaxes(title_text="ms of a step")
     return figure
 
@@ -246,8 +248,8 @@ def unevenness(history: Sequence[Mapping[str, float]]) -> Figure | None:
         figure.add_trace(Scatter(name=layer, x=found[0], y=found[1], mode="lines+markers"))
     if not names:
         return None
-    figure.update_layout(height=340, showlegend=True, legend=_BELOW)
-    figure.update_xaxes(title_text="step")
+    figure.update_layout(height=340, showlegend=True, legend=_below(340))
+    figure.update_xaxes(title_text="step", title_standoff=8)
     figure.update_yaxes(title_text="busiest expert, by the mean")
     return figure
 
@@ -300,7 +302,8 @@ def curves(history: Sequence[Mapping[str, float]]) -> Figure | None:
                 name="evaluation loss", x=evaluated[0], y=evaluated[1], mode="lines+markers", line={"color": "#2c8a50"}
             )
         )
-    rates = _series(history, ("learning_rate", "lr"))
+    watched = sorted(name for name in {name for row in history for name in row} if name.startswith("lr-"))
+    rates = _series(history, ("learning_rate", "lr", *watched))  # those of Lightning's monitor name the optimizer
     if rates is not None:
         look = {"color": "#dc7a12", "dash": "dot"}
         figure.add_trace(Scatter(name="learning rate", x=rates[0], y=rates[1], yaxis="y2", mode="lines", line=look))
@@ -309,12 +312,14 @@ def curves(history: Sequence[Mapping[str, float]]) -> Figure | None:
                 "overlaying": "y",
                 "side": "right",
                 "title": "learning rate",
-                "tickformat": ".1e",
+                "tickmode": "auto",
+                "nticks": 6,
+                "exponentformat": "e",
                 "showgrid": False,
             }
         )
-    figure.update_layout(height=340, legend=_BELOW)
-    figure.update_xaxes(title_text="step")
+    figure.update_layout(height=340, legend=_below(340))
+    figure.update_xaxes(title_text="step", title_standoff=8)
     figure.update_yaxes(title_text="loss", selector={"overlaying": None})
     return figure
 
@@ -365,6 +370,11 @@ def choices(rows: Sequence[Row], current: str) -> Figure:
     figure.update_xaxes(title_text="peak activations of the fullest rank, in those of a full stage", rangemode="tozero")
     figure.update_yaxes(title_text="ms from the first to the last op")
     return figure
+
+
+def _below(height: int) -> dict[str, Any]:
+    """A legend under a figure of `height` pixels, which makes room for as many lines as it takes."""
+    return {"orientation": "h", "y": -_TICKS_AND_TITLE / (height - 120), "yanchor": "top", "traceorder": "normal"}
 
 
 def _rounded(values: Iterable[float]) -> list[float]:

@@ -26,10 +26,6 @@ _STYLE = """
 @media (prefers-color-scheme: dark) {
   :root { --ink: #e6e8eb; --soft: #9aa3ae; --ground: #14171b; --line: #2f353d; --card: #1c2026 }
 }
-@media print {
-  :root { --ink: #000; --soft: #444; --ground: #fff; --line: #ccc; --card: #fff }
-  section { break-inside: avoid } nav { display: none }
-}
 body { font: 15px/1.5 system-ui, sans-serif; color: var(--ink); background: var(--ground);
   max-width: 1240px; margin: 0 auto; padding: 1.5rem }
 h1 { font-size: 1.6rem; margin: 0 } h2 { font-size: 1.15rem; margin: 2.2rem 0 .4rem }
@@ -39,10 +35,20 @@ nav a { color: inherit; margin-right: 1rem }
 .cards div { background: var(--card); border: 1px solid var(--line); border-radius: 8px; padding: .6rem 1rem }
 .cards b { display: block; font-size: 1.15rem } .cards span { color: var(--soft); font-size: .85rem }
 table { border-collapse: collapse; font-variant-numeric: tabular-nums } .scroll { overflow-x: auto }
-th, td { padding: .3rem .8rem; border-bottom: 1px solid var(--line); text-align: right }
-th:first-child, td:first-child { text-align: left } tr.now { font-weight: 600 } tr.no td { color: var(--soft) }
+th, td { padding: .3rem .8rem; border-bottom: 1px solid var(--line); text-align: right; white-space: nowrap }
+th:first-child, td:first-child { text-align: left } tr.now { font-weight: 600 }
+tr.no td { color: var(--soft); white-space: normal }
 pre { background: var(--card); border: 1px solid var(--line); border-radius: 8px; padding: 1rem; overflow-x: auto }
 li { margin-bottom: .7rem } li small { color: var(--soft) }
+@page { margin: 1cm }
+@media print {
+  :root { --ink: #000; --soft: #444; --ground: #fff; --line: #ccc; --card: #fff }
+  nav, .modebar { display: none !important }
+  body { padding: 0 } h2 { margin-top: 1rem } .scroll { overflow: visible }
+  th, td { padding: .2rem .4rem; font-size: .8rem }
+  .cards { gap: .4rem; margin: .3rem 0 } .cards div { padding: .3rem .6rem } .cards span { font-size: .7rem }
+  h2, p { break-after: avoid } p, li, table, pre, .plotly-graph-div { break-inside: avoid }
+}
 """
 
 _SCRIPT = """
@@ -100,11 +106,14 @@ def _sections(run: Run) -> Iterator[tuple[str, str, str]]:
     """Key, title and text of each section."""
     profile = run.profile
     planned = profile.simulated()
-    both = {"planned, simulated with the measured costs": planned, "measured, the step of median length": run.measured}
+    both = {"planned": planned, "measured": run.measured}
     yield (
         "schedule",
         "Schedule",
-        _say("Drag to zoom both, double-click to go back; an op says its times when pointed at.")
+        _say(
+            "Planned: simulated with the measured costs. Measured: the step of median length. Drag to zoom both, "
+            "double-click to go back; an op says its times when pointed at."
+        )
         + _plot("schedules", figures.schedules(both)),
     )
     yield "findings", "What costs most", _findings(run)
@@ -224,7 +233,7 @@ def _choices(rows: Sequence[Row], current: str) -> str:
 
 def _plot(key: str, figure: Figure) -> str:
     figure.update_layout(template="none", margin={"l": 70, "r": 70, "t": 40, "b": 80})
-    config = {"displaylogo": False, "responsive": True, "scrollZoom": True}
+    config = {"displaylogo": False, "responsive": True, "scrollZoom": True, "showSendToCloud": False}
     text: str = figure.to_html(config, full_html=False, include_plotlyjs=False, div_id=f"plot-{key}")
     return text
 

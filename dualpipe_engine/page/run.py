@@ -107,7 +107,8 @@ def _csv_rows(text: str) -> list[Any]:
     return list(csv.DictReader(text.splitlines()))
 
 
-_LOGS = ("metrics.jsonl", "trainer_state.json", "checkpoint-*/trainer_state.json", "metrics.csv", "*/*/metrics.csv")
+_CSV = ("metrics.csv", "*/metrics.csv", "*/*/metrics.csv")  # of versions, of names and their versions
+_LOGS = ("metrics.jsonl", "trainer_state.json", "checkpoint-*/trainer_state.json", *_CSV)
 _LOG_READERS = {".jsonl": _json_lines, ".json": _trainer_state, ".csv": _csv_rows}
 
 

@@ -109,6 +109,7 @@ def test_names_of_users_are_text(tmp_path):
             ' {"step": 1, "eval_loss": 3.5}]}',
         ),
         ("logs/version_0/metrics.csv", "epoch,lr,step,train_loss,val_loss\n0,1,0,4,\n0,0.5,1,3,\n0,,1,,3.5\n"),
+        ("version_0/metrics.csv", "epoch,lr-AdamW,step,train_loss,val_loss\n0,1,0,4,\n0,0.5,1,3,\n0,,1,,3.5\n"),
     ],
 )
 def test_losses_of_every_front_end_are_found(tmp_path, name, text):
@@ -145,8 +146,9 @@ CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome")
 @pytest.mark.skipif(CHROMIUM is None, reason="no Chromium")
 @pytest.mark.parametrize("scheme", [0, 1])
 def test_a_browser_shows_it_without_an_error(tmp_path, scheme):
-    """`scheme`: dark, light. The picture is not empty, and every figure has been drawn."""
-    assert main(["report", str(folder_of(tmp_path, profile(micros=10))), "--out", str(tmp_path / "x.html")]) == 0
+    """`scheme`: dark, light. Every figure has been drawn, and nothing offers to send it away."""
+    folder = folder_of(tmp_path, profile(micros=64, size=8))
+    assert main(["report", str(folder), "--out", str(tmp_path / "x.html")]) == 0
     command = [
         CHROMIUM,
         "--headless",
@@ -160,6 +162,8 @@ def test_a_browser_shows_it_without_an_error(tmp_path, scheme):
     found = subprocess.run(command, capture_output=True, text=True, timeout=300)
     assert "CONSOLE" not in found.stderr
     assert found.stdout.count('class="main-svg"') >= found.stdout.count("Plotly.newPlot") >= 5
+    buttons = set(re.findall('data-title="([^"]+)"', found.stdout))
+    assert "Download plot as a PNG" in buttons and not any("hare" in each or "loud" in each for each in buttons)
 
 
 def test_loads_of_experts_are_shown_with_what_the_log_has_of_them(tmp_path):
