@@ -1,6 +1,7 @@
 """Train a small model with Lightning under DualPipe.
 
     python examples/lightning_example.py --num-gpus 2       # CPU processes where there are not so many GPUs
+    dualpipe report runs/lightning --out report.html        # after a run with --profile
 
 Needs the extra: pip install "dualpipe_engine[lightning]"
 """
@@ -17,6 +18,7 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from dualpipe_engine.compat import DualPipeLightningModule
+from dualpipe_engine.utils import enable_profiling, get_profiler
 
 WIDTH, CLASSES = 64, 4
 
@@ -58,8 +60,11 @@ def main() -> None:
     parser.add_argument("--num-gpus", type=int, default=2, help="devices of the pipeline, an even number")
     parser.add_argument("--steps", type=int, default=100)
     parser.add_argument("--folder", default="runs/lightning", help="logs and checkpoints")
+    parser.add_argument("--profile", action="store_true", help="leave a profile in the folder")
     args = parser.parse_args()
 
+    if args.profile:
+        enable_profiling(log_dir=args.folder)
     seed_everything(1, verbose=False)
     layers = [nn.Linear(2, WIDTH), *(Block() for _ in range(6)), nn.LayerNorm(WIDTH), nn.Linear(WIDTH, CLASSES)]
     trainer = Trainer(
@@ -76,6 +81,8 @@ def main() -> None:
     train = DataLoader(samples(3200, 1), batch_size=64, shuffle=True)
     held_out = DataLoader(samples(640, 2), batch_size=64)
     trainer.fit(module, train, held_out)
+    if args.profile:
+        get_profiler().save_to_file("dualpipe_profile.json")
     trainer.validate(module, held_out, verbose=trainer.is_global_zero)
 
 

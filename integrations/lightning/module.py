@@ -40,7 +40,8 @@ class DualPipeLightningModule(LightningModule):
     `DualPipeStrategy(num_stages=...)` makes several, between which the samples are shared. It is cut along dimension 0
     into `num_chunks` equal micro-batches (into fewer where it does not divide); the loss is the mean of theirs.
     `training_step`, `validation_step` and `test_step` log `train_loss`, `val_loss` and `test_loss`; an override calls
-    `pipeline_step(batch)` for the loss. `predict_step` returns the outputs. Hooks on backward do not apply.
+    `pipeline_step(batch)` for the loss, in `training_step` once, and returns it: factors and other terms belong into
+    `criterion`. `predict_step` returns the outputs. Hooks on backward do not apply.
 
     `state_dict` is that of the model, whole on rank 0 and empty on the others, and collective once there are stages;
     `load_state_dict` takes it. So a checkpoint's "state_dict" fits the `nn.Sequential`, and `load_from_checkpoint`
@@ -106,7 +107,9 @@ class DualPipeLightningModule(LightningModule):
             with torch.inference_mode(False):
                 return self.dualpipe_wrapper.evaluate(micros)
         strategy: Any = self.trainer.strategy
-        return self.dualpipe_wrapper.train_step(micros, self.trainer.accumulate_grad_batches, strategy.ends_step)
+        loss = self.dualpipe_wrapper.train_step(micros, self.trainer.accumulate_grad_batches, strategy.ends_step)
+        strategy.trained.append(loss)
+        return loss
 
     def training_step(self, batch: Nest, batch_idx: int) -> torch.Tensor:
         loss = self.pipeline_step(batch)

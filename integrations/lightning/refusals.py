@@ -12,6 +12,7 @@ from lightning.pytorch.callbacks import BaseFinetuning, ModelPruning, Stochastic
 from lightning.pytorch.core.optimizer import _MockOptimizer
 from lightning.pytorch.utilities.model_helpers import is_overridden
 
+from dualpipe_engine.comm.nest import Nest
 from dualpipe_engine.errors import ConfigError
 
 from ..optimizers import refuse_optimizer
@@ -121,3 +122,26 @@ def refuse_optimizers(optimizers: list[Any], settings: Mapping[str, Any]) -> Non
     stage = settings["zero_optimization"].get("stage", 0)
     low = any(settings.get(name, {}).get("enabled") for name in ("bf16", "fp16"))
     refuse_optimizer(type(optimizers[0]).__name__, bool(stage or low))
+
+
+def refuse_other_loss(name: str, found: Nest, trained: list[torch.Tensor]) -> None:
+    """Refuse a `training_step` whose loss is not the one whose gradients there are.
+
+    Args:
+        name: of the module's class.
+        found: what `training_step` has returned.
+        trained: losses (scalars) of the batches that it has trained on.
+
+    Raises:
+        ConfigError: it has trained on no batch or on several, or returns another loss.
+    """
+    loss = found.get("loss") if isinstance(found, Mapping) else found
+    if len(trained) != 1 or not isinstance(loss, torch.Tensor) or not _same(loss, trained[0]):
+        raise ConfigError(
+            f"{name}.training_step must call pipeline_step(batch) once and return its loss, whose gradients are there: "
+            "put factors and other terms into criterion"
+        )
+
+
+def _same(one: torch.Tensor, other: torch.Tensor) -> bool:
+    return one is other or (one.device == other.device and torch.equal(one.detach(), other))

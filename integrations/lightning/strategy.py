@@ -24,7 +24,7 @@ from ..sequences import refuse_shared_sequences
 from .checkpoint import load_engine, remove_engine, save_engine
 from .engine import configuration, make_engine, make_module
 from .layers import Chain, LayerEntry, refill, release, share_start
-from .refusals import refuse_optimizers, refuse_trainer
+from .refusals import refuse_optimizers, refuse_other_loss, refuse_trainer
 
 if TYPE_CHECKING:
     from .module import DualPipeLightningModule
@@ -63,6 +63,7 @@ class DualPipeStrategy(DDPStrategy):
 
     Attributes:
         ends_step: whether a step follows the batch that runs.
+        trained: losses (scalars) of the batches that the `training_step` that runs has trained on.
 
     Raises:
         ConfigError: an argument is for DistributedDataParallel, or replicas would share sequences.
@@ -91,6 +92,7 @@ class DualPipeStrategy(DDPStrategy):
         self._made = False  # the pipeline, in this run of the Trainer
         self._loaded: Path | None = None
         self.ends_step = False
+        self.trained: list[Tensor] = []
 
     @property
     def num_stages(self) -> int:
@@ -190,9 +192,12 @@ class DualPipeStrategy(DDPStrategy):
         engine = module.dualpipe_wrapper.engine
         if module.trainer.fit_loop.epoch_loop.batch_idx % module.trainer.accumulate_grad_batches == 0:
             engine.drop_gradients()  # of a step that was left out
-        if isinstance(self.precision_plugin, HalfPrecision):  # the engine's own precision
-            return module.training_step(*args, **kwargs)
-        return super().training_step(*args, **kwargs)
+        self.trained.clear()
+        # under "16-true" and "bf16-true" the precision is the engine's own
+        half = isinstance(self.precision_plugin, HalfPrecision)
+        found: Nest = module.training_step(*args, **kwargs) if half else super().training_step(*args, **kwargs)
+        refuse_other_loss(type(module).__name__, found, self.trained)
+        return found
 
     def backward(self, closure_loss: Tensor, optimizer: Optimizer | None, *args: Any, **kwargs: Any) -> Tensor:
         return closure_loss

@@ -12,6 +12,8 @@ import pytest
 import torch
 import torch.distributed as dist
 
+from dualpipe_engine.cli import main
+
 EXAMPLES = Path(__file__).parent.parent.parent / "examples"
 
 
@@ -41,14 +43,18 @@ def test_quick_start():
 
 @pytest.mark.all
 def test_lightning(tmp_path):
+    """And the page of its run."""
     pytest.importorskip("lightning")
-    command = [sys.executable, str(EXAMPLES / "lightning_example.py"), "--num-gpus", "2", "--steps", "4"]
+    pytest.importorskip("plotly")
+    command = [sys.executable, str(EXAMPLES / "lightning_example.py"), "--num-gpus", "2", "--steps", "12"]
     result = subprocess.run(
-        [*command, "--folder", str(tmp_path)], capture_output=True, text=True, timeout=300, check=False
+        [*command, "--folder", str(tmp_path), "--profile"], capture_output=True, text=True, timeout=300, check=False
     )
     assert result.returncode == 0, result.stderr
     assert len(list(tmp_path.glob("version_*/checkpoints/*.ckpt"))) == 1
     assert "val_loss" in result.stdout
+    assert main(["report", str(tmp_path), "--out", str(tmp_path / "report.html")]) == 0
+    assert "<h2>Loss and learning rate</h2>" in (tmp_path / "report.html").read_text()
 
 
 @pytest.mark.all

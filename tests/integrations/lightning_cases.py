@@ -115,7 +115,14 @@ def optimizer_of(kind, module):
         groups = [{"params": decayed, "weight_decay": 0.1}, {"params": rest, "lr": 0.01, "weight_decay": 0.0}]
         optimizer = torch.optim.AdamW(groups, lr=0.02)
         return [optimizer], [torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.9)]
-    return torch.optim.Adam(module.parameters(), lr=0.02)
+    optimizer = torch.optim.Adam(module.parameters(), lr=0.02)
+    if kind == "plateau":
+        scheduler = torch.optim.lr_scheduler.ReduceLROnPlateau(optimizer, factor=0.1, patience=0, threshold=1.0)
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "monitor": "val_loss"}}
+    if kind == "one cycle":  # of the rate, and of Adam's first decay
+        scheduler = torch.optim.lr_scheduler.OneCycleLR(optimizer, 0.1, total_steps=4)
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+    return optimizer
 
 
 class Steps:
@@ -191,6 +198,8 @@ CASES = {
         {"deepspeed_config": {"zero_optimization": {"stage": 0}}},
     ),
     "groups": ("groups", {}, {}),
+    "plateau": ("plateau", {"max_epochs": 3}, {}),
+    "one cycle": ("one cycle", {}, {}),
     "dict": ("dict", {}, {}),
     "tied": ("tied", {}, {}),
     "phases": ("phases", {}, {}),
@@ -234,8 +243,48 @@ def run(piped, folder, case):
     if piped:
         engine = module.dualpipe_wrapper.engine
         found["phases"] = {type(chunk).__name__ for chunk in engine._chunks.values()}
-        found["bytes"] = sum(v.nbytes for s in trainer.optimizers[0].state.values() for v in s.values() if v.dim())
+        found["bytes"] = state_bytes(engine)
     return found
+
+
+def state_bytes(engine):
+    """Of the optimizer of this rank."""
+    return sum(v.nbytes for state in engine.optimizer.state.values() for v in state.values() if v.dim())
+
+
+def of_the_engine_alone():
+    """The optimizer's bytes of the same layers under the same configuration, without Lightning."""
+    from deepspeed.pipe import PipelineModule
+
+    import dualpipe_engine
+
+    module = PipelineModule(
+        layers("zero"), num_stages=torch.distributed.get_world_size(), loss_fn=nn.functional.cross_entropy,
+        partition_method="parameters",
+    )  # fmt: skip
+    settings = {
+        "train_micro_batch_size_per_gpu": 2, "gradient_accumulation_steps": 4, "zero_optimization": {"stage": 1},
+        "zero_allow_untested_optimizer": True, "pipeline": {"schedule": "dualpipe"},
+    }  # fmt: skip
+    engine, *_ = dualpipe_engine.initialize(
+        model=module, config=settings, optimizer=lambda params: torch.optim.Adam(params, lr=0.02)
+    )
+    x, labels = next(iter(data("zero")))
+    engine.train_batch(iter(list(zip(x.split(2), labels.split(2), strict=True))))
+    found = state_bytes(engine)
+    engine.destroy()
+    return found
+
+
+class Scaled(Piped):
+    """Returns another loss than the one whose gradients there are."""
+
+    def training_step(self, batch, batch_idx):
+        return 0.5 * self.pipeline_step(batch)
+
+
+def scaled(folder):
+    make_trainer(True, folder, {}, {}, 2).fit(Scaled("zero"), data("zero"))
 
 
 def all_cases(piped, folder, cases):

@@ -14,7 +14,12 @@ import lightning_runs as runs
 from dualpipe_engine.integrations.lightning import DualPipeStrategy
 from dualpipe_engine.integrations.lightning.batches import inputs_and_targets, split
 from dualpipe_engine.integrations.lightning.engine import configuration
-from dualpipe_engine.integrations.lightning.refusals import refuse_hooks, refuse_optimizers, refuse_trainer
+from dualpipe_engine.integrations.lightning.refusals import (
+    refuse_hooks,
+    refuse_optimizers,
+    refuse_other_loss,
+    refuse_trainer,
+)
 from lightning.pytorch import Callback
 from lightning.pytorch.callbacks import BaseFinetuning, ModelPruning, StochasticWeightAveraging
 
@@ -148,6 +153,17 @@ def test_what_would_have_no_effect_is_refused():
     ):
         with pytest.raises(ConfigError, match=match):
             refuse_trainer(SimpleNamespace(callbacks=[], strategy=strategy), module)
+
+
+def test_losses_without_gradients_are_refused():
+    loss = torch.tensor(2.0)
+    for found in (loss, {"loss": loss}, loss.clone()):
+        refuse_other_loss("Model", found, [loss])
+    for found, trained in ((0.5 * loss, [loss]), (None, [loss]), ({"loss": loss + 1}, [loss]), (loss, [loss, loss])):
+        with pytest.raises(ConfigError, match=r"Model.training_step must call pipeline_step\(batch\) once"):
+            refuse_other_loss("Model", found, trained)
+    with pytest.raises(ConfigError, match="factors and other terms into criterion"):
+        refuse_other_loss("Model", loss, [])
 
 
 def test_optimizers_that_are_refused():

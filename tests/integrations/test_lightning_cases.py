@@ -52,7 +52,15 @@ def test_other_cases(ranks, tmp_path):
     _, found = compare(ranks, tmp_path, [case for case in runs.CASES if case not in FIRST])
     whole = sum(2 * value.nbytes for value in found[0]["zero-1"]["weights"].values())  # Adam's two moments
     assert 0.5 <= found[0]["zero-1"]["bytes"] / whole < 0.53  # of both stages each copy steps a half, and padding
+    assert [each["zero-1"]["bytes"] for each in found] == ranks.run(2, runs.of_the_engine_alone)
     assert found[0]["phases"]["phases"] == {"PhasedChunk"}
+
+
+@pytest.mark.all
+def test_another_loss_than_that_of_the_batch_is_refused(ranks, tmp_path):
+    with pytest.raises(RankError, match=r"Scaled\.training_step must call") as caught:
+        ranks.run(2, runs.scaled, folder=str(tmp_path))
+    assert {kind for kind, *_ in caught.value.errors.values()} == {"ConfigError"}
 
 
 @pytest.mark.all
