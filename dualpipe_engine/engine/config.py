@@ -130,7 +130,7 @@ def read_config(config: object) -> tuple[Settings, DualPipeConfig]:
     for key in ours:
         if key not in DualPipeConfig.model_fields:
             near = get_close_matches(key, known, n=1, cutoff=0.6)
-            if near or "schedule" in section:
+            if near or section.get("schedule", STOCK) != STOCK:
                 hint = f'did you mean "{near[0]}"?' if near else f"known keys: {', '.join(known)}"
                 raise ConfigError(f'unknown key "{key}" in the "pipeline" section: {hint}')
     if section.get("schedule", STOCK) == STOCK and (key := next((key for key in _PROMISES if section.get(key)), None)):
@@ -140,8 +140,8 @@ def read_config(config: object) -> tuple[Settings, DualPipeConfig]:
         )
     if "schedule" not in section:
         return data, DualPipeConfig()
-    try:
-        parsed = DualPipeConfig(**ours)
+    try:  # other keys may be those of a newer DeepSpeed, for its own engine
+        parsed = DualPipeConfig(**{key: value for key, value in ours.items() if key in DualPipeConfig.model_fields})
     except ValidationError as error:
         first = error.errors()[0]
         raise ConfigError(f'"pipeline": {{"{first["loc"][0]}": ...}}: {first["msg"]}, got {first["input"]!r}') from None

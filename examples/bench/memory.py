@@ -1,4 +1,5 @@
-"""Measured bytes per rank of weights, gradients and optimizer state: stock 1F1B and DualPipe under ZeRO-0, 1 and 2.
+"""Measured bytes per rank of weights, gradients and optimizer state: DeepSpeed's own 1F1B and DualPipeV, DualPipe and
+DualPipeV under ZeRO-0, 1 and 2.
 
     python examples/bench/memory.py
 
@@ -15,6 +16,7 @@ import torch
 from ranks import run_ranks
 
 WIDTH, LAYERS, MICROS = 256, 8, 4
+DEEPSPEED = ("1f1b-deepspeed", "dualpipev-deepspeed")
 
 
 def measure(rank: int, cases: list[tuple[str, str, int]]) -> list[tuple[int, int, int]]:
@@ -23,7 +25,7 @@ def measure(rank: int, cases: list[tuple[str, str, int]]) -> list[tuple[int, int
 
 
 def _fullest(schedule: str, precision: str, zero: int) -> tuple[int, int, int]:
-    from deepspeed.pipe import LayerSpec, PipelineModule
+    from deepspeed.pipe import DualPipeVModule, LayerSpec, PipelineModule
     from deepspeed.runtime.pipe.topology import PipeDataParallelTopology
 
     import dualpipe_engine
@@ -36,11 +38,12 @@ def _fullest(schedule: str, precision: str, zero: int) -> tuple[int, int, int]:
         "optimizer": {"type": "Adam", "params": {"torch_adam": True}},
         "zero_optimization": {"stage": zero},
         "steps_per_print": None,
-        "pipeline": {"schedule": schedule},
+        "pipeline": {"schedule": "1f1b-deepspeed" if schedule in DEEPSPEED else schedule},
     }
     if precision == "bf16":
         config |= {"bf16": {"enabled": True}, "data_types": {"grad_accum_dtype": "fp32"} if zero else {}}
-    module = PipelineModule(
+    kind = DualPipeVModule if schedule == "dualpipev-deepspeed" else PipelineModule
+    module = kind(
         layers=[LayerSpec(torch.nn.Linear, WIDTH, WIDTH) for _ in range(LAYERS)],
         topology=PipeDataParallelTopology(2, 2),
         loss_fn=torch.nn.functional.mse_loss,
@@ -63,15 +66,15 @@ def main() -> None:
         (schedule, precision, zero)
         for precision in ("fp32", "bf16")
         for zero in (0, 1, 2)
-        for schedule in ("1f1b-deepspeed", "dualpipe")
-        if zero < 2 or schedule != "1f1b-deepspeed"
+        for schedule in (*DEEPSPEED, "dualpipe", "dualpipev")
+        if zero < 2 or schedule not in DEEPSPEED
     ]
     rows = run_ranks(measure, 4, cases)
     print("| precision | ZeRO | schedule | weights | gradients | optimizer |")
     print("|---|---|---|---|---|---|")
     for (schedule, precision, zero), sizes in zip(cases, rows, strict=True):
         print(f"| {precision} | {zero} | {schedule} | {' | '.join(f'{size:,}' for size in sizes)} |")
-    print("\nDeepSpeed's own pipeline engine refuses ZeRO-2.")
+    print("\nDeepSpeed's own pipeline engines refuse ZeRO-2.")
 
 
 if __name__ == "__main__":

@@ -17,13 +17,14 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from memory import measure
+from memory import DEEPSPEED, measure
 from planner import OPTIMIZED, SIZES, plan_row
 from ranks import run_ranks
 from schedules import AUTO, DEEPSEEK, STOCK, names, rows
 from sleeping import Times
 
 Row = dict[str, Any]
+SCALED = [STOCK, "stock dualpipev", "ours dualpipe", "ours dualpipev"]
 
 
 @dataclass
@@ -80,7 +81,7 @@ def overhead(args: argparse.Namespace) -> Section:
 
 def scaling_micro_batches(args: argparse.Namespace) -> Section:
     micros = [8, 16] if args.quick else [8, 16, 32, 64]
-    found = run_ranks(rows, 4, ms(0.005), micros, args.steps, [STOCK, "ours dualpipe"])
+    found = run_ranks(rows, 4, ms(0.005), micros, args.steps, SCALED)
     title = "Scaling with micro-batches"
     return Section(title, ["pipeline", "micro_batches"], "step_ms", beside_stock(found, 4))
 
@@ -88,7 +89,7 @@ def scaling_micro_batches(args: argparse.Namespace) -> Section:
 def scaling_ranks(args: argparse.Namespace) -> Section:
     out = Section("Scaling with ranks", ["pipeline", "ranks"], "step_ms")
     for ranks in (2, 4) if args.quick else (2, 4, 8):
-        found = run_ranks(rows, ranks, ms(0.005), [16], args.steps, [STOCK, "ours dualpipe"])
+        found = run_ranks(rows, ranks, ms(0.005), [16], args.steps, SCALED)
         out.rows += beside_stock(found, ranks)
     return out
 
@@ -102,9 +103,11 @@ def planner(args: argparse.Namespace) -> Section:
 
 
 def memory(args: argparse.Namespace) -> Section:
-    cases = [("1f1b-deepspeed", "fp32", 0), ("dualpipe", "fp32", 0)]
+    ours = ("dualpipe", "dualpipev")
+    cases = [(schedule, "fp32", 0) for schedule in (*DEEPSPEED, *ours)]
     if not args.quick:
-        cases += [("1f1b-deepspeed", "bf16", 1), ("dualpipe", "bf16", 1), ("dualpipe", "bf16", 2)]
+        cases += [(schedule, "bf16", 1) for schedule in (*DEEPSPEED, *ours)]
+        cases += [(schedule, "bf16", 2) for schedule in ours]
     out = Section("Memory of the fullest rank (bytes)", ["schedule", "precision", "zero"], "total")
     for case, sizes in zip(cases, run_ranks(measure, 4, cases), strict=True):
         sized = dict(zip(("weights", "gradients", "optimizer"), sizes, strict=True))

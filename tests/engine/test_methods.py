@@ -7,12 +7,9 @@ from pathlib import Path
 
 import method_runs
 import pytest
-from deepspeed.pipe import DualPipeVModule
 from deepspeed.runtime.pipe.engine import PipelineEngine
 
-from dualpipe_engine.engine.initialize import initialize
 from dualpipe_engine.engine.methods import REFUSED, REFUSED_ATTRIBUTES, WORKS, named
-from dualpipe_engine.errors import ConfigError
 
 ROOT = Path(__file__).parents[2]
 tables = method_runs.load_tables()
@@ -68,9 +65,3 @@ def test_a_client_with_its_own_engine(ranks):
     (plain, own), batches, name, refusal = ranks.run(2, method_runs.own_engine)[0]
     assert plain == own and (batches, name) == (1, "Counting")
     assert refusal.startswith('Counting would ignore "schedule": "dualpipe"') and "engine_class=Counting" in refusal
-
-
-def test_a_module_with_deepspeeds_own_schedule_is_refused():
-    config = {"train_batch_size": 4, "pipeline": {"schedule": "dualpipev"}}
-    with pytest.raises(ConfigError, match="make it a PipelineModule, or leave the schedule out"):
-        initialize(model=DualPipeVModule.__new__(DualPipeVModule), config=config)
