@@ -18,20 +18,28 @@ class Family(NamedTuple):
         endings: of the names of their classes.
         loss: from a model, which has a `config`, to its own loss.
         embeds_only: whether token ids are for the embedding alone; of other models they travel to every stage.
+        by_token: whether outputs belong to single tokens, made from the hidden states of these alone.
         routed: those (`config.model_type`) whose auxiliary loss over routers is that of `routed.RouterLoss`.
     """
 
     endings: tuple[str, ...]
     loss: Callable[[PretrainedModel], LossFn]
     embeds_only: bool = False
+    by_token: bool = False
     routed: tuple[str, ...] = ()
 
 
 #: The first that fits counts.
 FAMILIES = [
-    Family(("ForCausalLM", "LMHeadModel"), of_tokens, embeds_only=True, routed=("gpt_oss", "mixtral", "qwen3_moe")),
-    Family(("ForMaskedLM",), of_rows, embeds_only=True),
-    Family(("ForTokenClassification",), of_rows),
+    Family(
+        ("ForCausalLM", "LMHeadModel"),
+        of_tokens,
+        embeds_only=True,
+        by_token=True,
+        routed=("gpt_oss", "mixtral", "qwen3_moe"),
+    ),
+    Family(("ForMaskedLM",), of_rows, embeds_only=True, by_token=True),
+    Family(("ForTokenClassification",), of_rows, by_token=True),
     Family(("ForImageClassification", "ForSequenceClassification"), of_classes),
 ]
 

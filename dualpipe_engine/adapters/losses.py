@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, TypeAlias
 
@@ -12,10 +12,9 @@ import torch
 from torch import nn
 
 from ..comm.nest import Nest
+from ..engine.batches.shards import IGNORED, PartLoss, next_tokens, weighed
 from ..errors import ConfigError
 from ..runtime.tiles import Tiles
-
-IGNORED = -100  #: label of tokens that do not count, as in all of transformers
 
 PretrainedModel: TypeAlias = Any
 """A model of transformers, whose attributes depend on its class."""
@@ -49,13 +48,22 @@ class TokenLoss:
     Args:
         function: of transformers, which shifts the labels.
         vocabulary: entries of the vocabulary.
+        tiles: over which it runs, on hidden states in place of logits; None: on logits.
+        shifts: whether labels are those of the tokens themselves; else of the next ones.
     """
 
     function: Callable[..., torch.Tensor]
     vocabulary: int
+    tiles: Tiles | None = None
+    shifts: bool = True
 
-    def __call__(self, logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-        return self.function(logits=logits, labels=labels, vocab_size=self.vocabulary)
+    def __call__(self, output: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        if self.tiles is None and self.shifts:
+            return self.function(logits=output, labels=labels, vocab_size=self.vocabulary)
+        following = next_tokens(labels) if self.shifts else labels
+        if self.tiles is None:
+            return self._of_next(output, following)
+        return self.tiles.total(partial(self._of_next, number=(following != IGNORED).sum()), output, following)
 
     def tiled(self, tiles: Tiles) -> LossFn:
         """The same over tiles of the sequence.
@@ -63,23 +71,30 @@ class TokenLoss:
         Raises:
             ConfigError: the function does not take labels that are shifted before, and their number.
         """
+        self._check_pieces("tiled_loss")
+        return replace(self, tiles=tiles)
+
+    def of_parts(self) -> PartLoss:
+        """The same of parts of sequences, whose labels have been shifted.
+
+        Raises:
+            ConfigError: the function does not take labels that are shifted before.
+        """
+        self._check_pieces("sequence_parallel_size")
+        return weighed(replace(self, shifts=False))
+
+    def _check_pieces(self, key: str) -> None:
         known = inspect.signature(self.function).parameters
         if "shift_labels" not in known or "num_items_in_batch" not in known:
             raise ConfigError(
-                f'"tiled_loss": {self.function.__name__} of transformers does not work on pieces of a sequence: leave '
-                'out "tiled_loss"'
+                f'"{key}": {self.function.__name__} of transformers does not work on pieces of a sequence: leave out '
+                f'"{key}"'
             )
-        return partial(self._of_tiles, tiles)
 
-    def _of_tiles(self, tiles: Tiles, hidden: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-        shifted = nn.functional.pad(labels, (0, 1), value=IGNORED)[..., 1:]
-        number = (shifted != IGNORED).sum()
-
-        def summed(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-            of_tokens = {"labels": None, "shift_labels": labels.contiguous(), "num_items_in_batch": number}
-            return self.function(logits=logits, vocab_size=self.vocabulary, **of_tokens)
-
-        return tiles.total(summed, hidden, shifted)
+    def _of_next(self, logits: torch.Tensor, labels: torch.Tensor, number: torch.Tensor | None = None) -> torch.Tensor:
+        """Of labels of the next tokens: the mean, or the sum divided by `number`."""
+        of_tokens = {"labels": None, "shift_labels": labels.contiguous(), "num_items_in_batch": number}
+        return self.function(logits=logits, vocab_size=self.vocabulary, **of_tokens)
 
 
 def _of_classes(config: ModelConfig, logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:

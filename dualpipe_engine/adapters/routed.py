@@ -7,7 +7,7 @@ of rows. These travel with the hidden state, the probabilities with a gradient, 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -16,6 +16,7 @@ import torch
 from torch import nn
 
 from ..comm.nest import Nest
+from ..engine.batches.shards import PartLoss, ShardLabels, of_shards, shifts
 from ..errors import ConfigError
 from ..models.autoep.layer import SharedMoE
 from ..runtime.tiles import TileableLoss, Tiles
@@ -127,6 +128,20 @@ class WeightedLoss:
         logits, auxiliary = output
         return self.own(logits, labels) + self.weight * auxiliary
 
+    @property
+    def shifts(self) -> bool:
+        return shifts(self.own)
+
+    def of_parts(self) -> PartLoss:
+        """The same of parts of sequences; their auxiliary loss is that of whole ones."""
+        own = of_shards(self.own)
+
+        def of_part(output: Nest, shard: ShardLabels) -> torch.Tensor:
+            logits, auxiliary = output
+            return own(logits, shard) + self.weight * auxiliary
+
+        return of_part
+
     def tiled(self, tiles: Tiles) -> LossFn:
         """The same over tiles of the sequence.
 
@@ -154,10 +169,10 @@ class RoutedRunner(Runner):
     def __call__(self, message: Nest) -> Nest:
         sums: Sums | None = None
         if self._first:
-            mask = self._inputs.read(message)[0].get("attention_mask")
+            mask = self._mask(self._inputs.read(message)[0])
         else:
             hidden, travel, sums = self._apart(message)
-            mask = travel.get("attention_mask")
+            mask = self._mask(travel)
             message = self._inputs.pack(hidden, travel)
         with self._routing.heard(self.model) as heard:
             output = super().__call__(message)
@@ -167,7 +182,7 @@ class RoutedRunner(Runner):
             hidden, travel = self._inputs.unpack(output)
             return self._inputs.pack(hidden, _joined(travel, sums))
         assert sums is not None
-        auxiliary = self._routing.loss(sums)
+        auxiliary = self._routing.loss(self._of_whole(sums))
         if isinstance(output, torch.Tensor):
             return output, auxiliary
         output.aux_loss = auxiliary
@@ -177,8 +192,19 @@ class RoutedRunner(Runner):
     def carried(self, message: Nest, logits: list[torch.Tensor]) -> Nest:
         _, travel, sums = self._apart(message)
         for each in logits:
-            sums = self._routing.add(sums, each, travel.get("attention_mask"))
+            sums = self._routing.add(sums, each, self._mask(travel))
         return _joined(travel, sums)
+
+    def _mask(self, inputs: Mapping[str, Nest]) -> torch.Tensor | None:
+        """Of the tokens that this rank has, `[batch, length]`."""
+        mask = inputs.get("attention_mask")
+        return mask if mask is None or self._shared is None else self._shared.of(mask)
+
+    def _of_whole(self, sums: Sums) -> Sums:
+        """The sums over whole sequences. Collective over the ranks that share them."""
+        if self._shared is None:
+            return sums
+        return Sums(*self._shared.total(torch.cat(sums)).split([len(each) for each in sums]))
 
     def _apart(self, message: Nest) -> tuple[torch.Tensor, dict[str, Nest], Sums | None]:
         """The hidden state, the other inputs and the sums of a message."""

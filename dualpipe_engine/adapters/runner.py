@@ -13,12 +13,15 @@ from functools import partial
 from typing import NamedTuple
 
 import torch
+import torch.distributed as dist
 from torch import nn
 
 from ..comm.nest import Nest
+from ..errors import ConfigError
 from .chain import Chain, ancestors
 from .messages import Inputs
-from .stubs import End, Inject, Stub, Taken, first_tensor, placeholder
+from .sequences import Part, share_attention
+from .stubs import Changed, End, Inject, Stub, Taken, first_tensor, placeholder
 
 
 class BlockRange(NamedTuple):
@@ -55,22 +58,64 @@ class Runner:
         self._start, self._stop, self._first, self._last = span
         self._ends = span.stop == len(chain.blocks) > span.start and not span.last
         self._hidden: torch.Tensor | None = None
+        self._shared: Part | None = None
+        self._length = 0  # of whole sequences, where a rank has a part of them
         above = ancestors((*chain.prologue, *chain.blocks, *chain.epilogue, *owned))
         self.model = self._rebuilt(model, "", above, owned)
 
     def __call__(self, message: Nest) -> Nest:
         if self._first:
             kwargs, travel = self._inputs.read(message)
+            self._begin(kwargs)
         else:
             self._hidden, travel = self._inputs.unpack(message)
-            kwargs = self._inputs.stand_in(self._hidden, travel)
+            kwargs = self._inputs.stand_in(self._whole(self._hidden), travel)
         try:
             output = self.model(**kwargs)
         except Taken as taken:
-            return self._inputs.pack(taken.hidden, travel)
+            return self._inputs.pack(self._cut(taken.hidden), travel)
         finally:
             self._hidden = None
         return self._inputs.result(output, travel)
+
+    def share_sequences(self, group: dist.ProcessGroup) -> None:
+        """Run the blocks on parts of sequences; messages have the hidden state of a part, and whole inputs.
+
+        Raises:
+            ConfigError: a block cannot.
+        """
+        self._shared = Part(group)
+        for path in self._chain.blocks[self._start : self._stop]:
+            block = self.model.get_submodule(path)
+            share_attention(block, self.model, group)
+            above, _, name = path.rpartition(".")
+            self.model.get_submodule(above)._modules[name] = Changed(block, self._cut)
+
+    def _begin(self, kwargs: Mapping[str, Nest]) -> None:
+        """Note the length of the sequences that the model is given."""
+        if self._shared is None:
+            return
+        if "labels" in kwargs:
+            raise ConfigError(
+                'with "sequence_parallel_size" labels among the inputs would be those of other tokens than a rank has: '
+                "let the loader give pairs (inputs, labels), and the adapter's loss_fn to the PipelineModule"
+            )
+        self._length = first_tensor(kwargs.get("inputs_embeds"), kwargs.get(self._inputs.names[0])).shape[1]
+        if self._length % self._shared.size:
+            raise ConfigError(
+                f'inputs of {self._length} tokens cannot be cut by "sequence_parallel_size": {self._shared.size}: pad '
+                f"them to a multiple of {self._shared.size}"
+            )
+
+    def _whole(self, hidden: torch.Tensor) -> torch.Tensor:
+        """A hidden state of the length of whole sequences, without values of theirs where it is longer."""
+        if self._shared is None:
+            return hidden
+        self._length = hidden.shape[1] * self._shared.size
+        return hidden.new_zeros(()).expand(len(hidden), self._length, *hidden.shape[2:])
+
+    def _cut(self, given: Nest) -> Nest:
+        return given if self._shared is None else self._shared.cut(given, self._length)
 
     def carried(self, message: Nest, logits: list[torch.Tensor]) -> Nest:
         """What goes past the block of a span of one, neither first nor last; see `Stage.carried`."""

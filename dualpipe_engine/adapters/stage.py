@@ -6,12 +6,16 @@ from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
 import torch
+import torch.distributed as dist
 from torch import nn
 
 from ..comm.nest import Nest
+from ..errors import ConfigError
+from .families import family_of
 from .loading import Weights, is_empty
 from .losses import ModelConfig
 from .runner import BlockRange, Runner
+from .sequences import unshare_attention
 
 EXPERTS = "experts"
 """Last name of the modules whose weights come last: transformers calls them so in all models."""
@@ -43,9 +47,11 @@ class Stage(nn.Module):
 
     Attributes:
         whole_model: what a checkpoint keeps of the model, for `dualpipe export`.
+        cuts_inputs: where ranks share sequences, the first piece takes whole ones.
     """
 
     whole_model: dict[str, object]
+    cuts_inputs = True
     _runners: list[Runner]
     _weights: Weights | None
 
@@ -53,6 +59,7 @@ class Stage(nn.Module):
         super().__init__()
         owned = adapter.modules_of(spans)
         for name, module in owned.items():
+            unshare_attention(module)
             self._place(name, module)
         self.__dict__["_weights"] = adapter.weights
         self._waiting: tuple[str, ...] = ()
@@ -82,6 +89,23 @@ class Stage(nn.Module):
         """Run the second range of a piece that holds both ends of the model."""
         self.fill()
         return self._runners[1](message)
+
+    def share_sequences(self, group: dist.ProcessGroup) -> None:
+        """Work on parts of sequences, of which each rank of `group` has one of equal length.
+
+        Raises:
+            ConfigError: the model is none whose outputs belong to single tokens, or one of its blocks cannot.
+        """
+        model = self._runners[0].model
+        family = family_of(model)
+        if family is None or not family.by_token:
+            raise ConfigError(
+                f"{type(model).__name__} is not known to give an output for each token, of which a rank has some "
+                '("sequence_parallel_size"): take a language model of transformers, or name its family by '
+                "register_family(Family(..., by_token=True))"
+            )
+        for runner in self._runners:
+            runner.share_sequences(group)
 
     @property
     def config(self) -> ModelConfig:

@@ -81,6 +81,18 @@ class Inject(_Wrapped):
         return self.block(**(kwargs | {next(iter(kwargs)): self._received()}))
 
 
+class Changed(_Wrapped):
+    """A block whose arguments are changed: (args, kwargs) -> (args, kwargs)."""
+
+    def __init__(self, block: nn.Module, change: Callable[[Nest], Nest]) -> None:
+        super().__init__(block)
+        self.__dict__["_change"] = change
+
+    def forward(self, *args: Nest, **kwargs: Nest) -> Nest:
+        args, kwargs = self._change((args, kwargs))
+        return self.block(*args, **kwargs)
+
+
 class End(_Wrapped):
     """The last block of the model, after which the stage ends because another has the epilogue."""
 

@@ -18,7 +18,6 @@ from ..placing.grid import Place
 from ..placing.sequences import Sharing
 from ..placing.stages import needs_input_gradient
 from .feed import BatchFeed, check_same_stream, check_shared_stream
-from .shards import Shards
 
 
 class ResumableSampler(DistributedSampler):
@@ -127,7 +126,7 @@ class Loading(PipelineEngine):
             side=self._inbound,
             input_gradient=needs_input_gradient(self.module),
             fingerprint=fingerprint,
-            shards=None if self.sharing.group is None else Shards(self.sharing.size, self.sharing.rank),
+            shards=self.sharing.shards,
         )
 
     def _no_feed(self) -> BatchFeed:

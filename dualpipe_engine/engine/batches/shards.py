@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import NamedTuple
+from functools import partial
+from typing import NamedTuple, Protocol, TypeAlias, runtime_checkable
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from ...comm.nest import Nest
 from ...errors import ConfigError
+from ..given import LossFunction
 
 IGNORED = -100  #: labels that do not count, as in torch's cross entropy
 
@@ -27,16 +29,37 @@ class ShardLabels(NamedTuple):
     weight: Tensor
 
 
+PartLoss: TypeAlias = Callable[[Nest, ShardLabels], Tensor]
+"""Of the output of a shard: its share of the loss of whole sequences (scalar)."""
+
+
+@runtime_checkable
+class SequenceLoss(Protocol):
+    """A loss function that knows parts of sequences by itself.
+
+    Attributes:
+        shifts: whether the labels of whole sequences are those of the tokens themselves, not of the next ones.
+    """
+
+    @property
+    def shifts(self) -> bool: ...
+
+    def of_parts(self) -> PartLoss:
+        """The same, of labels of the next tokens."""
+
+
 class Shards:
     """Cuts micro-batches of whole sequences along their length.
 
     Args:
         size: S, into how many parts.
         rank: which one this rank has.
+        inputs: whether inputs are cut, too; else the first layer does that.
+        shifts: whether labels are those of the tokens themselves; parts have those of the next ones.
     """
 
-    def __init__(self, size: int, rank: int) -> None:
-        self._size, self._rank = size, rank
+    def __init__(self, size: int, rank: int, inputs: bool = True, shifts: bool = False) -> None:
+        self._size, self._rank, self._inputs, self._shifts = size, rank, inputs, shifts
 
     def cut(self, inputs: Nest, labels: Nest) -> tuple[Nest, ShardLabels]:
         """The part of this rank of one micro-batch.
@@ -59,11 +82,13 @@ class Shards:
                 f'sequences of {length} tokens cannot be cut by "sequence_parallel_size": {self._size}: pad them to a '
                 f"multiple of {self._size}, with labels of {IGNORED}"
             )
+        labels = next_tokens(labels) if self._shifts else labels
         mine = self._part(labels)
         counted = (mine != IGNORED).sum()
         weight = self._size * counted.double() / (labels != IGNORED).sum()
-        own = pytree.tree_map(lambda leaf: self._cut_input(leaf, length), inputs)
-        return own, ShardLabels(torch.where(counted == 0, torch.zeros_like(mine), mine), weight)
+        if self._inputs:
+            inputs = pytree.tree_map(lambda leaf: self._cut_input(leaf, length), inputs)
+        return inputs, ShardLabels(torch.where(counted == 0, torch.zeros_like(mine), mine), weight)
 
     def _cut_input(self, leaf: Nest, length: int) -> Nest:
         if not isinstance(leaf, Tensor) or leaf.dim() < 2:
@@ -80,8 +105,32 @@ class Shards:
         return whole[:, self._rank * each : (self._rank + 1) * each].contiguous()
 
 
-def of_shards(loss_fn: Callable[..., Tensor]) -> Callable[[Nest, ShardLabels], Tensor]:
-    """A loss of whole sequences from the mean over the labels of a shard that are not `IGNORED`."""
+def next_tokens(labels: Tensor) -> Tensor:
+    """Labels of the next tokens from those of the tokens themselves, `[batch, length]`; the last has none."""
+    return nn.functional.pad(labels[:, 1:], (0, 1), value=IGNORED)
+
+
+def shifts(loss_fn: LossFunction) -> bool:
+    """Whether a loss takes labels of the tokens themselves."""
+    if isinstance(loss_fn, partial):
+        return shifts(loss_fn.func)
+    return isinstance(loss_fn, SequenceLoss) and loss_fn.shifts
+
+
+def of_shards(loss_fn: LossFunction) -> PartLoss:
+    """A loss of whole sequences from parts of them: its own way, or from the mean over the labels of a shard that are
+    not `IGNORED`.
+
+    Raises:
+        ConfigError: it is known not to be one.
+    """
+    if isinstance(loss_fn, partial):
+        return partial(of_shards(loss_fn.func), *loss_fn.args, **loss_fn.keywords)
+    return loss_fn.of_parts() if isinstance(loss_fn, SequenceLoss) else weighed(loss_fn)
+
+
+def weighed(loss_fn: LossFunction) -> PartLoss:
+    """From the mean over the labels of a shard that are not `IGNORED`."""
 
     def of_shard(output: Nest, shard: ShardLabels) -> Tensor:
         loss = loss_fn(output, shard.labels)

@@ -20,8 +20,11 @@ from torch.overrides import TorchFunctionMode
 from ...comm.from_all import from_all
 from ...errors import ConfigError
 
+SHARED_HEADS = "shared_heads"  #: attribute of modules of others whose attention has been given parts of sequences
+
 _MIXING = (nn.MultiheadAttention, nn.RNNBase)
-_MIXING_NAMES = ("Attention", "Mixer")  # in names of classes of transformers
+_CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+_MIXING_NAMES = ("Attention", "Mixer", "DeltaNet", "Recurrent", "Mamba", "Rwkv")  # in names of classes of transformers
 _ATTENTION = (functional.scaled_dot_product_attention, functional.multi_head_attention_forward)
 
 
@@ -30,16 +33,19 @@ def mixing_modules(module: nn.Module) -> list[str]:
     if knows_parts(module):
         return []
     kind = type(module)
-    if isinstance(module, _MIXING) or (
-        kind.__module__.partition(".")[0] == "transformers" and any(name in kind.__name__ for name in _MIXING_NAMES)
-    ):
+    wide = isinstance(module, _CONVOLUTIONS) and any(size > 1 for size in module.kernel_size)
+    if isinstance(module, _MIXING) or wide or (_named_so(kind) and not any(map(knows_parts, module.modules()))):
         return [kind.__name__]
     return [name for child in module.children() for name in mixing_modules(child)]
 
 
+def _named_so(kind: type[nn.Module]) -> bool:
+    return kind.__module__.partition(".")[0] == "transformers" and any(name in kind.__name__ for name in _MIXING_NAMES)
+
+
 def knows_parts(module: object) -> bool:
-    """Whether a module takes the ranks that share its sequences."""
-    return hasattr(module, "share_sequences")
+    """Whether a module takes the ranks that share its sequences, or has taken them."""
+    return hasattr(module, "share_sequences") or hasattr(module, SHARED_HEADS)
 
 
 def refusal(name: str) -> str:

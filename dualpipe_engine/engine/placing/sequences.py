@@ -6,8 +6,7 @@ replicas: its ZeRO shards over all of them.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch.distributed as dist
 from deepspeed.pipe import PipelineModule
@@ -15,9 +14,11 @@ from deepspeed.runtime.pipe.topology import PipelineParallelGrid
 
 from ...comm.from_all import from_all
 from ...errors import ConfigError
+from ..batches.shards import Shards, of_shards, shifts
 from ..checks.agreement import raise_everywhere
 from ..checks.token_mixing import knows_parts, mixing_modules, refusal
 from ..given import Settings
+from .module import numbered_layers
 
 SIZE, DATA = "sequence_parallel_size", "data_parallel_size"
 
@@ -52,7 +53,7 @@ def read_sizes(settings: Settings, mesh_param: object) -> Settings:
 
 
 def _check_others(settings: Settings) -> None:
-    pipeline, experts = settings.get("pipeline", {}), settings.get("expert_parallel")
+    pipeline = settings.get("pipeline", {})
     if pipeline.get("schedule") == "auto" or pipeline.get("costs") is not None:
         raise ConfigError(
             f'"{SIZE}" and measured costs do not go together, which are those of whole sequences: name a schedule, and '
@@ -62,11 +63,6 @@ def _check_others(settings: Settings) -> None:
         raise ConfigError(
             f'"{SIZE}" and "gradient_allreduce_op": "sum" do not go together, because ranks have parts of one mean: '
             'take "mean"'
-        )
-    if isinstance(experts, Mapping) and experts.get("enabled"):
-        raise ConfigError(
-            f'"{SIZE}" does not know the attention of models of others: leave "expert_parallel" out, or take the '
-            "layers of dualpipe_engine.models"
         )
 
 
@@ -78,11 +74,13 @@ class Sharing:
         size: S; 1: each replica has sequences of its own.
         rank: which part this rank has.
         group: the ranks at this position of the pipeline that share them; None where S is 1.
+        shards: cuts the micro-batches of this rank; None where they stay whole.
     """
 
     size: int = 1
     rank: int = 0
     group: dist.ProcessGroup | None = None
+    shards: Shards | None = None
 
 
 class BatchView:
@@ -123,7 +121,9 @@ def readers_of(settings: Settings, replicas: int) -> int:
 
 
 def share_sequences(module: PipelineModule, base_grid: PipelineParallelGrid, size: int) -> Sharing:
-    """Let the layers of a placed module work on parts of sequences. Collective over all ranks.
+    """Let the layers and the loss of a placed module work on parts of sequences. Collective over all ranks.
+
+    A first layer with an attribute `cuts_inputs` is given whole inputs.
 
     Raises:
         ConfigError: no layer knows how, one of them cannot, or there is no loss function; on all ranks.
@@ -148,7 +148,8 @@ def share_sequences(module: PipelineModule, base_grid: PipelineParallelGrid, siz
     if not any(from_all(bool(sharing))):
         raise ConfigError(
             f'"{SIZE}": {size} needs layers whose attention knows parts of sequences, and the model has none: take '
-            "those of dualpipe_engine.models, or give a layer of yours a method share_sequences(group)",
+            "those of dualpipe_engine.models or of an adapter of a model of transformers, or give a layer of yours a "
+            "method share_sequences(group)",
             everywhere=True,
         )
     if module.loss_fn is None:
@@ -157,4 +158,8 @@ def share_sequences(module: PipelineModule, base_grid: PipelineParallelGrid, siz
             "over labels other than -100",
             everywhere=True,
         )
-    return own
+    first = [layer for number, layer in numbered_layers(module) if number == 0]
+    whole = any(from_all(any(getattr(layer, "cuts_inputs", False) for layer in first)))
+    shards = Shards(size, own.rank, inputs=not whole, shifts=shifts(module.loss_fn))
+    module.loss_fn = of_shards(module.loss_fn)
+    return replace(own, shards=shards)

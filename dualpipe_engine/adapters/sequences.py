@@ -1,0 +1,154 @@
+"""Parts of sequences: blocks of a model of transformers, of which each of S ranks has its part of the tokens.
+
+The model's own forward makes masks, positions and rotary angles of whole sequences around the blocks. A block is given
+the hidden state of the rank's part, and of the angles what belongs to it; its attention is transformers' own function,
+on some heads of whole sequences and the whole mask. So windows, padding and packed sequences are those of the model.
+
+DeepSpeed's `UlyssesSPAttentionHF` does the same for models on one rank each: it makes its groups of neighbouring ranks
+of the world, takes one size of micro-batches, drops masks (so that `sdpa` knows neither windows nor packed sequences)
+and exchanges queries, keys, values and positions one by one.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from typing import Any
+
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+from ..comm.all_to_all import exchange
+from ..comm.nest import Nest
+from ..engine.checks.token_mixing import SHARED_HEADS, mixing_modules, refusal
+from ..errors import ConfigError
+from ..models.head_exchange import HeadExchange
+from .losses import PretrainedModel
+
+_REGISTRY = "ALL_ATTENTION_FUNCTIONS"  # the name under which modules of transformers look up attention functions
+_GROUPS = "num_key_value_groups"  # the attribute that tells such a function how many queries share keys
+
+
+class Part:
+    """The part of each sequence that a rank has.
+
+    Args:
+        group: the S ranks that share each sequence, in the order of its parts.
+    """
+
+    def __init__(self, group: dist.ProcessGroup) -> None:
+        self.group, self.size, self.rank = group, group.size(), group.rank()
+
+    def of(self, whole: Tensor) -> Tensor:
+        """[batch, length, ...] -> [batch, length / S, ...]."""
+        return whole.chunk(self.size, dim=1)[self.rank].contiguous()
+
+    def cut(self, given: Nest, length: int) -> Nest:
+        """Of all that belongs to single tokens, floating-point `[batch or 1, length, width]`, the part of this rank;
+        positions and masks stay whole."""
+
+        def own(leaf: Nest) -> Nest:
+            if not isinstance(leaf, Tensor) or leaf.dim() != 3 or leaf.shape[1] != length:
+                return leaf
+            return self.of(leaf) if leaf.is_floating_point() or leaf.is_complex() else leaf
+
+        return pytree.tree_map(own, given)
+
+    def total(self, mine: Tensor) -> Tensor:
+        """The sum over the ranks of the group, whose gradient is the sum of theirs. Collective."""
+        each = [1] * self.size
+        return exchange(mine.expand(self.size, *mine.shape).contiguous(), each, each, self.group).sum(dim=0)
+
+
+def share_attention(block: nn.Module, model: PretrainedModel, group: dist.ProcessGroup) -> None:
+    """Let the attention of a block work on parts of sequences.
+
+    Args:
+        block: of the model.
+        model: of transformers.
+        group: the ranks that share each sequence.
+
+    Raises:
+        ConfigError: it mixes tokens elsewhere than in transformers' attention functions, or its heads cannot be
+            divided.
+    """
+    shared, found = HeadExchange(group), 0
+    for part in block.modules():
+        registry = _registry_of(part)
+        if registry is None:
+            continue
+        config = getattr(part, "config", model.config)
+        heads, name = config.num_attention_heads, config._attn_implementation
+        shared.check(heads, heads // getattr(part, _GROUPS, 1))
+        if name not in registry:  # "eager", which is a function of each model's own
+            raise ConfigError(
+                f'{type(part).__name__} with attn_implementation="{name}" does not know parts of sequences '
+                '("sequence_parallel_size"): build the model with "sdpa", "flex_attention" or "flash_attention_2"'
+            )
+        if not isinstance(registry[name], _OfSharedHeads):
+            registry[name] = _OfSharedHeads(registry[name])
+        setattr(part, SHARED_HEADS, shared)
+        found += 1
+    others = mixing_modules(block)
+    if others or not found:
+        raise ConfigError(refusal(others[0] if others else type(block).__name__))
+
+
+def unshare_attention(module: nn.Module) -> None:
+    """Let attention see whole sequences again."""
+    for part in module.modules():
+        vars(part).pop(SHARED_HEADS, None)
+
+
+def _registry_of(module: nn.Module) -> Any:  # noqa: ANN401
+    """transformers' `AttentionInterface`, in which a module looks up its attention function; None: it does not."""
+    for kind in type(module).__mro__:
+        for method in vars(kind).values():
+            if inspect.isfunction(method):
+                plain = inspect.unwrap(method)
+                if _REGISTRY in plain.__code__.co_names:
+                    return plain.__globals__[_REGISTRY]
+    return None
+
+
+class _OfSharedHeads:
+    """An attention function of transformers, for modules that share sequences and for others.
+
+    Args:
+        attend: the function.
+    """
+
+    def __init__(self, attend: Callable[..., tuple[Tensor, Tensor | None]]) -> None:
+        self._attend = attend
+
+    def __call__(
+        self,
+        module: nn.Module,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attention_mask: Nest,
+        *args: Nest,
+        **kwargs: Nest,
+    ) -> tuple[Tensor, Tensor | None]:
+        shared: HeadExchange | None = getattr(module, SHARED_HEADS, None)
+        if shared is None:
+            return self._attend(module, query, key, value, attention_mask, *args, **kwargs)
+        for name, more in kwargs.items():
+            if isinstance(more, Tensor) and more.is_floating_point():
+                raise ConfigError(
+                    f"{type(module).__name__} gives its attention {name}, of which it is not known what belongs to "
+                    'which head: leave out "sequence_parallel_size"'
+                )
+        parcel = shared.by_heads(query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2))
+        query, key, value = (part.transpose(1, 2) for part in shared.heads_of(shared.travel(parcel, None)))
+        before = getattr(module, _GROUPS, None)
+        if before is not None:
+            setattr(module, _GROUPS, query.shape[1] // key.shape[1])
+        try:
+            mixed, _ = self._attend(module, query, key, value, attention_mask, *args, **kwargs)
+        finally:
+            if before is not None:
+                setattr(module, _GROUPS, before)
+        return shared.tokens_of(shared.travel(shared.by_tokens(mixed), None)), None

@@ -1,0 +1,74 @@
+"""Models of transformers on parts of sequences, against the whole model on whole sequences in one process."""
+
+from __future__ import annotations
+
+import part_runs as runs
+import pytest
+import torch
+from models import ROUTERS
+
+LLAMA = {"name": "llama"}
+ONE_HEAD = {"name": "qwen3", "changes": {"num_key_value_heads": 1}}  # fewer heads of keys than parts
+EXPERTS = {"name": "qwen3_moe", "experts": 2}
+CASES = [
+    {**ONE_HEAD, "schedule": "zb1p", "size": 2, "kind": "packed"},
+    {**EXPERTS, "name": "qwen3_moe" + ROUTERS, "schedule": "dualpipe", "size": 2},
+    {"name": "gpt2", "schedule": "dualpipev", "size": 2, "loss": "precise"},
+]
+#: Windows, documents, learned positions, tied weights, latent attention, attention to both sides.
+KINDS = [
+    {"name": "mistral", "kind": "padded"},
+    {"name": "gemma3", "kind": "packed"},
+    {"name": "gpt_neox", "kind": "padded"},
+    {"name": "llama_tied", "kind": "packed", "tiled_loss": 3, "tiled_mlp": 2},
+    {"name": "deepseek_v3", "kind": "plain", "experts": 2},
+    {"name": "bert", "kind": "padded"},
+    {"name": "llama", "kind": "padded", "recompute": ["norm", "mlp"]},
+]
+
+
+def check(found, case):
+    size, replicas = case["size"], case.get("replicas", 2)
+    given = {key: case[key] for key in ("name", "kind", "changes", "loss") if key in case}
+    total, grads = runs.whole(readers=replicas // size, **given)
+    evaluated, _ = runs.whole(readers=1, evaluate=True, **given)
+    seen, exact = set(), case.get("loss") == "precise"
+    for rank in found:
+        assert rank["loss"] == pytest.approx(total, rel=1e-6), case  # reported in fp32
+        assert rank["evaluated"] == pytest.approx(evaluated, rel=1e-6), case
+        assert rank["readers"] == replicas // size
+        for name, grad in rank["grads"].items():
+            if grads.get(name) is None:  # of a buffer
+                continue
+            rtol, atol = (1e-10, 1e-12) if exact else (1e-5, 1e-7)
+            torch.testing.assert_close(grad, grads[name], rtol=rtol, atol=atol, msg=lambda text, n=name: f"{n}: {text}")
+            seen.add(name)
+    assert seen == grads.keys()
+
+
+def test_gradients_are_those_of_whole_sequences(ranks):
+    found = ranks.run(4, runs.each, cases=CASES)
+    for number, case in enumerate(CASES):
+        check([rank[number] for rank in found], case)
+
+
+@pytest.mark.all
+@pytest.mark.parametrize("schedule", ["dualpipe", "dualpipev", "zb1p"])
+def test_every_model_and_schedule(ranks, schedule):
+    cases = [{**case, "schedule": schedule, "size": 2} for case in (LLAMA, ONE_HEAD, EXPERTS, *KINDS)]
+    found = ranks.run(4, runs.each, cases=cases, timeout=300)
+    for number, case in enumerate(cases):
+        check([rank[number] for rank in found], case)
+
+
+@pytest.mark.all
+@pytest.mark.parametrize("schedule", ["dualpipe", "dualpipev", "zb1p"])
+def test_on_more_ranks(ranks, schedule):
+    """Four parts; two groups of two."""
+    cases = [
+        {**case, "schedule": schedule, "size": size, "replicas": 4}
+        for case, size in ((LLAMA, 4), (ONE_HEAD, 4), (EXPERTS, 4), (EXPERTS, 2))
+    ]
+    found = ranks.run(8, runs.each, cases=cases, timeout=300)
+    for number, case in enumerate(cases):
+        check([rank[number] for rank in found], case)
