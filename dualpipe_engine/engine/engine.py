@@ -39,6 +39,7 @@ from .batches.evaluation import Evaluation
 from .batches.feed import BatchFeed
 from .batches.loader import Loading
 from .batches.loss_sums import Totals
+from .batches.shards import Shards
 from .batches.steps import WHOLE, PartOfStep, StepsApart
 from .checkpoint.save_load import Checkpoints
 from .checks.finite import FiniteCheck
@@ -82,6 +83,7 @@ class DualPipeEngine(
         costs: costs of the model cut into as many stages as there are ranks, for plans of other batch sizes.
         watch: ends the job when a rank is lost.
         sharing: with whom this rank shares its sequences.
+        shards: cuts its micro-batches, if it does.
         deepspeed: arguments of DeepSpeedEngine.
 
     Attributes:
@@ -101,9 +103,10 @@ class DualPipeEngine(
         costs: CostModel,
         watch: Watch,
         sharing: Sharing,
+        shards: Shards | None,
         **deepspeed: object,
     ) -> None:
-        self.dualpipe_config, self.place, self.sharing = dualpipe, place, sharing
+        self.dualpipe_config, self.place, self.sharing, self._shards = dualpipe, place, sharing, shards
         self._init_saving()
         # DeepSpeed's own pipeline set-up (buffers, blocking p2p, ZeRO assertion) does not apply, hence not super().
         DeepSpeedEngine.__init__(self, **deepspeed)

@@ -26,6 +26,7 @@ from ..schedule.search.compare import best_of
 from ..schedule.search.ladder import Rung
 from ..schedule.timing.costs import CostModel
 from .auto.choose import choose, job_costs, print_choice
+from .batches.shards import shard_batches
 from .checks.agreement import agree_on_copies, agree_on_job, agree_on_schedule
 from .checks.written_buffers import check_statistics
 from .config import AUTO, STOCK, DualPipeConfig, check_zero, find_config, micro_batches, read_config
@@ -139,6 +140,7 @@ def _under_schedule(
         dualpipe, plan, costs = _choose_plan(model, settings, dualpipe, readers, training_data, collate_fn)
         placed = _place(model, settings, dualpipe, plan, costs)
         sharing = share_sequences(model, base_grid, base_grid.data_parallel_size // readers)
+        shards = shard_batches(model, sharing)
         model.dualpipe_recomputed = recomputed_modules(model, dualpipe.recompute)
         check_statistics(model, plan.placement, model.dualpipe_recomputed)
         groups = GroupMap(model, given, optimizer, base_grid.pp_proc_group, lr_scheduler)
@@ -154,6 +156,7 @@ def _under_schedule(
             costs=costs,
             watch=watch,
             sharing=sharing,
+            shards=shards,
             args=args,
             model=model,
             optimizer=optimizer,

@@ -128,13 +128,14 @@ def test_modules_that_mix_tokens():
     for kind, part in (
         ("MultiheadAttention", nn.MultiheadAttention(8, 2)),
         ("GRU", nn.GRU(8, 8)),
+        ("Conv1d", nn.Conv1d(8, 8, 3)),
         ("LlamaAttention", modeling_llama.LlamaAttention(llama, 0)),
     ):
         assert mixing_modules(nn.Sequential(nn.Linear(8, 8), nn.Sequential(part))) == [kind]
         knows = runs.Knowing()
         knows.part = part
         assert mixing_modules(nn.Sequential(knows)) == []
-    assert mixing_modules(modeling_llama.LlamaMLP(llama)) == []
+    assert mixing_modules(nn.Sequential(modeling_llama.LlamaMLP(llama), nn.Conv1d(8, 8, 1))) == []
 
 
 def test_replicas_of_a_sequence_read_the_same(ranks):

@@ -18,6 +18,7 @@ from ..placing.grid import Place
 from ..placing.sequences import Sharing
 from ..placing.stages import needs_input_gradient
 from .feed import BatchFeed, check_same_stream, check_shared_stream
+from .shards import Shards
 
 
 class ResumableSampler(DistributedSampler):
@@ -79,6 +80,7 @@ class Loading(PipelineEngine):
     data_iterator: Iterator[Nest] | None
     place: Place
     sharing: Sharing
+    _shards: Shards | None
 
     def set_dataloader(self, loader: Loader) -> None:
         """Read batches of training from `loader`, on the ranks that read data."""
@@ -126,7 +128,7 @@ class Loading(PipelineEngine):
             side=self._inbound,
             input_gradient=needs_input_gradient(self.module),
             fingerprint=fingerprint,
-            shards=self.sharing.shards,
+            shards=self._shards,
         )
 
     def _no_feed(self) -> BatchFeed:

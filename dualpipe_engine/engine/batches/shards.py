@@ -7,12 +7,14 @@ from functools import partial
 from typing import NamedTuple, Protocol, TypeAlias, runtime_checkable
 
 import torch
+from deepspeed.pipe import PipelineModule
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from ...comm.nest import Nest
 from ...errors import ConfigError
 from ..given import LossFunction
+from ..placing.sequences import Sharing
 
 IGNORED = -100  #: labels that do not count, as in torch's cross entropy
 
@@ -103,6 +105,19 @@ class Shards:
     def _part(self, whole: Tensor) -> Tensor:
         each = whole.shape[1] // self._size
         return whole[:, self._rank * each : (self._rank + 1) * each].contiguous()
+
+
+def shard_batches(module: PipelineModule, sharing: Sharing) -> Shards | None:
+    """What cuts the micro-batches of this rank, if it shares its sequences; the loss of the module is then of parts.
+
+    Raises:
+        ConfigError: the loss is known not to be one of parts.
+    """
+    if sharing.group is None:
+        return None
+    shards = Shards(sharing.size, sharing.rank, inputs=not sharing.cuts_inputs, shifts=shifts(module.loss_fn))
+    module.loss_fn = of_shards(module.loss_fn)
+    return shards
 
 
 def next_tokens(labels: Tensor) -> Tensor:

@@ -14,7 +14,6 @@ from deepspeed.runtime.pipe.topology import PipelineParallelGrid
 
 from ...comm.from_all import from_all
 from ...errors import ConfigError
-from ..batches.shards import Shards, of_shards, shifts
 from ..checks.agreement import raise_everywhere
 from ..checks.token_mixing import knows_parts, mixing_modules, refusal
 from ..given import Settings
@@ -74,13 +73,13 @@ class Sharing:
         size: S; 1: each replica has sequences of its own.
         rank: which part this rank has.
         group: the ranks at this position of the pipeline that share them; None where S is 1.
-        shards: cuts the micro-batches of this rank; None where they stay whole.
+        cuts_inputs: whether the first layer is given whole inputs, and cuts them.
     """
 
     size: int = 1
     rank: int = 0
     group: dist.ProcessGroup | None = None
-    shards: Shards | None = None
+    cuts_inputs: bool = False
 
 
 class BatchView:
@@ -121,9 +120,9 @@ def readers_of(settings: Settings, replicas: int) -> int:
 
 
 def share_sequences(module: PipelineModule, base_grid: PipelineParallelGrid, size: int) -> Sharing:
-    """Let the layers and the loss of a placed module work on parts of sequences. Collective over all ranks.
+    """Let the layers of a placed module work on parts of sequences. Collective over all ranks.
 
-    A first layer with an attribute `cuts_inputs` is given whole inputs.
+    The first layer may have an attribute `cuts_inputs`: it takes whole inputs, and cuts what it returns.
 
     Raises:
         ConfigError: no layer knows how, one of them cannot, or there is no loss function; on all ranks.
@@ -159,7 +158,4 @@ def share_sequences(module: PipelineModule, base_grid: PipelineParallelGrid, siz
             everywhere=True,
         )
     first = [layer for number, layer in numbered_layers(module) if number == 0]
-    whole = any(from_all(any(getattr(layer, "cuts_inputs", False) for layer in first)))
-    shards = Shards(size, own.rank, inputs=not whole, shifts=shifts(module.loss_fn))
-    module.loss_fn = of_shards(module.loss_fn)
-    return replace(own, shards=shards)
+    return replace(own, cuts_inputs=any(from_all(any(getattr(layer, "cuts_inputs", False) for layer in first))))
