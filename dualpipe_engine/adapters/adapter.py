@@ -22,6 +22,7 @@ from .registry import Adapter, added_adapter, refuse_unfit
 from .result_check import check_result
 from .routed import RoutedRunner, RouterLoss
 from .runner import BlockRange, Runner
+from .sequences import unshare_attention
 from .sketch import sketches
 from .stage import Stage
 from .stubs import shadow
@@ -92,6 +93,7 @@ class ModelAdapter:
         chain: Chain | None = None,
     ) -> None:
         refuse_unfit(model)
+        unshare_attention(model)
         self.model, self.weights = model, weights
         self._inputs = _inputs(model)
         routed = getattr(getattr(model, "config", None), "output_router_logits", False)

@@ -20,7 +20,7 @@ from ..comm.nest import Nest
 from ..errors import ConfigError
 from .chain import Chain, ancestors
 from .messages import Inputs
-from .sequences import Part, share_attention
+from .sequences import Part, check_shared, share_attention
 from .stubs import Changed, End, Inject, Stub, Taken, first_tensor, placeholder
 
 
@@ -59,11 +59,13 @@ class Runner:
         self._ends = span.stop == len(chain.blocks) > span.start and not span.last
         self._hidden: torch.Tensor | None = None
         self._shared: Part | None = None
+        self._attention: list[nn.Module] = []
         self._length = 0  # of whole sequences, where a rank has a part of them
         above = ancestors((*chain.prologue, *chain.blocks, *chain.epilogue, *owned))
         self.model = self._rebuilt(model, "", above, owned)
 
     def __call__(self, message: Nest) -> Nest:
+        check_shared(self._attention)
         if self._first:
             kwargs, travel = self._inputs.read(message)
             self._begin(kwargs)
@@ -87,7 +89,7 @@ class Runner:
         self._shared = Part(group)
         for path in self._chain.blocks[self._start : self._stop]:
             block = self.model.get_submodule(path)
-            share_attention(block, self.model, group)
+            self._attention += share_attention(block, self.model, group)
             above, _, name = path.rpartition(".")
             self.model.get_submodule(above)._modules[name] = Changed(block, self._cut)
 

@@ -12,7 +12,7 @@ and exchanges queries, keys, values and positions one by one.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch.distributed as dist
@@ -22,7 +22,7 @@ from torch.utils import _pytree as pytree
 from ..comm.all_to_all import exchange
 from ..comm.nest import Nest
 from ..engine.checks.token_mixing import SHARED_HEADS, mixing_modules, refusal
-from ..errors import ConfigError
+from ..errors import ConfigError, PipelineRuntimeError
 from ..models.head_exchange import HeadExchange
 from .losses import PretrainedModel
 
@@ -61,7 +61,7 @@ class Part:
         return exchange(mine.expand(self.size, *mine.shape).contiguous(), each, each, self.group).sum(dim=0)
 
 
-def share_attention(block: nn.Module, model: PretrainedModel, group: dist.ProcessGroup) -> None:
+def share_attention(block: nn.Module, model: PretrainedModel, group: dist.ProcessGroup) -> list[nn.Module]:
     """Let the attention of a block work on parts of sequences.
 
     Args:
@@ -69,11 +69,14 @@ def share_attention(block: nn.Module, model: PretrainedModel, group: dist.Proces
         model: of transformers.
         group: the ranks that share each sequence.
 
+    Returns:
+        Its modules of attention.
+
     Raises:
         ConfigError: it mixes tokens elsewhere than in transformers' attention functions, or its heads cannot be
             divided.
     """
-    shared, found = HeadExchange(group), 0
+    shared, found = HeadExchange(group), []
     for part in block.modules():
         registry = _registry_of(part)
         if registry is None:
@@ -89,16 +92,30 @@ def share_attention(block: nn.Module, model: PretrainedModel, group: dist.Proces
         if not isinstance(registry[name], _OfSharedHeads):
             registry[name] = _OfSharedHeads(registry[name])
         setattr(part, SHARED_HEADS, shared)
-        found += 1
+        found.append(part)
     others = mixing_modules(block)
     if others or not found:
         raise ConfigError(refusal(others[0] if others else type(block).__name__))
+    return found
 
 
 def unshare_attention(module: nn.Module) -> None:
     """Let attention see whole sequences again."""
     for part in module.modules():
         vars(part).pop(SHARED_HEADS, None)
+
+
+def check_shared(attention: Iterable[nn.Module]) -> None:
+    """Refuse to run modules of attention as those of parts that have been unshared since.
+
+    Raises:
+        PipelineRuntimeError: there is one.
+    """
+    if any(SHARED_HEADS not in vars(part) for part in attention):
+        raise PipelineRuntimeError(
+            "other pieces have been made of this model since its blocks share sequences: end the engine before, or "
+            "give get_model_adapter a model of its own"
+        )
 
 
 def _registry_of(module: nn.Module) -> Any:  # noqa: ANN401

@@ -45,6 +45,10 @@ class HeadExchange:
         self._ranks = group.size()
         self._stream: SharedStream | None = None
 
+    def __deepcopy__(self, memo: dict[int, object]) -> HeadExchange:
+        """A copy of a module is of the same ranks."""
+        return self
+
     def check(self, heads: int, kv_heads: int) -> None:
         """Refuse heads that cannot be divided.
 

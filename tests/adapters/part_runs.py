@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import copy
 import inspect
 
 import autoep_runs
+import kinds
 import models
+import pytest
 import torch
 from deepspeed.pipe import PipelineModule
 from deepspeed.runtime.pipe.topology import PipeDataParallelTopology
@@ -46,7 +49,9 @@ def built(name, changes, loss="own"):
     """The whole model, and its loss of outputs and labels of the tokens themselves."""
     from dualpipe_engine.adapters import get_model_adapter
 
-    config = autoep_runs.config_of(name, **(changes or {}))
+    config = kinds.config_of(name) if name in kinds.MORE else autoep_runs.config_of(name)
+    for key, value in (changes or {}).items():
+        setattr(config, key, value)
     model = autoep_runs.skewed(models.model_of(config), name)
     if not hasattr(config, "num_experts_per_tok"):  # whose products know no float64
         model = model.double()
@@ -79,16 +84,18 @@ def gradients(
     _, adapter, loss_fn = built(name, changes, loss)
     topology = PipeDataParallelTopology(ranks, replicas)
     module = PipelineModule(adapter.to_layer_specs(), topology=topology, loss_fn=loss_fn)
-    engine, *_ = dualpipe_engine.initialize(model=module, config=settings(schedule, size, experts, **pipeline))
+    config = settings(schedule, size, experts, **pipeline) | {"gradient_clipping": 1.0}
+    engine, *_ = dualpipe_engine.initialize(model=module, config=config)
 
     def data(reader):
         return ((inputs, labels if loss == "own" else shifted(labels)) for inputs, labels in stream(reader, kind))
 
     evaluated = float(engine.eval_batch(data(7)))
-    grads = {}
+    grads, step = {}, engine._exec_optimizer_step
 
     def capture():
         grads.update({key: param.grad.clone() for key, param in engine.module.named_parameters()})
+        step()
 
     engine._exec_optimizer_step = capture
     total = float(engine.train_batch(data(engine.data_rank)))
@@ -97,6 +104,7 @@ def gradients(
             param.copy_(grads[key])
     found = {
         "loss": total,
+        "norm": float(engine.get_global_grad_norm()),
         "evaluated": evaluated,
         "grads": autoep_runs.named(engine.module),
         "transfers": sorted({transfer.name for transfer in engine._transfers}),
@@ -128,3 +136,72 @@ def whole(name, readers, kind="padded", changes=None, loss="own", evaluate=False
             mean.backward()
             total += float(mean.detach())
     return total, {key: param.grad for key, param in model.named_parameters()}
+
+
+def train(name, folder, steps, sizes, experts=0):
+    """Losses of the same job with sequences in one, two, ... parts; the second half of each goes on from a checkpoint
+    of the first one's."""
+    found = []
+    for number, size in enumerate(sizes):
+        readers = 2 // size
+        for half in range(2):
+            engine = start(name, settings("dualpipe", size, experts, zero=1))
+            if half:
+                engine.load_checkpoint(folder)
+            else:
+                data, losses = rows(engine.data_rank, readers), []
+            losses += [float(engine.train_batch(data)) for _ in range(steps)]
+            if not half and not number:
+                engine.save_checkpoint(folder)
+            engine.destroy()
+        found.append(losses)
+    return found
+
+
+def start(name, config, changes=None):
+    import dualpipe_engine
+
+    _, adapter, loss_fn = built(name, changes)
+    topology = PipeDataParallelTopology(2, 2)
+    module = PipelineModule(adapter.to_layer_specs(), topology=topology, loss_fn=loss_fn)
+    return dualpipe_engine.initialize(model=module, config=config)[0]
+
+
+def rows(reader, readers):
+    """The same sequences for any number of readers: each of two takes one row of a pair, one takes both."""
+    generator = torch.Generator().manual_seed(9)
+    mine = slice(None) if readers == 1 else slice(reader, reader + 1)
+    while True:
+        tokens = torch.randint(1, models.VOCABULARY, (2, LENGTH), generator=generator)[mine]
+        yield {"input_ids": tokens}, tokens
+
+
+def refused(name, changes=None, **pipeline):
+    """Start with what cannot work."""
+    start(name, settings("zb1p", 2, 0, **pipeline), changes)
+
+
+def apart():
+    """A whole model of this process beside pieces that share sequences, and pieces of the same model afterwards."""
+    from dualpipe_engine.adapters import get_model_adapter
+    from dualpipe_engine.engine.checks.token_mixing import SHARED_HEADS
+    from dualpipe_engine.errors import ConfigError, PipelineRuntimeError
+
+    model, *_ = built("llama", None)
+    tokens = next(stream(0, "plain"))[0]["input_ids"]
+    before = model(tokens).logits
+    other, *_ = built("llama", None)
+    [stage] = get_model_adapter(other).partition(1)
+    stage.share_sequences(torch.distributed.group.WORLD)
+    assert any(SHARED_HEADS in vars(part) for part in stage.modules())
+    assert torch.equal(stage(tokens), before)
+    assert torch.equal(model(tokens).logits, before)
+    with pytest.raises(ConfigError, match="labels among the inputs"):
+        stage({"input_ids": tokens, "labels": tokens})
+    again = get_model_adapter(copy.deepcopy(other)).partition(1)[0]
+    assert torch.equal(again(tokens), before) and torch.equal(stage(tokens), before)
+    [again] = get_model_adapter(other).partition(1)
+    assert not any(SHARED_HEADS in vars(part) for part in again.modules())
+    assert torch.equal(again(tokens), before)
+    with pytest.raises(PipelineRuntimeError, match="other pieces have been made"):
+        stage(tokens)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import part_runs as runs
 import pytest
 import torch
+import training
 from models import ROUTERS
 
 LLAMA = {"name": "llama"}
@@ -32,10 +33,12 @@ def check(found, case):
     given = {key: case[key] for key in ("name", "kind", "changes", "loss") if key in case}
     total, grads = runs.whole(readers=replicas // size, **given)
     evaluated, _ = runs.whole(readers=1, evaluate=True, **given)
+    norm = float(torch.stack([grad.norm() for grad in grads.values()]).norm())
     seen, exact = set(), case.get("loss") == "precise"
     for rank in found:
         assert rank["loss"] == pytest.approx(total, rel=1e-6), case  # reported in fp32
         assert rank["evaluated"] == pytest.approx(evaluated, rel=1e-6), case
+        assert rank["norm"] == pytest.approx(norm, rel=1e-5), case
         assert rank["readers"] == replicas // size
         for name, grad in rank["grads"].items():
             if grads.get(name) is None:  # of a buffer
@@ -72,3 +75,36 @@ def test_on_more_ranks(ranks, schedule):
     found = ranks.run(8, runs.each, cases=cases, timeout=300)
     for number, case in enumerate(cases):
         check([rank[number] for rank in found], case)
+
+
+@pytest.mark.all
+@pytest.mark.parametrize("case", [LLAMA, EXPERTS], ids=["llama", "experts"])
+def test_training_and_checkpoints_are_those_of_another_size(ranks, tmp_path, case):
+    found = ranks.run(4, runs.train, folder=str(tmp_path), steps=10, sizes=(1, 2), timeout=300, **case)
+    for whole, parts in found:
+        assert len(whole) == 20 and parts == pytest.approx(whole, rel=1e-5)
+
+
+REFUSED = {
+    "eager": ({"name": "llama", "changes": {"_attn_implementation": "eager"}}, "build the model with"),
+    "heads": (
+        {"name": "llama", "changes": {"num_attention_heads": 3, "num_key_value_heads": 3, "head_dim": 8}},
+        "3 attention heads cannot be divided",
+    ),
+    "another attention": ({"name": "falcon"}, "FalconAttention mixes tokens and does not know"),
+    "linear attention": ({"name": "qwen3_next"}, "Qwen3NextGatedDeltaNet mixes tokens"),
+    "states": ({"name": "mamba"}, "MambaBlock mixes tokens"),
+    "one output a sequence": ({"name": "llama_classes"}, "not known to give an output for each token"),
+    "recompute": ({"name": "llama", "recompute": ["self_attn"]}, "has transfers that are not to be repeated"),
+}
+
+
+def test_what_cannot_work_is_refused(ranks):
+    calls = {name: call for name, (call, _) in REFUSED.items()}
+    for rank in ranks.run(4, training.refusals, call=runs.refused, cases=calls):
+        for name, (_, text) in rank.items():
+            assert REFUSED[name][1] in text, (name, text)
+
+
+def test_other_models_of_a_process_stay_whole(ranks):
+    ranks.run(1, runs.apart)

@@ -92,7 +92,7 @@ def test_names_that_cannot_be(ranks, wanted, more, said):
 
 def test_layers_with_phases_are_not_named_whole(ranks):
     case = {"schedule": "dualpipe", "zero": 0, "recompute": ["MoEBlock"]}
-    with pytest.raises(RankError, match="offers phases, with transfers that are not to be repeated"):
+    with pytest.raises(RankError, match="has transfers that are not to be repeated"):
         ranks.run(2, recompute_runs.train, cases={"whole": case}, ranks=2)
 
 

@@ -13,6 +13,7 @@ from ...comm.from_all import from_all
 from ...errors import ConfigError
 from ...runtime.phases import Phased
 from ..checks.agreement import raise_everywhere
+from ..checks.token_mixing import SHARED_HEADS
 from .module import numbered_layers
 
 Wanted = bool | Sequence[str]
@@ -51,10 +52,10 @@ def recomputed_modules(module: PipelineModule, wanted: Wanted) -> dict[str, nn.M
     _check_names(module, () if wanted is True else wanted, matched, bool(found))
     raise_everywhere(
         [
-            f'"recompute": {name} ({type(part).__name__}) offers phases, with transfers that are not to be repeated: '
+            f'"recompute": {name} ({type(part).__name__}) has transfers that are not to be repeated: '
             "name modules in it that compute"
             for name, part in found.items()
-            if any(isinstance(inner, Phased) for inner in part.modules())
+            if any(isinstance(inner, Phased) or hasattr(inner, SHARED_HEADS) for inner in part.modules())
         ][:1]
     )
     return found
