@@ -13,6 +13,8 @@ import torch
 from deepspeed.pipe import PipelineModule
 from deepspeed.runtime.pipe.topology import PipeDataParallelTopology
 
+from dualpipe_engine.errors import ConfigError, PipelineRuntimeError
+
 LENGTH, IGNORED = 8, -100
 MICROS = 4
 
@@ -50,7 +52,8 @@ def built(name, changes, loss="own"):
     from dualpipe_engine.adapters import get_model_adapter
 
     config = kinds.config_of(name) if name in kinds.MORE else autoep_runs.config_of(name)
-    for key, value in (changes or {}).items():
+    still = {key: 0.0 for key, value in vars(config).items() if "drop" in key and isinstance(value, float)}
+    for key, value in (still | (changes or {})).items():
         setattr(config, key, value)
     model = autoep_runs.skewed(models.model_of(config), name)
     if not hasattr(config, "num_experts_per_tok"):  # whose products know no float64
@@ -73,6 +76,17 @@ def settings(schedule, size, experts, zero=0, **pipeline):
 
 def each(cases):
     return [gradients(**case) for case in cases]
+
+
+def each_or_why(cases):
+    """The same; of what is refused, or no single chain, the sentence."""
+    found = []
+    for case in cases:
+        try:
+            found.append(gradients(**case))
+        except ConfigError as error:
+            found.append(str(error))
+    return found
 
 
 def gradients(
@@ -135,7 +149,7 @@ def whole(name, readers, kind="padded", changes=None, loss="own", evaluate=False
             mean = mean / (MICROS * len(numbers))
             mean.backward()
             total += float(mean.detach())
-    return total, {key: param.grad for key, param in model.named_parameters()}
+    return total, {key: param.grad for key, param in model.named_parameters() if param.grad is not None}
 
 
 def train(name, folder, steps, sizes, experts=0):
@@ -185,7 +199,6 @@ def apart():
     """A whole model of this process beside pieces that share sequences, and pieces of the same model afterwards."""
     from dualpipe_engine.adapters import get_model_adapter
     from dualpipe_engine.engine.checks.token_mixing import SHARED_HEADS
-    from dualpipe_engine.errors import ConfigError, PipelineRuntimeError
 
     model, *_ = built("llama", None)
     tokens = next(stream(0, "plain"))[0]["input_ids"]

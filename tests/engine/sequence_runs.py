@@ -164,11 +164,7 @@ def refusals():
         (grouped | {"mtp_depth": 1}, plain, "mtp_depth, which looks beyond"),
         (grouped, plain | {"gradient_allreduce_op": "sum"}, 'take "mean"'),
         (grouped, plain | {"pipeline": {"schedule": "auto"}}, "name a schedule"),
-<<<<<<< HEAD
         (grouped, settings(2, 1, "zb1p", pipeline={"recompute": ["attention"]}), "transfers that are not to be"),
-        (grouped, plain | {"expert_parallel": {"enabled": True}}, 'leave "expert_parallel" out'),
-=======
->>>>>>> 93b6884 (Sequences: a loss says how it takes parts, and who shifts labels)
     ]
     for model, config, text in cases:
         with pytest.raises(ConfigError, match=text):

@@ -238,3 +238,10 @@ def deepseek():
 
     _ready()
     return deepseek_runs.subgroup(5)
+
+
+def part_gradients(**kwargs):
+    sys.path.insert(0, str(Path(__file__).parents[1] / "adapters"))
+    import part_runs
+
+    return part_runs.each(**kwargs)

@@ -9,6 +9,8 @@ import pytest
 import strict_runs
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "engine"))
+sys.path.insert(0, str(Path(__file__).parents[1] / "adapters"))
+import test_parts as parts
 import test_sequence_parallel as sequences
 
 CASES = [*sequences.CASES, {"model": sequences.GROUPED, "schedule": "interleaved", "size": 2}]
@@ -21,3 +23,11 @@ def test_gradients(on_twin, eager, in_flight):
     found = on_twin(4, strict_runs.sequence_gradients, eager, in_flight, cases=CASES)
     for number, case in enumerate(CASES):
         sequences.check([rank[number] for rank in found], case)
+
+
+@pytest.mark.all
+@pytest.mark.parametrize(("eager", "in_flight"), [(True, 8), (False, 3)], ids=["eager", "lazy"])
+def test_models_of_transformers(on_twin, eager, in_flight):
+    found = on_twin(4, strict_runs.part_gradients, eager, in_flight, cases=parts.CASES)
+    for number, case in enumerate(parts.CASES):
+        parts.check([rank[number] for rank in found], case)
