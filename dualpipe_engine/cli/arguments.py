@@ -66,6 +66,11 @@ def add_stages(parser: argparse.ArgumentParser) -> argparse.Action:
     return parser.add_argument("--stages-per-rank", type=whole, metavar="V", help=stages)
 
 
+def add_length(parser: argparse._ActionsContainer, text: str) -> argparse.Action:
+    """Tokens of a sequence; `text` is the help."""
+    return parser.add_argument("--sequence-length", "--length", type=whole, metavar="N", help=text)
+
+
 def add_work(parser: argparse.ArgumentParser, plan_file: bool) -> list[argparse.Action]:
     """Ranks, micro-batches and costs; `plan_file`: a plan file may have the first two. Returns what was added."""
     where = " (a plan file has its own)" if plan_file else ""

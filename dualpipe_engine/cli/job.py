@@ -6,7 +6,7 @@ import argparse
 from typing import TYPE_CHECKING
 
 from ..errors import ConfigError
-from .arguments import finite, print_json, whole
+from .arguments import add_length, finite, print_json, whole
 
 if TYPE_CHECKING:
     from ..schedule.jobs.ladder import Work
@@ -24,7 +24,8 @@ def add_job(parser: argparse.ArgumentParser) -> list[argparse.Action]:
         job.add_argument("--hardware", metavar="NAME", help=hardware),
         job.add_argument("--expert-parallel", type=whole, metavar="N", help="ranks that share the experts of a layer"),
         job.add_argument("--micro-batch-size", type=whole, metavar="N", help="sequences (default: 1)"),
-        job.add_argument("--sequence-length", type=whole, metavar="N", help="tokens (default: 4096, or as published)"),
+        add_length(job, "tokens (default: 4096, or as published)"),
+        job.add_argument("--sequence-parallel", type=whole, metavar="S", help="replicas that share each sequence"),
         job.add_argument(
             "--all-to-all",
             action="store_true",
@@ -39,7 +40,7 @@ def add_job(parser: argparse.ArgumentParser) -> list[argparse.Action]:
         job.add_argument(
             "--own-layers",
             action="store_true",
-            help="activations of the layers of dualpipe_engine.models, not of transformers",
+            help="the layers of dualpipe_engine.models, not those of transformers",
         ),
         job.add_argument("--no-fp8", action="store_true", help="matrix products in bf16 where the hardware has FP8"),
     ]
@@ -57,7 +58,8 @@ def estimate_job(args: argparse.Namespace) -> None:
 
     if args.gpus is None:
         raise ConfigError(f"say how many GPUs train {args.model}: --gpus N")
-    model, hardware = load_shape(args.model, args.own_layers), load_hardware(args.hardware or "h800")
+    model = load_shape(args.model, args.own_layers, 1 if args.sequence_parallel is None else args.sequence_parallel)
+    hardware = load_hardware(args.hardware or "h800")
     sequences = 1 if args.micro_batch_size is None else args.micro_batch_size
     counts = (args.gpus, args.ranks, args.expert_parallel, args.micro_batches, sequences)
     job = make_job(model, *counts, args.sequence_length, not args.no_fp8, not args.all_to_all)

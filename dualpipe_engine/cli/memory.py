@@ -17,7 +17,7 @@ from ..schedule.jobs.model_memory import Parts, Shape, model_memory, parts_of
 from ..schedule.jobs.model_shape import load_shape
 from ..schedule.placement import MOST_RANKS
 from ..schedule.plain_json import parse
-from .arguments import Commands, add_stages, finite, refuse, whole
+from .arguments import Commands, add_length, add_stages, finite, refuse, whole
 
 _DESCRIPTION = """\
 Bytes of weights, gradients, optimizer state and activations on each rank for every schedule, beside stock 1F1B
@@ -31,9 +31,10 @@ counted: what lives for one op only (a fresh gradient, buffers of transfers), an
 
 --model takes the parameters and activations of a transformer from its config.json, its stages cut so that ranks have
 equal work. Experts, and their optimizer state, are divided by the ranks that share them: the "autoep_size" of the
-configuration, or --expert-parallel. Activations are those of transformers' layers, or with --own-layers of those of
-dualpipe_engine.models, less what the "recompute" of the configuration names; a second table shows what the largest
-layer keeps, by parts.
+configuration, or --expert-parallel. Of ranks that share sequences (the "sequence_parallel_size", or
+--sequence-parallel) each has a part of the activations. These are those of transformers' layers, or with --own-layers
+of those of dualpipe_engine.models, less what the "recompute" of the configuration names; a second table shows what the
+largest layer keeps, by parts.
 """
 
 
@@ -56,12 +57,14 @@ def add_memory(commands: Commands, shape: dict[str, Any]) -> None:
     parser.add_argument("--model", metavar="NAME", help=whole_model)
     size = "sequences of a micro-batch (default: train_micro_batch_size_per_gpu, or 1)"
     shared = "ranks that share the experts of a layer (default: the autoep_size, or 1)"
+    parts = "replicas that share each sequence (default: the sequence_parallel_size, or 1)"
     own = "layers of dualpipe_engine.models, whose modules have other names, not those of transformers"
     modelled = [
         parser.add_argument("--own-layers", action="store_true", help=own),
         parser.add_argument("--expert-parallel", type=whole, metavar="N", help=shared),
         parser.add_argument("--micro-batch-size", type=whole, metavar="N", help=size),
-        parser.add_argument("--sequence-length", type=whole, metavar="N", help="tokens (default: 4096)"),
+        add_length(parser, "tokens (default: 4096)"),
+        parser.add_argument("--sequence-parallel", type=whole, metavar="S", help=parts),
     ]
     parser.add_argument(
         "--micro-batches", type=whole, metavar="M", help="micro-batches (default: the gradient_accumulation_steps)"
@@ -147,12 +150,14 @@ def _of_model(args: argparse.Namespace, config: dict[str, Any], micro: int) -> t
         experts = section.get("autoep_size", 1) if section.get("enabled") else 1
     if sequences is None:
         sequences = config.get("train_micro_batch_size_per_gpu", 1)
-    for name, value in (("autoep_size", experts), ("train_micro_batch_size_per_gpu", sequences)):
-        if not isinstance(value, int):
-            raise ConfigError(f"{args.config}: {name} must be a whole number, got {value!r}")
+    parts = config.get("sequence_parallel_size", 1) if args.sequence_parallel is None else args.sequence_parallel
+    read = {"autoep_size": experts, "train_micro_batch_size_per_gpu": sequences, "sequence_parallel_size": parts}
+    for name, value in read.items():
+        if type(value) is not int or value < 1:
+            raise ConfigError(f"{args.config}: {name} must be a whole number above 0, got {value!r}")
     length = 4096 if args.sequence_length is None else args.sequence_length
-    shape = Shape(args.ranks, micro, args.replicas, experts, sequences, length)
-    model, training = load_shape(args.model, args.own_layers), training_of(config)
+    shape = Shape(args.ranks, micro, args.replicas, experts, sequences, length, parts)
+    model, training = load_shape(args.model, args.own_layers, parts), training_of(config)
     names = _recomputed(config, args.own_layers)
     rows = model_memory(model, training, shape, args.stages_per_rank, _offloaded(config), names)
     each = [(), *((name,) for name in names), *([names] if len(names) > 1 else [])]

@@ -98,9 +98,12 @@ class HeadExchange:
     def heads_of(self, parcel: Parcel) -> list[Tensor]:
         """What has come of `by_heads`: [batch, length, heads / S, width] each."""
         ranks, batch, length, _ = parcel.rows.shape
-        rows = parcel.rows.permute(1, 0, 2, 3).reshape(batch, ranks * length, -1)
-        split = rows.split([heads * width for heads, width in parcel.sizes], dim=-1)
-        return [mine.unflatten(-1, size) for mine, size in zip(split, parcel.sizes, strict=True)]
+        split = parcel.rows.split([heads * width for heads, width in parcel.sizes], dim=-1)
+        # Each in memory of its own: what keeps one for the backward would keep the others too.
+        return [
+            rows.transpose(0, 1).contiguous().view(batch, ranks * length, *size)
+            for rows, size in zip(split, parcel.sizes, strict=True)
+        ]
 
     def by_tokens(self, mixed: Tensor) -> Parcel:
         """Pack the results of attention for the ranks of their tokens.

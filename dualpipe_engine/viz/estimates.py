@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..schedule.jobs.estimate import Estimate
 from ..schedule.jobs.hardware import Hardware
-from ..schedule.jobs.job import PUBLISHED_HOURS, Job
+from ..schedule.jobs.job import Job, published_hours
 from ..schedule.jobs.model_shape import ModelShape
 from ..schedule.jobs.stage_times import in_fp8
 
@@ -54,7 +54,7 @@ def estimate_table(rows: Sequence[Estimate], model: ModelShape, job: Job, hardwa
             f"{row.gpu_hours:,.0f}",
             style="bold green" if row is best else "" if fits else "dim",
         )
-    if (hours := PUBLISHED_HOURS.get((model.name, hardware.name))) is not None:
+    if (hours := published_hours(model, job, hardware.name)) is not None:
         found = next((row.gpu_hours for row in rows if row.schedule == "dualpipe"), None)
         if found is not None:
             notes.append(f"published, with DualPipe: {hours:,.0f} GPU-hours; estimate {found / hours - 1:+.1%}")
@@ -79,6 +79,9 @@ def assumption_table(job: Job, hardware: Hardware, own: bool) -> Table:
     fp8 = ", inputs of matrix products in FP8" if in_fp8(job, hardware) else ""
     layers = f"those of the layers of {'dualpipe_engine.models' if own else 'transformers'}{fp8}"
     table.add_row("all-to-all", "dispatch and bf16 combine; hidden in F&B pairs, paid in full elsewhere")
+    if job.sequence_parallel > 1:
+        hidden = "hidden in F&B pairs, paid in full elsewhere" if own else "paid in full"
+        table.add_row("attention", f"heads are exchanged in bf16, {hidden}; no layers of multi-token prediction")
     table.add_row("activations", f"{layers}; loads of experts are even")
     table.add_row("optimizer", "ZeRO-1: bf16 weights, fp32 gradients, Adam with fp32 weights and moments")
     table.add_row("not counted", "buffers of transfers, what lives for one op, what the allocator wastes")
@@ -92,7 +95,7 @@ def estimate_data(rows: Sequence[Estimate], model: ModelShape, job: Job, hardwar
         "model": {"name": model.name, "parameters": model.parameters, "active": model.active},
         "job": asdict(job),
         "hardware": asdict(hardware),
-        "published_gpu_hours": PUBLISHED_HOURS.get((model.name, hardware.name)),
+        "published_gpu_hours": published_hours(model, job, hardware.name),
         "schedules": [
             asdict(row)
             | {"gpu_hours": row.gpu_hours, "fits": (row.memory or 0) <= hardware.memory, "best": row is best}

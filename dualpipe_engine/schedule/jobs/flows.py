@@ -43,7 +43,7 @@ TRANSFORMERS = Names(
 OWN = Names(("norm1", "norm2"), "attention", "mlp", "experts", "shared", "router")
 
 
-def block_flow(config: Mapping[str, Any], experts: int, own: bool, width: int) -> Flow:
+def block_flow(config: Mapping[str, Any], experts: int, own: bool, width: int, shared: int = 1) -> Flow:
     """A block.
 
     Args:
@@ -51,6 +51,7 @@ def block_flow(config: Mapping[str, Any], experts: int, own: bool, width: int) -
         experts: routed ones; 0: a plain feed-forward layer.
         own: a block of `dualpipe_engine.models`.
         width: bytes of an element of the weights; fp32 makes no copies for norms.
+        shared: ranks that share each sequence; a token is then one of the rank's part.
     """
     names, hidden = OWN if own else TRANSFORMERS, int(config["hidden_size"])
     attention = _latent if config.get("kv_lora_rank") else _grouped
@@ -58,7 +59,7 @@ def block_flow(config: Mapping[str, Any], experts: int, own: bool, width: int) -
     entries = names.attention, *(f"{names.attention}.{each}" for each in _ENTRIES[own])
     feed = _experts(config, experts, names, own, width) if experts else _feed(config, names, own)
     stream = [Made("stream", hidden, into=(name,), saved=width == 4) for name in names.norms]
-    inner = attention(config, names, own, width)
+    inner = attention(config, names, own, width, shared)
     return Flow(
         (
             *stream,
@@ -126,29 +127,30 @@ def _norm_module(name: str) -> Module:
     return Module(name, "RMSNorm")
 
 
-def _grouped(config: Mapping[str, Any], names: Names, own: bool, width: int) -> Flow:
+def _grouped(config: Mapping[str, Any], names: Names, own: bool, width: int, shared: int) -> Flow:
     hidden, heads = int(config["hidden_size"]), int(config["num_attention_heads"])
     size = int(config.get("head_dim") or hidden // heads)
     kv = int(config.get("num_key_value_heads") or heads)
     at, queries, keys = names.attention, heads * size, kv * size
+    repeated = max(kv, shared) * size if shared > 1 else keys
     linear = ("query", "key", "value", "out") if own else ("q_proj", "k_proj", "v_proj", "o_proj")
     query, key, value, out = (f"{at}.{each}" for each in linear)
     made = [
         Made("attention", queries, at),
-        Made("attention", keys, at),
-        Made("attention", keys, value),
+        Made("attention", repeated, at),
+        Made("attention", repeated, value if shared == 1 else at),
         Made("attention", heads, at, width=4),
         Made("attention", queries, at, (out,), product=True),
     ]
     modules = [
-        Module(at, "Attention"),
+        *_repeatable(at, "Attention", own, shared),
         Module(query),
         Module(key),
         Module(value),
         Module(out),
     ]
     if own:
-        made += _copies(at, queries, 2 * size, at)
+        made += _copies(at, queries, 2 * size * shared, at)
     if not own and config.get("model_type") in NORMED:
         for name, source, wide, count in (("q_norm", query, queries, heads), ("k_norm", key, keys, kv)):
             place = f"{at}.{name}"
@@ -161,12 +163,18 @@ def _grouped(config: Mapping[str, Any], names: Names, own: bool, width: int) -> 
     return Flow(tuple(made), tuple(modules), queries + 2 * keys + hidden)
 
 
+def _repeatable(at: str, kind: str, own: bool, shared: int) -> list[Module]:
+    """The attention, unless it offers phases, with transfers that are not to be repeated."""
+    return [] if own and shared > 1 else [Module(at, kind)]
+
+
 def _copies(at: str, mixed: int, angles: int, turn: str) -> list[Made]:
-    """What attention keeps beside: its result in the order of heads, and the angles of positions of its own."""
+    """What attention keeps beside: its result in the order of heads, and the angles of positions of its own, which are
+    those of whole sequences."""
     return [Made("attention", mixed, at), Made("attention", angles, turn)]
 
 
-def _latent(config: Mapping[str, Any], names: Names, own: bool, width: int) -> Flow:
+def _latent(config: Mapping[str, Any], names: Names, own: bool, width: int, shared: int) -> Flow:
     hidden, heads, rank = (int(config[key]) for key in ("hidden_size", "num_attention_heads", "kv_lora_rank"))
     nope, rope, value = (int(config[key]) for key in ("qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim"))
     query_rank, at = int(config.get("q_lora_rank") or 0), names.attention
@@ -180,24 +188,28 @@ def _latent(config: Mapping[str, Any], names: Names, own: bool, width: int) -> F
         linear = ("kv_a_proj_with_mqa", "kv_a_layernorm", "kv_b_proj", "o_proj")
         compress, inner, expand, out = (f"{at}.{each}" for each in linear)
         turn = at
+    apart = own and shared > 1  # what the exchange delivers lies in no module that can be computed again
+    into = (turn,) if own else ()
     made = [
-        Made("latent", rank + rope, compress, (inner, turn), saved=width == 4),
+        Made("latent", rank + rope, compress, (inner,) if apart else (inner, turn), saved=width == 4),
         *norm(inner, rank, (expand,), own, width),
-        Made("expanded", queries, up, (turn,) if own else (), saved=False),
-        Made("expanded", expanded, expand, (turn,) if own else ()),
+        Made("expanded", queries, at if apart else up, into, saved=False),
+        Made("expanded", expanded, at if apart else expand, into),
         Made("expanded", 2 * queries, turn),
         Made("attention", heads, at, width=4),
         Made("attention", heads * value, at, (out,), product=True),
     ]
     modules = [
-        Module(at, "LatentAttention"),
+        *_repeatable(at, "LatentAttention", own, shared),
         Module(compress),
         _norm_module(inner),
         Module(expand, products=rank * expanded),
         Module(up, products=(query_rank or hidden) * queries),
         Module(out),
     ]
-    made += _copies(at, heads * value, 2 * rope if own else 0, turn)
+    made += _copies(at, heads * value, 2 * rope * shared if own else 0, turn)
+    if apart:
+        made.append(Made("latent", shared * rope, at, into, saved=False))
     if own:
         modules.append(Module(turn, "Turned"))
     if query_rank:

@@ -23,6 +23,7 @@ class Job:
         fp8: matrix products and dispatched tokens in FP8, where the hardware has it.
         deep_ep: tokens travel by DeepEP, once to each rank or node of their experts; otherwise by all-to-all, in bf16,
             once for each expert.
+        sequence_parallel: replicas that share each sequence.
     """
 
     gpus: int
@@ -33,6 +34,7 @@ class Job:
     length: int = 4096
     fp8: bool = True
     deep_ep: bool = True
+    sequence_parallel: int = 1
 
     def __post_init__(self) -> None:
         if min(self.gpus, self.ranks, self.experts, self.micro_batches, self.sequences, self.length) < 1:
@@ -44,6 +46,7 @@ class Job:
                 f"{self.gpus} GPUs and {self.ranks} pipeline ranks make {self.replicas} replicas, no multiple of "
                 f"{self.experts} expert-parallel ranks: choose --expert-parallel"
             )
+        check_parts(self.replicas, self.sequence_parallel, self.length)
 
     @property
     def replicas(self) -> int:
@@ -51,8 +54,8 @@ class Job:
 
     @property
     def tokens(self) -> int:
-        """Of a micro-batch."""
-        return self.sequences * self.length
+        """Of a micro-batch, those of a rank."""
+        return self.sequences * self.length // self.sequence_parallel
 
     @property
     def step_tokens(self) -> int:
@@ -65,6 +68,12 @@ class Job:
 PUBLISHED_JOBS = {"deepseek-v3": (16, 64, 15360, 4096)}
 #: GPU-hours for 10^12 tokens that were published, with the hardware: arXiv 2412.19437, section 1.
 PUBLISHED_HOURS = {("deepseek-v3", "h800"): 180e3}
+
+
+def published_hours(model: ModelShape, job: Job, hardware: str) -> float | None:
+    """Those of `PUBLISHED_HOURS` for sequences of this length; None: there are none."""
+    known = PUBLISHED_JOBS.get(model.name)
+    return PUBLISHED_HOURS.get((model.name, hardware)) if known and job.length == known[3] else None
 
 
 def make_job(
@@ -94,12 +103,14 @@ def make_job(
         counts = [layer.num_experts for layer in model.layers if layer.experts]
         experts = known[1] if known else max(1, gcd(gpus // ranks, 8, *counts)) if counts else 1
     check_shared(model, experts)
+    check_heads(model)
     length = length or (known[3] if known else 4096)
     if micro_batches is None and known:
-        micro_batches = max(1, known[2] * ranks // (gpus * sequences))
+        # The batch keeps its tokens, as the report's did at 128K (480 sequences, section 4.3).
+        micro_batches = max(1, known[2] * known[3] * ranks * model.shared // (gpus * sequences * length))
     if micro_batches is None:
         raise ConfigError(f"say how many micro-batches a pipeline of {model.name} runs in a step: --micro-batches M")
-    return Job(gpus, ranks, experts, micro_batches, sequences, length, fp8, deep_ep)
+    return Job(gpus, ranks, experts, micro_batches, sequences, length, fp8, deep_ep, model.shared)
 
 
 def check_shared(model: ModelShape, experts: int) -> None:
@@ -114,3 +125,33 @@ def check_shared(model: ModelShape, experts: int) -> None:
     for count in counts:
         if count % experts:
             raise ConfigError(f"{experts} ranks cannot share {count} experts of {model.name}: choose --expert-parallel")
+
+
+def check_parts(replicas: int, shared: int, length: int) -> None:
+    """Whether so many of the replicas can share each sequence of so many tokens.
+
+    Raises:
+        ConfigError: they cannot.
+    """
+    if replicas % shared:
+        raise ConfigError(
+            f"sequences are shared by {shared} ranks, but the pipeline has {replicas} replicas: their number must be a "
+            f"multiple of {shared}; choose --sequence-parallel"
+        )
+    if length % shared:
+        raise ConfigError(f"{length} tokens cannot be cut into {shared} parts: choose --sequence-length")
+
+
+def check_heads(model: ModelShape) -> None:
+    """Whether the ranks that share each sequence can divide the heads of each layer.
+
+    Raises:
+        ConfigError: they cannot.
+    """
+    shared = model.shared
+    for heads, kv_heads in {layer.heads for layer in model.layers if layer.context}:
+        if heads % shared or (kv_heads % shared and shared % kv_heads):
+            raise ConfigError(
+                f"{shared} ranks cannot share sequences of {model.name}, which has {heads} heads of queries and "
+                f"{kv_heads} of keys and values: choose --sequence-parallel"
+            )

@@ -246,7 +246,8 @@ def repeated_seconds(layer: LayerShape, rung: Rung, work: Work) -> float:
     """Seconds of a layer's forward that its backward computes again for one micro-batch."""
     job, hardware = work.job, work.hardware
     if rung.whole:
-        return layer_seconds(layer, job, hardware).f
+        whole = layer_seconds(layer, job, hardware)
+        return whole.f + (0.0 if work.model.own else whole.heads)
     products, moved = layer.flow(WIDTH).repeated(rung.names, WIDTH, work.fp8)
     seconds = 2 * products / product_rate(layer, job, hardware)
     return job.tokens * (seconds + moved / (hardware.bandwidth * hardware.memory_efficiency))
@@ -256,8 +257,10 @@ def layer_bytes(layer: LayerShape, rung: Rung, work: Work) -> int:
     """Bytes of a token that a layer keeps on a rung.
 
     Of a whole layer that is its input, and with experts what transfers deliver: rows that are dispatched, with the
-    residual and the normed stream, and rows that are combined, with the residual.
+    residual and the normed stream, and rows that are combined, with the residual. Of layers of ours also what ranks
+    that share sequences exchange; of others that is repeated.
     """
     kept = layer_activations(layer, WIDTH, rung.names, work.fp8)
     entered = 4 + 2 * layer.top_k if layer.rows else 1
-    return min(kept, WIDTH * work.model.hidden * entered) if rung.whole else kept
+    delivered = layer.exchanged if work.model.own else 0
+    return min(kept, WIDTH * (work.model.hidden * entered + delivered)) if rung.whole else kept

@@ -20,7 +20,7 @@ from ..search.make_plan import make_plan
 from ..timing.costs import UNIT, CostModel
 from ..timing.simulate import peak_bytes
 from .activations import Names, unknown_names
-from .job import Job, check_shared
+from .job import Job, check_heads, check_parts, check_shared
 from .memory import STOCK, Memory, MemoryRow, Training, state_of
 from .model_shape import LayerShape, ModelShape
 from .stage_times import cut_model, held_by
@@ -43,9 +43,10 @@ class Shape:
         experts: ranks that share the experts of a layer.
         sequences: of a micro-batch.
         length: tokens of a sequence.
+        sequence_parallel: ranks that share each sequence.
 
     Raises:
-        ConfigError: the replicas cannot share experts so.
+        ConfigError: the replicas cannot share experts or sequences so.
     """
 
     ranks: int
@@ -54,6 +55,7 @@ class Shape:
     experts: int = 1
     sequences: int = 1
     length: int = 4096
+    sequence_parallel: int = 1
 
     def __post_init__(self) -> None:
         if min(self.experts, self.sequences, self.length, self.micro_batches) < 1:
@@ -63,6 +65,12 @@ class Shape:
                 f"experts are shared by {self.experts} ranks, but the pipeline has {self.replicas} replicas: their "
                 f"number must be a multiple of {self.experts}; say --replicas D"
             )
+        check_parts(self.replicas, self.sequence_parallel, self.length)
+
+    @property
+    def tokens(self) -> int:
+        """Of a micro-batch, those of a rank."""
+        return self.sequences * self.length // self.sequence_parallel
 
 
 def layer_activations(layer: LayerShape, width: int, recompute: Names = (), fp8: bool = False) -> int:
@@ -128,7 +136,7 @@ def parts_of(model: ModelShape, shape: Shape, width: int, recompute: Names = ())
         recompute: names of modules that are computed again.
     """
     fullest = max((layer for layer in model.layers if layer.context), key=lambda layer: layer_activations(layer, width))
-    tokens = shape.sequences * shape.length
+    tokens = shape.tokens
     plain = fullest.flow(width).kept((), width)
     left = fullest.flow(width).kept(recompute, width)
     return {part: left.get(part, 0) * tokens for part in sorted(plain.keys() | left.keys())}
@@ -153,18 +161,22 @@ def model_memory(
         recompute: names of modules that are computed again; stock 1F1B does not.
 
     Raises:
-        ConfigError: the model's experts cannot be shared so, or a name matches nothing.
+        ConfigError: the model's experts or sequences cannot be shared so, or a name matches nothing.
     """
     check_shared(model, shape.experts)
+    check_heads(model)
     check_names(model, recompute)
     rows, known = [], with_stages(stages_per_rank)
     for name in (STOCK, *SCHEDULES):
         schedule = "1f1b" if name == STOCK else name
+        if name == STOCK and shape.sequence_parallel > 1:
+            rows.append(MemoryRow(name, reason="DeepSpeed's own pipeline engine shares no sequences"))
+            continue
         try:
             placement, stages = known[schedule].on(shape.ranks), known[schedule].stages_per_rank
             bounds = bounds_of(model, placement, shape)
             again = () if name == STOCK else recompute
-            costs = with_bytes(UNIT, model, bounds, shape.sequences * shape.length, training.weights, again)
+            costs = with_bytes(UNIT, model, bounds, shape.tokens, training.weights, again)
             plan = make_plan(schedule, shape.ranks, shape.micro_batches, costs, stages_per_rank=stages)
             peaks = peak_bytes(offload(plan, name != STOCK and offload_activations, costs), costs)
         except PlanError as error:
@@ -211,5 +223,7 @@ def fullest(
     model: ModelShape, bounds: Sequence[int], placement: Placement, job: Job, activations: Sequence[int]
 ) -> int:
     """Bytes of the fullest rank of a job on a cluster; for the arguments see `stages_memory`."""
-    shape = Shape(job.ranks, job.micro_batches, job.replicas, job.experts, job.sequences, job.length)
+    shape = Shape(
+        job.ranks, job.micro_batches, job.replicas, job.experts, job.sequences, job.length, job.sequence_parallel
+    )
     return max(each.total for each in stages_memory(model, bounds, placement, TRAINING, shape, activations))

@@ -62,6 +62,9 @@ class LayerShape:
         rows: elements that a token sends to the rank of an expert; 0: no experts.
         top_k: experts of a token.
         groups: the most groups of experts, such as those of one node, that a token goes to; 0: any.
+        heads: of queries in its attention, and of keys and values; 0: it has none.
+        exchanged: elements of a token in the exchanges of a forward between ranks that share its sequence, before the
+            attention core and behind it.
         with_next: whether it stays in one stage with the next layer, see `schedule.cuts.together`.
     """
 
@@ -78,6 +81,8 @@ class LayerShape:
     rows: int = 0
     top_k: int = 0
     groups: int = 0
+    heads: tuple[int, int] = (0, 0)
+    exchanged: int = 0
     with_next: bool = False
 
     def flow(self, width: int) -> Flow:
@@ -87,11 +92,21 @@ class LayerShape:
 
 @dataclass(frozen=True)
 class ModelShape:
-    """A transformer as a list of layers, in the order of `dualpipe_engine.models.transformer.layers`."""
+    """A transformer as a list of layers, in the order of `dualpipe_engine.models.transformer.layers`.
+
+    Args:
+        name: for people.
+        hidden: width of what passes between layers.
+        layers: all of them.
+        own: they are those of `dualpipe_engine.models`, not those of transformers.
+        shared: ranks that share each sequence.
+    """
 
     name: str
     hidden: int
     layers: tuple[LayerShape, ...]
+    own: bool = False
+    shared: int = 1
 
     @property
     def parameters(self) -> int:
@@ -110,18 +125,22 @@ def held_params(layers: Sequence[LayerShape]) -> int:
     return own + (max(tied) if tied and all(layer.name != "embedding" for layer in layers) else 0)
 
 
-def load_shape(model: str, own: bool = False) -> ModelShape:
+def load_shape(model: str, own: bool = False, shared: int = 1) -> ModelShape:
     """The shape of a built-in model, or of a Hugging Face `config.json` or the folder that has one.
 
     Args:
         model: name, file or folder.
         own: with the layers of `dualpipe_engine.models`, not those of transformers.
+        shared: ranks that share each sequence. Layers of multi-token prediction, which look beyond the part of a rank,
+            are left out then.
 
     Raises:
-        ConfigError: the name is unknown, or the file is no such configuration.
+        ConfigError: the name is unknown, the file is no such configuration, or `shared` is below 1.
     """
+    if shared < 1:
+        raise ConfigError(f"sequences are shared by 1 rank or more, not {shared}: choose --sequence-parallel")
     if model in KNOWN:
-        return shape_of(model, KNOWN[model], own)
+        return shape_of(model, KNOWN[model], own, shared)
     if Path(model).is_dir():
         model = str(Path(model) / "config.json")
     if not model.endswith(".json"):
@@ -132,19 +151,21 @@ def load_shape(model: str, own: bool = False) -> ModelShape:
         )
     try:
         config = parse(Path(model).read_text())
-        return shape_of(Path(model).parent.name or model, config, own)
+        return shape_of(Path(model).parent.name or model, config, own, shared)
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise ConfigError(f"{model} is no configuration of a transformer: {type(error).__name__} {error}") from None
 
 
-def shape_of(name: str, config: Mapping[str, Any], own: bool = False) -> ModelShape:
-    """The shape that the fields of a Hugging Face configuration describe; `own`: see `load_shape`."""
+def shape_of(name: str, config: Mapping[str, Any], own: bool = False, shared: int = 1) -> ModelShape:
+    """The shape that the fields of a Hugging Face configuration describe; `own` and `shared`: see `load_shape`."""
+    if shared > 1:
+        config = {**config, **dict.fromkeys(_AHEAD, 0)}
     hidden, count = int(config["hidden_size"]), int(config["num_hidden_layers"])
-    dense, moe = _dense_block(config, own), _moe_block(config, own)
+    dense, moe = _dense_block(config, own, shared), _moe_block(config, own, shared)
     blocks = [moe if moe is not None and _has_experts(config, number) else dense for number in range(count)]
     size = int(config["vocab_size"])
     table = size * hidden
-    depth = _first(config, "num_mtp_layers", "num_nextn_predict_layers")
+    depth = _first(config, *_AHEAD)
     tied = table if config.get("tie_word_embeddings") else 0
     head = LayerShape(
         "head",
@@ -162,12 +183,16 @@ def shape_of(name: str, config: Mapping[str, Any], own: bool = False) -> ModelSh
         further.append(LayerShape("ahead", table, tied=table, moved=2 * depth * hidden, with_next=True))
         further += [_mtp_block(blocks[-1], hidden)] * depth
     embedding = LayerShape("embedding", table, moved=2 * hidden)
-    return ModelShape(name, hidden, (embedding, *blocks, *further, head))
+    return ModelShape(name, hidden, (embedding, *blocks, *further, head), own, shared)
 
 
-def _dense_block(config: Mapping[str, Any], own: bool) -> LayerShape:
+#: Keys of how many further tokens are predicted.
+_AHEAD = ("num_mtp_layers", "num_nextn_predict_layers")
+
+
+def _dense_block(config: Mapping[str, Any], own: bool, shared: int) -> LayerShape:
     hidden, width = int(config["hidden_size"]), int(config.get("intermediate_size") or 0)
-    attention = _attention(config)
+    attention = _attention(config, own, shared)
     product = 3 * hidden * width
     return LayerShape(
         "dense",
@@ -175,21 +200,23 @@ def _dense_block(config: Mapping[str, Any], own: bool) -> LayerShape:
         dense=attention.matrices + product,
         context=attention.context,
         moved=10 * hidden + attention.moved + 4 * width,
-        flows=(block_flow(config, 0, own, 2), block_flow(config, 0, own, 4)),
+        flows=(block_flow(config, 0, own, 2, shared), block_flow(config, 0, own, 4, shared)),
+        heads=attention.heads,
+        exchanged=attention.exchanged,
     )
 
 
-def _moe_block(config: Mapping[str, Any], own: bool) -> LayerShape | None:
+def _moe_block(config: Mapping[str, Any], own: bool, shared: int) -> LayerShape | None:
     """A block with experts; None: the model has none."""
     hidden = int(config["hidden_size"])
     experts = _first(config, "n_routed_experts", "num_local_experts", "num_experts")
     if not experts:
         return None
-    top_k, shared = int(config["num_experts_per_tok"]), int(config.get("n_shared_experts") or 0)
+    top_k, common = int(config["num_experts_per_tok"]), int(config.get("n_shared_experts") or 0)
     given = config.get("moe_intermediate_size") if config.get("model_type") != "mixtral" else None
     width = int(given or config.get("intermediate_size") or 0)
-    expert, attention = 3 * hidden * width, _attention(config)
-    matrices = attention.matrices + shared * expert + experts * hidden
+    expert, attention = 3 * hidden * width, _attention(config, own, shared)
+    matrices = attention.matrices + common * expert + experts * hidden
     return LayerShape(
         "moe",
         matrices + attention.vectors + 2 * hidden,
@@ -198,8 +225,10 @@ def _moe_block(config: Mapping[str, Any], own: bool) -> LayerShape | None:
         dense=matrices,
         routed=top_k * expert,
         context=attention.context,
-        moved=10 * hidden + attention.moved + 4 * top_k * hidden + 4 * (top_k + shared) * width,
-        flows=(block_flow(config, experts, own, 2), block_flow(config, experts, own, 4)),
+        moved=10 * hidden + attention.moved + 4 * top_k * hidden + 4 * (top_k + common) * width,
+        flows=(block_flow(config, experts, own, 2, shared), block_flow(config, experts, own, 4, shared)),
+        heads=attention.heads,
+        exchanged=attention.exchanged,
         rows=hidden,
         top_k=top_k,
         groups=int(config.get("topk_group") or 0) if int(config.get("n_group") or 1) > 1 else 0,
@@ -232,9 +261,11 @@ class _Attention(NamedTuple):
     vectors: int
     context: int
     moved: int
+    heads: tuple[int, int]
+    exchanged: int
 
 
-def _attention(config: Mapping[str, Any]) -> _Attention:
+def _attention(config: Mapping[str, Any], own: bool, shared: int) -> _Attention:
     hidden, heads = int(config["hidden_size"]), int(config["num_attention_heads"])
     kind, biased = config.get("model_type"), _on(config, "attention_bias")
     if rank := int(config.get("kv_lora_rank") or 0):  # multi-head latent attention
@@ -242,11 +273,16 @@ def _attention(config: Mapping[str, Any]) -> _Attention:
         query_rank, query = int(config.get("q_lora_rank") or 0), heads * (nope + rope)
         matrices = hidden * query_rank + query_rank * query if query_rank else hidden * query
         matrices += hidden * (rank + rope) + rank * heads * (nope + value) + heads * value * hidden
+        # Ours exchange keys and values before they are put together with the one rotary key, which all ranks need.
+        parts = [(heads, nope + value), (1, rope)] if own else [(heads, nope + rope), (heads, value)]
+        exchanged = _exchanged([(heads, nope + rope), *parts], heads * value, shared)
         return _Attention(
             matrices,
             query_rank + rank + (query_rank + rank + rope + hidden) * biased,
             heads * (nope + rope + value),
-            2 * heads * (nope + rope) * 2 + 2 * heads * value,
+            2 * heads * (nope + rope) * 2 + 2 * heads * value + _COPIES * exchanged,
+            (heads, heads),
+            exchanged,
         )
     size = int(config.get("head_dim") or hidden // heads)
     kv_heads = int(config.get("num_key_value_heads") or heads)
@@ -254,12 +290,30 @@ def _attention(config: Mapping[str, Any]) -> _Attention:
     vectors = (queries + 2 * keys) * max(biased, kind in _BIASED) + hidden * biased
     if kind in NORMED:
         vectors += 2 * size
+    exchanged = _exchanged([(heads, size), (kv_heads, size), (kv_heads, size)], queries, shared)
     return _Attention(
         hidden * (queries + 2 * keys) + queries * hidden,
         vectors,
         2 * queries,
-        2 * (queries + 2 * keys) + 2 * queries,
+        2 * (queries + 2 * keys) + 2 * queries + _COPIES * exchanged,
+        (heads, kv_heads),
+        exchanged,
     )
+
+
+#: Elements that packing and unpacking read and write for one that is exchanged.
+_COPIES = 4
+
+
+def _exchanged(parts: Sequence[tuple[int, int]], mixed: int, shared: int) -> int:
+    """Elements of a token in two exchanges.
+
+    Args:
+        parts: heads, and width of each; fewer heads than ranks are repeated.
+        mixed: what comes back.
+        shared: ranks.
+    """
+    return sum(max(heads, shared) * width for heads, width in parts) + mixed if shared > 1 else 0
 
 
 #: Models whose queries, keys and values have biases, whatever they say.

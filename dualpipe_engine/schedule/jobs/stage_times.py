@@ -1,6 +1,7 @@
 """Times of a job's stages, from FLOPs, bytes and bandwidths: each layer's forward and backward, stages of equal work.
 
-Where F and B run as a pair, expert all-to-all hides under computation, elsewhere it is paid in full.
+Where F and B run as a pair, all-to-alls hide under computation, elsewhere they are paid in full. Those of attention
+between ranks that share sequences hide in layers of `dualpipe_engine.models` only, which offer them as phases.
 """
 
 from __future__ import annotations
@@ -20,17 +21,19 @@ from .model_shape import LayerShape, ModelShape, held_params
 
 @dataclass(frozen=True)
 class Seconds:
-    """A layer's times for one micro-batch: computation of F, I and W, and the all-to-all of a forward or a backward."""
+    """A layer's times for one micro-batch: computation of F, I and W, and of a forward or a backward the all-to-all of
+    experts, and that of heads."""
 
     f: float
     i: float
     w: float
     comm: float
+    heads: float = 0.0
 
 
 def _compute_share(layer: LayerShape, hardware: Hardware) -> float:
     """Part of the SMs that is left to computation."""
-    return 1 - hardware.comm_sms / hardware.sms if layer.rows else 1.0
+    return 1 - hardware.comm_sms / hardware.sms if layer.rows or layer.exchanged else 1.0
 
 
 def in_fp8(job: Job, hardware: Hardware) -> bool:
@@ -52,20 +55,34 @@ def layer_seconds(layer: LayerShape, job: Job, hardware: Hardware) -> Seconds:
     product = 2 * (layer.dense + layer.routed * imbalance) * job.tokens / product_rate(layer, job, hardware)
     core = 2 * layer.context * job.length / 2 * job.tokens / (hardware.bf16 * hardware.attention_efficiency * share)
     moved = 2 * layer.moved * job.tokens / (hardware.bandwidth * hardware.memory_efficiency)
-    comm = 0.0
-    if job.experts > 1:
-        inside = job.experts <= hardware.gpus_per_node and hardware.nvlink > 0
-        link = (hardware.nvlink if inside else hardware.network) * hardware.network_efficiency
-        comm = all_to_all_bytes(layer, job, hardware) / link
+    comm = all_to_all_bytes(layer, job, hardware) / _link(job.experts, hardware) if job.experts > 1 else 0.0
+    heads = heads_bytes(layer, job, hardware) / _link(job.sequence_parallel, hardware)
     # The attention core's backward has five products for the forward's two.
-    return Seconds(product + core + moved, product + 2.5 * core + 2 * moved, product, comm)
+    return Seconds(product + core + moved, product + 2.5 * core + 2 * moved, product, comm, heads)
+
+
+def _link(ranks: int, hardware: Hardware) -> float:
+    """Bytes a second of an all-to-all between so many neighbours."""
+    inside = ranks <= hardware.gpus_per_node and hardware.nvlink > 0
+    return (hardware.nvlink if inside else hardware.network) * hardware.network_efficiency
+
+
+def _places(ranks: int, hardware: Hardware) -> int:
+    """Where an all-to-all between so many neighbours sends to: nodes, or the ranks of the one node."""
+    nodes = -(-ranks // hardware.gpus_per_node)
+    return nodes if nodes > 1 else ranks
+
+
+def heads_bytes(layer: LayerShape, job: Job, hardware: Hardware) -> float:
+    """Bytes, in bf16, that a rank sends in the two exchanges of one forward's attention between ranks that share
+    sequences: within one node to other ranks, else to other nodes. Those of a backward are as many."""
+    return 2 * layer.exchanged * (1 - 1 / _places(job.sequence_parallel, hardware)) * job.tokens
 
 
 def all_to_all_bytes(layer: LayerShape, job: Job, hardware: Hardware) -> float:
     """Bytes that a rank sends in the dispatch and the combine of one forward, with even loads: within one node to other
     ranks, else to other nodes. Those of a backward are as many."""
-    nodes = -(-job.experts // hardware.gpus_per_node)
-    places = nodes if nodes > 1 else job.experts
+    places = _places(job.experts, hardware)
     copies = layer.top_k * (1 - 1 / places)
     if job.deep_ep:  # to each place that any of its experts falls on
         copies = (places - 1) * (1 - (1 - 1 / places) ** layer.top_k)
@@ -112,12 +129,14 @@ def stage_costs(
     f, i, w, fb = [], [], [], []
     for start, stop in pairwise(bounds):
         held, again = times[start:stop], sum(repeated[start:stop])
-        comm = sum(t.comm for t in held)
+        heads = sum(t.heads for t in held)
+        comm = sum(t.comm for t in held) + heads
+        waited = 0.0 if model.own else 2 * heads
         compute = sum(t.f + t.i + t.w for t in held) + again
         f.append(sum(t.f for t in held) + comm)
         i.append(sum(t.i for t in held) + again + comm)
         w.append(sum(t.w for t in held))
-        fb.append(max(compute, 2 * comm) / hardware.pair_efficiency)
+        fb.append(max(compute, 2 * comm - waited) / hardware.pair_efficiency + waited)
     hop = 2 * model.hidden * job.tokens / (hardware.network * hardware.network_efficiency)
     return CostModel(tuple(f), tuple(i), tuple(w), tuple(fb), hop)
 
@@ -130,8 +149,10 @@ def held_by(rank: int, model: ModelShape, bounds: Sequence[int], placement: Plac
 
 
 def reduction_seconds(model: ModelShape, placement: Placement, job: Job, hardware: Hardware) -> float:
-    """Seconds of the slowest rank's reduction under ZeRO-1 over all copies of a stage: reduce-scatter of fp32 gradients,
-    all-gather of bf16 weights."""
+    """Seconds of the slowest rank's reduction under ZeRO-1 over all copies of a stage.
+
+    These are a reduce-scatter of fp32 gradients and an all-gather of bf16 weights.
+    """
     bounds, traffic = job_bounds(model, placement, job, hardware), []
     copies = placement.num_directions * job.replicas
     for rank in range(placement.num_ranks):
