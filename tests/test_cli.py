@@ -248,7 +248,7 @@ def test_whole_jobs_are_estimated_without_torch():
 def test_whole_jobs_as_json(capsys):
     data = json.loads(
         output(capsys, "compare", "--model", "mixtral-8x7b", "--gpus", "16", "--ranks", "4", "--micro-batches", "8",
-               "--format", "json")
+               "--sequence-length", "1024", "--format", "json")
     )  # fmt: skip
     assert [row["schedule"] for row in data["schedules"]] == list(SCHEDULES)
     assert sum(row["best"] for row in data["schedules"]) == 1

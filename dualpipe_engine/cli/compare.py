@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -10,7 +11,8 @@ from ..errors import ConfigError
 from ..schedule.cuts.fastest import compare_cuts
 from ..schedule.passes.verify import verify
 from ..schedule.search.compare import compare, fastest
-from ..schedule.timing.bound import plan_bound
+from ..schedule.search.job_costs import Measurement
+from ..schedule.search.under_memory import Asked, Fitted, under_memory
 from ..schedule.timing.costs import CostModel
 from .arguments import Commands, add_stages, add_work, finite, layer_costs, print_json, refuse, work
 from .job import add_job, estimate_job
@@ -40,6 +42,7 @@ def add_compare(commands: Commands, shape: dict[str, Any]) -> None:
 
 
 def _run(simulated: list[argparse.Action], estimated: list[argparse.Action], args: argparse.Namespace) -> None:
+    from ..viz.fitting import fitting_data, fitting_table, lower_bounds
     from ..viz.summary import comparison_table
     from ..viz.terminal import wide_console
 
@@ -56,15 +59,16 @@ def _run(simulated: list[argparse.Action], estimated: list[argparse.Action], arg
     if args.layer_costs is not None:
         _compare_cuts(args, costs)
         return
-    shape = args.ranks, args.micro_batches
-    rows = compare(*shape, costs, args.activation_cap, args.optimize, job=job, stages_per_rank=args.stages_per_rank)
+    rows = _rows(args, costs, job)
     for row in rows:
         if row.plan:
             verify(row.plan)
-    bounds = {row.schedule: plan_bound(row.plan, costs.for_placement(row.plan.placement)) for row in rows if row.plan}
+    bounds = lower_bounds(rows, replace(job or Measurement(costs, args.ranks, 0), costs=costs))
     if args.format == "table":
         title = f"{args.ranks} ranks, {args.micro_batches} micro-batches"
         wide_console().print(comparison_table(rows, bounds, title))
+        if job is not None and any(row.tried for row in rows):
+            wide_console().print(fitting_table(rows, job.memory_bytes))
         return
     first = fastest(rows)
     print_json(
@@ -74,22 +78,39 @@ def _run(simulated: list[argparse.Action], estimated: list[argparse.Action], arg
             "schedules": [
                 {
                     "schedule": row.schedule,
+                    "stages_per_rank": row.stages_per_rank,
                     "feasible": row.feasible,
                     "reason": row.reason,
                     "parameter_copies": row.parameter_copies,
                     "makespan": row.makespan if row.feasible else None,
                     "bubble": row.bubble if row.feasible else None,
                     "peak_activations": row.peak_activations if row.feasible else None,
-                    "lower_bound": bounds.get(row.schedule),
+                    "lower_bound": bounds.get(row.name),
                     "reduction": row.reduction if row.feasible else None,
                     "step": row.total if row.feasible else None,
                     "memory": row.memory,
                     "fastest": row is first,
+                    **fitting_data(row),
                 }
                 for row in rows
             ],
         }
     )
+
+
+def _rows(args: argparse.Namespace, costs: CostModel, job: Measurement | None) -> list[Fitted]:
+    """Every schedule; on a measured job as "auto" sees them."""
+    stages = args.stages_per_rank
+    costs.check(args.ranks)
+    if job is None:
+        rows = compare(
+            args.ranks, args.micro_batches, costs, args.activation_cap, args.optimize, stages_per_rank=stages
+        )
+        return [Fitted.of(row) for row in rows]
+    asked = Asked(
+        args.micro_batches, activation_cap=args.activation_cap, optimize=args.optimize, stages_per_rank=stages
+    )
+    return under_memory(replace(job, costs=costs), asked)
 
 
 def _compare_cuts(args: argparse.Namespace, costs: CostModel) -> None:

@@ -77,7 +77,8 @@ def estimate_job(args: argparse.Namespace) -> None:
 
 def _climb(args: argparse.Namespace, work: Work) -> None:
     """Print the memory ladder of every schedule."""
-    from ..schedule.jobs.ladder import attempts, chosen, climb
+    from ..schedule.jobs.ladder import chosen, climb
+    from ..schedule.orders.registry import tried
     from ..viz.estimates import assumption_table
     from ..viz.ladder import ladder_data, reason, rungs_table, schedules_table
     from ..viz.terminal import tracked, wide_console
@@ -85,7 +86,7 @@ def _climb(args: argparse.Namespace, work: Work) -> None:
     if not work.memory > 0:
         raise ConfigError(f"--memory must be above 0, got {work.memory:g}: say the bytes of a device, such as 80e9")
     stages = args.stages_per_rank
-    ladders = tracked(climb(work, stages), len(attempts(stages)), "schedules")
+    ladders = tracked(climb(work, stages), len(tried(stages)), "schedules")
     if args.format == "json":
         print_json(ladder_data(ladders, work))
         return

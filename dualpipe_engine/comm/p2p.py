@@ -196,6 +196,11 @@ class Edges:
         """Whether every receive that was asked for has been consumed and every send is done."""
         return not self._inbound and not self._outbound
 
+    def under_way(self) -> list[torch.Tensor]:
+        """The tensors of sends that are not known to be done, and of receives that are posted and not consumed."""
+        coming = [tensor for inbound in self._inbound.values() for tensor in inbound.tensors]
+        return [tensor for _, tensor in self._outbound] + coming
+
     def _send_all(self, tensors: list[torch.Tensor], dst: int, tag: int) -> None:
         if self._transport.whole and len(tensors) > 1:
             metas = [TensorMeta(tuple(tensor.shape), tensor.dtype) for tensor in tensors]

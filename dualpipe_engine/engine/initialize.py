@@ -23,7 +23,7 @@ from ..models.autoep import section as expert_parallel
 from ..schedule.plan import Plan
 from ..schedule.progress import Position
 from ..schedule.search.compare import best_of
-from ..schedule.search.ladder import Rung
+from ..schedule.search.under_memory import Fitted
 from ..schedule.timing.costs import CostModel
 from .auto.choose import choose, job_costs, print_choice
 from .batches.shards import shard_batches
@@ -197,9 +197,11 @@ def _choose_plan(
         if ds_comm.get_rank() == 0:
             print_choice(rows, measured, num_micro)
         best = best_of(rows)
-        assert isinstance(best, Rung) and best.plan is not None
-        costs = measured.costs_of(best.recompute)
-        plan = lowered_plan(best.plan, dualpipe, costs)
+        assert isinstance(best, Fitted) and best.plan is not None
+        measured = measured.again(best.recompute)
+        placed = measured.placed(best.plan.placement, best.bounds)
+        costs = measured.costs if best.bounds is None else placed.joined(best.plan.placement.parts)
+        plan = lowered_plan(best.plan, dualpipe, placed)
     else:
         plan = make_lowered_plan(dualpipe, grid.pipe_parallel_size, num_micro, costs)
     agree(plan, torch.device(get_accelerator().current_device_name()))

@@ -49,18 +49,20 @@ def make_lowered_plan(config: DualPipeConfig, num_ranks: int, num_micro: int, co
                 f"{config.plan_file} is a plan for {plan.placement.num_ranks} ranks and {plan.num_micro} "
                 f"micro-batches, but the job has {num_ranks} pipeline ranks and {num_micro} micro-batches"
             )
+        placed = costs.for_placement(plan.placement)
     else:
+        placed = costs.for_placement(placement_of(config.schedule, num_ranks, config.stages_per_rank))
         plan = make_plan(
             config.schedule,
             num_ranks,
             num_micro,
-            costs.for_placement(placement_of(config.schedule, num_ranks, config.stages_per_rank)),
+            placed,
             optimize=config.optimize,
             activation_cap=config.activation_cap,
             split_backward=config.split_backward is not False,
             stages_per_rank=config.stages_per_rank,
         )
-    return lowered_plan(plan, config, costs)
+    return lowered_plan(plan, config, placed)
 
 
 def lowered_plan(plan: Plan, config: DualPipeConfig, costs: CostModel) -> Plan:
@@ -69,12 +71,12 @@ def lowered_plan(plan: Plan, config: DualPipeConfig, costs: CostModel) -> Plan:
     Args:
         plan: of compute ops.
         config: says how many activations are offloaded.
-        costs: see `make_lowered_plan`.
+        costs: of the stages of its placement.
 
     Raises:
         PlanError: it is not sound, or does not keep within the configuration's cap.
     """
-    lowered = lower(offload(plan, config.offload_activations, costs.for_placement(plan.placement)))
+    lowered = lower(offload(plan, config.offload_activations, costs))
     verify(lowered, activation_cap=config.activation_cap)
     return lowered
 

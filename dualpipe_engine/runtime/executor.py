@@ -231,6 +231,12 @@ class Executor:
             self._on_micro(op.stage, op.micro)
         return self._take_inputs(op), self._labels(op)
 
+    def passing(self) -> list[torch.Tensor]:
+        """Tensors that are on their way from stage to stage, here or between ranks, and that no stage keeps."""
+        state = self._state
+        here = pytree.tree_leaves([list(each.values()) for each in (state.inputs, state.outputs, state.grads)])
+        return [leaf for leaf in here if isinstance(leaf, torch.Tensor)] + self._edges.under_way()
+
     def _forward(self, op: Op) -> None:
         inputs, labels = self._prepare(op)
         with self._observer.span(op):

@@ -21,8 +21,8 @@ from .executor import Executor
 def held_behind(
     executor: Executor, own: Sequence[Tensor], away: Callable[[], int] = lambda: 0
 ) -> Iterator[list[tuple[Op, int]]]:
-    """Record the bytes that are held behind each op of the batches in the body. Each F is counted before its output is
-    sent; the tensors of transfers that are on their way count.
+    """Record the bytes that are held behind each op of the batches in the body, without what is on its way between
+    stages.
 
     Args:
         executor: runs the batches.
@@ -34,7 +34,7 @@ def held_behind(
     before = dict(handlers)
     with HeldBytes() as held:
         for kind, handler in before.items():
-            handlers[kind] = _watched(handler, lambda: held.but(own) - away(), found)
+            handlers[kind] = _watched(handler, lambda: held.but([*own, *executor.passing()]) - away(), found)
         try:
             yield found
         finally:

@@ -13,9 +13,7 @@ Engine: TypeAlias = Any
 
 def activation_watch(engine: Engine) -> AbstractContextManager[list[tuple[Op, int]]]:
     """Record the bytes of activations behind each op of the batches in the body: of all that operations have made and
-    that lives, without parameters, their gradients and host memory. Each F is counted before its output is sent.
-
-    The tensors of transfers that are on their way count, which are small beside what a stage keeps.
+    that lives, without parameters, their gradients, what is on its way between stages, and host memory.
     """
     own = [*engine.module.parameters(), *engine.module.buffers()]
     return held_behind(engine._executor, own, lambda: 0 if engine._offload is None else engine._offload.host_bytes())

@@ -86,7 +86,7 @@ def comparison_table(rows: Sequence[Row], lower_bounds: Mapping[str, float], tit
 
     Args:
         rows: what `schedule.search.compare.compare` returns.
-        lower_bounds: schedule name -> least makespan of any order on that schedule's placement.
+        lower_bounds: name of a row -> least makespan of any order on that schedule's placement.
         title: printed above.
     """
     from rich.table import Table
@@ -104,11 +104,11 @@ def comparison_table(rows: Sequence[Row], lower_bounds: Mapping[str, float], tit
         numbers = ["-"] * 4
         job = ["-"] * 3 if known else []
         if row.feasible:
-            values = (row.makespan, lower_bounds[row.schedule], row.bubble, row.peak_activations)
+            values = (row.makespan, lower_bounds[row.name], row.bubble, row.peak_activations)
             numbers = [f"{value:.6g}" for value in values]
             job = [f"{row.reduction:.4g}", f"{row.total:.6g}", gib(row.memory or 0)] if known else []
         mark, look = (">", "bold green") if row is first else (" ", "" if row.feasible else "dim")
-        table.add_row(f"{mark} {row.schedule}", *numbers, f"{row.parameter_copies}x", *job, style=look)
+        table.add_row(f"{mark} {row.name}", *numbers, f"{row.parameter_copies}x", *job, style=look)
     notes = ["> fastest", "bubble: of the idlest rank", "peak activations: of 1/N of the model, on N ranks"]
     if known:
         notes += ["step: makespan and reduction of gradients", "memory: beside the weights that are there already"]

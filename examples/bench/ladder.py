@@ -28,7 +28,7 @@ import torch
 if TYPE_CHECKING:
     from dualpipe_engine.schedule.timing.costs import CostModel
 
-HIDDEN, LENGTH, VOCABULARY = 128, 128, 256
+HIDDEN, LENGTH, VOCABULARY = 256, 32, 256
 SCHEDULES = ("1f1b", "zb1p", "dualpipe", "dualpipev", "zbv", "vhalf", "vmin", "interleaved", "interleaved_zb")
 STAGES = (2, 4)  #: a rank, under the schedules that take any number
 
@@ -150,6 +150,7 @@ def can_pin(ranks: int) -> bool:
 def _measure(sizes: Sizes, rung: Rung, kept: dict[tuple[str, bool], CostModel]) -> dict[str, Any]:
     from dualpipe_engine.comm.from_all import from_all
     from dualpipe_engine.runtime.held import added_bytes
+    from dualpipe_engine.schedule.op import REDUCE, STEP
     from dualpipe_engine.schedule.timing.simulate import peak_bytes
     from dualpipe_engine.testing.held_activations import activation_watch
 
@@ -169,7 +170,7 @@ def _measure(sizes: Sizes, rung: Rung, kept: dict[tuple[str, bool], CostModel]) 
     engine.destroy()
     return {
         "computed": computed[rank],
-        "measured": max(size for _, size in held),
+        "measured": max(size for op, size in held if op.kind not in (REDUCE, STEP)),
         "seconds": seconds,
         "losses": losses,
     }
@@ -199,14 +200,14 @@ def _engine(sizes: Sizes, rung: Rung) -> Any:
         "steps_per_print": None,
         "pipeline": section | {"overlap": False, "stages_per_rank": rung.stages},
     }
-    with redirect_stdout(io.StringIO()):  # DeepSpeed prints the layers
+    with redirect_stdout(io.StringIO()):  # DeepSpeed prints layers and topologies
         module = PipelineModule(
             [*specs, LayerSpec(torch.nn.Linear, HIDDEN, VOCABULARY)],
             num_stages=sizes.ranks,
             loss_fn=cross_entropy,
             partition_method="type:Block",
         )
-    engine, *_ = dualpipe_engine.initialize(model=module, config=config)
+        engine, *_ = dualpipe_engine.initialize(model=module, config=config)
     return engine
 
 
@@ -222,8 +223,7 @@ def _costs(of_ranks: list[dict[tuple[str, int], int]], stages: int) -> CostModel
 
 def table(found: list[dict[str, Any]]) -> list[str]:
     """Lines of Markdown: a row for each schedule with recomputation or without, a column for each way to offload."""
-    away = list(dict.fromkeys(row["offload"] for row in found))
-    titles = ["offload -" if each is False else f"offload {_away(each)}" for each in away]
+    titles = list(dict.fromkeys(f"offload {_away(row['offload'])}" for row in found))
     lines = [f"| schedule | recompute | {' | '.join(titles)} |", "|---|---|" + "---|" * len(titles)]
     for schedule, again in dict.fromkeys((row["schedule"], row["recompute"]) for row in found):
         mine = [row for row in found if (row["schedule"], row["recompute"]) == (schedule, again)]
@@ -237,7 +237,7 @@ def _cell(row: dict[str, Any]) -> str:
 
 
 def _away(offload: bool | int) -> str:
-    return "all" if offload is True else str(offload)
+    return {False: "-", True: "all"}[offload] if isinstance(offload, bool) else str(offload)
 
 
 def plot(found: list[dict[str, Any]], title: str, path: Path) -> None:

@@ -59,11 +59,11 @@ def test_schedule_table_shows_simulated_beside_measured():
 @pytest.mark.parametrize("ranks", [7, 8])
 def test_comparison_marks_the_fastest_and_says_why_not(ranks):
     rows = compare(ranks, 16, CostModel(fb=2.25), optimize=False)
-    text = printed(comparison_table(rows, {row.schedule: 1.5 for row in rows}, "side by side"))
+    text = printed(comparison_table(rows, {row.name: 1.5 for row in rows}, "side by side"))
     table = {row[0].removeprefix("> "): row for row in cells(text)}
     best = min((row for row in rows if row.feasible), key=lambda row: row.makespan)
-    assert [name for name, row in table.items() if row[0].startswith(">")] == [best.schedule]
-    assert float(table[best.schedule][1]) == pytest.approx(best.makespan, rel=1e-4)
+    assert [name for name, row in table.items() if row[0].startswith(">")] == [best.name]
+    assert float(table[best.name][1]) == pytest.approx(best.makespan, rel=1e-4)
     assert table["1f1b"][2] == "1.5" and table["dualpipe"][5] == "2x" and table["dualpipev"][5] == "1x"
     assert ("needs an even number" in " ".join(text.split())) == (ranks == 7)
     assert (table["dualpipe"][1:5] == ["-"] * 4) == (ranks == 7)

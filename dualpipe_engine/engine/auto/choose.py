@@ -14,7 +14,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from deepspeed.accelerator import get_accelerator
-from deepspeed.pipe import PipelineModule
+from deepspeed.pipe import PipelineModule, TiedLayerSpec
 from deepspeed.runtime.config import DeepSpeedConfig, DtypeEnum
 from deepspeed.runtime.engine import DeepSpeedEngine
 from deepspeed.runtime.keep_in_fp32 import keep_in_fp32_pattern
@@ -31,21 +31,24 @@ from ...schedule.placement import LINEAR, Placement
 from ...schedule.plain_json import parse
 from ...schedule.search.compare import best_of
 from ...schedule.search.job_costs import Measurement
-from ...schedule.search.ladder import Rung, under_memory
-from ...schedule.timing.bound import plan_bound
+from ...schedule.search.layer_costs import LayerCosts
+from ...schedule.search.under_memory import Asked, Fitted, under_memory
 from ...schedule.timing.costs import CostModel, PerStage
 from ..config import DualPipeConfig
 from ..given import Collate, Dataset, Settings
+from ..placing.balance import of_all_layers
 from ..placing.experts import numel_by_sharing
 from ..placing.grid import Place
 from ..placing.partition import layer_name
 from ..placing.recomputed import recomputed_modules
 from ..placing.stages import set_activation_checkpointing
 from ..placing.tiled import tiled
+from .layer_probe import probe_layers
 from .link_probe import reduction_seconds
 from .stage_probe import probe_stages
 
 DEFAULT_FILE = "dualpipe_costs.json"  #: in the working directory
+LAYER_RUNS = 3  #: of each layer, after one that warms up
 
 
 def job_costs(
@@ -87,6 +90,8 @@ def job_costs(
         changed = stored.differences(job)
         if tries and stored.recomputed is None:
             changed.append("recompute: not tried -> to be tried")
+        if auto and training_data is not None and stored.of_layers is None and _may_be_cut(module, settings, config):
+            changed.append("cuts: not tried -> to be tried")
         if not changed:
             return stored
         if not auto:
@@ -109,10 +114,11 @@ def job_costs(
 
 def choose(
     config: DualPipeConfig, measured: Measurement, num_micro: int, may_offload: bool = True
-) -> tuple[DualPipeConfig, list[Rung]]:
+) -> tuple[DualPipeConfig, list[Fitted]]:
     """The configuration with "auto" replaced by the schedule with the shortest simulated step, and all schedules;
-    `best_of` gives the row that was taken, with its plan. Where memory does not suffice a schedule gets a cap on its
-    activations, or has some of them in host memory or computed again, but for what the configuration says itself.
+    `best_of` gives the row that was taken, with its plan. Layers are cut so that it is fastest. Where memory does not
+    suffice a schedule gets a cap on its activations, or has some of them in host memory or computed again. What the
+    configuration says itself of these stays.
 
     Args:
         may_offload: activations may leave for host memory where the configuration does not say whether they shall.
@@ -121,44 +127,44 @@ def choose(
         PlanError: no schedule fits.
     """
     said = "offload_activations" in config.model_fields_set or not may_offload
-    rungs = under_memory(
+    rows = under_memory(
         measured,
-        num_micro,
-        fewer=config.offload_activations if said else None,
-        may_recompute="recompute" not in config.model_fields_set,
-        activation_cap=config.activation_cap,
-        optimize=config.optimize,
-        split_backward=config.split_backward is not False,
-        stages_per_rank=config.stages_per_rank,
+        Asked(
+            num_micro,
+            fewer=config.offload_activations if said else None,
+            may_recompute="recompute" not in config.model_fields_set,
+            may_cut=config.partition_method is None,
+            activation_cap=config.activation_cap,
+            optimize=config.optimize,
+            split_backward=config.split_backward is not False,
+            stages_per_rank=config.stages_per_rank,
+        ),
     )
-    best = best_of(rungs)
-    assert isinstance(best, Rung)
+    best = best_of(rows)
+    assert isinstance(best, Fitted)
     chosen: dict[str, object] = {
         "schedule": best.schedule,
         "activation_cap": best.cap,
         "stages_per_rank": best.stages_per_rank,
+        "partition_method": best.counts or config.partition_method,
+        "offload_activations": best.fewer,
+        "recompute": best.recompute or config.recompute,
     }
-    chosen |= {"offload_activations": best.fewer, "recompute": best.recompute or config.recompute}
-    return config.model_copy(update=chosen), rungs
+    return config.model_copy(update=chosen), rows
 
 
-def print_choice(rungs: list[Rung], measured: Measurement, num_micro: int) -> None:
+def print_choice(rows: list[Fitted], measured: Measurement, num_micro: int) -> None:
     """Say in tables what was taken, and why."""
-    from ...viz.fitting import fitting_table
+    from ...viz.fitting import fitting_table, lower_bounds
     from ...viz.summary import comparison_table
     from ...viz.terminal import wide_console
 
-    bounds = {
-        row.schedule: plan_bound(row.plan, measured.costs_of(row.recompute).for_placement(row.plan.placement))
-        for row in rungs
-        if row.plan
-    }
     title = f"auto: {measured.ranks} ranks, {num_micro} micro-batches, seconds simulated with measured costs"
     console = wide_console()
-    console.print(comparison_table(rungs, bounds, title))
-    if any(rung.plain for rung in rungs):
-        console.print(fitting_table(rungs, measured.memory_bytes or 0))
-    console.print(best_of(rungs).reason, highlight=False)
+    console.print(comparison_table(rows, lower_bounds(rows, measured), title))
+    if any(row.tried for row in rows):
+        console.print(fitting_table(rows, measured.memory_bytes))
+    console.print(best_of(rows).reason, highlight=False)
 
 
 def _measure(
@@ -196,20 +202,49 @@ def _measure(
         again = _may_be_recomputed(module, settings, config)
         if any(from_all(bool(again))):
             recomputed = _at_least(probe(recomputed=again), costs)
+        layers = _of_layers(module, next_batch()) if _may_be_cut(module, settings, config) else None
     trained = [param for param in module.parameters() if param.requires_grad]
     numel = sum(param.numel() for param in trained)
     dtype = trained[0].dtype if trained else torch.float32
     placements = placements_on(ranks, len(module._layer_specs))
     reduction = reduction_seconds(grid, place, numel, dtype, placements)
     state, memory = _memory(settings, place, trained, dtype, placements)
-    return Measurement(costs, ranks, len(module._layer_specs), reduction, state, memory, job, recomputed)
+    return Measurement(costs, ranks, len(module._layer_specs), reduction, state, memory, job, recomputed, layers)
+
+
+def _may_be_cut(module: PipelineModule, settings: Settings, config: DualPipeConfig) -> bool:
+    """Whether other cuts are tried: the configuration names none, and of layers more is kept than their inputs."""
+    return config.partition_method is None and not _interval(module, settings)
+
+
+def _interval(module: PipelineModule, settings: Settings) -> int:
+    """Layers that DeepSpeed computes again together; 0: none."""
+    return (
+        settings.get("pipeline", {}).get("activation_checkpoint_interval", 0) or module.activation_checkpoint_interval
+    )
+
+
+def _of_layers(module: PipelineModule, batch: Nest) -> LayerCosts:
+    """What single layers take. Collective over all ranks."""
+    seconds, kept = zip(*probe_layers(module, batch, LAYER_RUNS), strict=True)
+    start = int(module.parts[module.stage_id])
+    mine = {start + index: _params(module, start + index) for index in range(len(module.forward_funcs))}
+    with_next = [bool(getattr(spec, "with_next", False)) for spec in module._layer_specs]
+    bounds, params = map(int, module.parts), of_all_layers(module, mine)
+    return LayerCosts(tuple(bounds), seconds, kept, tuple(params), tuple(with_next))
+
+
+def _params(module: PipelineModule, layer: int) -> int:
+    """Trained parameters of a layer, tied ones too."""
+    spec = module._layer_specs[layer]
+    part = module.tied_modules[spec.key] if isinstance(spec, TiedLayerSpec) else module._modules.get(str(layer))
+    return 0 if part is None else sum(param.numel() for param in part.parameters() if param.requires_grad)
 
 
 def _may_be_recomputed(module: PipelineModule, settings: Settings, config: DualPipeConfig) -> dict[str, nn.Module]:
     """What the layers of this rank list as `recomputed`, where the configuration leaves open whether it is computed
     again and nothing stands against it on any rank. Collective over all ranks."""
-    interval = settings.get("pipeline", {}).get("activation_checkpoint_interval", 0)
-    if "recompute" in config.model_fields_set or interval or module.activation_checkpoint_interval:
+    if "recompute" in config.model_fields_set or _interval(module, settings):
         return {}
     layers = module.forward_funcs
     own = config.overlap is not False and any(hasattr(type(each), "overlapped_forward_backward") for each in layers)
@@ -306,8 +341,7 @@ def _describe(module: PipelineModule, settings: Settings, config: DualPipeConfig
     layers = [layer_name(layer) for layer in module._layer_specs]
     digest = hashlib.sha256(repr((layers, [int(part) for part in module.parts], shapes)).encode()).hexdigest()
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else get_accelerator().device_name()
-    section, zero = settings.get("pipeline", {}), settings.get("zero_optimization", {})
-    interval = section.get("activation_checkpoint_interval", 0) or module.activation_checkpoint_interval
+    zero = settings.get("zero_optimization", {})
     on = [name for name in ("bf16", "fp16") if settings.get(name, {}).get("enabled")]
     return {
         "model": digest[:16],
@@ -317,7 +351,7 @@ def _describe(module: PipelineModule, settings: Settings, config: DualPipeConfig
         "precision": on[0] if on else "fp32",
         "zero stage": str(zero.get("stage", 0)),
         **({"optimizer state": "on the host"} if _on_host(zero) else {}),
-        "activation checkpoint interval": str(interval),
+        "activation checkpoint interval": str(_interval(module, settings)),
         **({"recompute": str(config.recompute)} if config.recompute else {}),
         **{name: str(tiles) for name in ("tiled_loss", "tiled_mlp") if (tiles := getattr(config, name))},
         "split_backward": str(config.split_backward),

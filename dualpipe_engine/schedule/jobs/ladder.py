@@ -15,7 +15,7 @@ from itertools import pairwise
 from typing import NamedTuple
 
 from ...errors import PlanError
-from ..orders.registry import KNOWN, Schedule
+from ..orders.registry import Schedule, tried
 from ..passes.offload import least_that_fits, offload
 from ..plan import Plan
 from ..search.make_plan import make_plan
@@ -29,7 +29,6 @@ from .model_memory import TRAINING, fullest, layer_activations, with_bytes
 from .model_shape import LayerShape, ModelShape
 from .stage_times import in_fp8, job_bounds, layer_seconds, product_rate, reduction_seconds, stage_costs
 
-STAGES = (2, 4)  #: stages a rank that are tried where the schedule takes any number
 LABELS = ("norms", "activation functions", "up-projections")  #: of the names of OWN_RECOMPUTED, for people
 WIDTH = TRAINING.weights
 
@@ -103,15 +102,6 @@ class Work:
         named = [known[:count] for count in range(1, len(known) + 1)]
         rungs = [Rung(", ".join(label for label, _ in each), tuple(name for _, name in each)) for each in named]
         return [PLAIN, *rungs, WHOLE]
-
-
-def attempts(stages_per_rank: int | None) -> list[tuple[str, Schedule]]:
-    """Schedules by name, those that take any number of stages a rank with each that is tried."""
-    tried = STAGES if stages_per_rank is None else (stages_per_rank,)
-    found = []
-    for name, each in KNOWN.items():
-        found += [(name, each)] if each.with_stages is None else [(name, each.with_stages(count)) for count in tried]
-    return found
 
 
 class Ladder:
@@ -228,8 +218,8 @@ class Ladder:
 
 
 def climb(work: Work, stages_per_rank: int | None = None) -> Iterator[Ladder]:
-    """Every schedule of `attempts`."""
-    for name, known in attempts(stages_per_rank):
+    """Every schedule that `tried` lists."""
+    for name, known in tried(stages_per_rank):
         ladder = Ladder(work, name, known)
         if not ladder.reason:
             _ = ladder.cheapest  # so that whoever counts ladders counts the work

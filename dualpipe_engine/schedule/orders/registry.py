@@ -81,6 +81,7 @@ KNOWN = {
     "interleaved_zb": interleaved_zb_of(interleaved.STAGES),
 }
 SCHEDULES = tuple(KNOWN)  #: those of the package
+TRIED = (2, 4)  #: stages a rank that are tried where the schedule takes any number
 
 
 def register_schedule(name: str, schedule: Schedule) -> None:
@@ -135,3 +136,13 @@ def with_stages(stages_per_rank: int | None) -> dict[str, Schedule]:
     """All schedules by name, those whose number of stages a rank can be chosen with this one."""
     free = {name for name, each in KNOWN.items() if each.with_stages is not None}
     return {name: known_schedule(name, stages_per_rank if name in free else None) for name in KNOWN}
+
+
+def tried(stages_per_rank: int | None) -> list[tuple[str, Schedule]]:
+    """All schedules, those whose number of stages a rank can be chosen with this one; None: with each of `TRIED`."""
+    numbers = TRIED if stages_per_rank is None else (stages_per_rank,)
+    found = []
+    for name, known in KNOWN.items():
+        free = known.with_stages
+        found += [(name, known)] if free is None else [(name, free(number)) for number in numbers]
+    return found

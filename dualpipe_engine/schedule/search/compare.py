@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from math import inf
 
 from ...errors import PlanError
-from ..orders.registry import with_stages
+from ..orders.registry import Schedule, with_stages
 from ..placement import Placement
 from ..plan import Plan
 from ..timing.costs import UNIT, CostModel
@@ -48,6 +48,11 @@ class Row:
     cap: int | None = None
     stages_per_rank: int | None = None
     plan: Plan | None = None
+
+    @property
+    def name(self) -> str:
+        """The schedule, with its stages a rank where their number is open."""
+        return self.schedule if self.stages_per_rank is None else f"{self.schedule} x{self.stages_per_rank}"
 
     @property
     def total(self) -> float:
@@ -93,25 +98,64 @@ def compare(
             placement = known.on(num_ranks)
             placed = costs.for_placement(placement)
             cap = None if activation_cap is None else int(activation_cap * placement.parts)
-            cap = _within(job, placement, cap, known.default_cap(num_ranks))
-            plan = make_plan(schedule, num_ranks, num_micro, placed, optimize, cap, split_backward, stages)
+            cap = within(job, placement, cap, known.default_cap(num_ranks))
+            row = planned(schedule, known, placed, num_ranks, num_micro, cap, optimize, split_backward)
         except PlanError as error:
-            rows.append(Row(schedule, False, str(error), known.copies))
+            rows.append(Row(schedule, False, str(error), known.copies, stages_per_rank=stages))
             continue
-        timeline = simulate(plan, placed)
-        peak = max(peak_activations(plan)) / placement.parts
-        row = Row(schedule, True, "", known.copies, timeline.makespan, max(timeline.bubble()), peak)
-        row = replace(row, cap=cap, stages_per_rank=stages, plan=plan)
         if job is not None:
-            state = job.state_bytes.get(placement.key, 0)
-            memory = state + max(peak_bytes(plan, placed))
+            assert row.plan is not None
+            memory = job.state_bytes.get(placement.key, 0) + max(peak_bytes(row.plan, placed))
             row = replace(row, reduction=job.reduction.get(placement.key, 0.0), memory=memory)
         rows.append(row)
     return rows
 
 
-def _within(job: Measurement | None, placement: Placement, cap: int | None, default: int) -> int | None:
+def planned(
+    schedule: str,
+    known: Schedule,
+    costs: CostModel,
+    num_ranks: int,
+    num_micro: int,
+    cap: int | None,
+    optimize: bool,
+    split_backward: bool,
+) -> Row:
+    """The row of one schedule, without what a job adds.
+
+    Args:
+        schedule: its name.
+        known: what is known of it.
+        costs: of the stages of its placement.
+        num_ranks, num_micro, optimize, split_backward: see `compare`.
+        cap: see `make_plan`.
+
+    Raises:
+        PlanError: there is no plan.
+    """
+    stages = known.stages_per_rank
+    plan = make_plan(schedule, num_ranks, num_micro, costs, optimize, cap, split_backward, stages)
+    timeline = simulate(plan, costs)
+    peak = max(peak_activations(plan)) / plan.placement.parts
+    row = Row(schedule, True, "", known.copies, timeline.makespan, max(timeline.bubble()), peak)
+    return replace(row, cap=cap, stages_per_rank=stages, plan=plan)
+
+
+def within(
+    job: Measurement | None,
+    placement: Placement,
+    cap: int | None,
+    default: int,
+    bounds: Sequence[int] | None = None,
+) -> int | None:
     """The activation cap, lowered to what the job's memory allows.
+
+    Args:
+        job: the measurement.
+        placement: of the stages.
+        cap: what is asked for; None: `default`.
+        default: what the schedule is known for.
+        bounds: see `Measurement.placed`.
 
     Raises:
         PlanError: the job has fewer layers than the placement has stages, or too little memory.
@@ -122,7 +166,7 @@ def _within(job: Measurement | None, placement: Placement, cap: int | None, defa
         raise PlanError(
             f"{job.layers} layers cannot fill the {placement.num_stages} stages of placement {placement.name}"
         )
-    left = job.memory_cap(placement)
+    left = job.memory_cap(placement, bounds)
     return cap if left is None or left >= (default if cap is None else cap) else left
 
 
@@ -161,6 +205,6 @@ def best_of(rows: Sequence[Row]) -> Row:
     if first is None:
         raise PlanError("no schedule is feasible: " + "; ".join(row.reason for row in rows))
     rest = sorted((row for row in rows if row.feasible and row is not first), key=lambda row: row.total)
-    others = ", ".join(f"{row.schedule} {row.total:.6g}" for row in rest)
-    reason = f"{first.schedule} has the shortest simulated step, {first.total:.6g} s"
+    others = ", ".join(f"{row.name} {row.total:.6g}" for row in rest)
+    reason = f"{first.name} has the shortest simulated step, {first.total:.6g} s"
     return replace(first, reason=f"{reason} (others: {others})" if others else reason)

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, fields
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +13,7 @@ from ...errors import ConfigError, PlanError
 from ..placement import Placement
 from ..plain_json import Json, parse
 from ..timing.costs import CostModel
+from .layer_costs import LayerCosts
 
 VERSION = 2
 
@@ -32,6 +33,7 @@ class Measurement:
         memory_bytes: bytes that were free on the device when `state_bytes` was taken; None: unknown.
         job: what was measured, so that a file is not used for another job.
         recomputed: as `costs`, with what the layers list computed again in the backward; None: it was not measured.
+        of_layers: what single layers take; None: it was not measured.
     """
 
     costs: CostModel
@@ -42,10 +44,30 @@ class Measurement:
     memory_bytes: int | None = None
     job: Mapping[str, str] = field(default_factory=dict)
     recomputed: CostModel | None = None
+    of_layers: LayerCosts | None = None
 
-    def costs_of(self, recompute: bool) -> CostModel:
-        """The costs with what the layers list computed again, or without."""
-        return self.recomputed if recompute and self.recomputed is not None else self.costs
+    def again(self, recompute: bool) -> Measurement:
+        """With the costs of what the layers list computed again, if it is."""
+        return replace(self, costs=self.recomputed) if recompute and self.recomputed is not None else self
+
+    def placed(self, placement: Placement, bounds: Sequence[int] | None = None) -> CostModel:
+        """Costs of the stages of a placement.
+
+        Args:
+            placement: of the stages.
+            bounds: of a cut of the layers, which have to be measured; None: stages of the linear cut in equal parts.
+        """
+        if bounds is None:
+            return self.costs.for_placement(placement)
+        assert self.of_layers is not None
+        return self.of_layers.costs_of(self.costs, bounds)
+
+    def state(self, placement: Placement, bounds: Sequence[int] | None = None) -> int | None:
+        """`state_bytes` of a placement, on a cut in the ratio of the parameters of the fullest rank; None: unknown."""
+        state, layers = self.state_bytes.get(placement.key), self.of_layers
+        if state is None or bounds is None or layers is None:
+            return state
+        return round(state * layers.most_params(placement, bounds) / max(1, layers.most_params(placement)))
 
     def differences(self, job: Mapping[str, str]) -> list[str]:
         """What is different in `job`, each as "name: measured -> now"."""
@@ -54,16 +76,18 @@ class Measurement:
             f"{name}: {self.job.get(name)} -> {job.get(name)}" for name in names if self.job.get(name) != job.get(name)
         ]
 
-    def memory_cap(self, placement: Placement) -> int | None:
+    def memory_cap(self, placement: Placement, bounds: Sequence[int] | None = None) -> int | None:
         """Activations that fit into the memory left beside weights, gradients and optimizer state; None: unknown.
+
+        Args: see `placed`.
 
         Raises:
             PlanError: these alone do not fit.
         """
-        state = self.state_bytes.get(placement.key)
+        state = self.state(placement, bounds)
         if self.memory_bytes is None or state is None:
             return None
-        size = self.costs.for_placement(placement).activation_bytes
+        size = self.placed(placement, bounds).activation_bytes
         largest = max(size) if isinstance(size, tuple) else size
         cap = (self.memory_bytes - state) // max(1, largest)
         if cap < 1:
@@ -115,16 +139,19 @@ class Measurement:
         if not isinstance(data, dict) or data.get("dualpipe_measurement") != VERSION:
             raise ConfigError(f'{name} is no measurement of this version: delete it, and "schedule": "auto" writes one')
         try:
-            again = data.get("recomputed")
-            known = {each.name for each in fields(cls)} - {"costs", "recomputed"}
+            again, layers = data.get("recomputed"), data.get("of_layers")
+            known = {each.name for each in fields(cls)} - {"costs", "recomputed", "of_layers"}
             found = cls(
                 costs=_costs(data["costs"]),
                 recomputed=None if again is None else _costs(again),
+                of_layers=None if layers is None else LayerCosts(**{name: tuple(layers[name]) for name in layers}),
                 **{key: data[key] for key in known if key in data},
             )
             for costs in filter(None, (found.costs, found.recomputed)):
                 costs.check(found.ranks)
-        except (KeyError, TypeError, AttributeError, PlanError) as error:
+                if found.of_layers is not None:
+                    found.of_layers.costs_of(costs, (0, found.layers))
+        except (KeyError, IndexError, TypeError, AttributeError, PlanError) as error:
             raise ConfigError(f"the measurement {name} is damaged: {error}") from None
         return found
 

@@ -45,6 +45,7 @@ def start(path, ranks=4, replicas=1, data=True, schedule="auto", precision="fp32
         "digest": engine.plan.digest(),
         "losses": [float(engine.train_batch(stream)) for _ in range(3)],
         "measured": len(measured),
+        "layers": sorted(engine.module.dualpipe_layers),
     }
     engine.data_iterator = engine.training_dataloader = None
     gc.collect()

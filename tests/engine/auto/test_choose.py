@@ -10,8 +10,10 @@ from dualpipe_engine.cli import main
 from dualpipe_engine.engine.auto.choose import choose
 from dualpipe_engine.engine.config import DualPipeConfig
 from dualpipe_engine.errors import PlanError
-from dualpipe_engine.schedule.orders.registry import SCHEDULES, placement_of
+from dualpipe_engine.schedule.orders.registry import tried
+from dualpipe_engine.schedule.search.compare import best_of
 from dualpipe_engine.schedule.search.job_costs import Measurement
+from dualpipe_engine.schedule.search.layer_costs import LayerCosts
 from dualpipe_engine.schedule.search.make_plan import make_plan
 from dualpipe_engine.schedule.timing.costs import CostModel
 from dualpipe_engine.schedule.timing.simulate import simulate
@@ -45,15 +47,17 @@ def test_the_simulated_best_is_taken(setting):
     measured = Measurement(costs, ranks, layers, reduction)
     config, _ = choose(DualPipeConfig(schedule="auto"), measured, micros)
     steps = {}
-    for schedule in SCHEDULES:
+    for schedule, known in tried(None):
+        stages = known.stages_per_rank
         try:
-            placement = placement_of(schedule, ranks)
+            placement = known.on(ranks)
             assert placement.num_stages <= layers
-            plan = make_plan(schedule, ranks, micros, costs.for_placement(placement), optimize=True)
+            placed = costs.for_placement(placement)
+            plan = make_plan(schedule, ranks, micros, placed, optimize=True, stages_per_rank=stages)
         except (PlanError, AssertionError):
             continue
-        steps[schedule] = simulate(plan, costs.for_placement(placement)).makespan + reduction.get(placement.key, 0.0)
-    assert steps[config.schedule] == min(steps.values())
+        steps[schedule, stages] = simulate(plan, placed).makespan + reduction.get(placement.key, 0.0)
+    assert steps[config.schedule, config.stages_per_rank] == min(steps.values())
 
 
 def test_reduction_and_layers_change_the_choice():
@@ -69,7 +73,7 @@ def test_reduction_and_layers_change_the_choice():
 
 def test_memory_bounds_the_choice():
     costs = CostModel(1, 1, 1, 2.25, 0.1, activation_bytes=10)
-    state = {"linear": 100, "bidirectional": 200, "vee": 100, "loop of 2": 100}
+    state = {"linear": 100, "bidirectional": 200, "vee": 100, "loop of 2": 100, "loop of 4": 100}
 
     def rows(memory):
         measured = Measurement(costs, 8, 64, state_bytes=state, memory_bytes=memory)
@@ -97,6 +101,9 @@ def test_auto_measures_once_and_trains_as_the_schedule_it_took(ranks, tmp_path, 
     assert measured.costs.comm > 0 and min(measured.costs.activation_bytes) > 0
     assert min(measured.costs.copy) > 0 and len(measured.costs.pending_bytes) == 4
     assert measured.reduction["linear"] == 0 < measured.reduction["bidirectional"]
+    layers = measured.of_layers
+    assert layers.bounds[-1] == len(layers.seconds) == len(layers.params) and min(layers.seconds) > 0
+    assert sum(layers.params) > 0 and max(layers.kept) > 0
     assert measured.state_bytes.keys() == measured.reduction.keys() >= {"linear", "vee", "loop of 2", "loop of 3"}
 
     second = ranks.run(4, auto_runs.start, path=path, data=False)
@@ -127,6 +134,29 @@ def test_what_does_not_fit_goes_to_host_memory(ranks, tmp_path):
     stays = DualPipeConfig(schedule="auto", offload_activations=False)
     for asked, may in ((stays, True), (DualPipeConfig(schedule="auto"), False)):
         assert choose(asked, tight, 4, may)[0].offload_activations is False
+
+
+def test_the_faster_cut_is_trained(ranks, tmp_path):
+    """Layers of known seconds, those of the last stage twice as long; the engine cuts as it would by hand."""
+    path = tmp_path / "costs.json"
+    job = ranks.run(2, auto_runs.described, path=path, ranks=2)[0]
+    times = (4.0, 8.0)
+    layers = LayerCosts((0, 4, 8), (1.0,) * 4 + (2.0,) * 4, (1,) * 8, (1,) * 8, (False,) * 8)
+    costs, mirrored = CostModel(times, times, times, comm=0.01), {"bidirectional": 100.0}
+    measured = Measurement(costs, 2, 3, mirrored, job=job, of_layers=layers)  # one stage a rank
+    config, rows = choose(DualPipeConfig(schedule="auto"), measured, 4)
+    best = best_of(rows)
+    assert config.partition_method == best.counts and best.total < 0.9 * best.plain.total
+    stays, _ = choose(DualPipeConfig(schedule="auto", partition_method="uniform"), measured, 4)
+    assert stays.partition_method == "uniform"
+    measured.save(path)
+    found = ranks.run(2, auto_runs.start, path=path, ranks=2, data=False)
+    assert all(rank["schedule"] == config.schedule and rank["measured"] == 0 for rank in found)
+    same = {key: getattr(config, key) for key in ("schedule", "stages_per_rank", "partition_method")}
+    by_hand = ranks.run(2, auto_runs.start, path=path, ranks=2, data=False, **same)
+    assert [rank["losses"] for rank in by_hand] == [rank["losses"] for rank in found]
+    assert [rank["layers"] for rank in by_hand] == [rank["layers"] for rank in found]
+    assert sorted(number for rank in found for number in rank["layers"]) == list(range(8))
 
 
 def test_auto_with_replicas_and_bf16(ranks, tmp_path):

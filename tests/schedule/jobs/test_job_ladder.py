@@ -9,7 +9,6 @@ from dualpipe_engine.schedule.jobs.ladder import (
     WHOLE,
     Ladder,
     Work,
-    attempts,
     chosen,
     climb,
     layer_bytes,
@@ -17,7 +16,7 @@ from dualpipe_engine.schedule.jobs.ladder import (
 )
 from dualpipe_engine.schedule.jobs.model_shape import load_shape, shape_of
 from dualpipe_engine.schedule.jobs.stage_times import layer_seconds, stage_costs
-from dualpipe_engine.schedule.orders.registry import KNOWN
+from dualpipe_engine.schedule.orders.registry import KNOWN, tried
 from dualpipe_engine.schedule.placement import LINEAR, Placement
 from dualpipe_engine.viz.ladder import ladder_data, reason
 
@@ -107,9 +106,9 @@ def test_the_chosen_one_is_the_fastest_and_what_has_no_plan_says_why():
 
 
 def test_stages_a_rank_are_tried_where_a_schedule_takes_any():
-    tried = [(name, each.stages_per_rank) for name, each in attempts(None) if name.startswith("interleaved")]
-    assert tried == [("interleaved", 2), ("interleaved", 4), ("interleaved_zb", 2), ("interleaved_zb", 4)]
-    assert {each.stages_per_rank for _, each in attempts(3)} == {None, 3}
+    found = [(name, each.stages_per_rank) for name, each in tried(None) if name.startswith("interleaved")]
+    assert found == [("interleaved", 2), ("interleaved", 4), ("interleaved_zb", 2), ("interleaved_zb", 4)]
+    assert {each.stages_per_rank for _, each in tried(3)} == {None, 3}
 
 
 def test_what_is_computed_again_is_added_to_the_backward_and_no_transfer_is():

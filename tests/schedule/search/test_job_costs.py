@@ -1,10 +1,12 @@
 import json
+from dataclasses import replace
 
 import pytest
 
 from dualpipe_engine.errors import ConfigError, PlanError
 from dualpipe_engine.schedule.placement import BIDIRECTIONAL, VEE, Placement
 from dualpipe_engine.schedule.search.job_costs import Measurement, gib
+from dualpipe_engine.schedule.search.layer_costs import LayerCosts
 from dualpipe_engine.schedule.timing.costs import CostModel
 
 FULL = Measurement(
@@ -23,6 +25,16 @@ def test_a_file_holds_all_of_it(tmp_path):
     FULL.save(path)
     assert Measurement.load(path) == FULL
     assert [each.name for each in path.parent.iterdir()] == ["costs.json"]
+
+
+def test_layers_too(tmp_path):
+    layers = LayerCosts((0, 1, 2), (1.0, 2.0), (100, 60), (3, 4), (False, False))
+    full, path = replace(FULL, layers=2, of_layers=layers), tmp_path / "costs.json"
+    full.save(path)
+    assert Measurement.load(path) == full
+    path.write_text(path.read_text().replace("seconds", "hours"))
+    with pytest.raises(ConfigError, match="damaged"):
+        Measurement.load(path)
 
 
 def test_differences_name_what_changed():

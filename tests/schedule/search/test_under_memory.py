@@ -9,9 +9,11 @@ import pytest
 
 from dualpipe_engine.schedule.passes.offload import offload
 from dualpipe_engine.schedule.passes.verify import verify
+from dualpipe_engine.schedule.placement import LINEAR, Placement
 from dualpipe_engine.schedule.search.compare import best_of, compare
 from dualpipe_engine.schedule.search.job_costs import Measurement
-from dualpipe_engine.schedule.search.ladder import under_memory
+from dualpipe_engine.schedule.search.layer_costs import LayerCosts
+from dualpipe_engine.schedule.search.under_memory import Asked, under_memory
 from dualpipe_engine.schedule.timing.costs import CostModel
 from dualpipe_engine.schedule.timing.simulate import peak_bytes, simulate
 from dualpipe_engine.viz.fitting import fitting_table
@@ -25,14 +27,18 @@ def job(memory, copy=0.5, state=STATE):
     return Measurement(costs, RANKS, 64, state_bytes=dict.fromkeys(KEYS, state), memory_bytes=memory)
 
 
+def asked(**more):
+    return Asked(MICROS, **{"stages_per_rank": 2} | more)
+
+
 def by_name(memory, copy=0.5, **more):
-    return {rung.schedule: rung for rung in under_memory(job(memory, copy), MICROS, **more)}
+    return {rung.schedule: rung for rung in under_memory(job(memory, copy), asked(**more))}
 
 
 def test_what_fits_is_as_it_is():
     plain = compare(RANKS, MICROS, job(None).costs, job=job(None))
     for memory in (None, 10_000):
-        for row, rung in zip(plain, under_memory(job(memory), MICROS), strict=True):
+        for row, rung in zip(plain, under_memory(job(memory), asked()), strict=True):
             assert rung.plan == row.plan and rung.total == row.total and rung.memory == row.memory
             assert rung.fewer is False and rung.plain is None and not rung.tried
 
@@ -79,13 +85,13 @@ def test_what_the_user_says_stays():
 def test_the_table_says_what_changes_cost_and_save():
     from rich.console import Console
 
-    rungs = under_memory(job(160), MICROS)
+    rungs = under_memory(job(160), asked())
     console = Console(width=140, record=True, file=StringIO())
     console.print(fitting_table(rungs, 160))
     lines = console.export_text().splitlines()
     assert "160 B are free" in lines[0]
     for rung in rungs:
-        mine = [line for line in lines if f" {rung.schedule} " in line]
+        mine = [line for line in lines if f" {rung.name} " in line]
         assert len(mine) == (0 if rung.plain is None else 1 + len(rung.tried))
         marked = [line for line in mine if ">" in line]
         assert len(marked) == (1 if rung.plain and rung.feasible else 0)
@@ -99,12 +105,67 @@ def test_what_is_computed_again_makes_room():
     """It is tried where a schedule does not fit, costs its time, and is not tried where the user has said."""
     again = CostModel(1, 1.5, 1, activation_bytes=12, pending_bytes=12, copy=0.3)
     both = replace(job(150), recomputed=again)
-    found = {rung.schedule: rung for rung in under_memory(both, MICROS)}
+    found = {rung.schedule: rung for rung in under_memory(both, asked())}
     rung = found["1f1b"]
     assert rung.recompute and rung.fewer is False and rung.memory == STATE + RANKS * 12 <= 150
     assert rung.change == '"recompute": true' and rung.total == simulate(rung.plan, again).makespan
     assert all(each.tried[-1].recompute for each in found.values() if each.plain)
-    tight = {rung.schedule: rung for rung in under_memory(replace(both, memory_bytes=140), MICROS)}["1f1b"]
+    tight = {rung.schedule: rung for rung in under_memory(replace(both, memory_bytes=140), asked())}["1f1b"]
     assert tight.recompute and tight.fewer == 1 and tight.change == '"recompute": true, "offload_activations": 1'
-    assert not any(rung.recompute for rung in under_memory(both, MICROS, may_recompute=False))
-    assert not any(rung.recompute for rung in under_memory(replace(both, memory_bytes=10_000), MICROS))
+    assert not any(rung.recompute for rung in under_memory(both, asked(may_recompute=False)))
+    assert not any(rung.recompute for rung in under_memory(replace(both, memory_bytes=10_000), asked()))
+
+
+LAYERS = LayerCosts(
+    bounds=(0, 4, 8, 12, 16),
+    seconds=(0.5,) * 15 + (3.0,),
+    kept=(5,) * 12 + (2, 2, 2, 14),
+    params=(10,) * 16,
+    with_next=(False,) * 16,
+)
+
+
+def uneven(memory=None):
+    """Four stages of four layers, the last of which is as long as six."""
+    times = (2.0, 2.0, 2.0, 4.5)
+    costs = CostModel(times, times, times, activation_bytes=20, copy=0.5)
+    return Measurement(costs, RANKS, 16, state_bytes=dict.fromkeys(KEYS, STATE), memory_bytes=memory, of_layers=LAYERS)
+
+
+def test_costs_of_a_cut_are_sums_of_those_of_its_layers():
+    costs = uneven().costs
+    assert LAYERS.costs_of(costs, LAYERS.bounds) == replace(costs, activation_bytes=(20,) * 4, copy=(0.5,) * 4)
+    moved = LAYERS.costs_of(costs, (0, 5, 10, 15, 16))
+    assert moved.f == pytest.approx((2.5, 2.5, 2 + 0.5, 3.0))
+    assert moved.activation_bytes == (25, 25, 16, 14) and sum(moved.copy) == pytest.approx(2.0)
+    assert LAYERS.most_params(Placement(LINEAR, 4), (0, 5, 10, 15, 16)) == 50
+    assert LAYERS.most_params(Placement(LINEAR, 4)) == 40
+    assert uneven().state(Placement(LINEAR, 4), (0, 5, 10, 15, 16)) == STATE * 5 // 4
+
+
+def test_the_faster_cut_is_taken_and_both_are_shown():
+    rows = {row.name: row for row in under_memory(uneven(), asked(stages_per_rank=None))}
+    assert {"interleaved x2", "interleaved x4", "interleaved_zb x2", "interleaved_zb x4"} <= rows.keys()
+    row = rows["1f1b"]
+    assert row.counts == "5,5,5,1" and row.change == '"partition_method": "5,5,5,1"'
+    assert row.total < 0.8 * row.plain.total and [each.bounds for each in row.tried] == [row.bounds]
+    costs = LAYERS.costs_of(uneven().costs, row.bounds)
+    assert row.makespan == simulate(row.plan, costs).makespan
+    stays = {row.name: row for row in under_memory(uneven(), asked(may_cut=False))}["1f1b"]
+    assert stays.bounds is None and stays.total == row.plain.total and not stays.tried
+
+
+def test_a_cut_may_be_what_makes_it_fit_or_not():
+    """More layers on the first ranks hold more: then the cut as it is stays, or both are changed."""
+    plain = {row.name: row for row in under_memory(uneven(), asked())}["1f1b"]
+    needs = {each.bounds: each.memory for each in (plain.plain, *plain.tried)}
+    assert needs[plain.bounds] > needs[None]
+    tight = {row.name: row for row in under_memory(uneven(needs[None]), asked())}["1f1b"]
+    assert tight.memory <= needs[None] and any(each.bounds and each.fewer for each in tight.tried)
+    assert tight.total == min(each.total for each in (tight.plain, *tight.tried) if each.memory <= needs[None])
+
+
+def test_what_does_not_fit_at_all_names_what_needs_least():
+    row = {row.name: row for row in under_memory(uneven(STATE + 1), asked())}["1f1b"]
+    least = min((row.plain, *row.tried), key=lambda each: each.memory)
+    assert not row.feasible and f"1f1b needs {least.memory} B at least, with {least.change}, " in row.reason
