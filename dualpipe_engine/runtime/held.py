@@ -19,14 +19,14 @@ from .executor import Executor
 
 @contextmanager
 def held_behind(
-    executor: Executor, own: Sequence[Tensor], away: Callable[[], int] = lambda: 0
+    executor: Executor, own: Callable[[], Sequence[Tensor]], away: Callable[[], int] = lambda: 0
 ) -> Iterator[list[tuple[Op, int]]]:
     """Record the bytes that are held behind each op of the batches in the body, without what is on its way between
     stages.
 
     Args:
         executor: runs the batches.
-        own: tensors that do not count, nor do their gradients: parameters and buffers.
+        own: tells tensors that do not count, nor do their gradients: parameters and buffers.
         away: bytes that do not count either, in host memory.
     """
     found: list[tuple[Op, int]] = []
@@ -34,7 +34,7 @@ def held_behind(
     before = dict(handlers)
     with HeldBytes() as held:
         for kind, handler in before.items():
-            handlers[kind] = _watched(handler, lambda: held.but([*own, *executor.passing()]) - away(), found)
+            handlers[kind] = _watched(handler, lambda: held.but([*own(), *executor.passing()]) - away(), found)
         try:
             yield found
         finally:

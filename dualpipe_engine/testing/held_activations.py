@@ -13,7 +13,12 @@ Engine: TypeAlias = Any
 
 def activation_watch(engine: Engine) -> AbstractContextManager[list[tuple[Op, int]]]:
     """Record the bytes of activations behind each op of the batches in the body: of all that operations have made and
-    that lives, without parameters, their gradients, what is on its way between stages, and host memory.
+    that lives, without parameters, their gradients, those in a reduction, what is on its way between stages, and host
+    memory. What STEP leaves is the optimizer's.
     """
-    own = [*engine.module.parameters(), *engine.module.buffers()]
-    return held_behind(engine._executor, own, lambda: 0 if engine._offload is None else engine._offload.host_bytes())
+    fixed = [*engine.module.parameters(), *engine.module.buffers()]
+
+    def away() -> int:
+        return 0 if engine._offload is None else engine._offload.host_bytes()
+
+    return held_behind(engine._executor, lambda: fixed + engine._tail.reduction.buffers(), away)

@@ -28,7 +28,7 @@ import torch
 if TYPE_CHECKING:
     from dualpipe_engine.schedule.timing.costs import CostModel
 
-HIDDEN, LENGTH, VOCABULARY = 256, 32, 256
+HIDDEN, LENGTH, VOCABULARY = 128, 128, 256
 SCHEDULES = ("1f1b", "zb1p", "dualpipe", "dualpipev", "zbv", "vhalf", "vmin", "interleaved", "interleaved_zb")
 STAGES = (2, 4)  #: a rank, under the schedules that take any number
 
@@ -150,7 +150,7 @@ def can_pin(ranks: int) -> bool:
 def _measure(sizes: Sizes, rung: Rung, kept: dict[tuple[str, bool], CostModel]) -> dict[str, Any]:
     from dualpipe_engine.comm.from_all import from_all
     from dualpipe_engine.runtime.held import added_bytes
-    from dualpipe_engine.schedule.op import REDUCE, STEP
+    from dualpipe_engine.schedule.op import STEP
     from dualpipe_engine.schedule.timing.simulate import peak_bytes
     from dualpipe_engine.testing.held_activations import activation_watch
 
@@ -170,7 +170,7 @@ def _measure(sizes: Sizes, rung: Rung, kept: dict[tuple[str, bool], CostModel]) 
     engine.destroy()
     return {
         "computed": computed[rank],
-        "measured": max(size for op, size in held if op.kind not in (REDUCE, STEP)),
+        "measured": max(size for op, size in held if op.kind != STEP),
         "seconds": seconds,
         "losses": losses,
     }

@@ -151,7 +151,7 @@ class _Bench:
     def held(self, plan: Plan, next_batch: Callable[[], Nest]) -> tuple[int, int]:
         """Run a plan once: bytes that a micro-batch keeps on the stage from F to I, and from I to W."""
         own = [*self._module.parameters(), *self._module.buffers(), *(total for _, total in self._sums)]
-        with held_behind(self._executor, own) as found:
+        with held_behind(self._executor, lambda: own) as found:
             self._batch(plan, next_batch)
         added = added_bytes(found)
         kept = max(0, added[F, self._place.rank])
