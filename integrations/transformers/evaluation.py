@@ -21,6 +21,7 @@ from dualpipe_engine.comm.nest import Nest
 from dualpipe_engine.errors import DualPipeError
 
 from ..outputs import collect, share
+from ..random_streams import StageRandomness, follow
 from .batches import Batch, Model, rows_of, split_batch
 from .loss import TrainerLoss, with_weights
 
@@ -35,6 +36,7 @@ class PipelineEvaluation(Trainer):
     """The part of `DualPipeTrainer` that evaluates. Every pipeline sees all of the data."""
 
     _num_chunks: int
+    _stage_randomness: StageRandomness
     _loss: TrainerLoss
     compute_metrics: Any
     preprocess_logits_for_metrics: Any
@@ -93,6 +95,7 @@ class PipelineEvaluation(Trainer):
                 self.compute_metrics = metrics
         box = [found.metrics, repr(failed[0]) if failed else None]
         dist.broadcast_object_list(box, src=engine.place.has_outputs, group=engine._pipeline_group)
+        follow(engine, engine.place.has_outputs)  # metrics may draw random numbers
         if failed:
             raise failed[0]
         if box[1] is not None:
@@ -128,7 +131,8 @@ class PipelineEvaluation(Trainer):
             return None, None, None
         items = self._items_of(inputs) if labelled else None
         micros = with_weights(self._split(inputs), items, 1, self._shifted(), self._for_the_loss)
-        with self._one_batch(inputs), self._loss.evaluating(labelled, prediction_loss_only, ignore_keys) as kept:
+        evaluating = self._loss.evaluating(labelled, prediction_loss_only, ignore_keys)
+        with self._one_batch(inputs), evaluating as kept, self._stage_randomness():
             mean: Any = engine.eval_batch(iter(micros), num_micro_batches=len(micros))
         loss = mean.detach() if labelled else None
         if prediction_loss_only:

@@ -17,6 +17,7 @@ from contextlib import contextmanager
 from typing import Any, TypeAlias
 
 import torch
+from torch.utils._pytree import tree_leaves
 from transformers.modeling_outputs import SequenceClassifierOutput
 
 from dualpipe_engine.comm.nest import Nest
@@ -59,10 +60,10 @@ def with_weights(
 
 
 def _counted(inputs: Mapping[str, Any], shifted: bool) -> int:
-    """What a mean over a micro-batch is taken over: labels of tokens that count, else rows."""
+    """What a mean over a micro-batch is taken over: labels of tokens or rows that count, else rows."""
     labels = inputs.get("labels")
-    if isinstance(labels, torch.Tensor) and labels.dim() > 1 and not labels.is_floating_point():
-        return int((labels[..., 1:] if shifted else labels).ne(IGNORED).sum())
+    if isinstance(labels, torch.Tensor) and labels.dim() and not labels.is_floating_point():
+        return int((labels[..., 1:] if shifted and labels.dim() > 1 else labels).ne(IGNORED).sum())
     return next(len(value) for value in inputs.values() if isinstance(value, torch.Tensor) and value.dim())
 
 
@@ -123,10 +124,12 @@ class TrainerLoss:
             if self._kept is not None:
                 self._kept[int(number)] = output if self._keep is None else self._keep(output, inputs)
             return torch.zeros((), device=numbers.device)
-        if self._is_sum is None and count == count:
+        if self._is_sum is None and count == count and share:
             self._is_sum = self._ask(output, inputs, count)
         loss = self._of(output, inputs, None if count != count else count, int(number))
-        return loss * (micros if self._is_sum and count == count else share)
+        if self._is_sum and count == count:
+            return loss * micros
+        return loss * share if share else self._without_labels(output)
 
     def _of(self, output: Nest, inputs: dict[str, Any], count: float | None, number: int | None = None) -> torch.Tensor:
         trainer, stand_in = self._trainer, self._stand_in(self._model, self._own, output, inputs, number)
@@ -139,6 +142,10 @@ class TrainerLoss:
         loss, outputs = found
         kept[number] = self._logits(outputs)
         return loss
+
+    def _without_labels(self, output: Nest) -> torch.Tensor:
+        """Of a micro-batch in which no label counts; a mean over them is NaN."""
+        return sum((leaf[:0].sum() for leaf in tree_leaves(output) if leaf.is_floating_point()), torch.zeros(()))
 
     def _logits(self, outputs: Nest) -> Nest:
         """What a Trainer takes for logits of the outputs that `compute_loss` returns beside the loss."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from torch.nn.modules.batchnorm import _BatchNorm
-from transformers import Trainer, TrainingArguments
+from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from dualpipe_engine.errors import ConfigError
 
@@ -90,3 +90,17 @@ def refuse_hooks(trainer: Trainer, num_chunks: int = 1) -> None:
                 f"{name} ({type(part).__name__}) takes its statistics from the whole batch, which is cut into "
                 f"{num_chunks} micro-batches: use num_chunks=1"
             )
+
+
+def refuse_callback(callback: type[TrainerCallback] | TrainerCallback) -> None:
+    """Refuse a callback that comes between the backward and the step of the optimizer, which are one here.
+
+    Raises:
+        ConfigError: it has an `on_pre_optimizer_step`.
+    """
+    kind = callback if isinstance(callback, type) else type(callback)
+    if getattr(kind, "on_pre_optimizer_step", None) is not TrainerCallback.on_pre_optimizer_step:
+        raise ConfigError(
+            f"{kind.__name__}.on_pre_optimizer_step would see no gradients, and the weights after the step, which the "
+            "engine takes at the end of a batch: use param.register_hook for gradients, on_step_end for the rest"
+        )

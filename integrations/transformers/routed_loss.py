@@ -51,6 +51,9 @@ class RoutedLoss(TrainerLoss):
         made.auxiliary = (self._weight, self._auxiliary / (factor or 1.0) * (not self._asking))
         return made
 
+    def _without_labels(self, output: Nest) -> torch.Tensor:
+        return super()._without_labels(output) + self._weight * self._auxiliary
+
     def _ask(self, *given: Any) -> bool | None:
         self._asking = True
         try:

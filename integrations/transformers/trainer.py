@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 from accelerate.data_loader import prepare_data_loader
 from torch.utils.data import DataLoader
-from transformers import Trainer, TrainingArguments
+from transformers import Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_utils import TrainOutput
 
 import dualpipe_engine
@@ -24,15 +24,17 @@ from dualpipe_engine.models.autoep.section import read_section
 
 from ..elsewhere import load_from, load_weights
 from ..optimizers import refuse_optimizer
+from ..random_streams import StageRandomness, follow
 from ..sequences import refuse_shared_sequences
 from .batches import Batch, Model
 from .evaluation import PipelineEvaluation
 from .loss import StandIn, TrainerLoss, with_weights
 from .masters import masters
 from .optimizer import OptimizerView, rebuilt
-from .refusals import refuse_arguments, refuse_hooks
+from .refusals import refuse_arguments, refuse_callback, refuse_hooks
 from .routed_loss import RoutedLoss
 from .stages import on_stages
+from .whole_model import Pipeline, base_model, refuse_calls, whole_names
 
 if TYPE_CHECKING:
     from deepspeed.pipe import PipelineModule
@@ -70,6 +72,7 @@ class DualPipeTrainer(PipelineEvaluation):
         enable_profiling: keep a profile of the run in `dualpipe_profile.json` in the output folder.
         resume_elsewhere: let `train(resume_from_checkpoint=...)` take checkpoints that another number of ranks or
             another schedule has saved, under ZeRO-1 and ZeRO-2, and in fp32 without ZeRO.
+        example_inputs: a small batch without labels, as for `get_model_adapter`: for models that read more than tokens.
         options: as for `Trainer`.
 
     Raises:
@@ -90,10 +93,12 @@ class DualPipeTrainer(PipelineEvaluation):
         expert_parallel: Mapping[str, Any] | None = None,
         enable_profiling: bool = False,
         resume_elsewhere: bool = False,
+        example_inputs: Batch | None = None,
         **options: Any,
     ) -> None:
         self._engine: DualPipeEngine | None = None
-        self._num_chunks, self._schedule = num_chunks, schedule
+        self._stage_randomness = StageRandomness()
+        self._num_chunks, self._schedule, self._example = num_chunks, schedule, example_inputs
         self._extra = dict(deepspeed_config or {})
         refuse_shared_sequences(self._extra)
         if expert_parallel is not None:
@@ -105,8 +110,10 @@ class DualPipeTrainer(PipelineEvaluation):
             super().__init__(model, args, *positional, **options)
         else:
             super().__init__(model=model, args=args, **options)
-        self._given = getattr(_base_model(self.model), "dtype", torch.float32)  # what a Trainer would save
+        self._given = getattr(base_model(self.model), "dtype", torch.float32)  # what a Trainer would save
         refuse_hooks(self, self._num_chunks)
+        for callback in self.callback_handler.callbacks:
+            refuse_callback(callback)
         if self._num_chunks < 1:
             raise ConfigError(f"num_chunks must be at least 1, got {self._num_chunks}")
         if not dist.is_initialized():
@@ -122,10 +129,15 @@ class DualPipeTrainer(PipelineEvaluation):
 
     def _make_engine(self) -> DualPipeEngine:
         """The engine; built at the first use. Collective."""
-        if self._engine is not None:
-            return self._engine
+        if self._engine is None:
+            with self._stage_randomness():
+                self._engine = self._made_engine()
+            refuse_calls(base_model(self.model), self._engine)
+        return self._engine
+
+    def _made_engine(self) -> DualPipeEngine:
         dualpipe_engine_config = self._configuration()
-        adapter = get_model_adapter(_base_model(self.model))
+        adapter = get_model_adapter(base_model(self.model), example_inputs=self._example)
         self._loss = self._batch_loss(adapter)
         module = on_stages(adapter, self._loss, self._stages, self._replicas)
         optimizer, groups = self._make_optimizer(module, dualpipe_engine_config)
@@ -135,8 +147,8 @@ class DualPipeTrainer(PipelineEvaluation):
             optimizer=optimizer,
             config=dualpipe_engine_config,
         )
-        self._engine = engine
-        return engine
+        made: DualPipeEngine = engine
+        return made
 
     def _configuration(self) -> dict[str, Any]:
         args = self.args
@@ -165,7 +177,7 @@ class DualPipeTrainer(PipelineEvaluation):
             if self.compute_loss_func is None and type(self).compute_loss is Trainer.compute_loss:
                 raise
             own = None
-        weight, model = adapter.auxiliary_weight, _base_model(self.model)
+        weight, model = adapter.auxiliary_weight, base_model(self.model)
         if weight is None:
             return TrainerLoss(self, model, own, self._stand_in)
         return RoutedLoss(self, model, own, weight, self._stand_in)
@@ -175,7 +187,7 @@ class DualPipeTrainer(PipelineEvaluation):
 
     def _shifted(self) -> bool:
         """Whether the model is a causal language model, whose labels are those of the tokens before."""
-        return type(_base_model(self.model)).__name__.endswith(("ForCausalLM", "LMHeadModel"))
+        return type(base_model(self.model)).__name__.endswith(("ForCausalLM", "LMHeadModel"))
 
     def _make_optimizer(
         self, module: PipelineModule, configuration: dict[str, Any]
@@ -211,13 +223,13 @@ class DualPipeTrainer(PipelineEvaluation):
 
     # -- what the Trainer's loop calls ---------------------------------------------------------------------------
 
-    def _wrap_model(self, model: Model, training: bool = True, dataloader: DataLoader | None = None) -> _Pipeline:
+    def _wrap_model(self, model: Model, training: bool = True, dataloader: DataLoader | None = None) -> Pipeline:
         self._make_engine()
-        return _Pipeline(self.model)
+        return Pipeline(self.model)
 
     def _prepare_for_training(
         self, max_steps: int, train_dataloader: DataLoader, resume_from_checkpoint: str | None
-    ) -> tuple[_Pipeline, DataLoader]:
+    ) -> tuple[Pipeline, DataLoader]:
         engine = self._make_engine()
         if self._created_lr_scheduler:
             self.lr_scheduler = None
@@ -225,7 +237,7 @@ class DualPipeTrainer(PipelineEvaluation):
         if self.lr_scheduler is not None:
             self.lr_scheduler.optimizer = self.optimizer  # the user's, made for an optimizer of the whole model
         self.create_scheduler(num_training_steps=max_steps, optimizer=self.optimizer)
-        self.model_wrapped = _Pipeline(self.model)
+        self.model_wrapped = Pipeline(self.model)
         if resume_from_checkpoint is not None:
             self._load_engine(resume_from_checkpoint)
             self.lr_scheduler.load_state_dict(torch.load(Path(resume_from_checkpoint, SCHEDULER), weights_only=True))
@@ -244,7 +256,7 @@ class DualPipeTrainer(PipelineEvaluation):
         if engine.gradient_accumulation_steps() != len(micros):
             engine.set_train_batch_size(len(micros) * engine.train_micro_batch_size_per_gpu() * self._replicas)
         labelled = with_weights(micros, num_items_in_batch, self._replicas, self._shifted(), self._for_the_loss)
-        with self._one_batch(inputs):
+        with self._one_batch(inputs), self._stage_randomness():
             loss: torch.Tensor = engine.train_batch(iter(labelled))
         return loss.detach().clone().to(self.args.device)
 
@@ -272,6 +284,20 @@ class DualPipeTrainer(PipelineEvaluation):
         """Of the step just taken, before clipping, which the engine has done."""
         found = self._make_engine().get_global_grad_norm()
         return None if found is None else float(found)
+
+    def add_callback(self, callback: type[TrainerCallback] | TrainerCallback) -> None:
+        """As the Trainer's.
+
+        Raises:
+            ConfigError: see `refuse_callback`.
+        """
+        refuse_callback(callback)
+        super().add_callback(callback)
+
+    def store_flos(self) -> None:
+        """As the Trainer's, which adds up all ranks; those of a pipeline have counted the same batches."""
+        self.current_flos /= self._stages
+        super().store_flos()
 
     def get_total_train_batch_size(self, args: TrainingArguments) -> int:
         return self._train_batch_size * self._replicas
@@ -324,7 +350,7 @@ class DualPipeTrainer(PipelineEvaluation):
         """Gather the stages and save the whole model, as `from_pretrained` loads it. Collective."""
         engine = self._make_engine()
         with masters(engine) if self._given == torch.float32 else nullcontext():
-            state = _whole_names(self.model, gather_state_dict(engine))
+            state = whole_names(self.model, gather_state_dict(engine))
             if self.args.should_save:  # within: the configuration that is saved has the dtype of the parameters
                 self._save(output_dir, state_dict=state)
         dist.barrier()
@@ -333,7 +359,8 @@ class DualPipeTrainer(PipelineEvaluation):
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         engine = self._make_engine()
-        engine.save_checkpoint(output_dir, tag=ENGINE_TAG)
+        with self._stage_randomness():
+            engine.save_checkpoint(output_dir, tag=ENGINE_TAG)
         if self.args.save_total_limit or self.args.push_to_hub:  # older ones are deleted next, or this one is sent
             engine.wait_for_checkpoint()
         if self.args.should_save:
@@ -351,7 +378,15 @@ class DualPipeTrainer(PipelineEvaluation):
     def _load_engine(self, folder: str) -> None:
         if not Path(folder, ENGINE_TAG).is_dir():
             raise CheckpointError(f"{folder} holds no state of an engine: was it saved with save_only_model?")
-        load_from(self._make_engine(), Path(folder, ENGINE_TAG), self._resume_elsewhere, "resume_elsewhere=True")
+        engine = self._make_engine()
+        with self._stage_randomness():
+            load_from(engine, Path(folder, ENGINE_TAG), self._resume_elsewhere, "resume_elsewhere=True")
+
+    def _load_rng_state(self, checkpoint: str | None) -> None:
+        """As the Trainer's; where ranks have no file of their own, as the first one of their pipeline."""
+        super()._load_rng_state(checkpoint)
+        engine = self._make_engine()
+        follow(engine, dist.get_process_group_ranks(engine._pipeline_group)[0])
 
     def _load_best_model(self) -> None:
         load_weights(self._make_engine(), Path(self.state.best_model_checkpoint, ENGINE_TAG))
@@ -368,40 +403,3 @@ class DualPipeTrainer(PipelineEvaluation):
         profiler.save_to_file(str(Path(self.args.output_dir, "dualpipe_profile.json")))
         profiler.print_summary()
         return result
-
-
-class _Pipeline:
-    """What the Trainer's loop holds as its wrapped model: the engine does the work."""
-
-    def __init__(self, model: Model) -> None:
-        self._model = model
-
-    def __getattr__(self, name: str) -> Any:  # noqa: ANN401
-        return getattr(self._model, name)
-
-    def train(self, mode: bool = True) -> _Pipeline:
-        self._model.train(mode)
-        return self
-
-    def eval(self) -> _Pipeline:
-        return self.train(False)
-
-    def to(self, *args: Any, **kwargs: Any) -> _Pipeline:
-        return self
-
-    def zero_grad(self, set_to_none: bool = True) -> None:
-        pass
-
-
-def _base_model(model: Model) -> Model:
-    """The model within a PEFT model, whose layers hold the adapters."""
-    return model.get_base_model() if hasattr(model, "get_base_model") else model
-
-
-def _whole_names(model: Model, state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Names of the base model's weights in a PEFT model."""
-    base = _base_model(model)
-    if base is model:
-        return state
-    prefix = next(name for name, part in model.named_modules() if part is base)
-    return {f"{prefix}.{name}": value for name, value in state.items()}

@@ -332,6 +332,26 @@ def test_tokens_are_weighted_by_labels_that_count():
     assert shifted == pytest.approx([3 * 2 / 3, 1.0, 0.0])
 
 
+def test_a_micro_batch_without_labels_adds_nothing():
+    """A mean over its labels would be NaN; so for the gradient."""
+    labels = torch.tensor([[-100, -100], [1, 2], [-100, 0]])
+    logits = torch.randn(3, 2, 4, requires_grad=True)
+
+    def mean(output, target, count):
+        return torch.nn.functional.cross_entropy(output.flatten(0, 1), target.flatten())
+
+    for items in (None, 3):
+        loss = TrainerLoss(Losses(mean), None, None)
+        micros = with_weights([{"x": logits[at : at + 1], "labels": labels[at : at + 1]} for at in range(3)], items)
+        found = torch.stack([loss(inputs["x"], needed) for inputs, needed in micros]).mean()
+        expected = mean(logits, labels, None)
+        torch.testing.assert_close(found, expected, check_dtype=False)
+        ours, theirs = (torch.autograd.grad(each, logits)[0] for each in (found, expected))
+        torch.testing.assert_close(ours, theirs)
+    rows = [{"x": torch.ones(1), "labels": torch.tensor([at])} for at in (-100, 2, 1)]
+    assert [needed[1][2].item() for _, needed in with_weights(rows, None)] == [0, 1.5, 1.5]
+
+
 def test_losses_that_micro_batches_cannot_make_are_refused():
     inputs = {"x": torch.ones(2, 2), "labels": torch.zeros(2, 2)}
     ((_, needed),) = with_weights([inputs], 4)

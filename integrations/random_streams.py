@@ -1,0 +1,60 @@
+"""Random numbers of the stages, apart from those of the data.
+
+All ranks of a pipeline collate the same batches, some at random (masked tokens, augmentation), by the generators of
+Python, numpy and torch on the host. Dropout draws another amount on each rank: so stages have a stream of their own.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+
+if TYPE_CHECKING:
+    from dualpipe_engine.engine.engine import DualPipeEngine
+
+State = tuple[Any, Any, torch.Tensor]
+"""Of the generators of Python, numpy and torch on the host; loaders do not draw from those of an accelerator."""
+
+
+def host_state() -> State:
+    return random.getstate(), np.random.get_state(), torch.get_rng_state()
+
+
+def set_host_state(state: State) -> None:
+    random.setstate(state[0])
+    np.random.set_state(state[1])
+    torch.set_rng_state(state[2])
+
+
+class StageRandomness:
+    """`with randomness():` draws from the stream of this rank's stages.
+
+    It begins as the generators stand when it is first used, and goes on where the last such block has ended.
+    """
+
+    def __init__(self) -> None:
+        self._state: State | None = None
+
+    @contextmanager
+    def __call__(self) -> Iterator[None]:
+        outside = host_state()
+        if self._state is not None:
+            set_host_state(self._state)
+        try:
+            yield
+        finally:
+            self._state = host_state()
+            set_host_state(outside)
+
+
+def follow(engine: DualPipeEngine, source: int) -> None:
+    """Let the generators of a pipeline go on as those of one of its ranks, the global rank `source`. Collective."""
+    box = [host_state()]
+    dist.broadcast_object_list(box, src=source, group=engine._pipeline_group)
+    set_host_state(box[0])
