@@ -34,12 +34,12 @@ def test_predictions_are_those_of_one_process(ranks, tmp_path):
 
 
 def test_logits_are_on_one_rank_and_leave_the_device(ranks, tmp_path):
-    """The batch has 8 rows of at most 9 tokens and 61 logits: 17 568 bytes."""
+    """The batch has 8 rows of at most 9 tokens and 61 logits: 17 568 bytes; random states have 12 000."""
     first, last = ranks.run(2, runs.watched, folder=str(tmp_path))
     assert first["metrics"]["eval_accuracy"] == last["metrics"]["eval_accuracy"]
     assert not first["most"] and len(last["most"]) == 6
     assert max(last["most"]) <= 2
-    assert max(first["pickled"], last["pickled"]) < 2000
+    assert max(first["pickled"], last["pickled"]) < 13_000
     assert first["alone"] == last["alone"] and first["alone"][0] == 3
 
 
