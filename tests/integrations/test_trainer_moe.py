@@ -71,9 +71,9 @@ def test_what_cannot_work_is_refused_by_name():
     with pytest.raises(ConfigError, match="leave one of them out"):
         DualPipeTrainer(expert_parallel=SHARED, deepspeed_config={"expert_parallel": SHARED})
     config = transformers.PhimoeConfig(**SMALL, num_local_experts=4, output_router_logits=True)
-    trainer = SimpleNamespace(_engine=None, _configuration=dict, model=transformers.PhimoeForCausalLM(config))
+    trainer = SimpleNamespace(_configuration=dict, _example=None, model=transformers.PhimoeForCausalLM(config))
     with pytest.raises(ConfigError, match="output_router_logits=False"):
-        DualPipeTrainer._make_engine(trainer)
+        DualPipeTrainer._made_engine(trainer)
 
 
 class Reading:
