@@ -38,6 +38,7 @@ FAMILIES = [
         by_token=True,
         routed=("gpt_oss", "mixtral", "qwen3_moe"),
     ),
+    Family(tuple(f"{name}ForConditionalGeneration" for name in ("Llava", "Qwen2VL", "Qwen3VL")), of_tokens),
     Family(("ForMaskedLM",), of_rows, embeds_only=True, by_token=True),
     Family(("ForTokenClassification",), of_rows, by_token=True),
     Family(("ForImageClassification", "ForSequenceClassification"), of_classes),

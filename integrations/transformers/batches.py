@@ -21,10 +21,14 @@ def rows_of(batch: Mapping[str, Any]) -> int:
     Raises:
         ConfigError: it has no tensors, or tensors with different numbers of rows.
     """
-    rows = {len(value) for value in batch.values() if isinstance(value, torch.Tensor) and value.dim()}
-    if len(rows) != 1:
-        raise ConfigError(f"the tensors of a batch have different numbers of rows: {sorted(rows)}")
-    return rows.pop()
+    rows = {name: len(value) for name, value in batch.items() if isinstance(value, torch.Tensor) and value.dim()}
+    if len(set(rows.values())) != 1:
+        told = ", ".join(f"{name} {count}" for name, count in rows.items())
+        raise ConfigError(
+            f"a batch is cut by its rows, but its tensors have different numbers of rows ({told}): let the data "
+            "collator give each of them one row a sample; patches of images, as of Qwen-VL, have none"
+        )
+    return next(iter(rows.values()))
 
 
 def split_batch(batch: Mapping[str, Any], num_micro: int) -> list[dict[str, Any]]:

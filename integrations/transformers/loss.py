@@ -20,6 +20,7 @@ import torch
 from torch.utils._pytree import tree_leaves
 from transformers.modeling_outputs import SequenceClassifierOutput
 
+from dualpipe_engine.adapters.losses import TokenLoss
 from dualpipe_engine.comm.nest import Nest
 from dualpipe_engine.errors import ConfigError
 
@@ -213,14 +214,13 @@ class StandIn:
         return found
 
     def _loss(self, labels: Nest, items: object) -> torch.Tensor:
-        text = type(self._model).__name__
-        if items is not None and text.endswith(("ForCausalLM", "LMHeadModel")):
-            size = self._model.config.get_text_config().vocab_size
-            return self._model.loss_function(
-                logits=self._output, labels=labels, vocab_size=size, num_items_in_batch=items
+        if items is not None and isinstance(self._own, TokenLoss):
+            return self._own.function(
+                logits=self._output, labels=labels, vocab_size=self._own.vocabulary, num_items_in_batch=items
             )
         if self._own is None:
-            raise ConfigError(f"the loss of {text} is not known: override compute_loss, or give a compute_loss_func")
+            name = type(self._model).__name__
+            raise ConfigError(f"the loss of {name} is not known: override compute_loss, or give a compute_loss_func")
         return self._own(self._output, labels)
 
     def __getattr__(self, name: str) -> object:

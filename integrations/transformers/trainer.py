@@ -173,9 +173,12 @@ class DualPipeTrainer(PipelineEvaluation):
     def _batch_loss(self, adapter: ModelAdapter) -> TrainerLoss:
         try:
             own = adapter.own_loss
-        except ConfigError:
+        except ConfigError as error:
             if self.compute_loss_func is None and type(self).compute_loss is Trainer.compute_loss:
-                raise
+                name = type(base_model(self.model)).__name__
+                raise ConfigError(
+                    f"the loss of {name} is not known: override compute_loss, or give a compute_loss_func"
+                ) from error
             own = None
         weight, model = adapter.auxiliary_weight, base_model(self.model)
         if weight is None:
@@ -186,8 +189,9 @@ class DualPipeTrainer(PipelineEvaluation):
         return StandIn(*given)
 
     def _shifted(self) -> bool:
-        """Whether the model is a causal language model, whose labels are those of the tokens before."""
-        return type(base_model(self.model)).__name__.endswith(("ForCausalLM", "LMHeadModel"))
+        """Whether labels are those of the tokens before; when a Trainer smooths, of `ForCausalLM` models only."""
+        language = type(base_model(self.model)).__name__.endswith(("ForCausalLM", "LMHeadModel"))
+        return language or (self._loss_shifts_labels and self.label_smoother is None)
 
     def _make_optimizer(
         self, module: PipelineModule, configuration: dict[str, Any]

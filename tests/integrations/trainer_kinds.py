@@ -72,6 +72,29 @@ class Pictures(torch.utils.data.Dataset):
         return {"pixel_values": torch.randn(3, 16, 16, generator=generator), "labels": torch.tensor(index % 3)}
 
 
+def with_pictures():
+    """LLaVA, four of whose tokens stand for a picture."""
+    torch.manual_seed(5)
+    text = {"vocab_size": VOCABULARY, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 4}
+    text |= {"use_cache": False}  # it would be among the predictions of a Trainer, as hidden states of the picture are
+    tower = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 3, "num_attention_heads": 4}
+    config = transformers.LlavaConfig(
+        text_config=text | {"model_type": "llama", "num_attention_heads": 4},
+        vision_config=tower | {"model_type": "clip_vision_model", "image_size": 32, "patch_size": 16},
+        image_token_index=60,
+        keys_to_ignore_at_inference=["image_outputs"],
+    )
+    return transformers.LlavaForConditionalGeneration(config)
+
+
+def illustrated(rows):
+    batch = pad(rows)
+    batch["input_ids"][:, 1:5] = 60
+    batch["labels"][:, 1:5] = IGNORED
+    size = (len(rows), 3, 32, 32)
+    return batch | {"pixel_values": torch.randn(size, generator=torch.Generator().manual_seed(len(rows)))}
+
+
 def half_masked(tokens):
     return torch.where(torch.arange(len(tokens)) % 2 == 0, tokens, IGNORED)
 
@@ -113,6 +136,12 @@ def own_optimizer(base):
     return Own
 
 
+def example_of(collate):
+    batch = collate([Sentences(2)[0], Sentences(2)[1]])
+    del batch["labels"]
+    return batch
+
+
 def with_schedule(model):
     optimizer = torch.optim.SGD(model.parameters(), lr=0.5, momentum=0.9)
     return {"optimizers": (optimizer, torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 / (1 + step)))}
@@ -142,6 +171,8 @@ KINDS = {
         "collate": None,
     },
     "causal": token_rows(model=make_model),
+    "pictures": token_rows(model=with_pictures, ours=lambda: {"example_inputs": example_of(illustrated)})
+    | {"collate": illustrated},
     "smoothed": token_rows(model=make_model, args={"label_smoothing_factor": 0.1}),
     "mean of tokens": token_rows(model=make_model, options=lambda model: {"compute_loss_func": mean_over_tokens}),
     "sum of tokens": token_rows(model=make_model, options=lambda model: {"compute_loss_func": sum_over_tokens}),
@@ -189,6 +220,8 @@ def run_kind(name, folder, stock, steps=STEPS, **options):
     )  # fmt: skip
     model = given["model"]()
     more = given["options"](model) if "options" in given else {}
+    if not stock and "ours" in given:
+        more |= given["ours"]()
     trainer = given.get("subclass", lambda base: base)(kind)(
         model=model, args=arguments, train_dataset=given["data"](), data_collator=given["collate"],
         compute_metrics=accuracy, **more, **options,
