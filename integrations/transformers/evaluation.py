@@ -50,6 +50,11 @@ class PipelineEvaluation(Trainer):
     def _shifted(self) -> bool:
         raise NotImplementedError
 
+    def _looks_at_losses(self) -> bool:
+        """Whether a batch is cut whose loss is the user's own, so that nobody knows what it is a mean of."""
+        own = type(self).compute_loss is not Trainer.compute_loss or self.compute_loss_func is not None
+        return own and self._num_chunks > 1
+
     def _alone(self) -> AbstractContextManager[None]:
         raise NotImplementedError
 

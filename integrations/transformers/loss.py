@@ -7,17 +7,18 @@ that it is given returns what the stages have computed.
 A batch travels as micro-batches, over whose losses the engine takes the mean; each is weighted so that this mean is
 the loss of the whole batch. Losses are of two kinds: sums divided by `num_items_in_batch`, and means over what a
 micro-batch holds. `loss_is_scaled_for_ga` of the Trainer says which; where it says nothing, the first loss is computed
-for two numbers of items.
+for two numbers of items. What a loss of the user's own is a mean of, if of anything, is seen as well (`loss_kind.py`).
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import Any, TypeAlias
 
 import torch
-from torch.utils._pytree import tree_leaves
+from torch.utils._pytree import tree_leaves, tree_map_only
 from transformers.modeling_outputs import SequenceClassifierOutput
 
 from dualpipe_engine.adapters.losses import TokenLoss
@@ -25,8 +26,8 @@ from dualpipe_engine.comm.nest import Nest
 from dualpipe_engine.errors import ConfigError
 
 from .batches import Model
+from .loss_kind import Piece, SumOfParts, counted, every_label, ignores_padding, rows_of_inputs
 
-IGNORED = -100
 Micro = tuple[dict[str, Any], Any]
 Loss = Callable[[Nest, Nest], torch.Tensor]
 Computing: TypeAlias = Any
@@ -49,23 +50,17 @@ def with_weights(
         shifted: the first label of a row counts for nothing, as in causal language models.
         for_the_loss: names of inputs that the stages do not need.
     """
-    counts = [_counted(inputs, shifted) for inputs in micros]
+    counts, rows = [counted(inputs, shifted) for inputs in micros], [rows_of_inputs(inputs) for inputs in micros]
     count, total = float("nan") if items is None else float(items), sum(counts)
+    uneven = any(counted(inputs, False) < every_label(inputs) for inputs in micros)
     weighted = []
     for number, (inputs, own) in enumerate(zip(micros, counts, strict=True)):
         share = own * len(micros) / total if total else 1.0
-        numbers = torch.tensor([count, float(replicas * len(micros)), share, float(number)], dtype=torch.float64)
+        of_rows = rows[number] * len(micros) / sum(rows)
+        numbers = [count, float(replicas * len(micros)), share, float(number), of_rows, float(uneven)]
         kept = {name: value for name, value in inputs.items() if name not in for_the_loss}
-        weighted.append((kept, (inputs, numbers)))
+        weighted.append((kept, (inputs, torch.tensor(numbers, dtype=torch.float64))))
     return weighted
-
-
-def _counted(inputs: Mapping[str, Any], shifted: bool) -> int:
-    """What a mean over a micro-batch is taken over: labels of tokens or rows that count, else rows."""
-    labels = inputs.get("labels")
-    if isinstance(labels, torch.Tensor) and labels.dim() and not labels.is_floating_point():
-        return int((labels[..., 1:] if shifted and labels.dim() > 1 else labels).ne(IGNORED).sum())
-    return next(len(value) for value in inputs.values() if isinstance(value, torch.Tensor) and value.dim())
 
 
 class TrainerLoss:
@@ -84,6 +79,8 @@ class TrainerLoss:
         self._trainer, self._model, self._own = trainer, model, own
         self._stand_in = stand_in or StandIn
         self._is_sum: bool | None = trainer.loss_is_scaled_for_ga
+        self._by_rows: bool | None = None
+        self._parts = SumOfParts(f"{type(trainer).__name__}.compute_loss") if trainer._looks_at_losses() else None
         self._labelled = True
         self._kept: dict[int, Nest] | None = None
         self._ignored: tuple[str, ...] = ()
@@ -120,17 +117,42 @@ class TrainerLoss:
 
     def __call__(self, output: Nest, labels: tuple[dict[str, Any], torch.Tensor]) -> torch.Tensor:
         inputs, numbers = labels
-        count, micros, share, number = numbers.tolist()
+        count, _, share, number, _, uneven = numbers.tolist()
         if not self._labelled:
             if self._kept is not None:
                 self._kept[int(number)] = output if self._keep is None else self._keep(output, inputs)
             return torch.zeros((), device=numbers.device)
         if self._is_sum is None and count == count and share:
             self._is_sum = self._ask(output, inputs, count)
+        if self._parts is not None and isinstance(inputs.get("labels"), torch.Tensor):
+            self._look(self._parts, output, inputs, count, bool(share and uneven))
         loss = self._of(output, inputs, None if count != count else count, int(number))
+        factor = self._factor(numbers)
+        return loss * factor if factor else self._without_labels(output)
+
+    def _factor(self, numbers: torch.Tensor) -> float:
+        """What the loss of a micro-batch is multiplied with; the engine divides by the number of them."""
+        count, micros, share, _, of_rows, _ = numbers.tolist()
         if self._is_sum and count == count:
-            return loss * micros
-        return loss * share if share else self._without_labels(output)
+            return micros
+        return of_rows if self._by_rows else share
+
+    def _look(self, parts: SumOfParts, output: Nest, inputs: dict[str, Any], count: float, uneven: bool) -> None:
+        """Whether micro-batches add up, and what a mean weighs them by; `uneven`: some labels do not count."""
+        is_sum, items = self._is_sum and count == count, None if count != count else count
+
+        def loss(piece: Piece) -> float:
+            return self._asked(*piece, items)
+
+        if self._by_rows is None and not is_sum and uneven:
+            self._by_rows = not ignores_padding(loss, output, inputs)
+        weigh = rows_of_inputs if self._by_rows else partial(counted, shifted=self._trainer._shifted())
+        parts(loss, None if is_sum else weigh, (output, inputs))
+
+    @torch.no_grad()
+    def _asked(self, output: Nest, inputs: Mapping[str, Any], count: float | None) -> float:
+        """The loss of rows, for another purpose than training; in fp32, as bf16 would not tell losses apart."""
+        return float(self._of(tree_map_only(torch.Tensor, _precise, output), dict(inputs), count))
 
     def _of(self, output: Nest, inputs: dict[str, Any], count: float | None, number: int | None = None) -> torch.Tensor:
         trainer, stand_in = self._trainer, self._stand_in(self._model, self._own, output, inputs, number)
@@ -156,10 +178,9 @@ class TrainerLoss:
             found = tuple(outputs[1:])
         return found[0] if len(found) == 1 else found
 
-    @torch.no_grad()
     def _ask(self, output: Nest, inputs: dict[str, Any], count: float) -> bool | None:
         """Whether the loss is divided by the number of items; None: not seen, since it is zero."""
-        once, twice = (float(self._of(output, inputs, number)) for number in (count, 2 * count))
+        once, twice = (self._asked(output, inputs, number) for number in (count, 2 * count))
         near = 1e-3 * abs(once)
         if abs(once - twice) <= near:
             return None if once == 0 else False
@@ -169,6 +190,10 @@ class TrainerLoss:
             f"a loss of {once:.6g} for {count:g} items and of {twice:.6g} for twice as many is neither a mean over the "
             "micro-batch nor a sum divided by num_items_in_batch: micro-batches cannot add up to the batch"
         )
+
+
+def _precise(leaf: torch.Tensor) -> torch.Tensor:
+    return leaf.float() if leaf.is_floating_point() else leaf
 
 
 class StandIn:

@@ -40,23 +40,22 @@ class RoutedLoss(TrainerLoss):
 
     def __call__(self, output: Nest, labels: tuple[dict[str, Any], torch.Tensor]) -> torch.Tensor:
         logits, self._auxiliary = output
-        self._numbers: list[float] = labels[1].tolist()
+        self._numbers = labels[1]
         return super().__call__(logits, labels)
 
     def _routed(self, *given: Any) -> StandIn:
         """Whose auxiliary loss is divided by what the loss of the micro-batch is multiplied with."""
         made = self._plain(*given)
-        count, micros, share, *_ = self._numbers
-        factor = micros if self._is_sum and count == count else share
-        made.auxiliary = (self._weight, self._auxiliary / (factor or 1.0) * (not self._asking))
+        factor = self._factor(self._numbers) or 1.0
+        made.auxiliary = (self._weight, self._auxiliary / factor * (not self._asking))
         return made
 
     def _without_labels(self, output: Nest) -> torch.Tensor:
         return super()._without_labels(output) + self._weight * self._auxiliary
 
-    def _ask(self, *given: Any) -> bool | None:
+    def _asked(self, *given: Any) -> float:
         self._asking = True
         try:
-            return super()._ask(*given)
+            return super()._asked(*given)
         finally:
             self._asking = False

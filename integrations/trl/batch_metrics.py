@@ -46,6 +46,9 @@ class BatchMetrics(DualPipeTrainer):
         refuse_data(self)
         base_of(self.model).__dict__.pop("forward", None)  # with a fused head that no rank runs
 
+    def _looks_at_losses(self) -> bool:
+        return False  # they are TRL's, of which those that do not add up are refused
+
     def _stand_in(self, *given: Any) -> StandIn:
         return FusedStandIn(*given, kept=self._fields)
 

@@ -293,8 +293,14 @@ def test_batches_are_cut_into_rows():
 class Losses:
     """A trainer with a loss of one's own, which says what it is, or does not."""
 
-    def __init__(self, loss, scaled=None):
-        self.loss, self.loss_is_scaled_for_ga = loss, scaled
+    def __init__(self, loss, scaled=None, looks=False):
+        self.loss, self.loss_is_scaled_for_ga, self.looks = loss, scaled, looks
+
+    def _looks_at_losses(self):
+        return self.looks
+
+    def _shifted(self):
+        return False
 
     def compute_loss(self, model, inputs, num_items_in_batch=None):
         return self.loss(model(x=inputs["x"]).logits, inputs["labels"], num_items_in_batch)
@@ -321,6 +327,71 @@ def test_the_mean_over_uneven_micro_batches_is_the_loss_of_the_batch(scaled, ite
     micros = with_weights(split_batch({"x": x, "labels": y}, 2), items)
     mean = torch.stack([loss(inputs["x"], needed) for inputs, needed in micros]).mean()
     torch.testing.assert_close(mean, torch.nn.functional.mse_loss(x, y).double(), check_dtype=False)
+
+
+RAGGED = torch.tensor([[3, 1, 2], [1, -100, -100], [2, 0, -100], [0, 3, 1], [2, -100, -100]])
+
+
+def each_token(output, labels):
+    """Losses [rows, tokens], zero where there is no label."""
+    return torch.nn.functional.cross_entropy(output.flatten(0, 1), labels.flatten(), reduction="none").view_as(labels)
+
+
+def of_tokens(output, labels, count):
+    return each_token(output, labels).sum() / labels.ne(-100).sum()
+
+
+def of_items(output, labels, count):
+    return each_token(output, labels).sum() / (labels.ne(-100).sum() if count is None else count)
+
+
+def of_rows(output, labels, count):
+    return (each_token(output, labels).sum(-1) / labels.ne(-100).sum(-1).clamp(1)).mean()
+
+
+def of_places(output, labels, count):
+    return each_token(output, labels).mean()
+
+
+def of_classes(output, labels, count):
+    weights = torch.tensor([1.0, 2.0, 3.0, 4.0])
+    return torch.nn.functional.cross_entropy(output.flatten(0, 1), labels.flatten(), weights)
+
+
+def contrast(output, labels, count):
+    rows = output.flatten(1)
+    return torch.nn.functional.cross_entropy(rows @ rows.t(), torch.arange(len(rows)))
+
+
+def drawn(output, labels, count):
+    return of_tokens(output, labels, count) * torch.rand(())
+
+
+def losses_of(loss, parts, items=None):
+    generator = torch.Generator().manual_seed(3)
+    logits = torch.randn(*RAGGED.shape, 4, generator=generator)
+    found = TrainerLoss(Losses(loss, looks=True), None, None)
+    micros = with_weights(split_batch({"x": logits, "labels": RAGGED}, parts), items)
+    return torch.stack([found(inputs["x"], needed) for inputs, needed in micros]).mean(), loss(logits, RAGGED, items)
+
+
+@pytest.mark.parametrize("parts", [2, 3, 5])
+@pytest.mark.parametrize("items", [None, int(RAGGED.ne(-100).sum())], ids=["no items", "items"])
+@pytest.mark.parametrize("loss", [of_tokens, of_items, of_rows, of_places])
+def test_what_a_loss_is_a_mean_of_is_seen(loss, items, parts):
+    found, expected = losses_of(loss, parts, items)
+    torch.testing.assert_close(found, expected, check_dtype=False)
+
+
+@pytest.mark.parametrize("parts", [2, 3, 5])
+@pytest.mark.parametrize("loss", [of_classes, contrast])
+def test_a_loss_that_is_no_mean_over_rows_or_labels_is_refused(loss, parts):
+    with pytest.raises(ConfigError, match=r"Losses.compute_loss gives .* or use num_chunks=1"):
+        losses_of(loss, parts)
+
+
+def test_a_loss_that_draws_random_numbers_is_not_judged():
+    losses_of(drawn, 2)
 
 
 def test_tokens_are_weighted_by_labels_that_count():

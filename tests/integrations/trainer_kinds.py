@@ -109,6 +109,13 @@ def sum_over_tokens(outputs, labels, num_items_in_batch=None):
     return torch.nn.functional.cross_entropy(logits, labels[:, 1:].flatten(), reduction="sum") / num_items_in_batch
 
 
+def mean_over_rows(outputs, labels, num_items_in_batch=None):
+    """Of means over the tokens of a row."""
+    logits, labels = outputs.logits[:, :-1], labels[:, 1:]
+    each = torch.nn.functional.cross_entropy(logits.transpose(1, 2), labels, reduction="none")
+    return (each.sum(-1) / labels.ne(IGNORED).sum(-1)).mean()
+
+
 def focal(base):
     """A subclass with a loss of its own, as users write them."""
 
@@ -175,6 +182,7 @@ KINDS = {
     | {"collate": illustrated},
     "smoothed": token_rows(model=make_model, args={"label_smoothing_factor": 0.1}),
     "mean of tokens": token_rows(model=make_model, options=lambda model: {"compute_loss_func": mean_over_tokens}),
+    "mean of rows": token_rows(model=make_model, options=lambda model: {"compute_loss_func": mean_over_rows}),
     "sum of tokens": token_rows(model=make_model, options=lambda model: {"compute_loss_func": sum_over_tokens}),
     "own loss": {"model": lambda: small("BertForSequenceClassification", num_labels=3), "subclass": focal}
     | label_rows(),

@@ -1,0 +1,128 @@
+"""How losses of the user's own add up: those of micro-batches have to make the loss of the batch.
+
+A loss is a sum divided by the number of items, or a mean over labels or over rows, which a row of padding shows. Any
+other, such as one with weights of classes or a contrast between rows, is another number when the batch is cut.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch.utils._pytree import tree_map
+
+from dualpipe_engine.comm.nest import Nest
+from dualpipe_engine.errors import ConfigError
+
+IGNORED = -100
+CHECKED = 8  #: micro-batches on each rank
+
+Piece = tuple[Nest, Mapping[str, Any]]
+"""Output and inputs of some rows."""
+
+
+def counted(inputs: Mapping[str, Any], shifted: bool) -> int:
+    """What a mean over a micro-batch is taken over: labels of tokens or rows that count, else rows."""
+    labels = inputs.get("labels")
+    if isinstance(labels, torch.Tensor) and labels.dim() and not labels.is_floating_point():
+        return int((labels[..., 1:] if shifted and labels.dim() > 1 else labels).ne(IGNORED).sum())
+    return rows_of_inputs(inputs)
+
+
+def every_label(inputs: Mapping[str, Any]) -> int:
+    """Of a micro-batch, those that do not count among them."""
+    labels = inputs.get("labels")
+    return labels.numel() if isinstance(labels, torch.Tensor) and not labels.is_floating_point() else 0
+
+
+def rows_of_inputs(inputs: Mapping[str, Any]) -> int:
+    """Of the first tensor that has any."""
+    return next(len(value) for value in inputs.values() if isinstance(value, torch.Tensor) and value.dim())
+
+
+def ignores_padding(loss: Callable[[Piece], float], output: Nest, inputs: Mapping[str, Any]) -> bool:
+    """Whether a mean is one over labels of tokens: rows without any, and without attention, do not change it."""
+    blank = dict(inputs) | {"labels": torch.full_like(inputs["labels"], IGNORED)}
+    if "attention_mask" in blank:
+        blank["attention_mask"] = torch.zeros_like(inputs["attention_mask"])
+    return _near(loss(_joined((output, inputs), (output, blank))), loss((output, inputs)))
+
+
+class SumOfParts:
+    """Compares the loss of rows with what those of two parts of them make, on the first micro-batches.
+
+    Args:
+        name: of the loss, for the error.
+    """
+
+    def __init__(self, name: str) -> None:
+        self._name, self._left = name, CHECKED
+        self._before: Piece | None = None
+
+    def __call__(
+        self, loss: Callable[[Piece], float], weigh: Callable[[Mapping[str, Any]], float] | None, this: Piece
+    ) -> None:
+        """
+        Args:
+            loss: of rows, without a graph.
+            weigh: what a mean over some rows counts for; None: the loss is a sum.
+            this: output and inputs of a micro-batch. One of a single row is joined with the one before.
+
+        Raises:
+            ConfigError: the loss is neither sum nor mean.
+        """
+        if not self._left:
+            return
+        rows = len(this[1]["labels"])
+        if rows > 1:
+            parts = [_rows(this, slice(rows // 2)), _rows(this, slice(rows // 2, None))]
+        elif self._before is None or _shapes(self._before) != _shapes(this):
+            self._before = tree_map(lambda leaf: leaf.detach() if isinstance(leaf, torch.Tensor) else leaf, this)
+            return
+        else:
+            parts, this, self._before = [self._before, this], _joined(self._before, this), None
+        weights = [1.0 if weigh is None else weigh(inputs) for _, inputs in parts]
+        total = 1.0 if weigh is None else sum(weights)
+        if not all(weights):
+            return
+        whole = loss(this)
+        if not _near(whole, loss(this)):  # it draws random numbers
+            return
+        self._left -= 1
+        made = sum(weight * loss(part) for weight, part in zip(weights, parts, strict=True)) / total
+        if not _near(made, whole):
+            raise ConfigError(
+                f"{self._name} gives {whole:.6g} for some rows and {made:.6g} from two parts of them, so micro-batches "
+                "do not add up to the batch: return a sum divided by num_items_in_batch or a mean over rows or labels, "
+                "without weights of classes, or use num_chunks=1"
+            )
+
+
+def _near(one: float, other: float) -> bool:
+    return abs(one - other) <= 1e-3 * abs(other) + 1e-7
+
+
+def _rows(piece: Piece, which: slice) -> Piece:
+    rows = len(piece[1]["labels"])
+
+    def cut(leaf: Any) -> Any:  # noqa: ANN401
+        return leaf[which] if isinstance(leaf, torch.Tensor) and leaf.dim() and len(leaf) == rows else leaf
+
+    return tree_map(cut, piece)
+
+
+def _joined(first: Piece, second: Piece) -> Piece:
+    rows = len(first[1]["labels"])
+
+    def join(one: Any, other: Any) -> Any:  # noqa: ANN401
+        of_rows = isinstance(one, torch.Tensor) and one.dim() and len(one) == rows
+        return torch.cat([one, other]) if of_rows else one
+
+    return tree_map(join, first, second)
+
+
+def _shapes(piece: Piece) -> list[tuple[int, ...]]:
+    found: list[tuple[int, ...]] = []
+    tree_map(lambda leaf: found.append(tuple(leaf.shape)) if isinstance(leaf, torch.Tensor) else None, piece)
+    return found
