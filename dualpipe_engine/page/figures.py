@@ -20,7 +20,8 @@ if TYPE_CHECKING:
 MOST_BOXES = 12_000  #: of a drawing; above, each column of time shows what fills most of it
 COLUMNS = 1200
 _MS = 1e3
-_TICKS_AND_TITLE = 56  #: pixels below an axis
+#: Pixels: below an axis, of a title above, and above and below all axes of a figure.
+_TICKS_AND_TITLE, _TITLE, _AROUND = 56, 36, 120
 _SHARES = {
     F: PALETTE[F][1],
     I: PALETTE[I][1],
@@ -46,8 +47,13 @@ def schedules(drawings: Mapping[str, Timeline]) -> Figure:
     from plotly.subplots import make_subplots
 
     ranks = max(timeline.num_ranks for timeline in drawings.values())
+    height = 170 + len(drawings) * min(900, 70 + 24 * ranks)
     figure = make_subplots(
-        rows=len(drawings), cols=1, shared_xaxes=True, vertical_spacing=0.08, subplot_titles=list(drawings)
+        rows=len(drawings),
+        cols=1,
+        shared_xaxes=True,
+        vertical_spacing=_TITLE / (height - _AROUND),
+        subplot_titles=list(drawings),
     )
     shown: set[str] = set()
     for row, timeline in enumerate(drawings.values(), 1):
@@ -68,7 +74,6 @@ def schedules(drawings: Mapping[str, Timeline]) -> Figure:
         )
     figure.update_xaxes(range=[0, max(timeline.makespan for timeline in drawings.values()) * _MS])
     figure.update_xaxes(title_text="ms", title_standoff=8, row=len(drawings), col=1)
-    height = 140 + len(drawings) * min(900, 70 + 24 * ranks)
     figure.update_layout(
         barmode="overlay",
         bargap=0.08,
@@ -374,7 +379,7 @@ def choices(rows: Sequence[Row], current: str) -> Figure:
 
 def _below(height: int) -> dict[str, Any]:
     """A legend under a figure of `height` pixels, which makes room for as many lines as it takes."""
-    return {"orientation": "h", "y": -_TICKS_AND_TITLE / (height - 120), "yanchor": "top", "traceorder": "normal"}
+    return {"orientation": "h", "y": -_TICKS_AND_TITLE / (height - _AROUND), "yanchor": "top", "traceorder": "normal"}
 
 
 def _rounded(values: Iterable[float]) -> list[float]:

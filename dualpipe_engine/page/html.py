@@ -111,8 +111,8 @@ def _sections(run: Run) -> Iterator[tuple[str, str, str]]:
         "schedule",
         "Schedule",
         _say(
-            "Planned: simulated with the measured costs. Measured: the step of median length. Drag to zoom both, "
-            "double-click to go back; an op says its times when pointed at."
+            "Planned: simulated with the measured costs, transfers for nothing. Measured: the step of median length. "
+            "Drag to zoom both, double-click to go back; an op says its times when pointed at."
         )
         + _plot("schedules", figures.schedules(both)),
     )
@@ -141,7 +141,10 @@ def _sections(run: Run) -> Iterator[tuple[str, str, str]]:
     yield (
         "what-if",
         "What if",
-        _say("The measured costs under every schedule, and under activation caps below its own where it takes them.")
+        _say(
+            "The measured costs, transfers for as long as they took, under every schedule, and under activation caps "
+            "below its own where it takes them."
+        )
         + _plot("what-if", figures.choices(rows, profile.plan.schedule))
         + _choices(rows, profile.plan.schedule),
     )

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import re
 import subprocess
 import sys
@@ -23,6 +22,7 @@ from dualpipe_engine.integrations.transformers.optimizer import rebuilt
 from dualpipe_engine.integrations.transformers.refusals import refuse_arguments, refuse_hooks
 from ranks import RankError
 
+from dualpipe_engine.cli import main
 from dualpipe_engine.compat import DualPipeTrainer
 from dualpipe_engine.errors import ConfigError
 
@@ -156,7 +156,8 @@ def test_the_call_of_the_docs_starts_in_fresh_processes(tmp_path):
     )
     (tmp_path / "script.py").write_text(script)
     start([*TORCHRUN, "2", str(tmp_path / "script.py")])
-    assert json.loads((tmp_path / "dualpipe_profile.json").read_text()) and list(tmp_path.glob("checkpoint-3"))
+    assert list(tmp_path.glob("checkpoint-3"))
+    assert main(["report", str(tmp_path), "--out", str(tmp_path / "report.html")]) == 0
 
 
 def arguments(**given):

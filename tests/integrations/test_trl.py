@@ -58,12 +58,14 @@ def test_a_reference_on_a_pipeline_of_its_own_is_that_of_one_process(ranks, tmp_
 
 
 @pytest.mark.all
-@pytest.mark.parametrize("schedule", ["dualpipe", "dualpipev"])
-@pytest.mark.parametrize("reference", runs.REFERENCES)
-def test_twenty_steps_with_a_reference_on_four_ranks(ranks, tmp_path, reference, schedule):
+@pytest.mark.parametrize(
+    "reference, world, schedule",
+    [*((reference, 4, "dualpipe") for reference in runs.REFERENCES), ("another", 2, "dualpipev")],
+)
+def test_twenty_steps_with_a_reference(ranks, tmp_path, reference, world, schedule):
     theirs = ranks.run(1, runs.dpo, folder=str(tmp_path / "stock"), stock=True, steps=20, reference=reference)[0]
     options = {"num_chunks": 3, "schedule": schedule, "reference": reference}
-    for found in ranks.run(4, runs.dpo, folder=str(tmp_path / "ours"), steps=20, **options):
+    for found in ranks.run(world, runs.dpo, folder=str(tmp_path / "ours"), steps=20, **options):
         assert_same(found, theirs, 20)
 
 
@@ -158,6 +160,17 @@ def test_replicas_share_their_metrics(ranks, tmp_path):
     found = ranks.run(4, runs.sft, folder=str(tmp_path), steps=2, num_chunks=3, num_stages=2, schedule="dualpipev")
     assert all(each == found[0] for each in found)
     assert found[0][0]["mean_token_accuracy"] >= 0 and found[0][1]["num_tokens"] > found[0][0]["num_tokens"] > 200
+
+
+@pytest.mark.all
+def test_replicas_with_a_reference_are_one_process_with_a_larger_batch(ranks, tmp_path):
+    given = {"reference": "another", "steps": 3}
+    whole = {"config": {"per_device_train_batch_size": 8, "per_device_eval_batch_size": 4}}
+    theirs = ranks.run(1, runs.dpo, folder=str(tmp_path / "stock"), stock=True, **given, **whole)[0]
+    half = {"config": {"per_device_train_batch_size": 4, "per_device_eval_batch_size": 4}}
+    options = {"num_chunks": 2, "num_stages": 2, "schedule": "dualpipev"}
+    for found in ranks.run(4, runs.dpo, folder=str(tmp_path / "ours"), **given, **half, **options):
+        assert_same(found, theirs, 3)
 
 
 @pytest.mark.all

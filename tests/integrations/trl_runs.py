@@ -175,6 +175,14 @@ PAIRS = {
     "prompt": [f"Question {at}? " for at in range(24)],
     "completion": [f"The answer is {at * at}, {'as ever' * (at % 3)}." for at in range(24)],
 }
+
+
+def correct(found):
+    """Next tokens that are the likeliest, of those that count."""
+    logits, labels = torch.as_tensor(found.predictions)[:, :-1], torch.as_tensor(found.label_ids)[:, 1:]
+    return {"correct": float((logits.argmax(-1) == labels)[labels >= 0].float().mean())}
+
+
 #: Runs that between them give each argument of the table in docs/trainer.md another value than its default.
 SFT_CASES = {
     "conversations": {
@@ -197,6 +205,7 @@ SFT_CASES = {
         "rows": {"input_ids": [[at % 7 + k for k in range(9)] for at in range(24)],
                  "labels": [[-100, *(at % 7 + k for k in range(8))] for at in range(24)]},
         "config": {"dataset_kwargs": {"skip_prepare_dataset": True}, "loss_type": "dft"},
+        "compute_metrics": correct,
     },
     "experts": {
         "rows": PAIRS, "family": "mixtral", "config": {"router_aux_loss_coef": 0.0, "completion_only_loss": False},
