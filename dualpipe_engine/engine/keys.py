@@ -87,7 +87,7 @@ TRAINING = (
     _works(
         "sequence_parallel_size",
         "engine/test_sequence_parallel.py::test_gradients_are_those_of_whole_sequences",
-        "replicas of the pipeline share each sequence, for the layers of `dualpipe_engine.models`",
+        "replicas of the pipeline share each sequence, for the layers of `dualpipe_engine.models` and of adapters",
     ),
     _refused("managed_gradient_accumulation", "a schedule knows where its batch ends", (True,)),
 )
