@@ -12,6 +12,7 @@ formulas, whose own backward autograd does as part of I. Under forward-mode diff
 
 from __future__ import annotations
 
+import functools
 import re
 from collections.abc import Callable
 from typing import Any, NamedTuple, Protocol, TypeAlias
@@ -77,26 +78,28 @@ def accumulate(contributions: list[Contribution], fused: FusedWgrad | None = Non
     They go into `main_grad` (fp32) where the parameter has one, else into `grad` as autograd does it, post-accumulate
     hooks included: of all parameters in one call of its engine.
     """
-    whole: list[Contribution] = []
-    viewed: list[Contribution] = []
+    apart: list[Contribution] = []
+    first: list[Contribution] = []
     through_views = {each.param for each in contributions if not each.is_direct}  # together, for one order of the sum
     for each in contributions:
         main_grad = getattr(each.param, "main_grad", None)
         if main_grad is not None:
             each.add_to(main_grad, fused)
+        elif each.param in through_views or all(leaf.grad is not None for leaf in each.leaves):
+            apart.append(each)
         else:
-            (viewed if each.param in through_views else whole).append(each)
+            first.append(each)
     contributions.clear()
     edges: list[Any] = []
     grads: list[Tensor] = []
-    for each in viewed:
+    for each in apart:
         for edge, grad in each.compute():
             edges.append(edge)
             grads.append(grad)
-    viewed.clear()
-    if whole:
+    apart.clear()
+    if first:
         with torch.enable_grad():
-            root = _Late.apply(whole, *(leaf for each in whole for leaf in each.leaves))
+            root = _Late.apply(first, *(leaf for each in first for leaf in each.leaves))
         edges.append(root)
         grads.append(root.detach())
     if edges:
@@ -111,7 +114,8 @@ AutogradNode: TypeAlias = Any
 
 
 class _Late(torch.autograd.Function):
-    """Makes weight gradients in its backward, so that autograd owns them alone, and need not copy what it keeps."""
+    """Makes weight gradients in its backward, so that autograd owns them alone, and need not copy what it keeps: the
+    first ones, which become `grad`. What is added to those is kept by nobody, and costs less without a Function."""
 
     @staticmethod
     def forward(ctx: AutogradContext, contributions: list[Contribution], *leaves: Tensor) -> Tensor:
@@ -285,7 +289,7 @@ def _put_off(ctx: AutogradContext, grad: Tensor, x: Tensor, weight: Tensor, join
         ctx.op,
         grad,
         x.detach(),
-        torch.empty_like(weight, device="meta"),
+        _like(weight.shape, weight.stride(), weight.dtype),
         GradientEdge(*ctx.next_functions[2]) if joint else None,
         _offset(weight, param) if has_main_grad else None,
     )
@@ -294,6 +298,12 @@ def _put_off(ctx: AutogradContext, grad: Tensor, x: Tensor, weight: Tensor, join
     else:
         accumulate([later], sink.fused_wgrad)
     return True
+
+
+@functools.lru_cache(maxsize=1024)
+def _like(shape: torch.Size, strides: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+    """A meta tensor in place of a weight. Nothing is written to it, so that weights that look alike share one."""
+    return torch.empty_strided(shape, strides, dtype=dtype, device="meta")
 
 
 def _offset(weight: Tensor, param: nn.Parameter) -> int | None:

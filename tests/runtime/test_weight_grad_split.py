@@ -31,6 +31,8 @@ FUNCTIONS = {
     "linear": ((16, 8), (24, 8), F.linear),
     "linear of a transposed weight": ((16, 8), (8, 24), lambda x, w: F.linear(x, w.t())),
     "linear of a slice": ((16, 8), (48, 8), lambda x, w: F.linear(x, w[24:])),
+    "linear of columns": ((16, 8), (24, 12), lambda x, w: F.linear(x, w[:, 2:10])),
+    "bmm of columns": ((3, 4, 8), (3, 8, 30), lambda x, w: torch.bmm(x, w[:, :, 6:])),
     "matmul": ((2, 8, 8), (8, 24), torch.matmul),
     "one expert": ((16, 8), (3, 24, 8), lambda x, w: F.linear(x, w[1])),
     "bmm": ((3, 4, 8), (3, 8, 24), torch.bmm),
@@ -171,6 +173,27 @@ def test_post_accumulate_hooks_see_the_gradient_in_w() -> None:
     install(layer, store)
     step(layer, store, torch.randn(3, 8), torch.randn(3, 6))
     assert seen[-1] is True and seen.count(True) == 1
+
+
+def test_hooks_run_for_each_gradient_that_is_added() -> None:
+    """Those of the parameter after it, those of the node that adds it with what is added."""
+    layer, store = nn.Linear(8, 6, bias=False), DeferredWeightGrads()
+    sums: list[Tensor | None] = []
+    added: list[Tensor] = []
+    layer.weight.register_post_accumulate_grad_hook(lambda param: sums.append(param.grad))
+    node = layer.weight.view_as(layer.weight).grad_fn.next_functions[0][0]
+    install(layer, store)
+    given = [(torch.randn(3, 8), torch.randn(3, 6)) for _ in range(3)]
+    for x, grad in given:
+        out = layer(x)
+        with store.defer():
+            out.backward(grad)
+        sums.clear()
+        with node.register_prehook(lambda grads: added.append(grads[0])):  # the backward of I runs the node on nothing
+            for closure in store.take():
+                closure()
+        assert len(sums) == 1 and sums[0] is layer.weight.grad
+    assert all(torch.equal(one, grad.t() @ x) for one, (x, grad) in zip(added, given, strict=True))
 
 
 def test_hooks_of_views_run() -> None:
