@@ -6,7 +6,7 @@ beside the most that is held behind any op. Step times are medians, from a momen
 the last one. Each rank keeps to a core of its own where there are enough. Losses of two steps have to be the same to
 the last bit on all rungs of a schedule.
 
-    python examples/bench/ladder.py                             # 4 processes on the CPU, one pipeline
+    python examples/bench/ladder.py                             # 4 processes on the CPU, one pipeline: five minutes
     python examples/bench/ladder.py --only 1f1b,zbv --steps 9
     python examples/bench/ladder.py --out ladder.json           # writes ladder.json and ladder.png
 """

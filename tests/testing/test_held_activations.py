@@ -17,12 +17,14 @@ SHAPES = {
     },
     "linear and mirrored": WIDE | {"schedules": ("1f1b", "zb1p", "dualpipe")},
     "vee": WIDE | {"schedules": ("dualpipev", "zbv", "vhalf", "vmin")},
-    "loop": WIDE | {"schedules": ("interleaved", "interleaved_zb"), "stages": (2,)},
+    "loop": WIDE | {"schedules": ("interleaved", "interleaved_zb"), "stages": (2, 4)},
 }
 
 
-@pytest.mark.all
-@pytest.mark.parametrize("shape", SHAPES)
+SMALL, *OTHERS = SHAPES
+
+
+@pytest.mark.parametrize("shape", [SMALL, *(pytest.param(each, marks=pytest.mark.all) for each in OTHERS)])
 def test_computed_bytes_are_measured(ranks, shape):
     size = SHAPES[shape]["ranks"]
     by_rung = dict(ranks.run(size, ladder_runs.measure, timeout=900, **SHAPES[shape])[0])

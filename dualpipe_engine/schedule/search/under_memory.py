@@ -81,8 +81,10 @@ class Asked:
 def under_memory(job: Measurement, asked: Asked) -> list[Fitted]:
     """Every schedule on a measured job, the fastest way that was found to run it.
 
-    On a cut of its own a schedule may be faster, and hold less. One that takes more memory than there is gets a cap on
-    its activations or has some of them in host memory, with what the layers list computed again or without.
+    On a cut of its own a schedule may be faster, and hold less. Where stages of the linear cut are divided and layers
+    were measured it always has one, since the costs of the parts are known there. One that takes more memory than there
+    is gets a cap on its activations or has some of them in host memory, with what the layers list computed again or
+    without.
 
     Raises:
         PlanError: the costs are for another number of stages, or `stages_per_rank` is no such number.
@@ -184,10 +186,13 @@ def _fastest(way: _Way) -> Fitted:
             found += [row] if way.fits(row) else [row, *other.changed(row)]
     if not found:
         return plain
-    if fit := [each for each in (plain, *found) if way.fits(each)]:
+    able = (plain, *found)
+    if placement.parts > 1 and any(each.bounds for each in found):  # parts of a stage need not be alike
+        able = tuple(each for each in found if each.bounds)
+    if fit := [each for each in able if way.fits(each)]:
         return replace(min(fit, key=lambda each: each.total), plain=plain, tried=tuple(found))
     assert job.memory_bytes is not None
-    least = min((plain, *found), key=lambda each: each.memory or 0)
+    least = min(able, key=lambda each: each.memory or 0)
     reason = (
         f"{plain.name} needs {gib(least.memory or 0)} at least"
         + (f", with {least.change}" if least.change else "")

@@ -155,6 +155,14 @@ def test_the_faster_cut_is_taken_and_both_are_shown():
     assert stays.bounds is None and stays.total == row.plain.total and not stays.tried
 
 
+def test_several_stages_a_rank_are_those_whose_costs_are_known():
+    """Half a stage takes half its time only where layers are alike: with a head in it there is no such cut."""
+    rows = {row.name: row for row in under_memory(uneven(), asked())}
+    for name in ("zbv", "vhalf", "interleaved x2"):
+        assert rows[name].bounds is not None and rows[name].plain.total < rows[name].total
+    assert rows["dualpipe"].total <= rows["dualpipe"].plain.total
+
+
 def test_a_cut_may_be_what_makes_it_fit_or_not():
     """More layers on the first ranks hold more: then the cut as it is stays, or both are changed."""
     plain = {row.name: row for row in under_memory(uneven(), asked())}["1f1b"]
