@@ -9,10 +9,10 @@ from typing import Any
 
 from ..errors import ConfigError
 from ..schedule.cuts.fastest import compare_cuts
+from ..schedule.jobs.under_memory import Asked, Fitted, under_memory
 from ..schedule.passes.verify import verify
 from ..schedule.search.compare import compare, fastest
 from ..schedule.search.job_costs import Measurement
-from ..schedule.search.under_memory import Asked, Fitted, under_memory
 from ..schedule.timing.costs import CostModel
 from .arguments import Commands, add_stages, add_work, finite, layer_costs, print_json, refuse, work
 from .job import add_job, estimate_job

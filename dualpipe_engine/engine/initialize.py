@@ -20,10 +20,10 @@ from ..comm.communicators import noting_groups
 from ..errors import ConfigError, DualPipeError
 from ..faults.watch import Watch
 from ..models.autoep import section as expert_parallel
+from ..schedule.jobs.under_memory import Fitted
 from ..schedule.plan import Plan
 from ..schedule.progress import Position
 from ..schedule.search.compare import best_of
-from ..schedule.search.under_memory import Fitted
 from ..schedule.timing.costs import CostModel
 from .auto.choose import choose, job_costs, print_choice
 from .batches.shards import shard_batches

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
+from ..schedule.jobs.under_memory import Fitted
 from ..schedule.search.job_costs import Measurement, gib
-from ..schedule.search.under_memory import Fitted
 from ..schedule.timing.bound import plan_bound
 
 if TYPE_CHECKING:
@@ -27,7 +27,7 @@ def fitting_table(rows: Sequence[Fitted], free: int | None) -> Table:
     """What was tried with schedules beside themselves as they are; `>` marks what was taken.
 
     Args:
-        rows: what `schedule.search.under_memory.under_memory` returns.
+        rows: what `schedule.jobs.under_memory.under_memory` returns.
         free: bytes of memory; None: unknown.
     """
     from rich.table import Table

@@ -26,13 +26,13 @@ from torch.utils.data import DataLoader, IterableDataset
 from ...comm.from_all import from_all
 from ...comm.nest import Nest
 from ...errors import ConfigError
+from ...schedule.jobs.under_memory import Asked, Fitted, under_memory
 from ...schedule.orders.registry import placements_on
 from ...schedule.placement import LINEAR, Placement
 from ...schedule.plain_json import parse
 from ...schedule.search.compare import best_of
 from ...schedule.search.job_costs import Measurement
 from ...schedule.search.layer_costs import LayerCosts
-from ...schedule.search.under_memory import Asked, Fitted, under_memory
 from ...schedule.timing.costs import CostModel, PerStage
 from ..config import DualPipeConfig
 from ..given import Collate, Dataset, Settings

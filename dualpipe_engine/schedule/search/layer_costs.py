@@ -7,10 +7,7 @@ from dataclasses import dataclass, replace
 from itertools import pairwise
 from math import ceil
 
-from ..cuts.fastest import best_cut
-from ..cuts.together import kept_together
 from ..placement import Placement
-from ..plan import Plan
 from ..timing.costs import CostModel, PerStage
 
 
@@ -64,24 +61,6 @@ class LayerCosts:
             activation_bytes=whole(costs.activation_bytes),
             pending_bytes=None if costs.pending_bytes is None else whole(costs.pending_bytes),
         )
-
-    def fastest(self, costs: CostModel, plan: Plan) -> tuple[int, ...]:
-        """Bounds of the cut on which a plan is fastest, of those that `best_cut` tries.
-
-        Args:
-            costs: of the stages of the linear cut.
-            plan: what runs.
-
-        Raises:
-            PlanError: there are fewer layers than stages, or nothing takes time.
-        """
-        layers = self.costs_of(costs, range(len(self.seconds) + 1))
-        model = self.costs_of(costs, (0, len(self.seconds)))
-        weights = [sum(layers.at(layer)[:3]) for layer in range(len(self.seconds))]
-        (f, i, w, fb), pairs = model.at(0), costs.fb is not None
-        even = CostModel(f, i, w, fb if pairs else None, costs.comm)
-        found = best_cut(weights, plan.placement, even, lambda _: plan).bounds
-        return tuple(kept_together(found, self.with_next, plan.placement))
 
     def most_params(self, placement: Placement, bounds: Sequence[int] | None = None) -> int:
         """Parameters of the rank that holds most.

@@ -11,11 +11,16 @@ from itertools import pairwise
 from typing import Any
 
 from ...errors import PlanError
+from ..cuts.fastest import best_cut
+from ..cuts.together import kept_together
 from ..orders.registry import Schedule, tried
 from ..passes.offload import least_that_fits, offload
+from ..plan import Plan
+from ..search.compare import Row, planned, within
+from ..search.job_costs import Measurement, gib
+from ..search.layer_costs import LayerCosts
+from ..timing.costs import CostModel
 from ..timing.simulate import peak_activations, peak_bytes, simulate
-from .compare import Row, planned, within
-from .job_costs import Measurement, gib
 
 
 @dataclass(frozen=True)
@@ -93,6 +98,26 @@ def under_memory(job: Measurement, asked: Asked) -> list[Fitted]:
     return [_fastest(_Way(job, asked, name, known)) for name, known in tried(asked.stages_per_rank)]
 
 
+def fastest_cut(layers: LayerCosts, costs: CostModel, plan: Plan) -> tuple[int, ...]:
+    """Bounds of the cut on which a plan is fastest, of those that `best_cut` tries.
+
+    Args:
+        layers: what they take.
+        costs: of the stages of the linear cut.
+        plan: what runs.
+
+    Raises:
+        PlanError: there are fewer layers than stages, or nothing takes time.
+    """
+    count = len(layers.seconds)
+    single, model = layers.costs_of(costs, range(count + 1)), layers.costs_of(costs, (0, count))
+    weights = [sum(single.at(layer)[:3]) for layer in range(count)]
+    f, i, w, fb = model.at(0)
+    even = CostModel(f, i, w, None if costs.fb is None else fb, costs.comm)
+    found = best_cut(weights, plan.placement, even, lambda _: plan).bounds
+    return tuple(kept_together(found, layers.with_next, plan.placement))
+
+
 @dataclass(frozen=True)
 class _Way:
     """A schedule on one cut, with what the layers list computed again or not."""
@@ -164,7 +189,7 @@ class _Way:
         cuts, layers = [self.bounds], self.job.of_layers
         if self.asked.may_cut and layers is not None:
             assert plain.plan is not None
-            found = layers.fastest(self.job.costs, plain.plan)
+            found = fastest_cut(layers, self.job.costs, plain.plan)
             own = layers.bounds if len(found) == len(layers.bounds) else None
             cuts += [found] if found != own else []
         again = self.asked.may_recompute and self.job.recomputed is not None and not self.fits(plain)

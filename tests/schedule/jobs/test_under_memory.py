@@ -7,13 +7,13 @@ from io import StringIO
 
 import pytest
 
+from dualpipe_engine.schedule.jobs.under_memory import Asked, under_memory
 from dualpipe_engine.schedule.passes.offload import offload
 from dualpipe_engine.schedule.passes.verify import verify
 from dualpipe_engine.schedule.placement import LINEAR, Placement
 from dualpipe_engine.schedule.search.compare import best_of, compare
 from dualpipe_engine.schedule.search.job_costs import Measurement
 from dualpipe_engine.schedule.search.layer_costs import LayerCosts
-from dualpipe_engine.schedule.search.under_memory import Asked, under_memory
 from dualpipe_engine.schedule.timing.costs import CostModel
 from dualpipe_engine.schedule.timing.simulate import peak_bytes, simulate
 from dualpipe_engine.viz.fitting import fitting_table
