@@ -138,8 +138,9 @@ def test_bytes_are_those_of_a_part():
 
 def test_the_commands_know_lengths_and_parts(tmp_path, capsys):
     base = ["compare", "--model", "llama-3-70b", "--gpus", "256", "--ranks", "8", "--micro-batches", "16", "--no-fp8"]
-    base += ["--hardware", "h100"]
-    steps = []
+    slow, steps = tmp_path / "slow.json", []
+    slow.write_text(json.dumps({"like": "h100", "network": 5e9}))
+    base += ["--hardware", str(slow)]
     for more in ([], ["--own-layers"]):
         assert main([*base, "--length", "16384", "--sequence-parallel", "16", *more, "--format", "json"]) == 0
         found = json.loads(capsys.readouterr().out)
