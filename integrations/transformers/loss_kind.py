@@ -13,9 +13,9 @@ import torch
 from torch.utils._pytree import tree_map
 
 from dualpipe_engine.comm.nest import Nest
+from dualpipe_engine.engine.batches.shards import IGNORED
 from dualpipe_engine.errors import ConfigError
 
-IGNORED = -100
 CHECKED = 8  #: micro-batches on each rank
 
 Piece = tuple[Nest, Mapping[str, Any]]

@@ -10,16 +10,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
-from peft import PeftModel
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.other import AuxiliaryTrainingWrapper
-
-from ..transformers.batches import Model
-
-
-def base_of(model: Model) -> Model:
-    """The model within a PEFT model, else the model."""
-    return model.get_base_model() if isinstance(model, PeftModel) else model
 
 
 @contextmanager

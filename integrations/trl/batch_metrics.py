@@ -21,7 +21,7 @@ from ..outputs import collect, share
 from ..transformers import DualPipeTrainer
 from ..transformers.batches import Batch, Model
 from ..transformers.loss import StandIn
-from .adapters import base_of
+from ..transformers.whole_model import base_model
 from .fused import FusedStandIn, Whole
 from .refusals import refuse_data, refuse_settings
 
@@ -44,7 +44,7 @@ class BatchMetrics(DualPipeTrainer):
         self._fields: dict[int, Nest] = {}
         super().__init__(model, args, *positional, **options)
         refuse_data(self)
-        base_of(self.model).__dict__.pop("forward", None)  # with a fused head that no rank runs
+        base_model(self.model).__dict__.pop("forward", None)  # with a fused head that no rank runs
 
     def _looks_at_losses(self) -> bool:
         return False  # they are TRL's, of which those that do not add up are refused

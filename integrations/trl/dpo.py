@@ -23,7 +23,8 @@ from dualpipe_engine.errors import ConfigError
 from ..transformers.batches import Batch, Model
 from ..transformers.loss import TrainerLoss, with_weights
 from ..transformers.stages import on_stages
-from .adapters import adapter_of_stages, base_of
+from ..transformers.whole_model import base_model
+from .adapters import adapter_of_stages
 from .batch_metrics import BatchMetrics
 from .fused import fused
 
@@ -119,7 +120,7 @@ class DualPipeDPOTrainer(BatchMetrics, DPOTrainer):
         if self.ref_model is not None:
             engine = self._make_reference()
             loss = engine.module.loss_fn
-        elif base_of(self.model) is not self.model:
+        elif base_model(self.model) is not self.model:
             adapter = adapter_of_stages(engine.module, REFERENCE if REFERENCE in self.model.peft_config else None)
         tensors = {name: value for name, value in inputs.items() if isinstance(value, torch.Tensor)}
         micros = with_weights(self._split(tensors | {"labels": labels}), None)
@@ -140,8 +141,10 @@ class DualPipeDPOTrainer(BatchMetrics, DPOTrainer):
             kept = ("train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "steps_per_print", "bf16", "fp16")
             pipeline = {name: value for name, value in given["pipeline"].items() if name == "p2p_timeout_s"}
             settings = {name: given[name] for name in kept if name in given}
-            adapter = get_model_adapter(base_of(self.ref_model))
-            module = on_stages(adapter, TrainerLoss(self, base_of(self.ref_model), None), self._stages, self._replicas)
+            adapter = get_model_adapter(base_model(self.ref_model))
+            module = on_stages(
+                adapter, TrainerLoss(self, base_model(self.ref_model), None), self._stages, self._replicas
+            )
             self._reference_engine, *_ = initialize(
                 model=module, config=settings | {"pipeline": {"schedule": "1f1b"} | pipeline}
             )
