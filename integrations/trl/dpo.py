@@ -141,10 +141,9 @@ class DualPipeDPOTrainer(BatchMetrics, DPOTrainer):
             kept = ("train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "steps_per_print", "bf16", "fp16")
             pipeline = {name: value for name, value in given["pipeline"].items() if name == "p2p_timeout_s"}
             settings = {name: given[name] for name in kept if name in given}
-            adapter = get_model_adapter(base_model(self.ref_model))
-            module = on_stages(
-                adapter, TrainerLoss(self, base_model(self.ref_model), None), self._stages, self._replicas
-            )
+            reference = base_model(self.ref_model)
+            loss = TrainerLoss(self, reference, None)
+            module = on_stages(get_model_adapter(reference), loss, self._stages, self._replicas)
             self._reference_engine, *_ = initialize(
                 model=module, config=settings | {"pipeline": {"schedule": "1f1b"} | pipeline}
             )
