@@ -93,11 +93,13 @@ def measure(folder):
 def chosen(folder):
     """What "auto" measures when nothing is said of "recompute", and, where memory is short, what it computes again and
     the losses beside those without."""
+    from contextlib import suppress
     from dataclasses import replace
 
     import dualpipe_engine
     from dualpipe_engine.engine.auto.choose import choose
     from dualpipe_engine.engine.config import DualPipeConfig
+    from dualpipe_engine.errors import PlanError
     from dualpipe_engine.schedule.search.job_costs import Measurement
     from dualpipe_engine.schedule.timing.costs import CostModel
 
@@ -120,16 +122,17 @@ def chosen(folder):
         recomputed=CostModel(1, 1.1, 1, activation_bytes=10, copy=100),
         state_bytes=dict.fromkeys(measured.state_bytes, 100),
     )
-    for memory in range(110, 150):
+    for memory in range(110, 200):
         tight = replace(tight, memory_bytes=memory)
-        config, _ = choose(DualPipeConfig(schedule="auto"), tight, 4)
-        if config.recompute:
-            break
+        with suppress(PlanError):  # nothing fits yet
+            config, _ = choose(DualPipeConfig(schedule="auto"), tight, 4)
+            if config.recompute:
+                break
     torch.distributed.barrier()
     if torch.distributed.get_rank() == 0:
         tight.save(path)
     torch.distributed.barrier()
     again = start(schedule="auto")
-    cap = {"activation_cap": config.activation_cap}
-    plain = start(schedule=again[0], **cap)
+    same = {name: getattr(config, name) for name in ("activation_cap", "stages_per_rank", "partition_method")}
+    plain = start(schedule=again[0], **same)
     return measured, config.schedule, again, plain
