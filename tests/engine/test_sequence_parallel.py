@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import pytest
 import sequence_runs as runs
 import test_moe
 import torch
 import transformers
 from torch import nn
+from transformers.loss.loss_utils import ForCausalLMLoss
 from transformers.models.llama import modeling_llama
 
-from dualpipe_engine.engine.batches.shards import IGNORED, Shards, of_shards
+from dualpipe_engine.adapters.losses import TokenLoss
+from dualpipe_engine.engine.batches.shards import IGNORED, Shards, of_shards, shifts
 from dualpipe_engine.engine.checks.token_mixing import mixing_modules
 from dualpipe_engine.engine.placing.param_groups import PLACEHOLDER
 from dualpipe_engine.errors import ConfigError
@@ -153,6 +157,18 @@ def test_parts_add_up_to_the_mean():
     assert [tuple(out.shape) for out, _ in parts] == [(2, 2, 5)] * 3
     found = sum(mean(*part) for part in parts) / 3
     torch.testing.assert_close(found, nn.functional.cross_entropy(logits.flatten(0, 1), labels.flatten()))
+
+
+def test_labels_are_shifted_before_they_are_cut():
+    """No token at a border is lost; a loss that is given some of its arguments before is the same loss."""
+    logits, tokens = torch.randn(2, 6, 5), torch.randint(0, 5, (2, 6))
+    own = partial(TokenLoss(ForCausalLMLoss, 5))
+    assert shifts(own) and not shifts(nn.functional.cross_entropy)
+    parts = [Shards(3, rank, inputs=False, shifts=True).cut(logits, tokens) for rank in range(3)]
+    assert all(inputs is logits for inputs, _ in parts)
+    mine = [part.contiguous() for part in logits.chunk(3, dim=1)]
+    found = sum(of_shards(own)(part, shard) for part, (_, shard) in zip(mine, parts, strict=True)) / 3
+    torch.testing.assert_close(found, own(logits, tokens))
 
 
 @pytest.mark.parametrize(
