@@ -11,6 +11,7 @@ from ...errors import PlanError
 from ..gc_paused import collector_paused
 from ..orders.registry import known_schedule
 from ..passes.rewrite import join, pair_up, safe_fuse, unpair
+from ..passes.shorten import shorten
 from ..passes.wfill import filled
 from ..plan import Plan, check_size
 from ..timing.bound import plan_bound
@@ -19,6 +20,9 @@ from ..timing.simulate import makespan_of, peak_activations
 from .under_cap import LEAST_CAP, under_cap
 
 THETAS = (0.0, 0.3, 0.6)  #: how much of a W may delay the next op, see `wfill`
+MOST_PLANS = 8  #: plans that are shortened where transfers take time
+MOST_TRIES = 2000  #: changes that are tried on each, see `shorten`
+MOST_STARTS = 1_000_000  #: and the ops that all of these start, about
 MANY_OPS = 20_000  #: plans with more ops try the first of THETAS and few orders, which keeps 140,000 ops within seconds
 
 
@@ -54,7 +58,8 @@ def make_plan(
         costs: costs of the stages of the schedule's own placement (2 * num_ranks stages where it is a vee);
             `CostModel.for_placement` cuts the costs of one model for each. Only `optimize` uses them.
         optimize: False: the reference order. True: of the reference order and its variants (pairs split or made, W
-            moved into idle gaps) the one with the smallest simulated makespan.
+            moved into idle gaps) the one with the smallest simulated makespan. Where transfers take time, small
+            changes make it shorter (`shorten`), unless a cap below the schedule's own holds it.
         activation_cap: activations, counted as by `peak_activations`, that no rank may exceed. None: what the reference
             order holds with many micro-batches, PP + 1 for "dualpipe". "zbv", "vhalf" and "vmin" have a plan for every
             cap from 2; with `optimize` a larger cap never makes it slower.
@@ -91,10 +96,34 @@ def make_plan(
             f"{schedule} on {num_ranks} ranks with {num_micro} micro-batches holds more than activation_cap = {cap} "
             f"activations on some rank: the smallest cap that works is {smallest}"
         )
+    if optimize and known.splits and costs.comm and cap >= own and not known.by_cap:
+        if activation_cap is None:
+            return _shortened(fitting, costs, cap, split_backward)
+        # More memory than it takes by itself makes it no slower.
+        own_way = make_plan(schedule, num_ranks, num_micro, costs, True, None, split_backward, stages_per_rank)
+        fitting.append(Candidate(own_way))
     if len(fitting) == 1:
         return fitting[0].plan
     plan = _fastest(fitting, costs)
     return plan if plan is reference else safe_fuse(plan, costs)
+
+
+def _shortened(fitting: Iterable[Candidate], costs: CostModel, cap: int, split: bool) -> Plan:
+    """The shortest plan that small changes make of the fastest candidates; the larger these, the fewer are tried.
+
+    With transfers the order of a schedule is not the best one: each gap is too short for what the order has for it.
+    """
+    of_makespan: dict[float, Plan] = {}
+    for each in fitting:
+        of_makespan.setdefault(each.makespan or makespan_of(each.plan, costs), each.plan)
+    ranked = sorted(of_makespan.items())
+    makespan, plan = ranked[0][0], safe_fuse(ranked[0][1], costs)
+    tries = min(MOST_TRIES, MOST_STARTS // plan.num_ops)
+    if not tries or makespan <= plan_bound(plan, costs, cap):
+        return plan
+    starts = min(MOST_PLANS, MOST_STARTS // (tries * plan.num_ops))
+    others = (shorten(safe_fuse(start, costs), costs, cap, tries, split) for _, start in ranked[:starts])
+    return safe_fuse(_fastest(map(Candidate, others), costs), costs)
 
 
 def _fastest(plans: Iterable[Candidate], costs: CostModel) -> Plan:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from itertools import chain, pairwise
 from typing import Any, NamedTuple
 
@@ -10,11 +10,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..columns import B_, F_, I_, W_, Columns, Ints
-from ..op import B, F, I, Op, W, pair
+from ..op import B, F, I, Op, W, atoms, pair
+from ..placement import Placement
 from ..plan import Plan
 from .costs import CostModel
 
 Seconds = NDArray[np.float64]
+Row = tuple[Any, ...]  #: an op as numbers, see `Inputs.rows`
 
 NEVER = -1  #: of a result that has not been made
 WAITS = -2  #: and below: `WAITS - rank` waits for it
@@ -119,7 +121,7 @@ class Inputs:
         seconds[self.ops.op[those]] = _looked_up(self.ops.stage[those], lambda stage: costs.duration(Op(W, stage, 0)))
         return seconds
 
-    def rows(self, *more: NDArray[np.generic]) -> list[list[Any]]:
+    def rows(self, *more: NDArray[np.generic]) -> list[list[Row]]:
         """For each rank its ops: input, hop and result of the first half, those of the second (result 0: there is
         none), seconds, and what stands in `more` for the op."""
         count, first, pairs = len(self.first), self.first, self.ops.op[self.second]
@@ -140,6 +142,46 @@ class Inputs:
         return [*given, *computed, *computed, *given, 0.0]
 
 
+class Rows:
+    """The row of any one op; see `Inputs.rows`.
+
+    Args:
+        placement: where stages live.
+        num_micro: micro-batches of the batch.
+        costs: costs of the stages.
+    """
+
+    def __init__(self, placement: Placement, num_micro: int, costs: CostModel) -> None:
+        self._placement, self._num_micro, self._costs = placement, num_micro, costs
+        self._grad = (placement.num_stages + 1) * num_micro
+        self._known: dict[Op, Row] = {}
+
+    def of(self, op: Op) -> Row:
+        """The row of a compute op."""
+        if op not in self._known:
+            first, second = self._half(atoms(op)[0]), self._half(op.parts[1]) if op.parts else (0, 0.0, 0)
+            self._known[op] = (*first, *second, self._costs.duration(op))
+        return self._known[op]
+
+    def ready(self) -> list[float]:
+        """See `Inputs.ready`."""
+        given, computed = [0.0] * self._num_micro, [float(NEVER)] * (self._grad - self._num_micro)
+        return [*given, *computed, *computed, *given, 0.0]
+
+    def _half(self, op: Op) -> tuple[int, float, int]:
+        kind, stage, micro, _ = op
+        key = stage * self._num_micro + micro
+        if kind == W:
+            return 0, 0.0, 2 * self._grad
+        if kind == F:
+            return key, self._hop(stage - 1, stage), key + self._num_micro
+        return key + self._num_micro + self._grad, self._hop(stage, stage + 1), key + self._grad
+
+    def _hop(self, stage: int, following: int) -> float:
+        inside = stage >= 0 and following < self._placement.num_stages
+        return self._costs.comm if inside and self._placement.rank(stage) != self._placement.rank(following) else 0.0
+
+
 def times_of(plan: Plan, costs: CostModel) -> Times:
     """When each op of a plan of compute ops starts and ends.
 
@@ -151,11 +193,28 @@ def times_of(plan: Plan, costs: CostModel) -> Times:
         inputs = Inputs(plan, costs, plan.columns)
     except ValueError:
         raise Unclear from None
-    rows, ready = list(map(iter, inputs.rows())), inputs.ready()
+    starts, arrivals, free = run(inputs.rows(), inputs.ready())
+    begin = np.fromiter(chain.from_iterable(starts), np.float64)
+    return Times(begin, begin + inputs.seconds, np.fromiter(chain.from_iterable(arrivals), np.float64), max(free))
+
+
+def run(
+    programs: Iterable[Iterable[Row]], ready: list[float]
+) -> tuple[list[list[float]], list[list[float]], list[float]]:
+    """For each rank when its ops start and when their inputs are there, and when the rank is through.
+
+    Args:
+        programs: the ops of each rank in order.
+        ready: see `Inputs.ready`; is filled in.
+
+    Raises:
+        Unclear: they do not complete.
+    """
+    rows = list(map(iter, programs))
     free = [0.0] * len(rows)
     starts: list[list[float]] = [[] for _ in rows]
     arrivals: list[list[float]] = [[] for _ in rows]
-    held: list[tuple[Any, ...]] = [()] * len(rows)  # what each rank has come to
+    held: list[tuple[Row, ...]] = [()] * len(rows)  # what each rank has come to
     runnable, left = list(range(len(rows))), len(rows)
     while runnable:
         rank = runnable.pop()
@@ -193,8 +252,7 @@ def times_of(plan: Plan, costs: CostModel) -> Times:
         free[rank] = now
     if left:
         raise Unclear
-    begin = np.fromiter(chain.from_iterable(starts), np.float64)
-    return Times(begin, begin + inputs.seconds, np.fromiter(chain.from_iterable(arrivals), np.float64), max(free))
+    return starts, arrivals, free
 
 
 def _must(holds: bool | np.bool_) -> None:
