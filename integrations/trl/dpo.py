@@ -130,7 +130,7 @@ class DualPipeDPOTrainer(BatchMetrics, DPOTrainer):
 
         # In the precision of the stages that train, so that equal weights give equal numbers.
         exact = torch.autocast(labels.device.type, enabled=False)
-        with exact, adapter, loss.evaluating(False, False, keep=logs) as kept:
+        with exact, adapter, self._stage_randomness(), loss.evaluating(False, False, keep=logs) as kept:
             engine.eval_batch(iter(micros), num_micro_batches=len(micros))
         return FusedCausalLMOutput(**(self._together(kept, len(labels), engine) or {}))
 
@@ -143,10 +143,10 @@ class DualPipeDPOTrainer(BatchMetrics, DPOTrainer):
             settings = {name: given[name] for name in kept if name in given}
             reference = base_model(self.ref_model)
             loss = TrainerLoss(self, reference, None)
-            module = on_stages(get_model_adapter(reference), loss, self._stages, self._replicas)
-            self._reference_engine, *_ = initialize(
-                model=module, config=settings | {"pipeline": {"schedule": "1f1b"} | pipeline}
-            )
+            settings |= {"pipeline": {"schedule": "1f1b"} | pipeline}
+            with self._stage_randomness():
+                module = on_stages(get_model_adapter(reference), loss, self._stages, self._replicas)
+                self._reference_engine, *_ = initialize(model=module, config=settings)
         return self._reference_engine
 
     def _rows_of(self, inputs: Batch) -> int:
