@@ -118,9 +118,9 @@ def _shortened(fitting: Iterable[Candidate], costs: CostModel, cap: int, split: 
         of_makespan.setdefault(each.makespan or makespan_of(each.plan, costs), each.plan)
     ranked = sorted(of_makespan.items())
     makespan, plan = ranked[0][0], safe_fuse(ranked[0][1], costs)
-    tries = min(MOST_TRIES, MOST_STARTS // plan.num_ops)
-    if not tries or makespan <= plan_bound(plan, costs, cap):
+    if plan.num_ops > MANY_OPS or makespan <= plan_bound(plan, costs, cap):
         return plan
+    tries = min(MOST_TRIES, MOST_STARTS // plan.num_ops)
     starts = min(MOST_PLANS, MOST_STARTS // (tries * plan.num_ops))
     others = (shorten(safe_fuse(start, costs), costs, cap, tries, split) for _, start in ranked[:starts])
     return safe_fuse(_fastest(map(Candidate, others), costs), costs)
