@@ -27,10 +27,11 @@ from dualpipe_engine.errors import ConfigError
 
 def assert_same(ours, theirs, steps):
     assert sum("loss" in row for row in theirs) == steps and len(ours) == len(theirs)
+    large = max(row.get("loss", 0.0) for row in theirs) > 10  # IPO squares sums over tokens
     for found, expected in zip(ours, theirs, strict=True):
         assert found.keys() == expected.keys()
         for name, value in expected.items():
-            near = {"abs": 1e-6, "rel": 2e-7 if name == "loss" else 1e-6}  # or what fp32 tells apart
+            near = {"abs": 1e-6, "rel": 0.0 if name == "loss" and not large else 1e-6}
             if name == "grad_norm":
                 near = {"rel": 1e-4}
             elif any(each in name for each in ("logps", "logits", "rewards")):  # sums over the tokens of a row
