@@ -6,7 +6,8 @@ import pytest
 
 from dualpipe_engine.cli.main import main
 
-PAGE = (Path(__file__).parents[3] / "docs" / "comparison.md").read_text()
+DOCS = Path(__file__).parents[3] / "docs"
+PAGE = "\n".join((DOCS / name).read_text() for name in ("comparison.md", "long_sequences.md"))
 COMMANDS = [line for line in PAGE.splitlines() if line.startswith("dualpipe compare --model")]
 
 
@@ -18,6 +19,6 @@ def test_the_documented_rung_is_the_one_that_the_command_chooses(command, capsys
     assert found["reason"] in PAGE.replace("\n> ", " "), found["reason"]
 
 
-def test_three_models_are_documented():
+def test_four_jobs_are_documented():
     models = [command.split()[3] for command in COMMANDS]
-    assert models == ["deepseek-v3", "mixtral-8x22b", "llama-3-70b"]
+    assert models == ["deepseek-v3", "mixtral-8x22b", "llama-3-70b", "llama-3-70b"]
