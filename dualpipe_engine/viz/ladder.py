@@ -53,19 +53,22 @@ def rungs_table(ladder: Ladder) -> Table:
     plain = ladder.plain
     table = Table(title=f"{schedule_name(ladder)}, every rung", title_justify="left")
     table.add_column("computed again")
-    for name in ("backward", "offload", "step (s)", "costs (s)", "saves (GB)", "memory (GB)"):
+    for name in ("backward", "offload", "cut", "step (s)", "costs (s)", "saves (GB)", "memory (GB)"):
         table.add_column(name, justify="right")
     for each in ladder.outcomes:
         table.add_row(
             each.rung.label,
             {True: "split", False: "full", None: "-"}[each.split],
             "-" if each.away is False else "all" if each.away is True else str(each.away),
+            "equal work" if each.layers is None else "fastest",
             f"{each.step:.2f}",
             f"{each.step - plain.step:.2f}",
             f"{(plain.memory - each.memory) / 1e9:.1f}",
             _gb(each),
             style="bold green" if each == ladder.cheapest else "" if each.fits else "dim",
         )
+    others = dict.fromkeys(_partition(each) for each in ladder.outcomes if each.layers is not None)
+    table.caption = "\n".join(f'fastest cut: "partition_method": "{each}"' for each in others)
     return table
 
 
@@ -123,6 +126,7 @@ def change(outcome: Outcome) -> str:
     parts += ["full backwards"] if outcome.split is False else []
     if outcome.away is not False:
         parts.append(f"offload {'all' if outcome.away is True else outcome.away}")
+    parts += [] if outcome.layers is None else ["another cut"]
     return "; ".join(parts) or "as it is"
 
 
@@ -135,6 +139,11 @@ def _gb(outcome: Outcome) -> str:
     return f"{outcome.memory / 1e9:.1f}" + ("" if outcome.fits else " (too much)")
 
 
+def _partition(outcome: Outcome) -> str | None:
+    """ "partition_method", where the cut is not that of equal work."""
+    return None if outcome.layers is None else ",".join(map(str, outcome.layers))
+
+
 def _data(outcome: Outcome) -> dict[str, Any]:
     """With the keys of the "pipeline" section."""
     return {
@@ -142,6 +151,7 @@ def _data(outcome: Outcome) -> dict[str, Any]:
         "activation_checkpoint_interval": int(outcome.rung.whole),
         "split_backward": outcome.split,
         "offload_activations": outcome.away,
+        "partition_method": _partition(outcome),
         "step": outcome.step,
         "memory": outcome.memory,
         "fits": outcome.fits,

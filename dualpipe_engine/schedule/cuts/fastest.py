@@ -82,14 +82,22 @@ def best_cut(
     Raises:
         PlanError: the layers cannot be cut, or there is no plan.
     """
+    cuts = (_simulated(bounds, weights, costs, plan_for) for bounds in candidates(weights, placement))
+    return min(cuts, key=lambda cut: cut.makespan)
+
+
+def candidates(weights: Sequence[float], placement: Placement) -> list[tuple[int, ...]]:
+    """The cuts that `best_cut` tries, the one with the most even rank loads first.
+
+    Args, Raises: see `best_cut`.
+    """
     one_a_rank = Placement(LINEAR, placement.num_stages)
-    candidates = [
+    found = [
         *balanced_cuts(weights, placement, SLACKS),
         balance_pairs(weights, one_a_rank),
         equal_counts(len(weights), placement.num_stages),
     ]
-    cuts = (_simulated(bounds, weights, costs, plan_for) for bounds in dict.fromkeys(candidates))
-    return min(cuts, key=lambda cut: cut.makespan)
+    return list(dict.fromkeys(found))
 
 
 def _simulated(

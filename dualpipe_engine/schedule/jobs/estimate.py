@@ -52,7 +52,7 @@ def estimate(model: ModelShape, job: Job, hardware: Hardware, stages_per_rank: i
         try:
             placement, stages = known.on(job.ranks), known.stages_per_rank
             bounds = job_bounds(model, placement, job, hardware)
-            seconds = stage_costs(model, placement, job, hardware)
+            seconds = stage_costs(model, bounds, job, hardware)
             fp8 = in_fp8(job, hardware)
             costs = with_bytes(seconds, model, bounds, job.tokens, TRAINING.weights, fp8=fp8)
             plan = make_plan(schedule, job.ranks, job.micro_batches, costs, optimize=True, stages_per_rank=stages)
@@ -60,7 +60,7 @@ def estimate(model: ModelShape, job: Job, hardware: Hardware, stages_per_rank: i
             found.append(Estimate(schedule, str(error)))
             continue
         timeline = simulate(plan, costs)
-        step = timeline.makespan + reduction_seconds(model, placement, job, hardware)
+        step = timeline.makespan + reduction_seconds(model, bounds, placement, job, hardware)
         memory = fullest(model, bounds, placement, job, peak_bytes(plan, costs))
         speed = job.step_tokens / step / job.gpus
         found.append(Estimate(schedule, "", step, max(timeline.bubble()) / timeline.makespan, memory, speed))

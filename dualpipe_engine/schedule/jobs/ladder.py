@@ -1,7 +1,8 @@
 """The memory ladder of a whole job: what recomputation and offload cost each schedule, and the cheapest that fits.
 
 Each schedule has one optimized plan for each number of stages a rank, and where it splits backwards one with full
-backwards, which keeps nothing from I to W. On every rung it runs against the costs that the rung leads to: what is
+backwards, which keeps nothing from I to W; both once more for another cut than that of equal work, where one is faster.
+On every rung it runs against the costs that the rung leads to: what is
 computed again is added to the backward, never a transfer, and copies to host memory run at the bandwidth of PCIe. Bytes
 are those of `model_memory` for bf16 weights, fp32 gradients and Adam under ZeRO-1.
 """
@@ -11,7 +12,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
-from itertools import pairwise
+from itertools import accumulate, pairwise
 from typing import NamedTuple
 
 from ...errors import PlanError
@@ -27,7 +28,7 @@ from .hardware import Hardware
 from .job import Job
 from .model_memory import TRAINING, fullest, layer_activations, with_bytes
 from .model_shape import LayerShape, ModelShape
-from .stage_times import in_fp8, job_bounds, layer_seconds, product_rate, reduction_seconds, stage_costs
+from .stage_times import in_fp8, job_cuts, layer_seconds, product_rate, reduction_seconds, stage_costs
 
 LABELS = ("norms", "activation functions", "up-projections")  #: of the names of OWN_RECOMPUTED, for people
 WIDTH = TRAINING.weights
@@ -58,6 +59,7 @@ class Outcome:
         rung: what is computed again.
         split: "split_backward": whether I and W run apart; None: the schedule never has them apart.
         away: "offload_activations".
+        layers: "partition_method": of each stage, where the cut is not that of equal work.
         step: seconds, reduction of gradients included.
         memory: bytes of the fullest rank.
         fits: whether these are no more than there are.
@@ -66,6 +68,7 @@ class Outcome:
     rung: Rung
     split: bool | None
     away: bool | int
+    layers: tuple[int, ...] | None
     step: float
     memory: int
     fits: bool
@@ -104,6 +107,18 @@ class Work:
         return [PLAIN, *rungs, WHOLE]
 
 
+class _Way(NamedTuple):
+    """What there is a plan for.
+
+    Args:
+        bounds: the cut.
+        split: whether I and W run apart, see `Outcome`.
+    """
+
+    bounds: tuple[int, ...]
+    split: bool | None
+
+
 class Ladder:
     """One schedule on every rung.
 
@@ -118,23 +133,20 @@ class Ladder:
 
     def __init__(self, work: Work, schedule: str, known: Schedule) -> None:
         self.work, self.schedule, self.stages_per_rank, self.reason = work, schedule, known.stages_per_rank, ""
-        self._plans: dict[bool | None, Plan] = {}
-        self._away: dict[tuple[Rung, bool | None], Outcome] = {}
-        job = work.job
-        shape = schedule, job.ranks, job.micro_batches
+        self._plans: dict[_Way, Plan] = {}
+        self._away: dict[tuple[_Way, Rung], Outcome] = {}
         try:
-            placement = known.on(job.ranks)
-            costs = stage_costs(work.model, placement, job, work.hardware)
+            self._placement = known.on(work.job.ranks)
+            cuts = job_cuts(work.model, self._placement, work.job, work.hardware)
             for split in (True, False) if known.splits else (None,):
-                apart = split is not False
-                self._plans[split] = make_plan(*shape, costs, True, None, apart, known.stages_per_rank)
+                self._plans |= self._planned(cuts, split)
         except PlanError as error:
             self.reason = str(error)
             return
-        self._placement = placement
-        self._bounds = job_bounds(work.model, placement, job, work.hardware)
-        self._reduction = reduction_seconds(work.model, placement, job, work.hardware)
-        self._costs = {rung: self._costs_on(rung) for rung in work.rungs}
+        self._equal_work = cuts[0]
+        bounds = {way.bounds for way in self._plans}
+        self._reduction = {each: self._reduction_of(each) for each in bounds}
+        self._costs = {(each, rung): self._costs_on(each, rung) for each in bounds for rung in work.rungs}
 
     @property
     def plain(self) -> Outcome:
@@ -169,50 +181,71 @@ class Ladder:
     @cached_property
     def _kept(self) -> list[Outcome]:
         """Without offload."""
-        return [self._outcome(rung, split, False) for split in self._plans for rung in self.work.rungs]
+        return [self._outcome(way, rung, False) for way in self._plans for rung in self.work.rungs]
+
+    def _planned(self, cuts: Sequence[tuple[int, ...]], split: bool | None) -> dict[_Way, Plan]:
+        """The plan for the first cut, and for the fastest."""
+        job, apart, plans, steps = self.work.job, split is not False, {}, {}
+        for bounds in cuts:
+            costs = stage_costs(self.work.model, bounds, job, self.work.hardware)
+            shape = self.schedule, job.ranks, job.micro_batches, costs, True, None, apart, self.stages_per_rank
+            plans[bounds] = make_plan(*shape)
+            steps[bounds] = makespan_of(plans[bounds], costs) + self._reduction_of(bounds)
+        return {_Way(each, split): plans[each] for each in (cuts[0], min(cuts, key=lambda cut: steps[cut]))}
 
     def _offloaded(self, kept: Outcome) -> Outcome:
         """With the least offload that fits, or all. Of whole layers DeepSpeed keeps the inputs: none."""
-        rung, split = key = kept.rung, kept.split
-        if rung.whole:
+        if kept.rung.whole:
             return kept
+        key = way, rung = self._way_of(kept), kept.rung
         if key not in self._away:
-            plan, costs, limit = self._plans[split], self._costs[rung], self.work.memory
+            plan, costs, limit = self._plans[way], self._costs[way.bounds, rung], self.work.memory
             fewer = least_that_fits(
-                max(peak_activations(plan)), lambda number: self._bytes(offload(plan, number, costs), rung) <= limit
+                max(peak_activations(plan)),
+                lambda number: self._bytes(offload(plan, number, costs), way.bounds, rung) <= limit,
             )
-            self._away[key] = self._outcome(rung, split, True if fewer is None else fewer)
+            self._away[key] = self._outcome(way, rung, True if fewer is None else fewer)
         return self._away[key]
 
-    def _outcome(self, rung: Rung, split: bool | None, away: bool | int) -> Outcome:
-        costs = self._costs[rung]
-        plan = offload(self._plans[split], away, costs)
-        size = self._bytes(plan, rung)
-        return Outcome(rung, split, away, makespan_of(plan, costs) + self._reduction, size, size <= self.work.memory)
+    def _way_of(self, outcome: Outcome) -> _Way:
+        layers = outcome.layers
+        return _Way(self._equal_work if layers is None else (0, *accumulate(layers)), outcome.split)
 
-    def _costs_on(self, rung: Rung) -> CostModel:
+    def _outcome(self, way: _Way, rung: Rung, away: bool | int) -> Outcome:
+        costs = self._costs[way.bounds, rung]
+        plan = offload(self._plans[way], away, costs)
+        step, size = makespan_of(plan, costs) + self._reduction[way.bounds], self._bytes(plan, way.bounds, rung)
+        layers = tuple(stop - start for start, stop in pairwise(way.bounds))
+        cut = None if way.bounds == self._equal_work else layers
+        return Outcome(rung, way.split, away, cut, step, size, size <= self.work.memory)
+
+    def _reduction_of(self, bounds: Sequence[int]) -> float:
+        work = self.work
+        return reduction_seconds(work.model, bounds, self._placement, work.job, work.hardware)
+
+    def _costs_on(self, bounds: Sequence[int], rung: Rung) -> CostModel:
         model, work = self.work.model, self.work
         repeated = [repeated_seconds(layer, rung, work) for layer in model.layers]
-        costs = stage_costs(model, self._placement, work.job, work.hardware, repeated)
-        costs = with_bytes(costs, model, self._bounds, work.job.tokens, WIDTH, rung.names, work.fp8)
+        costs = stage_costs(model, bounds, work.job, work.hardware, repeated)
+        costs = with_bytes(costs, model, bounds, work.job.tokens, WIDTH, rung.names, work.fp8)
         if rung.whole:
             sizes = [work.job.tokens * layer_bytes(layer, rung, work) for layer in model.layers]
-            kept = tuple(sum(sizes[start:stop]) for start, stop in pairwise(self._bounds))
+            kept = tuple(sum(sizes[start:stop]) for start, stop in pairwise(bounds))
             costs = replace(costs, activation_bytes=kept)
         assert isinstance(costs.activation_bytes, tuple)
         link = work.hardware.pcie * work.hardware.network_efficiency
         return replace(costs, copy=tuple(size / link for size in costs.activation_bytes))
 
-    def _bytes(self, plan: Plan, rung: Rung) -> int:
+    def _bytes(self, plan: Plan, bounds: tuple[int, ...], rung: Rung) -> int:
         """Of the fullest rank."""
-        peaks = peak_bytes(plan, self._costs[rung])
+        peaks = peak_bytes(plan, self._costs[bounds, rung])
         if rung.whole:
-            peaks = [peak + self._one_layer(rank) for rank, peak in enumerate(peaks)]
-        return fullest(self.work.model, self._bounds, self._placement, self.work.job, peaks)
+            peaks = [peak + self._one_layer(rank, bounds) for rank, peak in enumerate(peaks)]
+        return fullest(self.work.model, bounds, self._placement, self.work.job, peaks)
 
-    def _one_layer(self, rank: int) -> int:
+    def _one_layer(self, rank: int, bounds: Sequence[int]) -> int:
         """Bytes of all that the largest layer of a rank keeps, once it is computed again."""
-        spans = [(self._bounds[stage], self._bounds[stage + 1]) for stage in self._placement.stages_of(rank)]
+        spans = [(bounds[stage], bounds[stage + 1]) for stage in self._placement.stages_of(rank)]
         held = [layer for start, stop in spans for layer in self.work.model.layers[start:stop]]
         return self.work.job.tokens * max(layer_bytes(layer, PLAIN, self.work) for layer in held)
 

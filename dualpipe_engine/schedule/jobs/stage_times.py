@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from itertools import pairwise
 
 from ..cuts.balanced import balance_pairs
+from ..cuts.fastest import candidates
 from ..cuts.together import kept_together
 from ..placement import Placement
 from ..timing.costs import CostModel
@@ -108,24 +109,35 @@ def cut_model(model: ModelShape, placement: Placement, weights: Sequence[float])
 
 def job_bounds(model: ModelShape, placement: Placement, job: Job, hardware: Hardware) -> list[int]:
     """Bounds of the stages of the cut that gives ranks equal work."""
+    return cut_model(model, placement, _work(model, job, hardware))
+
+
+def job_cuts(model: ModelShape, placement: Placement, job: Job, hardware: Hardware) -> list[tuple[int, ...]]:
+    """Bounds of the stages of some cuts, first of the one that gives ranks equal work; see `cuts.fastest`."""
+    together = [layer.with_next for layer in model.layers]
+    cuts = candidates(_work(model, job, hardware), placement)
+    return list(dict.fromkeys(tuple(kept_together(bounds, together, placement)) for bounds in cuts))
+
+
+def _work(model: ModelShape, job: Job, hardware: Hardware) -> list[float]:
+    """Seconds of each layer's computation."""
     times = [layer_seconds(layer, job, hardware) for layer in model.layers]
-    return cut_model(model, placement, [t.f + t.i + t.w for t in times])
+    return [t.f + t.i + t.w for t in times]
 
 
 def stage_costs(
-    model: ModelShape, placement: Placement, job: Job, hardware: Hardware, repeated: Sequence[float] = ()
+    model: ModelShape, bounds: Sequence[int], job: Job, hardware: Hardware, repeated: Sequence[float] = ()
 ) -> CostModel:
-    """Seconds of the stages of the cut that gives ranks equal work; for bytes see `model_memory.with_bytes`.
+    """Seconds of the stages of a cut; for bytes see `model_memory.with_bytes`.
 
     Args:
         model: what is trained.
-        placement: of the stages.
+        bounds: of the stages.
         job: ranks and batch.
         hardware: of the cluster.
         repeated: seconds of each layer's forward that its backward computes again; empty: none.
     """
     times = [layer_seconds(layer, job, hardware) for layer in model.layers]
-    bounds = job_bounds(model, placement, job, hardware)
     f, i, w, fb = [], [], [], []
     for start, stop in pairwise(bounds):
         held, again = times[start:stop], sum(repeated[start:stop])
@@ -148,13 +160,14 @@ def held_by(rank: int, model: ModelShape, bounds: Sequence[int], placement: Plac
     return held_params(held), sum(layer.experts for layer in held)
 
 
-def reduction_seconds(model: ModelShape, placement: Placement, job: Job, hardware: Hardware) -> float:
+def reduction_seconds(
+    model: ModelShape, bounds: Sequence[int], placement: Placement, job: Job, hardware: Hardware
+) -> float:
     """Seconds of the slowest rank's reduction under ZeRO-1 over all copies of a stage.
 
     These are a reduce-scatter of fp32 gradients and an all-gather of bf16 weights.
     """
-    bounds, traffic = job_bounds(model, placement, job, hardware), []
-    copies = placement.num_directions * job.replicas
+    traffic, copies = [], placement.num_directions * job.replicas
     for rank in range(placement.num_ranks):
         dense, routed = held_by(rank, model, bounds, placement)
         traffic.append(6 * (dense * (1 - 1 / copies) + routed / job.experts * (1 - job.experts / copies)))

@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import logging
-from unittest.mock import patch
 
 import torch
 import training
-from deepspeed.accelerator import get_accelerator
 from deepspeed.pipe import PipelineModule
 from deepspeed.runtime.pipe.topology import PipeDataParallelTopology
 from torch import nn
@@ -80,8 +78,7 @@ def poisoned(poison, schedule="dualpipe", ranks=4, zero=1, precision="fp32", cli
     module = PipelineModule(layers, topology=topology, loss_fn=loss_fn, partition_method="uniform")
     config = training.settings(MICROS, replicas, zero, precision, schedule, clip, **pipeline)
     del config["scheduler"]  # whose first steps change nothing
-    with patch.object(type(get_accelerator()), "is_fp16_supported", lambda self: True):
-        engine, *_ = dualpipe_engine.initialize(model=module, config=config)
+    engine, *_ = dualpipe_engine.initialize(model=module, config=config)
     data = stream(
         poison, {"fp16": torch.float16, "bf16": torch.bfloat16}.get(precision, torch.float32), engine.data_rank
     )

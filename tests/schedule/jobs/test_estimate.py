@@ -113,7 +113,7 @@ def test_a_layer_costs_its_flops():
     assert doubled.f == pytest.approx(2 * moe.f) and doubled.comm == pytest.approx(2 * moe.comm)
     assert layer_seconds(V3.layers[10], replace(job, fp8=False), H800).w > moe.w
     assert layer_seconds(V3.layers[1], job, H800).comm == 0
-    costs = stage_costs(V3, Placement(LINEAR, 16), job, H800)
+    costs = stage_costs(V3, job_bounds(V3, Placement(LINEAR, 16), job, H800), job, H800)
     assert max(costs.fb) >= max(costs.w)
 
 

@@ -1,4 +1,5 @@
 from dataclasses import replace
+from itertools import accumulate
 
 import pytest
 
@@ -15,9 +16,17 @@ from dualpipe_engine.schedule.jobs.ladder import (
     repeated_seconds,
 )
 from dualpipe_engine.schedule.jobs.model_shape import load_shape, shape_of
-from dualpipe_engine.schedule.jobs.stage_times import layer_seconds, stage_costs
+from dualpipe_engine.schedule.jobs.stage_times import (
+    job_bounds,
+    job_cuts,
+    layer_seconds,
+    reduction_seconds,
+    stage_costs,
+)
 from dualpipe_engine.schedule.orders.registry import KNOWN, tried
 from dualpipe_engine.schedule.placement import LINEAR, Placement
+from dualpipe_engine.schedule.search.make_plan import make_plan
+from dualpipe_engine.schedule.timing.simulate import makespan_of
 from dualpipe_engine.viz.ladder import ladder_data, reason
 
 H100 = load_hardware("h100")
@@ -105,6 +114,24 @@ def test_the_chosen_one_is_the_fastest_and_what_has_no_plan_says_why():
     assert chosen(found).cheapest.step == min(steps)
 
 
+def test_a_faster_cut_than_that_of_equal_work_is_tried():
+    """Each cut is planned by hand: 17 blocks and a large projection on 8 stages."""
+    model = shape_of("uneven", DENSE | {"num_hidden_layers": 17, "vocab_size": 30_000})
+    found = ladder("dualpipev", small(model=model))
+    job, placement = found.work.job, KNOWN["dualpipev"].on(4)
+    steps = {}
+    for bounds in job_cuts(model, placement, job, H100):
+        costs = stage_costs(model, bounds, job, H100)
+        plan = make_plan("dualpipev", 4, job.micro_batches, costs, optimize=True)
+        steps[bounds] = makespan_of(plan, costs) + reduction_seconds(model, bounds, placement, job, H100)
+    equal, best = next(iter(steps)), min(steps, key=steps.get)
+    assert best != equal and found.cheapest.step == steps[best] < steps[equal] == found.plain.step
+    assert (0, *accumulate(found.cheapest.layers)) == best and found.plain.layers is None
+    assert reason([found], found.work).startswith("dualpipev, another cut: ")
+    method = ladder_data([found], found.work)["schedules"][0]["cheapest"]["partition_method"]
+    assert method == ",".join(map(str, found.cheapest.layers))
+
+
 def test_stages_a_rank_are_tried_where_a_schedule_takes_any():
     found = [(name, each.stages_per_rank) for name, each in tried(None) if name.startswith("interleaved")]
     assert found == [("interleaved", 2), ("interleaved", 4), ("interleaved_zb", 2), ("interleaved_zb", 4)]
@@ -116,8 +143,8 @@ def test_what_is_computed_again_is_added_to_the_backward_and_no_transfer_is():
     moe = V3.layers[10]
     whole, up = (repeated_seconds(moe, rung, work) for rung in (WHOLE, work.rungs[3]))
     assert whole == layer_seconds(moe, work.job, work.hardware).f and 0 < up < whole
-    placement = Placement(LINEAR, 16)
-    shape = V3, placement, work.job, work.hardware
+    bounds = job_bounds(V3, Placement(LINEAR, 16), work.job, work.hardware)
+    shape = V3, bounds, work.job, work.hardware
     again = [repeated_seconds(layer, WHOLE, work) for layer in V3.layers]
     plain, repeated = stage_costs(*shape), stage_costs(*shape, again)
     assert repeated.f == plain.f and repeated.w == plain.w

@@ -14,7 +14,7 @@ from dualpipe_engine.schedule.jobs.ladder import PLAIN, WHOLE, Work, layer_bytes
 from dualpipe_engine.schedule.jobs.memory import STOCK, training_of
 from dualpipe_engine.schedule.jobs.model_memory import Shape, model_memory
 from dualpipe_engine.schedule.jobs.model_shape import load_shape
-from dualpipe_engine.schedule.jobs.stage_times import heads_bytes, layer_seconds, stage_costs
+from dualpipe_engine.schedule.jobs.stage_times import heads_bytes, job_bounds, layer_seconds, stage_costs
 from dualpipe_engine.schedule.placement import LINEAR, Placement
 
 H100 = load_hardware("h100")
@@ -68,14 +68,18 @@ def test_ranks_that_share_a_sequence_divide_its_work():
     assert whole.heads == 0 and part.w == pytest.approx(whole.w / 8 / (1 - 20 / 132))
 
 
+def costs_of(model, job, hardware):
+    return stage_costs(model, job_bounds(model, Placement(LINEAR, 8), job, hardware), job, hardware)
+
+
 def test_pairs_hide_the_exchanges_of_layers_that_offer_them():
-    placement, job = Placement(LINEAR, 8), job_of(8, 8192)
-    ours, theirs = (stage_costs(load_shape("llama-3-70b", own, 8), placement, job, H100) for own in (True, False))
+    job = job_of(8, 8192)
+    ours, theirs = (costs_of(load_shape("llama-3-70b", own, 8), job, H100) for own in (True, False))
     assert ours.f == theirs.f and ours.i == theirs.i
     waited = 10 * 2 * layer_seconds(load_shape("llama-3-70b", True, 8).layers[5], job, H100).heads
     assert theirs.fb[3] - ours.fb[3] == pytest.approx(waited)  # ten of 80 blocks
     slow = replace(H100, nvlink=1e9, pair_efficiency=1.0)
-    costs = stage_costs(load_shape("llama-3-70b", True, 8), placement, job, slow)
+    costs = costs_of(load_shape("llama-3-70b", True, 8), job, slow)
     assert costs.fb[3] == pytest.approx(
         20 * layer_seconds(load_shape("llama-3-70b", True, 8).layers[5], job, slow).heads
     )
