@@ -80,7 +80,7 @@ def _climb(args: argparse.Namespace, work: Work) -> None:
     from ..schedule.jobs.ladder import chosen, climb
     from ..schedule.orders.registry import tried
     from ..viz.estimates import assumption_table
-    from ..viz.ladder import ladder_data, reason, rungs_table, schedules_table
+    from ..viz.ladder import cuts, ladder_data, reason, rungs_table, schedules_table
     from ..viz.terminal import tracked, wide_console
 
     if not work.memory > 0:
@@ -94,5 +94,7 @@ def _climb(args: argparse.Namespace, work: Work) -> None:
     console.print(schedules_table(ladders, work))
     if (first := chosen(ladders)) is not None:
         console.print(rungs_table(first))
+        for line in cuts(first):
+            console.print(line, soft_wrap=True, highlight=False)
     console.print(reason(ladders, work), soft_wrap=True, highlight=False)
     console.print(assumption_table(work.job, work.hardware, work.own))

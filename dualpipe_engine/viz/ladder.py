@@ -67,9 +67,13 @@ def rungs_table(ladder: Ladder) -> Table:
             _gb(each),
             style="bold green" if each == ladder.cheapest else "" if each.fits else "dim",
         )
-    others = dict.fromkeys(_partition(each) for each in ladder.outcomes if each.layers is not None)
-    table.caption = "\n".join(f'fastest cut: "partition_method": "{each}"' for each in others)
     return table
+
+
+def cuts(ladder: Ladder) -> list[str]:
+    """The key for each cut other than that of equal work, on one line however long it is."""
+    others = dict.fromkeys(_partition(each) for each in ladder.outcomes if each.layers is not None)
+    return [f'fastest cut: "partition_method": "{each}"' for each in others]
 
 
 def reason(ladders: Sequence[Ladder], work: Work) -> str:
@@ -87,9 +91,10 @@ def reason(ladders: Sequence[Ladder], work: Work) -> str:
     best, plain = first.cheapest, first.plain
     text = f"{schedule_name(first)}, {change(best)}: the shortest step that fits into {limit}, {best.step:.2f} s"
     if best != plain:
+        cost = best.step - plain.step
         text += (
-            f", which saves {(plain.memory - best.memory) / 1e9:.1f} of {plain.memory / 1e9:.1f} GB for "
-            f"{best.step - plain.step:.2f} s"
+            f", which saves {(plain.memory - best.memory) / 1e9:.1f} of {plain.memory / 1e9:.1f} GB "
+            f"{'and' if cost < 0 else 'for'} {abs(cost):.2f} s"
         )
     fitting = [(each.cheapest.step, schedule_name(each)) for each in able if each.cheapest]
     rest = [each for each in fitting if each[0] > 1.001 * best.step]  # with full backwards two may be the same
