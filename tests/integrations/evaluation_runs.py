@@ -11,20 +11,14 @@ import transformers
 from torch.distributed import distributed_c10d
 from trainer_kinds import Rows, of_rows, small
 from trainer_runs import Sentences, accuracy, make_model, pad
+from trainer_start import trainer_class
 
 CLASSES = {"num_labels": 3, "pad_token_id": 0}
 
 
 def make_trainer(folder, stock, model, change=lambda base: base, *, args=None, **options):
-    from accelerate.state import AcceleratorState, GradientState, PartialState
-
-    for state in (AcceleratorState, GradientState, PartialState):
-        state._reset_state()
-    if stock:
-        kind = transformers.Trainer
-    else:
-        from dualpipe_engine.compat import DualPipeTrainer as kind
-
+    kind = trainer_class(stock)
+    if not stock:
         options["num_chunks"] = 3
     arguments = transformers.TrainingArguments(
         output_dir=folder, per_device_eval_batch_size=8, report_to=[], use_cpu=True, disable_tqdm=True,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import transformers
 from trainer_runs import Sentences, make_model, pad
+from trainer_start import trainer_class
 
 
 class Early(transformers.TrainerCallback):
@@ -44,15 +45,8 @@ def stepping_itself(base):
 
 
 def make(folder, stock=False, change=None, **options):
-    from accelerate.state import AcceleratorState, GradientState, PartialState
-
-    for state in (AcceleratorState, GradientState, PartialState):
-        state._reset_state()
-    if stock:
-        kind = transformers.Trainer
-    else:
-        from dualpipe_engine.compat import DualPipeTrainer as kind
-
+    kind = trainer_class(stock)
+    if not stock:
         options |= {"schedule": "zb1p", "num_chunks": 4}
     arguments = transformers.TrainingArguments(
         output_dir=folder, max_steps=2, per_device_train_batch_size=8, report_to=[], use_cpu=True, disable_tqdm=True,

@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 import transformers
 from trainer_runs import VOCABULARY, Sentences, make_model, pad
+from trainer_start import trainer_class
 
 STEPS, IGNORED = 4, -100
 
@@ -211,16 +212,9 @@ def accuracy(seen):
 
 def run_kind(name, folder, stock, steps=STEPS, **options):
     """Losses and norms of a few steps, loss and metrics of an evaluation, logits with and without labels."""
-    from accelerate.state import AcceleratorState, GradientState, PartialState
-
-    for state in (AcceleratorState, GradientState, PartialState):
-        state._reset_state()
     transformers.set_seed(0)
     given = (KINDS | KINDS_OF_WHOLE_BATCHES)[name]
-    if stock:
-        kind = transformers.Trainer
-    else:
-        from dualpipe_engine.compat import DualPipeTrainer as kind
+    kind = trainer_class(stock)
     arguments = transformers.TrainingArguments(
         output_dir=folder, max_steps=steps, per_device_train_batch_size=8, per_device_eval_batch_size=8,
         learning_rate=3e-3, logging_steps=1, report_to=[], use_cpu=True, disable_tqdm=True, optim="adamw_torch",

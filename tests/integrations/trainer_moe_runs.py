@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 import transformers
 from trainer_runs import VOCABULARY, Sentences, pad
+from trainer_start import trainer_class
 
 ROWS, STEPS, MICROS, WEIGHT = 16, 3, 4, 0.5
 
@@ -36,18 +37,11 @@ def train(folder, stock=False, rows=ROWS, **options):
 
     The stock Trainer reads a micro-batch at a time, and adds up their auxiliary losses where a mean is meant.
     """
-    from accelerate.state import AcceleratorState, GradientState, PartialState
-
-    for state in (AcceleratorState, GradientState, PartialState):
-        state._reset_state()
+    kind, sizes = trainer_class(stock), {}
     transformers.set_seed(0)
     if stock:
-        kind, sizes = transformers.Trainer, {"gradient_accumulation_steps": MICROS}
+        sizes["gradient_accumulation_steps"] = MICROS
         rows //= MICROS
-    else:
-        from dualpipe_engine.compat import DualPipeTrainer as kind
-
-        sizes = {}
     arguments = transformers.TrainingArguments(
         output_dir=folder, max_steps=STEPS, per_device_train_batch_size=rows, per_device_eval_batch_size=ROWS,
         learning_rate=3e-3, logging_steps=1, report_to=[], use_cpu=True, disable_tqdm=True, optim="adamw_torch",

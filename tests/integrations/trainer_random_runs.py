@@ -9,6 +9,7 @@ import torch
 import transformers
 from trainer_kinds import IGNORED, small
 from trainer_runs import Sentences, pad
+from trainer_start import trainer_class
 
 
 class Masking:
@@ -39,15 +40,8 @@ class Metrics:
 
 def masked(folder, stock=False, dropout=0.0, drawn=True, resume=None, **options):
     """Losses of six steps with an evaluation in between, the batches, and the evaluation."""
-    from accelerate.state import AcceleratorState, GradientState, PartialState
-
-    for state in (AcceleratorState, GradientState, PartialState):
-        state._reset_state()
     transformers.set_seed(0)
-    if stock:
-        kind = transformers.Trainer
-    else:
-        from dualpipe_engine.compat import DualPipeTrainer as kind
+    kind = trainer_class(stock)
     arguments = transformers.TrainingArguments(
         output_dir=folder, max_steps=6, per_device_train_batch_size=8, per_device_eval_batch_size=8, report_to=[],
         learning_rate=3e-3, logging_steps=1, use_cpu=True, disable_tqdm=True, optim="adamw_torch", seed=3,

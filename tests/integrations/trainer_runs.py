@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 import transformers
 from torch.utils.data import Dataset
+from trainer_start import trainer_class
 
 VOCABULARY = 61
 
@@ -72,15 +73,8 @@ def accuracy(prediction):
 
 def train(folder, stock=False, resume=None, lora=False, **options):
     """Train 8 steps, more than an epoch, with evaluation and a checkpoint after 4; what a user sees of it."""
-    from accelerate.state import AcceleratorState, GradientState, PartialState
-
-    for state in (AcceleratorState, GradientState, PartialState):
-        state._reset_state()
     transformers.set_seed(0)
-    if stock:
-        kind = transformers.Trainer
-    else:
-        from dualpipe_engine.compat import DualPipeTrainer as kind
+    kind = trainer_class(stock)
     seen = Seen()
     arguments = transformers.TrainingArguments(
         output_dir=folder, max_steps=8, per_device_train_batch_size=8, per_device_eval_batch_size=8,
@@ -135,17 +129,8 @@ class Added:
 
 def many_arguments(folder, stock=False):
     """A run with arguments of data, recomputation and evaluation that others leave alone."""
-    from accelerate.state import AcceleratorState, GradientState, PartialState
-
-    for state in (AcceleratorState, GradientState, PartialState):
-        state._reset_state()
+    kind, options = trainer_class(stock), {} if stock else {"num_chunks": 4}
     transformers.set_seed(0)
-    if stock:
-        kind, options = transformers.Trainer, {}
-    else:
-        from dualpipe_engine.compat import DualPipeTrainer as kind
-
-        options = {"num_chunks": 4}
     arguments = transformers.TrainingArguments(
         output_dir=folder, max_steps=4, per_device_train_batch_size=8, per_device_eval_batch_size=8, report_to=[],
         learning_rate=3e-3, logging_steps=2, logging_first_step=True, eval_strategy="steps", eval_steps=2,
@@ -173,19 +158,14 @@ def many_arguments(folder, stock=False):
 
 def in_bf16(folder, dtype=torch.float32, **options):
     """Two steps whose changes are smaller than what bf16 tells apart."""
-    from accelerate.state import AcceleratorState, GradientState, PartialState
-
-    from dualpipe_engine.compat import DualPipeTrainer
-
-    for state in (AcceleratorState, GradientState, PartialState):
-        state._reset_state()
+    kind = trainer_class(stock=False)
     transformers.set_seed(0)
     arguments = transformers.TrainingArguments(
         output_dir=folder, max_steps=2, per_device_train_batch_size=8, learning_rate=1e-5, report_to=[], use_cpu=True,
         disable_tqdm=True, dataloader_pin_memory=False, save_strategy="no", bf16=True, optim="adamw_torch",
         lr_scheduler_type="constant",
     )  # fmt: skip
-    trainer = DualPipeTrainer(
+    trainer = kind(
         model=make_model().to(dtype), args=arguments, train_dataset=Sentences(24), data_collator=pad, **options
     )
     trainer.train()

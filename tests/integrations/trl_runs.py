@@ -12,6 +12,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 import transformers
+from trainer_start import forget
 
 
 def paragraphs(count):
@@ -53,10 +54,7 @@ def make_model(vocabulary, seed=5, family="llama"):
 
 def start(folder, steps, **options):
     """What is given to the configuration of any of TRL's trainers."""
-    from accelerate.state import AcceleratorState, GradientState, PartialState
-
-    for state in (AcceleratorState, GradientState, PartialState):
-        state._reset_state()
+    forget()
     return {
         "output_dir": folder, "max_steps": steps, "per_device_train_batch_size": 6, "per_device_eval_batch_size": 6,
         "learning_rate": 3e-3, "logging_steps": 1, "report_to": [], "use_cpu": True, "disable_tqdm": True,
