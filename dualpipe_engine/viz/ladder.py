@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
+from ..schedule.cuts.counts import counts_text
 from ..schedule.jobs.ladder import Ladder, Outcome, Work, chosen
 
 if TYPE_CHECKING:
@@ -60,7 +61,7 @@ def rungs_table(ladder: Ladder) -> Table:
             each.rung.label,
             {True: "split", False: "full", None: "-"}[each.split],
             "-" if each.away is False else "all" if each.away is True else str(each.away),
-            "equal work" if each.layers is None else "fastest",
+            "equal work" if each.bounds is None else "fastest",
             f"{each.step:.2f}",
             f"{each.step - plain.step:.2f}",
             f"{(plain.memory - each.memory) / 1e9:.1f}",
@@ -72,8 +73,8 @@ def rungs_table(ladder: Ladder) -> Table:
 
 def cuts(ladder: Ladder) -> list[str]:
     """The key for each cut other than that of equal work, on one line however long it is."""
-    others = dict.fromkeys(_partition(each) for each in ladder.outcomes if each.layers is not None)
-    return [f'fastest cut: "partition_method": "{each}"' for each in others]
+    others = dict.fromkeys(each.bounds for each in ladder.outcomes if each.bounds is not None)
+    return [f'fastest cut: "partition_method": "{counts_text(each)}"' for each in others]
 
 
 def reason(ladders: Sequence[Ladder], work: Work) -> str:
@@ -131,7 +132,7 @@ def change(outcome: Outcome) -> str:
     parts += ["full backwards"] if outcome.split is False else []
     if outcome.away is not False:
         parts.append(f"offload {'all' if outcome.away is True else outcome.away}")
-    parts += [] if outcome.layers is None else ["another cut"]
+    parts += [] if outcome.bounds is None else ["another cut"]
     return "; ".join(parts) or "as it is"
 
 
@@ -144,11 +145,6 @@ def _gb(outcome: Outcome) -> str:
     return f"{outcome.memory / 1e9:.1f}" + ("" if outcome.fits else " (too much)")
 
 
-def _partition(outcome: Outcome) -> str | None:
-    """ "partition_method", where the cut is not that of equal work."""
-    return None if outcome.layers is None else ",".join(map(str, outcome.layers))
-
-
 def _data(outcome: Outcome) -> dict[str, Any]:
     """With the keys of the "pipeline" section."""
     return {
@@ -156,7 +152,7 @@ def _data(outcome: Outcome) -> dict[str, Any]:
         "activation_checkpoint_interval": int(outcome.rung.whole),
         "split_backward": outcome.split,
         "offload_activations": outcome.away,
-        "partition_method": _partition(outcome),
+        "partition_method": None if outcome.bounds is None else counts_text(outcome.bounds),
         "step": outcome.step,
         "memory": outcome.memory,
         "fits": outcome.fits,

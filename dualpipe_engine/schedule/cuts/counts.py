@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from itertools import accumulate
+from itertools import accumulate, pairwise
 
 from ...errors import ConfigError
 from ..placement import Placement
@@ -17,6 +17,11 @@ def parse_counts(text: str | None) -> tuple[int, ...] | None:
     if text is None or not _NUMBERS.fullmatch(text):
         return None
     return tuple(int(part) for part in text.split(","))
+
+
+def counts_text(bounds: Sequence[int]) -> str:
+    """The counts of a cut as text, from which `parse_counts` and `bounds_of_counts` make its bounds again."""
+    return ",".join(str(stop - start) for start, stop in pairwise(bounds))
 
 
 def bounds_of_counts(counts: Sequence[int], num_layers: int, placement: Placement) -> tuple[int, ...]:

@@ -12,7 +12,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
-from itertools import accumulate, pairwise
+from itertools import pairwise
 from typing import NamedTuple
 
 from ...errors import PlanError
@@ -59,7 +59,7 @@ class Outcome:
         rung: what is computed again.
         split: "split_backward": whether I and W run apart; None: the schedule never has them apart.
         away: "offload_activations".
-        layers: "partition_method": of each stage, where the cut is not that of equal work.
+        bounds: of the stages, where the cut is not that of equal work.
         step: seconds, reduction of gradients included.
         memory: bytes of the fullest rank.
         fits: whether these are no more than there are.
@@ -68,7 +68,7 @@ class Outcome:
     rung: Rung
     split: bool | None
     away: bool | int
-    layers: tuple[int, ...] | None
+    bounds: tuple[int, ...] | None
     step: float
     memory: int
     fits: bool
@@ -197,7 +197,7 @@ class Ladder:
         """With the least offload that fits, or all. Of whole layers DeepSpeed keeps the inputs: none."""
         if kept.rung.whole:
             return kept
-        key = way, rung = self._way_of(kept), kept.rung
+        key = way, rung = _Way(kept.bounds or self._equal_work, kept.split), kept.rung
         if key not in self._away:
             plan, costs, limit = self._plans[way], self._costs[way.bounds, rung], self.work.memory
             fewer = least_that_fits(
@@ -207,16 +207,11 @@ class Ladder:
             self._away[key] = self._outcome(way, rung, True if fewer is None else fewer)
         return self._away[key]
 
-    def _way_of(self, outcome: Outcome) -> _Way:
-        layers = outcome.layers
-        return _Way(self._equal_work if layers is None else (0, *accumulate(layers)), outcome.split)
-
     def _outcome(self, way: _Way, rung: Rung, away: bool | int) -> Outcome:
         costs = self._costs[way.bounds, rung]
         plan = offload(self._plans[way], away, costs)
         step, size = makespan_of(plan, costs) + self._reduction[way.bounds], self._bytes(plan, way.bounds, rung)
-        layers = tuple(stop - start for start, stop in pairwise(way.bounds))
-        cut = None if way.bounds == self._equal_work else layers
+        cut = None if way.bounds == self._equal_work else way.bounds
         return Outcome(rung, way.split, away, cut, step, size, size <= self.work.memory)
 
     def _reduction_of(self, bounds: Sequence[int]) -> float:

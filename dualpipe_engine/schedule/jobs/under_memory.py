@@ -7,10 +7,10 @@ from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass, fields, replace
 from functools import cached_property
-from itertools import pairwise
 from typing import Any
 
 from ...errors import PlanError
+from ..cuts.counts import counts_text
 from ..cuts.fastest import best_cut
 from ..cuts.together import kept_together
 from ..orders.registry import Schedule, tried
@@ -49,7 +49,7 @@ class Fitted(Row):
     @property
     def counts(self) -> str | None:
         """The cut as "partition_method" takes it."""
-        return None if self.bounds is None else ",".join(str(stop - start) for start, stop in pairwise(self.bounds))
+        return None if self.bounds is None else counts_text(self.bounds)
 
     @property
     def change(self) -> str:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
+from functools import partial
 from itertools import pairwise
 from math import ceil
 
 from ..placement import Placement
-from ..timing.costs import CostModel, PerStage
+from ..timing.costs import Bytes, CostModel, PerStage
 
 
 @dataclass(frozen=True)
@@ -48,19 +49,10 @@ class LayerCosts:
             ]
             return tuple(sum(each[start:stop]) for start, stop in pairwise(bounds))
 
-        def whole(cost: int | tuple[int, ...]) -> tuple[int, ...]:
+        def whole(cost: Bytes) -> tuple[int, ...]:
             return tuple(ceil(number - 1e-6) for number in of(cost, size))
 
-        return replace(
-            costs,
-            f=of(costs.f, time),
-            i=of(costs.i, time),
-            w=of(costs.w, time),
-            fb=None if costs.fb is None else of(costs.fb, time),
-            copy=of(costs.copy, size),
-            activation_bytes=whole(costs.activation_bytes),
-            pending_bytes=None if costs.pending_bytes is None else whole(costs.pending_bytes),
-        )
+        return costs.converted(partial(of, parts=time), partial(of, parts=size), whole)
 
     def most_params(self, placement: Placement, bounds: Sequence[int] | None = None) -> int:
         """Parameters of the rank that holds most.

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 
 from ...errors import PlanError
 from ..op import FB, B, F, I, Op, W
 from ..placement import Placement
 
 PerStage = float | tuple[float, ...]
+Bytes = int | tuple[int, ...]
 
 
 LEAST, MOST = 1e-30, 1e30  #: costs, in any unit, with whose sums and ratios floating point can reckon
@@ -41,8 +44,8 @@ class CostModel:
     w: PerStage = 1.0
     fb: PerStage | None = None
     comm: float = 0.0
-    activation_bytes: int | tuple[int, ...] = 1
-    pending_bytes: int | tuple[int, ...] | None = None
+    activation_bytes: Bytes = 1
+    pending_bytes: Bytes | None = None
     copy: PerStage = 0.0
 
     def __post_init__(self) -> None:
@@ -106,16 +109,31 @@ class CostModel:
         self.check(placement.num_ranks)
         if placement.parts == 1:
             return self
-        parts = placement.parts
+        cut = partial(_cut, parts=placement.parts)
+        return self.converted(cut, cut, partial(_cut_bytes, parts=placement.parts))
+
+    def converted(
+        self,
+        compute: Callable[[PerStage], PerStage],
+        copy: Callable[[PerStage], PerStage],
+        size: Callable[[Bytes], Bytes],
+    ) -> CostModel:
+        """The costs of other stages.
+
+        Args:
+            compute: from seconds of F, I, W or F&B to those of the other stages.
+            copy: from seconds of copies to host memory.
+            size: from bytes of activations.
+        """
         return replace(
             self,
-            f=_cut(self.f, parts),
-            i=_cut(self.i, parts),
-            w=_cut(self.w, parts),
-            fb=None if self.fb is None else _cut(self.fb, parts),
-            copy=_cut(self.copy, parts),
-            activation_bytes=_cut_bytes(self.activation_bytes, parts),
-            pending_bytes=None if self.pending_bytes is None else _cut_bytes(self.pending_bytes, parts),
+            f=compute(self.f),
+            i=compute(self.i),
+            w=compute(self.w),
+            fb=None if self.fb is None else compute(self.fb),
+            copy=copy(self.copy),
+            activation_bytes=size(self.activation_bytes),
+            pending_bytes=None if self.pending_bytes is None else size(self.pending_bytes),
         )
 
     def joined(self, parts: int) -> CostModel:
@@ -123,10 +141,8 @@ class CostModel:
 
         Of a cost that is one number for all stages the same is true of the joined ones.
         """
-        f, i, w = _join(self.f, parts), _join(self.i, parts), _join(self.w, parts)
-        fb = None if self.fb is None else _join(self.fb, parts)
-        copy = _join(self.copy, parts)
-        return replace(self, f=f, i=i, w=w, fb=fb, copy=copy, activation_bytes=1, pending_bytes=None)
+        join = partial(_join, parts=parts)
+        return replace(self.converted(join, join, lambda _: 1), pending_bytes=None)
 
 
 UNIT = CostModel()  #: f = i = w = 1, no overlap, transfers for nothing
@@ -144,7 +160,7 @@ def _cut(value: PerStage, parts: int) -> PerStage:
     return tuple(each / parts for each in value for _ in range(parts)) if isinstance(value, tuple) else value / parts
 
 
-def _cut_bytes(size: int | tuple[int, ...], parts: int) -> int | tuple[int, ...]:
+def _cut_bytes(size: Bytes, parts: int) -> Bytes:
     return tuple(-(-n // parts) for n in size for _ in range(parts)) if isinstance(size, tuple) else -(-size // parts)
 
 
