@@ -33,7 +33,6 @@ from ..schedule.op import I, atoms
 from ..schedule.plan import Plan
 from ..schedule.progress import waiting
 from ..schedule.records import LOSS
-from ..schedule.timing.costs import CostModel
 from .batches.additional_losses import AdditionalLosses
 from .batches.evaluation import Evaluation
 from .batches.feed import BatchFeed
@@ -57,7 +56,7 @@ from .placing.param_groups import GroupMap
 from .placing.sequences import Sharing
 from .placing.shared_blocks import SharingExperts
 from .placing.stages import has_phases, make_chunk, params_of, stage_views
-from .plan import make_lowered_plan
+from .plan import StageCosts, make_lowered_plan
 from .reduction.after_schedule import AfterSchedule
 from .reduction.averaging import Averaging
 from .reduction.freezing import TrainedParams
@@ -80,7 +79,7 @@ class DualPipeEngine(
         base_grid: the grid that the PipelineModule was built on, with all pipeline ranks.
         place: this rank's place in its pipeline.
         plan: the lowered training plan.
-        costs: costs of the model cut into as many stages as there are ranks, for plans of other batch sizes.
+        costs: of the stages of a placement, for plans of other batch sizes.
         watch: ends the job when a rank is lost.
         sharing: with whom this rank shares its sequences.
         shards: cuts its micro-batches, if it does.
@@ -100,7 +99,7 @@ class DualPipeEngine(
         base_grid: PipelineParallelGrid,
         place: Place,
         plan: Plan,
-        costs: CostModel,
+        costs: StageCosts,
         watch: Watch,
         sharing: Sharing,
         shards: Shards | None,

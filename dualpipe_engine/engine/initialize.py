@@ -43,7 +43,7 @@ from .placing.sequences import BatchView, read_sizes, readers_of, share_sequence
 from .placing.shared_blocks import check_blocks, connect_blocks, overlap_blocks, read_rest, share_blocks
 from .placing.stages import set_activation_checkpointing
 from .placing.tiled import tile
-from .plan import agree, lowered_plan, make_lowered_plan, unmeasured_costs
+from .plan import StageCosts, agree, costs_of_stages, lowered_plan, make_lowered_plan
 
 _stock_initialize = deepspeed.initialize  # before `dualpipe_engine.run` puts ours in its place
 
@@ -138,7 +138,7 @@ def _under_schedule(
         read_rest(model)
         base_grid = model._grid
         dualpipe, plan, costs = _choose_plan(model, settings, dualpipe, readers, training_data, collate_fn)
-        placed = _place(model, settings, dualpipe, plan, costs)
+        placed = _place(model, settings, dualpipe, plan, costs(plan.placement))
         sharing = share_sequences(model, base_grid, base_grid.data_parallel_size // readers)
         shards = shard_batches(model, sharing)
         model.dualpipe_recomputed = recomputed_modules(model, dualpipe.recompute)
@@ -182,12 +182,11 @@ def _choose_plan(
     readers: int,
     training_data: Dataset | None,
     collate_fn: Collate | None,
-) -> tuple[DualPipeConfig, Plan, CostModel]:
-    """The configuration with "auto" replaced, the lowered plan, and the costs that it was made with. Collective."""
+) -> tuple[DualPipeConfig, Plan, StageCosts]:
+    """The configuration with "auto" replaced, the lowered plan, and the costs of stages. Collective."""
     grid = model._grid
     num_micro = micro_batches(settings, readers)
     measured = job_costs(model, settings, dualpipe, num_micro, training_data, collate_fn)
-    costs = unmeasured_costs(model, dualpipe) if measured is None else measured.costs
     if dualpipe.schedule == AUTO:
         assert measured is not None
         # DeepSpeed keeps the inputs of layers that it checkpoints by itself.
@@ -198,11 +197,10 @@ def _choose_plan(
             print_choice(rows, measured, num_micro)
         best = best_of(rows)
         assert isinstance(best, Fitted) and best.plan is not None
-        measured = measured.again(best.recompute)
-        placed = measured.placed(best.plan.placement, best.bounds)
-        costs = measured.costs if best.bounds is None else placed.joined(best.plan.placement.parts)
-        plan = lowered_plan(best.plan, dualpipe, placed)
+        costs = costs_of_stages(model, dualpipe, measured.again(best.recompute))
+        plan = lowered_plan(best.plan, dualpipe, costs(best.plan.placement))
     else:
+        costs = costs_of_stages(model, dualpipe, measured)
         plan = make_lowered_plan(dualpipe, grid.pipe_parallel_size, num_micro, costs)
     agree(plan, torch.device(get_accelerator().current_device_name()))
     return dualpipe, plan, costs

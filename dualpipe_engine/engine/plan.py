@@ -2,22 +2,31 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 import torch.distributed as dist
 from deepspeed.pipe import LayerSpec, PipelineModule
 
 from ..errors import ConfigError, PlanError
+from ..schedule.cuts.counts import bounds_of_counts, parse_counts
 from ..schedule.orders.registry import placement_of
 from ..schedule.passes.lower import lower
 from ..schedule.passes.offload import offload
 from ..schedule.passes.verify import verify
+from ..schedule.placement import Placement
 from ..schedule.plan import Plan
+from ..schedule.search.job_costs import Measurement
 from ..schedule.search.make_plan import make_plan
 from ..schedule.timing.costs import UNIT, CostModel
 from .config import DualPipeConfig
 
 OVERLAPPED = CostModel(fb=2.25)
 """Where pairs overlap and nothing was measured: a pair takes three quarters of its halves one after the other."""
+
+
+StageCosts = Callable[[Placement], CostModel]
+"""Costs of the stages of a placement, from this."""
 
 
 def unmeasured_costs(module: PipelineModule, config: DualPipeConfig) -> CostModel:
@@ -29,14 +38,40 @@ def unmeasured_costs(module: PipelineModule, config: DualPipeConfig) -> CostMode
     return OVERLAPPED if overlaps and config.overlap is not False else UNIT
 
 
-def make_lowered_plan(config: DualPipeConfig, num_ranks: int, num_micro: int, costs: CostModel = UNIT) -> Plan:
+def costs_of_stages(module: PipelineModule, config: DualPipeConfig, measured: Measurement | None) -> StageCosts:
+    """What the stages of a placement cost, on the cut that the configuration lists where single layers were measured.
+
+    Args:
+        module: the model.
+        config: with "auto" replaced.
+        measured: with what the configuration recomputes; None: nothing was.
+
+    Raises (what is returned):
+        ConfigError: the listed cut is for other layers or stages.
+        PlanError: the costs are for other ranks.
+    """
+    if measured is None:
+        return unmeasured_costs(module, config).for_placement
+    counts, layers = parse_counts(config.partition_method), len(module._layer_specs)
+
+    def on(placement: Placement) -> CostModel:
+        if counts is None or measured.of_layers is None:
+            return measured.placed(placement)
+        return measured.placed(placement, bounds_of_counts(counts, layers, placement))
+
+    return on
+
+
+def make_lowered_plan(
+    config: DualPipeConfig, num_ranks: int, num_micro: int, costs: StageCosts = UNIT.for_placement
+) -> Plan:
     """Make, verify and lower the training plan.
 
     Args:
         config: names the schedule, or the file of a plan.
         num_ranks: pipeline ranks.
         num_micro: micro-batches of one pipeline per batch.
-        costs: costs of the model cut into `num_ranks` stages.
+        costs: gives those of the stages of a placement.
 
     Raises:
         PlanError: the schedule cannot run on these ranks, or a plan file is not valid.
@@ -49,9 +84,9 @@ def make_lowered_plan(config: DualPipeConfig, num_ranks: int, num_micro: int, co
                 f"{config.plan_file} is a plan for {plan.placement.num_ranks} ranks and {plan.num_micro} "
                 f"micro-batches, but the job has {num_ranks} pipeline ranks and {num_micro} micro-batches"
             )
-        placed = costs.for_placement(plan.placement)
+        placed = costs(plan.placement)
     else:
-        placed = costs.for_placement(placement_of(config.schedule, num_ranks, config.stages_per_rank))
+        placed = costs(placement_of(config.schedule, num_ranks, config.stages_per_rank))
         plan = make_plan(
             config.schedule,
             num_ranks,

@@ -33,7 +33,7 @@ def test_layers_that_overlap_are_planned_so(kind, expected, built):
 
 def test_pairs_survive_only_where_they_win():
     def pairs(costs):
-        plan = make_lowered_plan(DualPipeConfig(schedule="dualpipe"), 8, 20, costs)
+        plan = make_lowered_plan(DualPipeConfig(schedule="dualpipe"), 8, 20, costs.for_placement)
         return sum(op.kind == "FB" for program in plan.programs for op in program)
 
     assert pairs(OVERLAPPED) > pairs(UNIT)

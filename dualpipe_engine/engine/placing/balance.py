@@ -28,7 +28,7 @@ def stage_bounds(module: PipelineModule, plan: Plan, config: DualPipeConfig, cos
     Layers of each stage that the configuration lists stay as they are listed; for other methods see `kept_together`.
 
     Args:
-        costs: what the plan was made for, see `_bounds`.
+        costs: of the plan's stages as it was made, see `_bounds`.
 
     Raises:
         ConfigError: see `_bounds`.
@@ -61,15 +61,15 @@ def _bounds(module: PipelineModule, plan: Plan, config: DualPipeConfig, costs: C
             f"{len(module._layer_specs)} layers: measure this model again"
         )
     compute = plan.compute_only()
-    whole = _of_the_model(costs, plan.placement.num_ranks, weights)
+    whole = _of_the_model(costs, plan.placement.num_stages, weights)
     return list(best_cut(weights, plan.placement, whole, lambda _: compute).bounds)
 
 
-def _of_the_model(costs: CostModel, ranks: int, weights: Sequence[float]) -> CostModel:
-    """Costs of `ranks` stages as those of the whole model, with transfers in the unit of `weights`."""
+def _of_the_model(costs: CostModel, stages: int, weights: Sequence[float]) -> CostModel:
+    """Costs of so many stages as those of the whole model, with transfers in the unit of `weights`."""
 
     def total(cost: PerStage) -> float:
-        return sum(cost) if isinstance(cost, tuple) else cost * ranks
+        return sum(cost) if isinstance(cost, tuple) else cost * stages
 
     f, i, w = total(costs.f), total(costs.i), total(costs.w)
     if not f + i + w:

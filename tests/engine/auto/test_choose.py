@@ -159,6 +159,7 @@ def test_the_faster_cut_is_trained(ranks, tmp_path):
     by_hand = ranks.run(2, auto_runs.start, path=path, ranks=2, data=False, **same)
     assert [rank["losses"] for rank in by_hand] == [rank["losses"] for rank in found]
     assert [rank["layers"] for rank in by_hand] == [rank["layers"] for rank in found]
+    assert {rank["digest"] for rank in by_hand} == {rank["digest"] for rank in found}, "planned for the same costs"
     assert sorted(number for rank in found for number in rank["layers"]) == list(range(8))
 
 

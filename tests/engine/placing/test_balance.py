@@ -127,7 +127,7 @@ def test_the_search_knows_what_pairs_save(monkeypatch):
     monkeypatch.setattr(balance, "estimated_costs", lambda module: weights)
     module = SimpleNamespace(_layer_specs=[None] * len(weights))
     config = DualPipeConfig(schedule="dualpipe", partition_method="pairs")
-    plan = make_lowered_plan(config, 4, 8, OVERLAPPED)
+    plan = make_lowered_plan(config, 4, 8, OVERLAPPED.for_placement)
     cuts = [balance.stage_bounds(module, plan, config, costs) for costs in (UNIT, OVERLAPPED)]
     compute = plan.compute_only()
     plain, knowing = (simulate(compute, costs_of_cut(weights, cut, OVERLAPPED)).makespan for cut in cuts)
