@@ -41,7 +41,9 @@ class PipelineEvaluation(Trainer):
     compute_metrics: Any
     preprocess_logits_for_metrics: Any
     _for_the_loss: tuple[str, ...] = ("labels",)  #: names of inputs that the stages do not need
+    _stock: type[Trainer] = Trainer  #: whose losses are known
     _everywhere = True  #: whether all ranks are given the logits
+    _row_blocks = 1  #: in which the rows of a batch come, as chosen ones and then rejected ones
     _shrink: Callable[[Nest, Nest], Nest] | None = None  #: what makes less of the logits before they travel
 
     def _make_engine(self) -> DualPipeEngine:
@@ -52,7 +54,7 @@ class PipelineEvaluation(Trainer):
 
     def _looks_at_losses(self) -> bool:
         """Whether a batch is cut whose loss is the user's own, so that nobody knows what it is a mean of."""
-        own = type(self).compute_loss is not Trainer.compute_loss or self.compute_loss_func is not None
+        own = type(self).compute_loss is not self._stock.compute_loss or self.compute_loss_func is not None
         return own and self._num_chunks > 1
 
     def _alone(self) -> AbstractContextManager[None]:

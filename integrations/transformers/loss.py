@@ -80,7 +80,9 @@ class TrainerLoss:
         self._stand_in = stand_in or StandIn
         self._is_sum: bool | None = trainer.loss_is_scaled_for_ga
         self._by_rows: bool | None = None
-        self._parts = SumOfParts(f"{type(trainer).__name__}.compute_loss") if trainer._looks_at_losses() else None
+        self._parts: SumOfParts | None = None
+        if trainer._looks_at_losses():
+            self._parts = SumOfParts(f"{type(trainer).__name__}.compute_loss", trainer._row_blocks)
         self._labelled = True
         self._kept: dict[int, Nest] | None = None
         self._ignored: tuple[str, ...] = ()
@@ -124,7 +126,7 @@ class TrainerLoss:
             return torch.zeros((), device=numbers.device)
         if self._is_sum is None and count == count and share:
             self._is_sum = self._ask(output, inputs, count)
-        if self._parts is not None and isinstance(inputs.get("labels"), torch.Tensor):
+        if self._parts is not None:
             self._look(self._parts, output, inputs, count, bool(share and uneven))
         loss = self._of(output, inputs, None if count != count else count, int(number))
         factor = self._factor(numbers)

@@ -54,10 +54,12 @@ class SumOfParts:
 
     Args:
         name: of the loss, for the error.
+        blocks: in which the rows of a batch come, as chosen ones and then rejected ones; what is one row of each is
+            never parted.
     """
 
-    def __init__(self, name: str) -> None:
-        self._name, self._left = name, CHECKED
+    def __init__(self, name: str, blocks: int = 1) -> None:
+        self._name, self._blocks, self._left = name, blocks, CHECKED
         self._before: Piece | None = None
 
     def __call__(
@@ -67,21 +69,21 @@ class SumOfParts:
         Args:
             loss: of rows, without a graph.
             weigh: what a mean over some rows counts for; None: the loss is a sum.
-            this: output and inputs of a micro-batch. One of a single row is joined with the one before.
+            this: output and inputs of a micro-batch. One of a single row (a block) is joined with the one before.
 
         Raises:
             ConfigError: the loss is neither sum nor mean.
         """
         if not self._left:
             return
-        rows = len(this[1]["labels"])
+        rows = rows_of_inputs(this[1]) // self._blocks
         if rows > 1:
-            parts = [_rows(this, slice(rows // 2)), _rows(this, slice(rows // 2, None))]
+            parts = [_rows(this, which, self._blocks) for which in (slice(rows // 2), slice(rows // 2, None))]
         elif self._before is None or _shapes(self._before) != _shapes(this):
             self._before = tree_map(lambda leaf: leaf.detach() if isinstance(leaf, torch.Tensor) else leaf, this)
             return
         else:
-            parts, this, self._before = [self._before, this], _joined(self._before, this), None
+            parts, this, self._before = [self._before, this], _joined(self._before, this, self._blocks), None
         weights = [1.0 if weigh is None else weigh(inputs) for _, inputs in parts]
         total = 1.0 if weigh is None else sum(weights)
         if not all(weights):
@@ -103,23 +105,32 @@ def _near(one: float, other: float) -> bool:
     return abs(one - other) <= 1e-3 * abs(other) + 1e-7
 
 
-def _rows(piece: Piece, which: slice) -> Piece:
-    rows = len(piece[1]["labels"])
+def _rows(piece: Piece, which: slice, blocks: int = 1) -> Piece:
+    rows = rows_of_inputs(piece[1])
 
     def cut(leaf: Any) -> Any:  # noqa: ANN401
-        return leaf[which] if isinstance(leaf, torch.Tensor) and leaf.dim() and len(leaf) == rows else leaf
+        found = _in_blocks(leaf, rows, blocks)
+        return torch.cat([block[which] for block in found]) if found else leaf
 
     return tree_map(cut, piece)
 
 
-def _joined(first: Piece, second: Piece) -> Piece:
-    rows = len(first[1]["labels"])
+def _joined(first: Piece, second: Piece, blocks: int = 1) -> Piece:
+    rows, more = rows_of_inputs(first[1]), rows_of_inputs(second[1])
 
     def join(one: Any, other: Any) -> Any:  # noqa: ANN401
-        of_rows = isinstance(one, torch.Tensor) and one.dim() and len(one) == rows
-        return torch.cat([one, other]) if of_rows else one
+        pairs = zip(_in_blocks(one, rows, blocks), _in_blocks(other, more, blocks), strict=True)
+        found = [block for pair in pairs for block in pair]
+        return torch.cat(found) if found else one
 
     return tree_map(join, first, second)
+
+
+def _in_blocks(leaf: Any, rows: int, blocks: int) -> tuple[torch.Tensor, ...]:  # noqa: ANN401
+    """A tensor of all rows, or of those of one block; none: it has nothing to do with rows."""
+    if not isinstance(leaf, torch.Tensor) or not leaf.dim() or len(leaf) * blocks not in (rows, rows * blocks):
+        return ()
+    return leaf.chunk(blocks) if len(leaf) == rows else (leaf,)
 
 
 def _shapes(piece: Piece) -> list[tuple[int, ...]]:

@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 class BatchMetrics(DualPipeTrainer):
     """A `DualPipeTrainer` that a trainer of TRL is mixed into."""
 
-    _trl: type[Trainer]  #: whose `compute_loss` has the metrics
+    _stock: type[Trainer]  #: whose `compute_loss` has the metrics
     _metrics: dict[str, Any]
     _total_train_tokens: int
     compute_loss_func: Any
@@ -45,9 +45,6 @@ class BatchMetrics(DualPipeTrainer):
         super().__init__(model, args, *positional, **options)
         refuse_data(self)
         base_model(self.model).__dict__.pop("forward", None)  # with a fused head that no rank runs
-
-    def _looks_at_losses(self) -> bool:
-        return False  # they are TRL's, of which those that do not add up are refused
 
     def _stand_in(self, *given: Any) -> StandIn:
         return FusedStandIn(*given, kept=self._fields)
@@ -83,7 +80,7 @@ class BatchMetrics(DualPipeTrainer):
                 if self._replicas > 1 and self.model.training:
                     gather = _gather(replicas)
                     self.accelerator.gather = self.accelerator.gather_for_metrics = gather
-                self._trl.compute_loss(self, model, dict(inputs))
+                self._stock.compute_loss(self, model, dict(inputs))
         finally:
             self.compute_loss_func, self.label_smoother = own
 

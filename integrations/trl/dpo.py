@@ -57,7 +57,8 @@ class DualPipeDPOTrainer(BatchMetrics, DPOTrainer):
     train_dataset: Any
     ref_model: Model
     precompute_ref_logps: bool
-    _trl = DPOTrainer
+    _stock = DPOTrainer
+    _row_blocks = 2
     _for_the_loss = ("labels", "completion_mask", *LOGS)
 
     def __init__(

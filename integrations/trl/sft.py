@@ -18,7 +18,7 @@ class DualPipeSFTTrainer(BatchMetrics, SFTTrainer):
         ConfigError: as for `DualPipeTrainer`; what `docs/trainer.md` lists as refused.
     """
 
-    _trl = SFTTrainer
+    _stock = SFTTrainer
 
     def _items_of(self, inputs: Batch) -> torch.Tensor | int | None:
         return None  # TRL's evaluation takes the mean over the tokens of a batch

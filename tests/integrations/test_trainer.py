@@ -294,6 +294,8 @@ def test_batches_are_cut_into_rows():
 class Losses:
     """A trainer with a loss of one's own, which says what it is, or does not."""
 
+    _row_blocks = 1
+
     def __init__(self, loss, scaled=None, looks=False):
         self.loss, self.loss_is_scaled_for_ga, self.looks = loss, scaled, looks
 

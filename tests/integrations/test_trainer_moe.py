@@ -80,6 +80,7 @@ class Reading:
     """A trainer whose loss is the model's own, or a sum by the number of items beside `outputs.aux_loss`."""
 
     loss_is_scaled_for_ga = None
+    _row_blocks = 1
     _alone = compute_loss_context_manager = staticmethod(nullcontext)
 
     def __init__(self, divides):

@@ -21,6 +21,7 @@ import trl_runs as runs
 from dualpipe_engine.integrations.trl import DualPipeDPOTrainer
 from dualpipe_engine.integrations.trl.fused import fused
 from dualpipe_engine.integrations.trl.refusals import refuse_data, refuse_settings
+from ranks import RankError
 
 from dualpipe_engine.errors import ConfigError
 
@@ -137,6 +138,26 @@ def test_every_argument_is_in_the_table_of_the_docs(kind, cases):
                     refuse_settings(arguments(kind, **{name: True}), 2)
             elif not what.startswith("no effect"):
                 assert name in tried, name
+
+
+OWN = [(runs.sft, {"compute_loss_func": runs.mean_over_tokens}), (runs.sft, {"change": runs.half})]
+OWN += [(runs.dpo, {"change": runs.half})]
+OTHER = [(runs.sft, {"compute_loss_func": runs.largest_token}), (runs.sft, {"change": runs.square})]
+OTHER += [(runs.dpo, {"change": runs.square})]
+
+
+@pytest.mark.all
+@pytest.mark.parametrize("run, given", OWN)
+def test_a_loss_of_ones_own_that_adds_up_is_that_of_one_process(ranks, tmp_path, run, given):
+    beside(ranks, tmp_path, run, world=2, steps=3, **given)
+
+
+@pytest.mark.all
+@pytest.mark.parametrize("run, given", OTHER)
+@pytest.mark.parametrize("num_chunks", [3, 6], ids=["two rows", "one row"])
+def test_a_loss_of_ones_own_that_does_not_add_up_is_refused(ranks, tmp_path, run, given, num_chunks):
+    with pytest.raises(RankError, match=r"micro-batches (do not|cannot) add up to the batch"):
+        ranks.run(2, run, folder=str(tmp_path), steps=2, num_chunks=num_chunks, **given)
 
 
 @pytest.mark.all

@@ -88,8 +88,36 @@ def saved(folder, model):
     return str(path)
 
 
-def sft(folder, stock=False, steps=4, config=None, rows=None, family="llama", by_path=False, **options):
-    """`by_path`: the model is a folder, from which TRL loads it."""
+def mean_over_tokens(outputs, labels, num_items_in_batch=None):
+    logits = outputs.logits[:, :-1].float()
+    return 0.5 * torch.nn.functional.cross_entropy(logits.flatten(0, 1), labels[:, 1:].flatten())
+
+
+def largest_token(outputs, labels, num_items_in_batch=None):
+    return outputs.logits.float().abs().amax()
+
+
+def with_loss(kind, change):
+    """A subclass as users write them; `change` of a loss that is known."""
+
+    class Changed(kind):
+        def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+            loss, outputs = super().compute_loss(model, inputs, True, num_items_in_batch)
+            return (change(loss), outputs) if return_outputs else change(loss)
+
+    return Changed
+
+
+def half(loss):
+    return loss / 2
+
+
+def square(loss):
+    return loss**2
+
+
+def sft(folder, stock=False, steps=4, config=None, rows=None, family="llama", by_path=False, change=None, **options):
+    """`by_path`: the model is a folder, from which TRL loads it. `change`: as for `with_loss`."""
     import datasets
     import trl
 
@@ -103,6 +131,7 @@ def sft(folder, stock=False, steps=4, config=None, rows=None, family="llama", by
         kind = trl.SFTTrainer
     else:
         from dualpipe_engine.integrations.trl import DualPipeSFTTrainer as kind
+    kind = with_loss(kind, change) if change else kind
     tokenizer = make_tokenizer()
     rows = rows or {"text": paragraphs(30)}
     model = make_model(len(tokenizer), family=family)
@@ -118,7 +147,9 @@ def sft(folder, stock=False, steps=4, config=None, rows=None, family="llama", by
 REFERENCES = ("another", "reloaded", "without adapters", "given adapters")
 
 
-def dpo(folder, stock=False, steps=4, config=None, reference=None, family="llama", by_path=False, **options):
+def dpo(
+    folder, stock=False, steps=4, config=None, reference=None, family="llama", by_path=False, change=None, **options
+):
     """`reference`: one of `REFERENCES`; None: the model as it is given, ahead of training."""
     import datasets
     import peft
@@ -129,6 +160,7 @@ def dpo(folder, stock=False, steps=4, config=None, reference=None, family="llama
         kind = trl.DPOTrainer
     else:
         from dualpipe_engine.integrations.trl import DualPipeDPOTrainer as kind
+    kind = with_loss(kind, change) if change else kind
     tokenizer = make_tokenizer()
     rows = datasets.Dataset.from_dict(
         {
