@@ -7,7 +7,7 @@ of rows. These travel with the hidden state, the probabilities with a gradient, 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -23,6 +23,7 @@ from ..runtime.tiles import TileableLoss, Tiles
 from .families import FAMILIES, family_of
 from .losses import LossFn, PretrainedModel
 from .runner import Runner
+from .stubs import first_tensor
 
 SUMS = "router_sums:"  #: name of the sums within a message
 
@@ -194,6 +195,11 @@ class RoutedRunner(Runner):
         for each in logits:
             sums = self._routing.add(sums, each, self._mask(travel))
         return _joined(travel, sums)
+
+    def resumed(self, carried: Nest, run: Callable[[], Nest]) -> Nest:
+        with self._routing.heard(self.model) as heard:
+            hidden = first_tensor(run())
+        return self.handed_on(hidden, self.carried(self.handed_on(hidden, carried), heard))
 
     def _mask(self, inputs: Mapping[str, Nest]) -> torch.Tensor | None:
         """Of the tokens that this rank has, `[batch, length]`."""

@@ -18,8 +18,10 @@ from torch import nn
 
 from ..comm.nest import Nest
 from ..errors import ConfigError
+from ..models.trial import hidden_state
 from .chain import Chain, ancestors
 from .messages import Inputs
+from .phased_attention import Layer, PhasedAttention, phased_attention
 from .sequences import Part, check_shared, share_attention
 from .stubs import Changed, End, Inject, Stub, Taken, first_tensor, placeholder
 
@@ -61,6 +63,7 @@ class Runner:
         self._shared: Part | None = None
         self._attention: list[nn.Module] = []
         self._length = 0  # of whole sequences, where a rank has a part of them
+        self._blocks = [owned[path] for path in chain.blocks[span.start : span.stop]]
         above = ancestors((*chain.prologue, *chain.blocks, *chain.epilogue, *owned))
         self.model = self._rebuilt(model, "", above, owned)
 
@@ -93,6 +96,22 @@ class Runner:
             above, _, name = path.rpartition(".")
             self.model.get_submodule(above)._modules[name] = Changed(block, self._cut)
 
+    def in_pieces(self, layer: Layer) -> PhasedAttention | str | None:
+        """The span of a `layer` in pieces around its attention, or why there are none; None where no block shares
+        sequences. Collective over the ranks that share them."""
+        if self._shared is None or not self._attention:
+            return None
+        if len(self._blocks) != 1 or self._first or self._last:
+            return "it has more than one block of the model"
+        block = self._blocks[0]
+        width = getattr(getattr(self.model, "config", None), "hidden_size", None)
+        if not isinstance(width, int):
+            return "its configuration has no hidden_size"
+        hidden = hidden_state(block, width)
+        ids = torch.ones(len(hidden), hidden.shape[1] * self._shared.size, dtype=torch.long, device=hidden.device)
+        message = self._inputs.pack(hidden, {} if self._inputs.embeds else {self._inputs.names[0]: ids})
+        return phased_attention(layer, block, message, self._shared.group)
+
     def _begin(self, kwargs: Mapping[str, Nest]) -> None:
         """Note the length of the sequences that the model is given."""
         if self._shared is None:
@@ -122,6 +141,10 @@ class Runner:
     def carried(self, message: Nest, logits: list[torch.Tensor]) -> Nest:
         """What goes past the block of a span of one, neither first nor last; see `Stage.carried`."""
         return self._inputs.unpack(message)[1]
+
+    def resumed(self, carried: Nest, run: Callable[[], Nest]) -> Nest:
+        """The message behind a block that `run` runs."""
+        return self.handed_on(first_tensor(run()), carried)
 
     def handed_on(self, hidden: torch.Tensor, carried: dict[str, Nest]) -> Nest:
         """The message with the `hidden` state that the block returns."""

@@ -7,23 +7,28 @@ on some heads of whole sequences and the whole mask. So windows, padding and pac
 DeepSpeed's `UlyssesSPAttentionHF` does the same for models on one rank each: it makes its groups of neighbouring ranks
 of the world, takes one size of micro-batches, drops masks (so that `sdpa` knows neither windows nor packed sequences)
 and exchanges queries, keys, values and positions one by one.
+
+Within a forward the exchanges are waited for; `phased_attention` runs a block in pieces around them.
 """
 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterable
-from typing import Any
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any, NamedTuple
 
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.nn.functional import scaled_dot_product_attention
 from torch.utils import _pytree as pytree
 
 from ..comm.all_to_all import exchange
 from ..comm.nest import Nest
+from ..comm.tickets import Tickets
 from ..engine.checks.token_mixing import SHARED_HEADS, mixing_modules, refusal
 from ..errors import ConfigError, PipelineRuntimeError
-from ..models.head_exchange import HeadExchange
+from ..models.head_exchange import HeadExchange, Parcel
 from .losses import PretrainedModel
 
 _REGISTRY = "ALL_ATTENTION_FUNCTIONS"  # the name under which modules of transformers look up attention functions
@@ -76,14 +81,14 @@ def share_attention(block: nn.Module, model: PretrainedModel, group: dist.Proces
         ConfigError: it mixes tokens elsewhere than in transformers' attention functions, or its heads cannot be
             divided.
     """
-    shared, found = HeadExchange(group), []
+    exchange, found = HeadExchange(group), []
     for part in block.modules():
         registry = _registry_of(part)
         if registry is None:
             continue
         config = getattr(part, "config", model.config)
         heads, name = config.num_attention_heads, config._attn_implementation
-        shared.check(heads, heads // getattr(part, _GROUPS, 1))
+        exchange.check(heads, heads // getattr(part, _GROUPS, 1))
         if name not in registry:  # "eager", which is a function of each model's own
             raise ConfigError(
                 f'{type(part).__name__} with attn_implementation="{name}" does not know parts of sequences '
@@ -91,7 +96,7 @@ def share_attention(block: nn.Module, model: PretrainedModel, group: dist.Proces
             )
         if not isinstance(registry[name], _OfSharedHeads):
             registry[name] = _OfSharedHeads(registry[name])
-        setattr(part, SHARED_HEADS, shared)
+        setattr(part, SHARED_HEADS, SharedHeads(exchange))
         found.append(part)
     others = mixing_modules(block)
     if others or not found:
@@ -129,6 +134,130 @@ def _registry_of(module: nn.Module) -> Any:  # noqa: ANN401
     return None
 
 
+class Call(NamedTuple):
+    """A call of an attention function, but for queries, keys and values.
+
+    Args:
+        attend: the function.
+        mask: of whole sequences.
+        args: that follow the mask.
+        kwargs: all others.
+    """
+
+    attend: Callable[..., tuple[Tensor, Tensor | None]]
+    mask: Nest
+    args: tuple[Nest, ...]
+    kwargs: dict[str, Nest]
+
+
+class AtAttention(BaseException):
+    """Ends a forward at its attention function. No Exception, so that nothing on the way catches it.
+
+    Args:
+        parcel: queries, keys and values, which have not travelled.
+        call: of the function.
+    """
+
+    def __init__(self, parcel: Parcel, call: Call) -> None:
+        super().__init__()
+        self.parcel, self.call = parcel, call
+
+
+class SharedHeads:
+    """What a module of attention knows of the ranks that share its sequences; its attribute `SHARED_HEADS`.
+
+    Args:
+        exchange: of parts of sequences for heads.
+    """
+
+    def __init__(self, exchange: HeadExchange) -> None:
+        self._exchange = exchange
+        self._stops = self._tries = False
+        self._known: Tensor | None = None
+
+    @contextmanager
+    def trying(self) -> Iterator[None]:
+        """Let torch's attention without a mask stand for the function, which may not know the precision of weights that
+        will be those of bf16, or be compiled for each length."""
+        self._tries = True
+        try:
+            yield
+        finally:
+            self._tries = False
+
+    @contextmanager
+    def stopping(self) -> Iterator[None]:
+        """Let forwards that come to the attention function raise `AtAttention`."""
+        self._stops = True
+        try:
+            yield
+        finally:
+            self._stops = False
+
+    @contextmanager
+    def knowing(self, mixed: Tensor) -> Iterator[None]:
+        """Let the attention function return `mixed [batch, length / S, heads, width]`, whatever it is given."""
+        self._known = mixed
+        try:
+            yield
+        finally:
+            self._known = None
+
+    def attend(self, module: nn.Module, parts: tuple[Tensor, Tensor, Tensor], call: Call) -> Tensor:
+        """The mixed tokens of the rank's part.
+
+        Args:
+            module: of the attention.
+            parts: queries, keys and values, `[batch, heads, length / S, width]` each.
+            call: of the function.
+
+        Returns:
+            [batch, length / S, heads, width].
+        """
+        if self._known is not None:
+            return self._known
+        parcel = self._exchange.by_heads(*(part.transpose(1, 2) for part in parts))
+        if self._tries:
+            call = call._replace(attend=_unmasked)
+        if self._stops:
+            raise AtAttention(parcel, call)
+        return self.returned(self.travel(self.mixed(module, self.travel(parcel, None), call), None))
+
+    def travel(self, parcel: Parcel, tickets: Tickets | None) -> Parcel:
+        """Exchange the blocks; see `HeadExchange.travel`."""
+        return self._exchange.travel(parcel, tickets)
+
+    def mixed(self, module: nn.Module, parcel: Parcel, call: Call) -> Parcel:
+        """Attention by some heads of whole sequences.
+
+        Args:
+            module: of the attention.
+            parcel: queries, keys and values, which have travelled.
+            call: of the function.
+
+        Returns:
+            The mixed tokens, which have not.
+        """
+        query, key, value = (part.transpose(1, 2) for part in self._exchange.heads_of(parcel))
+        before = getattr(module, _GROUPS, None)
+        if before is not None:
+            setattr(module, _GROUPS, query.shape[1] // key.shape[1])
+        try:
+            mixed, _ = call.attend(module, query, key, value, call.mask, *call.args, **call.kwargs)
+        finally:
+            if before is not None:
+                setattr(module, _GROUPS, before)
+        return self._exchange.by_tokens(mixed)
+
+    def returned(self, parcel: Parcel) -> Tensor:
+        """What has come of `mixed`: `[batch, length / S, heads, width]`."""
+        return self._exchange.tokens_of(parcel)
+
+
+def _unmasked(_: nn.Module, query: Tensor, key: Tensor, value: Tensor, *__: Nest, **___: Nest) -> tuple[Tensor, None]:
+    return scaled_dot_product_attention(query, key, value, enable_gqa=True).transpose(1, 2), None
+
+
 class _OfSharedHeads:
     """An attention function of transformers, for modules that share sequences and for others.
 
@@ -149,7 +278,7 @@ class _OfSharedHeads:
         *args: Nest,
         **kwargs: Nest,
     ) -> tuple[Tensor, Tensor | None]:
-        shared: HeadExchange | None = getattr(module, SHARED_HEADS, None)
+        shared: SharedHeads | None = getattr(module, SHARED_HEADS, None)
         if shared is None:
             return self._attend(module, query, key, value, attention_mask, *args, **kwargs)
         for name, more in kwargs.items():
@@ -158,14 +287,4 @@ class _OfSharedHeads:
                     f"{type(module).__name__} gives its attention {name}, of which it is not known what belongs to "
                     'which head: leave out "sequence_parallel_size"'
                 )
-        parcel = shared.by_heads(query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2))
-        query, key, value = (part.transpose(1, 2) for part in shared.heads_of(shared.travel(parcel, None)))
-        before = getattr(module, _GROUPS, None)
-        if before is not None:
-            setattr(module, _GROUPS, query.shape[1] // key.shape[1])
-        try:
-            mixed, _ = self._attend(module, query, key, value, attention_mask, *args, **kwargs)
-        finally:
-            if before is not None:
-                setattr(module, _GROUPS, before)
-        return shared.tokens_of(shared.travel(shared.by_tokens(mixed), None)), None
+        return shared.attend(module, (query, key, value), Call(self._attend, attention_mask, args, kwargs)), None

@@ -11,9 +11,11 @@ from torch import nn
 
 from ..comm.nest import Nest
 from ..errors import ConfigError
+from ..runtime.phases import COMPUTE, Phase, Phased
 from .families import family_of
 from .loading import Weights, is_empty
 from .losses import ModelConfig
+from .phased_attention import PhasedAttention
 from .runner import BlockRange, Runner
 from .sequences import unshare_attention
 
@@ -54,6 +56,7 @@ class Stage(nn.Module):
     cuts_inputs = True
     _runners: list[Runner]
     _weights: Weights | None
+    _pieces: PhasedAttention | None = None
 
     def __init__(self, adapter: StageSource, spans: tuple[BlockRange, ...]) -> None:
         super().__init__()
@@ -106,6 +109,42 @@ class Stage(nn.Module):
             )
         for runner in self._runners:
             runner.share_sequences(group)
+
+    def offer_exchanges(self) -> str | None:
+        """Let the exchanges of attention be phases, of a piece of one block whose ranks share sequences. Collective over
+        these ranks.
+
+        Returns:
+            Why they cannot; None if they are, or there is no block.
+        """
+        found = self._runners[0].in_pieces(self)
+        if found is None or isinstance(found, str):
+            return found
+        self.__dict__["_pieces"] = found
+        if not isinstance(self, Phased):
+            self.__dict__["phases"] = self._by_phases
+        return None
+
+    def exchanges(self) -> list[Phase]:
+        """The piece up to the results of its attention, where their exchanges are phases."""
+        return [] if self._pieces is None else self._pieces.phases()
+
+    def run_on(self, state: Nest) -> Nest:
+        """The rest of it, behind `exchanges`."""
+        assert self._pieces is not None
+        return self._pieces.run_on(state)
+
+    def message_of(self, state: Nest) -> Nest:
+        """What of the message goes past the block, as a message, behind `exchanges`."""
+        assert self._pieces is not None
+        return self._pieces.message_of(state)
+
+    def resumed(self, carried: Nest, run: Callable[[], Nest]) -> Nest:
+        """What the piece returns when `run` runs its block, and `carried` goes past it."""
+        return self._runners[0].resumed(carried, run)
+
+    def _by_phases(self) -> list[Phase]:
+        return [*self.exchanges(), Phase("output", COMPUTE, self.run_on)]
 
     @property
     def config(self) -> ModelConfig:

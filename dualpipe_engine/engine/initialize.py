@@ -34,6 +34,7 @@ from .engine import DualPipeEngine
 from .given import Collate, Dataset, Loader, Optimizer, ParamEntry, Scheduler, Settings
 from .load_report import check_load_report
 from .placing.balance import stage_bounds
+from .placing.exchanges import overlap_exchanges
 from .placing.experts import make_expert_groups, stand_in_for_experts
 from .placing.grid import Place, groups_of, set_device
 from .placing.module import place
@@ -140,6 +141,7 @@ def _under_schedule(
         dualpipe, plan, costs = _choose_plan(model, settings, dualpipe, readers, training_data, collate_fn)
         placed = _place(model, settings, dualpipe, plan, costs(plan.placement))
         sharing = share_sequences(model, base_grid, base_grid.data_parallel_size // readers)
+        model.dualpipe_waits = overlap_exchanges(model) if sharing.size > 1 and dualpipe.overlap is not False else {}
         shards = shard_batches(model, sharing)
         model.dualpipe_recomputed = recomputed_modules(model, dualpipe.recompute)
         check_statistics(model, plan.placement, model.dualpipe_recomputed)

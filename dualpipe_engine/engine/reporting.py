@@ -29,15 +29,20 @@ class Reporting(PipelineEngine):
 
     def _report_split(self) -> None:
         """After the first batch, whose forwards show it: which share of the weights runs in W, and what does not; and
-        which layers with experts run without phases."""
+        which layers wait for transfers that could be hidden."""
         report = None if self._store is None else str(self.weight_split)
-        reports = from_all((report, self.module.dualpipe_unphased), self._pipeline_group)
+        reports = from_all((report, self.module.dualpipe_unphased, self.module.dualpipe_waits), self._pipeline_group)
         if self.global_rank == 0:
-            for rank, (report, _) in enumerate(reports):
+            for rank, (report, *_) in enumerate(reports):
                 if report is not None:
                     logger.info(f"pipeline rank {rank}: {report}")
-            for number, why in sorted({pair for _, unphased in reports for pair in unphased.items()}):
+            for number, why in sorted({pair for _, unphased, _ in reports for pair in unphased.items()}):
                 logger.warning(f"layer {number} runs without phases, so that its transfers are not hidden: {why}")
+            waits = {number: why for *_, waits in reports for number, why in waits.items()}
+            for why in sorted(set(waits.values())):
+                numbers = sorted(number for number in waits if waits[number] == why)
+                some = f"layer {numbers[0]}" if len(numbers) == 1 else f"{len(numbers)} layers, such as {numbers[0]},"
+                logger.warning(f"the attention of {some} waits for its exchanges, which are not hidden: {why}")
 
     def _report_batch(self) -> None:
         every, steps = self.steps_per_print(), self.global_steps

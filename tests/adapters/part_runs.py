@@ -122,6 +122,7 @@ def gradients(
         "evaluated": evaluated,
         "grads": autoep_runs.named(engine.module),
         "transfers": sorted({transfer.name for transfer in engine._transfers}),
+        "waits": dict(engine.module.dualpipe_waits),
         "readers": engine.data_replicas,
     }
     engine.destroy()

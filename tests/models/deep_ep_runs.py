@@ -188,7 +188,7 @@ def autoep(score_apply, group):
     from dualpipe_engine.models.autoep.layer import SharedMoE
     from dualpipe_engine.models.autoep.section import read_section
 
-    decoder._unchanged = lambda layer: nullcontext()  # the device has no random state to put back
+    decoder.unchanged = lambda layer: nullcontext()  # the device has no random state to put back
     torch.manual_seed(0)
     layer = Own()
     for param in layer.parameters():

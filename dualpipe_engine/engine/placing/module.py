@@ -37,6 +37,8 @@ class PlacedModule(PipelineModule):
     """Layer number of each entry of `forward_funcs`."""
     dualpipe_unphased: dict[int, str]
     """Layers with shared experts that offer no phases, and why."""
+    dualpipe_waits: dict[int, str]
+    """Layers that wait for the exchanges of their attention, though phases could hide them, and why."""
     dualpipe_recomputed: dict[str, nn.Module]
     """Modules that are computed again in the backward, by number of the layer and name."""
     dualpipe_counts: bool
@@ -116,7 +118,7 @@ def place(module: PipelineModule, placement: Placement, bounds: Sequence[int]) -
     kind = type(module)
     module.__class__ = type(kind.__name__, (PlacedModule, kind), {"__module__": kind.__module__})
     module.dualpipe_placement, module.dualpipe_place, module.dualpipe_layers = placement, placed, layers
-    module.dualpipe_unphased = {}
+    module.dualpipe_unphased, module.dualpipe_waits = {}, {}
     module.dualpipe_recomputed = {}
     module.forward_funcs = functions
     module.fwd_map = {str(layer): index for index, layer in enumerate(layers) if str(layer) in module._modules}

@@ -7,17 +7,17 @@ its name: both ways are run when the layer is made, and must agree to the last b
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
+from functools import partial
 from typing import Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
-from torch.utils import _pytree as pytree
 
 from ...comm.nest import Nest
 from ...errors import PipelineRuntimeError
 from ...runtime.phases import COMM, COMPUTE, Phase, Phased
+from ..trial import hidden_state, same, unchanged
 from .layer import Reached, SharedMoE, State
 
 
@@ -37,6 +37,24 @@ class Carrying(Protocol):
         """What the layer returns when its block returns `hidden`."""
 
 
+@runtime_checkable
+class Exchanging(Protocol):
+    """A layer whose ranks share sequences, and may exchange parts of them for heads by phases."""
+
+    def exchanges(self) -> list[Phase]:
+        """The layer from its beginning up to the results of its attention; empty: it exchanges by itself."""
+
+    def run_on(self, state: Nest) -> Nest:
+        """The rest of its forward.
+
+        Args:
+            state: behind `exchanges`.
+        """
+
+    def message_of(self, state: Nest) -> Nest:
+        """What of the message that the layer was given goes past its block, as a message."""
+
+
 def offer_phases(layer: nn.Module) -> str | None:
     """Let a layer with experts offer phases, if they do what its forward does. Collective over the ranks that share
     the experts.
@@ -54,8 +72,8 @@ def offer_phases(layer: nn.Module) -> str | None:
     around = [part for part in layer.modules() if any(inner is blocks[0] for inner in part.modules())]
     if any(part._forward_hooks or part._forward_pre_hooks or part._backward_hooks for part in around):
         return "it has hooks around the experts"
-    with _unchanged(layer), blocks[0].by_collectives(), torch.no_grad():
-        message = _example(layer, blocks[0])
+    with unchanged(layer), blocks[0].by_collectives(), torch.no_grad():
+        message = hidden_state(layer, blocks[0].hidden_size)
         try:
             norm, whole = _traced(layer, blocks[0], message)
         except Exception as error:  # a forward may raise anything
@@ -68,7 +86,7 @@ def offer_phases(layer: nn.Module) -> str | None:
         torch.manual_seed(0)
         for _, kind, run in phases.all():
             found = run(found) if kind == COMPUTE else run(found, None)
-    if not _same(found, whole):
+    if not same(found, whole):
         return "what it does after its experts is more than adding the residual stream"
     layer.__dict__["phases"] = phases.all
     return None
@@ -87,8 +105,11 @@ class _Phases:
         self._layer, self._moe, self._norm = layer, moe, norm
 
     def all(self) -> list[Phase]:
+        layer = self._layer
+        before = layer.exchanges() if isinstance(layer, Exchanging) else []
         return [
-            Phase("attention", COMPUTE, self._attend),
+            *before,
+            Phase("routing", COMPUTE, self._go_on) if before else Phase("attention", COMPUTE, self._attend),
             Phase("counts", COMM, self._moe.count),
             Phase("dispatch", COMM, self._moe.dispatch),
             Phase("experts", COMPUTE, self._moe.compute),
@@ -97,11 +118,20 @@ class _Phases:
         ]
 
     def _attend(self, message: Nest) -> State:
+        return self._routed(partial(self._layer, message), message)
+
+    def _go_on(self, state: Nest) -> State:
+        layer = self._layer
+        assert isinstance(layer, Exchanging)
+        return self._routed(partial(layer.run_on, state), layer.message_of(state))
+
+    def _routed(self, run: Callable[[], Nest], message: Nest) -> State:
+        """What the experts are sent, where `run` runs the layer up to them."""
         residuals: list[Tensor] = []
         hook = self._norm.register_forward_pre_hook(lambda _, args: residuals.append(args[0]))
         try:
             with self._moe.stopping():
-                self._layer(message)
+                run()
         except Reached as reached:
             hidden = reached.hidden
         else:
@@ -129,13 +159,6 @@ class _Phases:
         return layer.handed_on(hidden, state["carried"]) if isinstance(layer, Carrying) else hidden
 
 
-def _example(layer: nn.Module, moe: SharedMoE) -> Tensor:
-    """A hidden state, `[2, 3, hidden]`."""
-    like = next(param for param in layer.parameters() if param.is_floating_point())
-    generator = torch.Generator().manual_seed(11)
-    return torch.randn(2, 3, moe.hidden_size, generator=generator).to(like.device, like.dtype)
-
-
 def _traced(layer: nn.Module, moe: SharedMoE, message: Tensor) -> tuple[nn.Module | None, Nest]:
     """The module whose output the experts are given, and what the layer returns, as DeepSpeed would have it."""
     made: list[tuple[nn.Module, object]] = []
@@ -154,24 +177,3 @@ def _traced(layer: nn.Module, moe: SharedMoE, message: Tensor) -> tuple[nn.Modul
         for hook in hooks:
             hook.remove()
     return next((part for part, output in made if output is given[0]), None), whole
-
-
-@contextmanager
-def _unchanged(layer: nn.Module) -> Iterator[None]:
-    """Put buffers and random generators back."""
-    buffers = [(buffer, buffer.clone()) for buffer in layer.buffers()]
-    with torch.random.fork_rng():
-        yield
-    for buffer, before in buffers:
-        if not torch.equal(buffer, before):
-            buffer.copy_(before)
-
-
-def _same(one: Nest, other: Nest) -> bool:
-    ours, theirs = pytree.tree_flatten(one), pytree.tree_flatten(other)
-    if ours[1] != theirs[1]:
-        return False
-    return all(
-        torch.equal(a, b) if isinstance(a, Tensor) and isinstance(b, Tensor) else a == b
-        for a, b in zip(ours[0], theirs[0], strict=True)
-    )

@@ -1,0 +1,39 @@
+"""Exchanges of attention between ranks that share sequences, in layers that can offer them as phases."""
+
+from __future__ import annotations
+
+from typing import Protocol, runtime_checkable
+
+from .module import PlacedModule
+
+
+@runtime_checkable
+class Exchanging(Protocol):
+    """A layer whose attention has been given parts of sequences."""
+
+    def offer_exchanges(self) -> str | None:
+        """Let the exchanges of its attention be phases. Collective over the ranks that share sequences.
+
+        Returns:
+            Why they cannot; None if they are, or there are none.
+        """
+
+
+def overlap_exchanges(module: PlacedModule) -> dict[int, str]:
+    """Let layers offer the exchanges of their attention as phases. Collective over the ranks that share sequences.
+
+    Layers that are computed again as a whole do not: what transfers deliver would be kept from forward to backward.
+
+    Returns:
+        Number of a layer -> why it waits for them.
+    """
+    reasons = {}
+    for number in module.dualpipe_layers:
+        layer = module._modules.get(str(number))
+        if not isinstance(layer, Exchanging):
+            continue
+        if module.activation_checkpoint_interval > 0 and module._is_checkpointable([layer]):
+            reasons[number] = 'it is computed again as a whole: name modules in "recompute" in its place'
+        elif (why := layer.offer_exchanges()) is not None:
+            reasons[number] = why
+    return reasons
