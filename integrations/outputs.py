@@ -62,6 +62,23 @@ def share(nest: Nest, engine: DualPipeEngine) -> Nest:
     return _received(box[0], engine.device, partial(dist.broadcast, src=source, group=group))
 
 
+def of_whole_sequences(nest: Nest, engine: DualPipeEngine) -> Nest:
+    """Outputs of whole sequences [rows, length, ...] from those of parts, on the ranks `engine.place.has_outputs` of
+    the pipelines that share them; None on the others. Collective over those ranks."""
+    group = engine.sharing.group
+    if group is None or engine.global_rank != engine.place.has_outputs:
+        return nest
+
+    def whole(mine: Nest) -> Nest:
+        if not isinstance(mine, torch.Tensor):
+            return mine
+        parts = [torch.empty_like(mine, memory_format=torch.contiguous_format) for _ in range(engine.sharing.size)]
+        dist.all_gather([_bytes(part) for part in parts], _bytes(mine), group=group)
+        return torch.cat(parts, dim=1)
+
+    return pytree.tree_map(whole, nest)
+
+
 class _Form:
     """What stands for a tensor in an outline: shape and dtype."""
 

@@ -55,6 +55,17 @@ class StageRandomness:
 
 def follow(engine: DualPipeEngine, source: int) -> None:
     """Let the generators of a pipeline go on as those of one of its ranks, the global rank `source`. Collective."""
+    _take(source, engine._pipeline_group)
+
+
+def follow_first(engine: DualPipeEngine) -> None:
+    """Let the generators of the ranks that read the same batches go on as those of the first of them. Collective."""
+    follow(engine, dist.get_process_group_ranks(engine._pipeline_group)[0])
+    if engine.sharing.group is not None:
+        _take(dist.get_process_group_ranks(engine.sharing.group)[0], engine.sharing.group)
+
+
+def _take(source: int, group: dist.ProcessGroup) -> None:
     box = [host_state()]
-    dist.broadcast_object_list(box, src=source, group=engine._pipeline_group)
+    dist.broadcast_object_list(box, src=source, group=group)
     set_host_state(box[0])

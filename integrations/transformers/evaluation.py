@@ -20,10 +20,11 @@ from transformers.trainer_utils import EvalLoopOutput
 from dualpipe_engine.comm.nest import Nest
 from dualpipe_engine.errors import DualPipeError
 
-from ..outputs import collect, share
+from ..outputs import collect, of_whole_sequences, share
 from ..random_streams import StageRandomness, follow
 from .batches import Batch, Model, rows_of, split_batch
 from .loss import TrainerLoss, with_weights
+from .shared_loss import SharedLoss
 
 if TYPE_CHECKING:
     from dualpipe_engine.engine.engine import DualPipeEngine
@@ -66,6 +67,15 @@ class PipelineEvaluation(Trainer):
 
     def _split(self, inputs: Batch) -> list[Batch]:
         return split_batch(inputs, self._num_chunks)
+
+    def _micros(
+        self, inputs: Batch, items: torch.Tensor | int | None, readers: int, labelled: bool = True
+    ) -> list[Any]:
+        """Micro-batches as the engine reads them: inputs, and what the loss needs."""
+        parts = self._split(inputs)
+        if isinstance(self._loss, SharedLoss):
+            return self._loss.micros(parts, items, readers, labelled)
+        return with_weights(parts, items, readers, self._shifted(), self._for_the_loss)
 
     def _rows_of(self, inputs: Batch) -> int:
         return rows_of(inputs)
@@ -137,14 +147,15 @@ class PipelineEvaluation(Trainer):
         if prediction_loss_only and not labelled:
             return None, None, None
         items = self._items_of(inputs) if labelled else None
-        micros = with_weights(self._split(inputs), items, 1, self._shifted(), self._for_the_loss)
+        micros = self._micros(inputs, items, 1, labelled)
         evaluating = self._loss.evaluating(labelled, prediction_loss_only, ignore_keys)
         with self._one_batch(inputs), evaluating as kept, self._stage_randomness():
             mean: Any = engine.eval_batch(iter(micros), num_micro_batches=len(micros))
         loss = mean.detach() if labelled else None
         if prediction_loss_only:
             return loss, None, None
-        logits, here = collect(kept, engine), engine.global_rank == engine.place.has_outputs
+        here = engine.global_rank == engine.place.has_outputs
+        logits = of_whole_sequences(collect(kept, engine), engine)
         if not self._everywhere:
             return (loss, logits, labels) if here else (loss, None, None)
         if self._shrink is not None and here:

@@ -18,21 +18,22 @@ from transformers.trainer_utils import TrainOutput
 
 import dualpipe_engine
 from dualpipe_engine.adapters import ModelAdapter, gather_state_dict, get_model_adapter
+from dualpipe_engine.engine.placing.sequences import read_sizes, readers_of
 from dualpipe_engine.errors import CheckpointError, ConfigError
 from dualpipe_engine.models.autoep.section import NAME as EXPERT_PARALLEL
 from dualpipe_engine.models.autoep.section import read_section
 
 from ..elsewhere import load_from, load_weights
 from ..optimizers import refuse_optimizer
-from ..random_streams import StageRandomness, follow
-from ..sequences import refuse_shared_sequences
+from ..random_streams import StageRandomness, follow_first
 from .batches import Batch, Model
 from .evaluation import PipelineEvaluation
-from .loss import StandIn, TrainerLoss, with_weights
+from .loss import StandIn, TrainerLoss
 from .masters import masters
 from .optimizer import OptimizerView, rebuilt
 from .refusals import refuse_arguments, refuse_callback, refuse_hooks
 from .routed_loss import RoutedLoss
+from .shared_loss import SharedLoss, refuse_other_losses
 from .stages import on_stages
 from .whole_model import Pipeline, base_model, refuse_calls, whole_names
 
@@ -100,7 +101,6 @@ class DualPipeTrainer(PipelineEvaluation):
         self._stage_randomness = StageRandomness()
         self._num_chunks, self._schedule, self._example = num_chunks, schedule, example_inputs
         self._extra = dict(deepspeed_config or {})
-        refuse_shared_sequences(self._extra)
         if expert_parallel is not None:
             if EXPERT_PARALLEL in self._extra:
                 raise ConfigError("expert_parallel= is in deepspeed_config= too: leave one of them out")
@@ -123,7 +123,10 @@ class DualPipeTrainer(PipelineEvaluation):
         if world % self._stages:
             raise ConfigError(f"{world} processes are no multiple of {self._stages} stages: change num_stages")
         self._replicas = world // self._stages
-        refuse_arguments(self.args, self._replicas)
+        self._readers = readers_of(read_sizes(self._extra, None), self._replicas)
+        if self._readers < self._replicas:
+            refuse_other_losses(self)
+        refuse_arguments(self.args, self._readers)
 
     # -- the engine ----------------------------------------------------------------------------------------------
 
@@ -181,6 +184,9 @@ class DualPipeTrainer(PipelineEvaluation):
                 ) from error
             own = None
         weight, model = adapter.auxiliary_weight, base_model(self.model)
+        if self._readers < self._replicas:
+            assert own is not None  # a loss of the user's is refused
+            return SharedLoss(self, model, own, weight)
         if weight is None:
             return TrainerLoss(self, model, own, self._stand_in)
         return RoutedLoss(self, model, own, weight, self._stand_in)
@@ -256,23 +262,22 @@ class DualPipeTrainer(PipelineEvaluation):
         engine = self._make_engine()
         model.train()
         inputs = self._prepare_inputs(inputs)
-        micros = self._split(inputs)
+        micros = self._micros(inputs, num_items_in_batch, self._readers)
         if engine.gradient_accumulation_steps() != len(micros):
-            engine.set_train_batch_size(len(micros) * engine.train_micro_batch_size_per_gpu() * self._replicas)
-        labelled = with_weights(micros, num_items_in_batch, self._replicas, self._shifted(), self._for_the_loss)
+            engine.set_train_batch_size(len(micros) * engine.train_micro_batch_size_per_gpu() * self._readers)
         with self._one_batch(inputs), self._stage_randomness():
-            loss: torch.Tensor = engine.train_batch(iter(labelled))
+            loss: torch.Tensor = engine.train_batch(iter(micros))
         return loss.detach().clone().to(self.args.device)
 
     def _get_num_items_in_batch(self, batch_samples: list[Batch], device: torch.device) -> torch.Tensor | int | None:
-        """Labels that count, over the replicas: all ranks of a pipeline hold the same batch."""
+        """Labels that count, over the replicas: all ranks of a pipeline, and of those that share it, hold one batch."""
         with self._alone():
             items = super()._get_num_items_in_batch(batch_samples, device)
-        if items is None or self._replicas == 1:
+        if items is None or self._readers == 1:
             return items
         total = torch.as_tensor(items, dtype=torch.float64, device=device)
         dist.all_reduce(total, group=self._make_engine()._replica_group)
-        return total
+        return total * self._readers / self._replicas
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         """As the Trainer's; beside the loss stands how evenly experts were used in the step last reported."""
@@ -299,16 +304,17 @@ class DualPipeTrainer(PipelineEvaluation):
         super().add_callback(callback)
 
     def store_flos(self) -> None:
-        """As the Trainer's, which adds up all ranks; those of a pipeline have counted the same batches."""
-        self.current_flos /= self._stages
+        """As the Trainer's, which adds up all ranks; those of a pipeline have counted the same batches, and those that
+        share them."""
+        self.current_flos /= self._stages * self._replicas // self._readers
         super().store_flos()
 
     def get_total_train_batch_size(self, args: TrainingArguments) -> int:
-        return self._train_batch_size * self._replicas
+        return self._train_batch_size * self._readers
 
     def _get_dataloader(self, *args: Any, **kwargs: Any) -> DataLoader:
-        """As the Trainer's, sharded over the replicas only; evaluation is not sharded."""
-        shards = (self._replicas, self._replica()) if kwargs.get("is_training", False) else (1, 0)
+        """As the Trainer's, sharded over replicas with data of their own only; evaluation is not sharded."""
+        shards = (self._readers, self._reader()) if kwargs.get("is_training", False) else (1, 0)
         prepare = self.accelerator.prepare
         self.accelerator.prepare = partial(self._prepare_loader, *shards)
         try:
@@ -316,8 +322,8 @@ class DualPipeTrainer(PipelineEvaluation):
         finally:
             self.accelerator.prepare = prepare
 
-    def _replica(self) -> int:
-        return int(self._make_engine().data_rank) if self._replicas > 1 else 0
+    def _reader(self) -> int:
+        return int(self._make_engine().data_rank) if self._readers > 1 else 0
 
     def _prepare_loader(self, shards: int, shard: int, loader: DataLoader) -> DataLoader:
         settings = self.accelerator.dataloader_config
@@ -387,10 +393,9 @@ class DualPipeTrainer(PipelineEvaluation):
             load_from(engine, Path(folder, ENGINE_TAG), self._resume_elsewhere, "resume_elsewhere=True")
 
     def _load_rng_state(self, checkpoint: str | None) -> None:
-        """As the Trainer's; where ranks have no file of their own, as the first one of their pipeline."""
+        """As the Trainer's; where ranks have no file of their own, as the first one of those that read the same."""
         super()._load_rng_state(checkpoint)
-        engine = self._make_engine()
-        follow(engine, dist.get_process_group_ranks(engine._pipeline_group)[0])
+        follow_first(self._make_engine())
 
     def _load_best_model(self) -> None:
         load_weights(self._make_engine(), Path(self.state.best_model_checkpoint, ENGINE_TAG))

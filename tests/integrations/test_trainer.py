@@ -216,11 +216,6 @@ def test_values_without_an_effect_are_refused(given, replicas, match):
         refuse_arguments(SimpleNamespace(**vars(arguments()) | given), replicas)
 
 
-def test_shared_sequences_are_refused():
-    with pytest.raises(ConfigError, match='"sequence_parallel_size": 2 would share sequences'):
-        DualPipeTrainer(runs.make_model(), arguments(), deepspeed_config={"sequence_parallel_size": 2})
-
-
 @pytest.mark.all
 def test_arguments_of_data_recomputation_and_evaluation(ranks, tmp_path):
     """Many of those that the table calls honoured, at once."""

@@ -8,8 +8,10 @@ from pathlib import Path
 
 import torch
 import transformers
-from trainer_runs import VOCABULARY, Sentences, make_model, pad
+from trainer_runs import VOCABULARY, Sentences, evened, make_model, pad
 from trainer_start import trainer_class
+
+from dualpipe_engine.errors import ConfigError
 
 STEPS, IGNORED = 4, -100
 
@@ -210,8 +212,9 @@ def accuracy(seen):
     return {"accuracy": float(right[labels != IGNORED].mean()), "counted": int((labels != IGNORED).sum())}
 
 
-def run_kind(name, folder, stock, steps=STEPS, **options):
-    """Losses and norms of a few steps, loss and metrics of an evaluation, logits with and without labels."""
+def run_kind(name, folder, stock, steps=STEPS, even=False, **options):
+    """Losses and norms of a few steps, loss and metrics of an evaluation, logits with and without labels; `even`: of
+    rows of even lengths."""
     transformers.set_seed(0)
     given = (KINDS | KINDS_OF_WHOLE_BATCHES)[name]
     kind = trainer_class(stock)
@@ -225,7 +228,8 @@ def run_kind(name, folder, stock, steps=STEPS, **options):
     if not stock and "ours" in given:
         more |= given["ours"]()
     trainer = given.get("subclass", lambda base: base)(kind)(
-        model=model, args=arguments, train_dataset=given["data"](), data_collator=given["collate"],
+        model=model, args=arguments, train_dataset=given["data"](),
+        data_collator=even_rows(given["collate"]) if even else given["collate"],
         compute_metrics=accuracy, **more, **options,
     )  # fmt: skip
     trainer.train()
@@ -241,6 +245,9 @@ def run_kind(name, folder, stock, steps=STEPS, **options):
         "seen": [seen.metrics["test_loss"], seen.metrics["test_accuracy"]],
         "logits": torch.as_tensor(seen.predictions),
     }
+    if even:
+        trainer.data_collator = even_rows(given["collate"], labels=False)
+        found["bare"] = torch.as_tensor(trainer.predict(given["data"]()).predictions)
     if given["collate"] is of_rows:
         found["bare"] = torch.as_tensor(trainer.predict(Rows(None)).predictions)
     if not stock:
@@ -248,11 +255,44 @@ def run_kind(name, folder, stock, steps=STEPS, **options):
     return found
 
 
+def even_rows(collate, labels=True):
+    """`collate`, for rows of even lengths, with or without labels."""
+
+    def collated(rows):
+        batch = evened(collate(rows))
+        return batch if labels else {name: each for name, each in batch.items() if name != "labels"}
+
+    return collated
+
+
+def shared(size):
+    return {"sequence_parallel_size": size}
+
+
+def refused(names, folder, **options):
+    """Why each of them is."""
+    found = {}
+    for name in names:
+        try:
+            run_kind(name, folder, stock=False, **options)
+        except ConfigError as error:
+            found[name] = str(error)
+    return found
+
+
 def run_kinds(names, folder, stock=False, **options):
     return {name: run_kind(name, f"{folder}/{at}", stock, **options) for at, name in enumerate(names)}
 
 
-if __name__ == "__main__":  # FOLDER STEPS: all kinds in this process, or on all ranks of a launcher
+#: Those whose loss is the model's own, of single tokens, so that replicas may share sequences.
+OF_TOKENS = ("causal", "masked", "token classes", "own optimizer and schedule", "class of optimizer")
+OF_TOKENS += ("overridden optimizer",)
+
+if __name__ == "__main__":  # FOLDER STEPS [SIZE]: kinds in this process, or on all ranks of a launcher
     folder, steps, rank = Path(sys.argv[1]), int(sys.argv[2]), os.environ.get("RANK")
     more = {"stock": True} if rank is None else {"num_chunks": 4}
-    torch.save(run_kinds(list(KINDS), str(folder), steps=steps, **more), folder / f"{rank or 0}.pt")
+    names = KINDS
+    if size := int((*sys.argv, "0")[3]):  # so many ranks share each sequence, of even lengths
+        names = OF_TOKENS
+        more |= {"even": True} | ({} if rank is None else {"num_stages": 2, "deepspeed_config": shared(size)})
+    torch.save(run_kinds(list(names), str(folder), steps=steps, **more), folder / f"{rank or 0}.pt")

@@ -34,6 +34,16 @@ def pad(rows):
     return {"input_ids": tokens, "attention_mask": mask, "labels": tokens.masked_fill(mask == 0, -100)}
 
 
+def evened(batch):
+    """A batch with one more place in each row where there is an odd number."""
+    fill, odd = {"labels": -100}, (0, batch["input_ids"].shape[1] % 2)
+    return {name: torch.nn.functional.pad(each, odd, value=fill.get(name, 0)) for name, each in batch.items()}
+
+
+def pad_even(rows):
+    return evened(pad(rows))
+
+
 def make_model(lora=False):
     torch.manual_seed(5)
     config = transformers.LlamaConfig(
@@ -71,7 +81,7 @@ def accuracy(prediction):
     return {"accuracy": float((tokens == labels)[labels != -100].mean())}
 
 
-def train(folder, stock=False, resume=None, lora=False, **options):
+def train(folder, stock=False, resume=None, lora=False, collate=pad, **options):
     """Train 8 steps, more than an epoch, with evaluation and a checkpoint after 4; what a user sees of it."""
     transformers.set_seed(0)
     kind = trainer_class(stock)
@@ -84,7 +94,7 @@ def train(folder, stock=False, resume=None, lora=False, **options):
     )  # fmt: skip
     trainer = kind(
         model=make_model(lora), args=arguments, train_dataset=Sentences(44), eval_dataset=Sentences(12, seed=2),
-        data_collator=pad, compute_metrics=accuracy, callbacks=[seen], **options,
+        data_collator=collate, compute_metrics=accuracy, callbacks=[seen], **options,
     )  # fmt: skip
     result = trainer.train(resume_from_checkpoint=resume)
     trainer.save_model(folder + "/final")

@@ -19,16 +19,30 @@ from ..placing.sequences import Sharing
 IGNORED = -100  #: labels that do not count, as in torch's cross entropy
 
 
+class LabelsAndMore(NamedTuple):
+    """Labels of whole sequences, and what a loss is told beside them.
+
+    Args:
+        labels: [batch, length].
+        more: goes to the loss as it is.
+    """
+
+    labels: Nest
+    more: Nest
+
+
 class ShardLabels(NamedTuple):
     """Labels of a shard.
 
     Args:
         labels: [batch, length / S]; where none of them counts, all are 0, so that their mean loss is a number.
         weight: of that mean, so that the mean over the shards is the mean over the labels of whole sequences (scalar).
+        more: that of `LabelsAndMore`.
     """
 
     labels: Tensor
     weight: Tensor
+    more: Nest = None
 
 
 PartLoss: TypeAlias = Callable[[Nest, ShardLabels], Tensor]
@@ -68,11 +82,12 @@ class Shards:
 
         Args:
             inputs: tensors `[batch, length, ...]` are cut, those of one dimension or none are not.
-            labels: [batch, length], one for each token.
+            labels: [batch, length], one for each token; or `LabelsAndMore`.
 
         Raises:
             ConfigError: they are no sequences, or S does not divide their length.
         """
+        labels, more = labels if isinstance(labels, LabelsAndMore) else (labels, None)
         if not isinstance(labels, Tensor) or labels.dim() != 2 or labels.is_floating_point():
             raise ConfigError(
                 '"sequence_parallel_size" cuts one label for each token: let the loader give labels as one tensor of '
@@ -90,7 +105,7 @@ class Shards:
         weight = self._size * counted.double() / (labels != IGNORED).sum()
         if self._inputs:
             inputs = pytree.tree_map(lambda leaf: self._cut_input(leaf, length), inputs)
-        return inputs, ShardLabels(torch.where(counted == 0, torch.zeros_like(mine), mine), weight)
+        return inputs, ShardLabels(torch.where(counted == 0, torch.zeros_like(mine), mine), weight, more)
 
     def _cut_input(self, leaf: Nest, length: int) -> Nest:
         if not isinstance(leaf, Tensor) or leaf.dim() < 2:
