@@ -26,7 +26,7 @@ def collect(kept: Mapping[int, Nest], engine: DualPipeEngine) -> Nest:
         engine: whose pipeline it is; under a bidirectional schedule micro-batches end on two ranks.
 
     Raises:
-        ConfigError: an output has no rows to be joined along.
+        ConfigError: an output has no rows to be joined along, or none of tokens where sequences are shared.
     """
     group, target, here = engine._pipeline_group, engine.place.has_outputs, engine.global_rank
     said = from_all((here, {micro: _outline(nest) for micro, nest in kept.items()}), group)
@@ -36,6 +36,12 @@ def collect(kept: Mapping[int, Nest], engine: DualPipeEngine) -> Nest:
         raise ConfigError(
             "an output of the model or of compute_loss is a number, not a tensor of rows: leave it out of the outputs, "
             "or name it in ignore_keys",
+            everywhere=True,
+        )
+    if engine.sharing.group is not None and any(isinstance(leaf, _Form) and len(leaf.shape) < 2 for leaf in forms):
+        raise ConfigError(
+            'an output of a model with "sequence_parallel_size" must be of single tokens, [rows, length, ...], so that '
+            "those of parts can be joined: let the last layer return none for a whole row",
             everywhere=True,
         )
     parts = []

@@ -10,9 +10,18 @@ import torch
 from torch.utils import _pytree as pytree
 
 from dualpipe_engine.comm.nest import Nest
+from dualpipe_engine.engine.batches.shards import (
+    IGNORED,
+    LabelsAndMore,
+    PartLoss,
+    ShardLabels,
+    of_shards,
+    shifts,
+)
 from dualpipe_engine.errors import ConfigError
 
-Micro: TypeAlias = "tuple[Nest, tuple[Nest, int]]"
+Micro: TypeAlias = "tuple[Nest, LabelsAndMore]"
+"""Inputs; targets and the number of the micro-batch."""
 
 
 def inputs_and_targets(batch: Nest, names: tuple[str, ...], needed: bool = True) -> tuple[Nest, Nest]:
@@ -57,17 +66,34 @@ def rows_of(inputs: Nest) -> int:
     Raises:
         ConfigError: there is none.
     """
+    return len(_first(inputs))
+
+
+def _first(inputs: Nest) -> torch.Tensor:
     for leaf in pytree.tree_leaves(inputs):
         if isinstance(leaf, torch.Tensor) and leaf.dim():
-            return len(leaf)
+            return leaf
     raise ConfigError("the inputs of a batch hold no tensor with rows: let the loader collate tensors")
+
+
+def none_counts(micros: list[Micro]) -> list[Micro]:
+    """The same with a label of each token that does not count, where there need not be targets.
+
+    Args:
+        micros: whose inputs begin with a tensor [rows, length, ...].
+    """
+    found = []
+    for inputs, (_, number) in micros:
+        first = _first(inputs)
+        found.append((inputs, LabelsAndMore(torch.full(first.shape[:2], IGNORED, device=first.device), number)))
+    return found
 
 
 def split(inputs: Nest, targets: Nest, num_chunks: int) -> list[Micro]:
     """Equal micro-batches: `num_chunks`, or the most below that divide the rows.
 
     Returns:
-        Pairs (inputs, (targets, number)); lists and tuples are tuples, one of a single part is that part.
+        Pairs of inputs and of targets and number; lists and tuples are tuples, one of a single part is that part.
 
     Raises:
         ConfigError: a tensor has other rows.
@@ -92,7 +118,7 @@ def split(inputs: Nest, targets: Nest, num_chunks: int) -> list[Micro]:
             return found[0] if len(found) == 1 else tuple(found)
         return found
 
-    return [(part(inputs, number), (part(targets, number), number)) for number in range(chunks)]
+    return [(part(inputs, number), LabelsAndMore(part(targets, number), number)) for number in range(chunks)]
 
 
 class StageLoss:
@@ -120,9 +146,24 @@ class StageLoss:
         finally:
             self._kept = None
 
-    def __call__(self, outputs: Nest, labels: tuple[Nest, int]) -> torch.Tensor:
+    def __call__(self, outputs: Nest, labels: LabelsAndMore) -> torch.Tensor:
         targets, number = labels
-        if self._kept is not None:
-            self._kept[number] = outputs
-            return torch.zeros(())
-        return self._criterion(outputs, targets)
+        return self._criterion(outputs, targets) if self._kept is None else self._keep(outputs, number)
+
+    @property
+    def shifts(self) -> bool:
+        return shifts(self._criterion)
+
+    def of_parts(self) -> PartLoss:
+        """The same of parts of sequences, which replicas share."""
+        part_loss = of_shards(self._criterion)
+
+        def of_part(outputs: Nest, shard: ShardLabels) -> torch.Tensor:
+            return part_loss(outputs, shard) if self._kept is None else self._keep(outputs, shard.more)
+
+        return of_part
+
+    def _keep(self, outputs: Nest, number: int) -> torch.Tensor:
+        assert self._kept is not None
+        self._kept[number] = outputs
+        return torch.zeros(())

@@ -13,8 +13,8 @@ from dualpipe_engine.comm.from_all import from_all
 from dualpipe_engine.comm.nest import Nest
 from dualpipe_engine.engine.placing.param_groups import PLACEHOLDER
 
-from ..outputs import collect, share
-from .batches import Micro, StageLoss
+from ..outputs import collect, of_whole_sequences, share
+from .batches import Micro, StageLoss, none_counts
 
 if TYPE_CHECKING:
     from dualpipe_engine.engine.engine import DualPipeEngine
@@ -61,9 +61,11 @@ class Pipeline(nn.Module):
 
     def predict(self, micros: list[Micro]) -> Nest:
         """The outputs of a batch, on all ranks of the pipeline. Collective over all ranks."""
+        engine = self._made
+        micros = micros if engine.sharing.group is None else none_counts(micros)
         with self._loss.keeping() as kept:
-            self._made.eval_batch(iter(micros), num_micro_batches=len(micros))
-        return share(collect(kept, self._made), self._made)
+            engine.eval_batch(iter(micros), num_micro_batches=len(micros))
+        return share(of_whole_sequences(collect(kept, engine), engine), engine)
 
     def _sized(self, micros: list[Micro]) -> DualPipeEngine:
         engine = self._made

@@ -18,9 +18,9 @@ from torch.optim import Optimizer
 from torch.utils.data import RandomSampler
 
 from dualpipe_engine.comm.nest import Nest
+from dualpipe_engine.engine.placing.sequences import read_sizes, readers_of
 from dualpipe_engine.errors import ConfigError
 
-from ..sequences import refuse_shared_sequences
 from .checkpoint import load_engine, remove_engine, save_engine
 from .engine import configuration, make_engine, make_module
 from .layers import Chain, LayerEntry, refill, release, share_start
@@ -53,7 +53,8 @@ class DualPipeStrategy(DDPStrategy):
 
     Args:
         num_stages: devices of a pipeline; None: all. Where there are more devices, they are replicas: Lightning's
-            distributed sampler shares the samples between them, and gradients are averaged.
+            distributed sampler shares the samples between them, and gradients are averaged. Replicas that share
+            sequences ("sequence_parallel_size") have the same samples.
         schedule: as "schedule" in the "pipeline" section of DeepSpeed's configuration; "dualpipe" needs an even number
             of devices.
         deepspeed_config: sections added to the configuration that this makes, for instance
@@ -66,7 +67,7 @@ class DualPipeStrategy(DDPStrategy):
         trained: losses (scalars) of the batches that the `training_step` that runs has trained on.
 
     Raises:
-        ConfigError: an argument is for DistributedDataParallel, or replicas would share sequences.
+        ConfigError: an argument is for DistributedDataParallel, or a size in `deepspeed_config` is no number.
     """
 
     strategy_name = "dualpipe"
@@ -87,7 +88,7 @@ class DualPipeStrategy(DDPStrategy):
         super().__init__(**kwargs)
         self._num_stages, self._schedule = num_stages, schedule
         self._extra = dict(deepspeed_config or {})
-        refuse_shared_sequences(self._extra)
+        read_sizes(self._extra, None)
         self._resume_elsewhere = resume_elsewhere
         self._made = False  # the pipeline, in this run of the Trainer
         self._loaded: Path | None = None
@@ -109,12 +110,23 @@ class DualPipeStrategy(DDPStrategy):
         return found or world
 
     @property
+    def readers(self) -> int:
+        """Groups of pipelines with samples of their own; those of a group share each sequence.
+
+        Raises:
+            ConfigError: the pipelines do not make up whole groups.
+        """
+        return readers_of(self._extra, self.world_size // self.num_stages)
+
+    @property
     def distributed_sampler_kwargs(self) -> dict[str, Any]:
         replicas = self.world_size // self.num_stages
-        return {"num_replicas": replicas, "rank": self.global_rank % replicas}  # as in DeepSpeed's topology
+        reader = self.global_rank % replicas * self.readers // replicas  # as in DeepSpeed's topology
+        return {"num_replicas": self.readers, "rank": reader}
 
     def process_dataloader(self, dataloader: object) -> object:
-        """All devices of a pipeline read the same samples: a loader that shuffles gets one seed for all of them."""
+        """All devices of a pipeline, and of those that share sequences, read the same samples: a loader that shuffles
+        gets one seed for all of them."""
         sampler = getattr(dataloader, "sampler", None)
         if isinstance(sampler, RandomSampler) and sampler.generator is None:
             sampler.generator = torch.Generator().manual_seed(self.broadcast(torch.initial_seed()))
@@ -134,7 +146,7 @@ class DualPipeStrategy(DDPStrategy):
         if self._made or (hasattr(module, "dualpipe_wrapper") and not fitting):
             return
         self._made = True
-        if self.num_stages == self.world_size:
+        if self.readers == 1:
             trainer._accelerator_connector.use_distributed_sampler = False  # all devices read all samples
         refuse_trainer(trainer, module)
         self._take_back(module, layers)
