@@ -144,8 +144,11 @@ def test_overlap_on_one_device_runs_on_the_cpu_too():
     assert len(rows) == 3 and all(float(row.split("|")[-2]) > 0 for row in rows)
 
 
+MODELS = ["--model llama", "--model qwen3-moe --exchange heads experts"]  #: whose ranks share sequences
+
+
 @pytest.mark.all
-@pytest.mark.parametrize("layers", ["--model plain", "--model qwen3-moe", "--exchange heads experts"])
+@pytest.mark.parametrize("layers", ["--model plain", "--model qwen3-moe", "--exchange heads experts", *MODELS])
 def test_overlap_over_a_slow_link(layers, monkeypatch):
     monkeypatch.syspath_prepend(BENCH)
     if not importlib.import_module("link").usable():

@@ -151,7 +151,8 @@ class PhasedAttention:
             parcel, call = reached.parcel, reached.call
         else:
             raise PipelineRuntimeError(
-                f'{type(self._layer).__name__} has not come to its attention: set "overlap": false for layers that choose'
+                f"{type(self._layer).__name__} has not come to its attention: set "
+                '"overlap": false for layers that choose'
             )
         finally:
             for hook in hooks:
@@ -175,45 +176,66 @@ class PhasedAttention:
 
 
 def phased_attention(layer: Layer, block: nn.Module, message: Nest, group: dist.ProcessGroup) -> PhasedAttention | str:
-    """A layer in pieces that do what its forward does. Collective over the ranks that share sequences.
+    """A layer in pieces that do what its forward does. Collective over the ranks that hold it.
 
     Args:
         layer: of one block, whose attention knows parts of sequences.
         block: that it runs.
         message: to try it with, the same on all ranks.
-        group: the ranks.
+        group: the ranks, which must all agree: those that share a sequence or experts exchange in one order.
 
     Returns:
         The pieces, or why there are none.
     """
-    found = [part for part in block.modules() if SHARED_HEADS in vars(part)]
-    if len(found) != 1:
-        return f"it has {len(found)} modules of attention"
-    if any(getattr(part, "gradient_checkpointing", False) for part in block.modules()):
-        return 'it recomputes activations by itself: set "activation_checkpoint_interval" in the "pipeline" section'
-    if any(part._compiled_call_impl is not None for part in block.modules()):
-        return "it is compiled"
-    shared: SharedHeads = getattr(found[0], SHARED_HEADS)
+    attention = [part for part in block.modules() if SHARED_HEADS in vars(part)]
+    if (why := _first(_unfit(block, attention), group)) is not None:
+        return why
+    shared: SharedHeads = getattr(attention[0], SHARED_HEADS)
     with unchanged(block), shared.trying(), torch.no_grad():
+        parts = whole = None
         try:
-            parts, whole = _traced(layer, block, found[0], message)
+            parts, whole = _traced(layer, block, attention[0], message)
         except Exception as error:  # a forward may raise anything
-            return _said("it does not run on a hidden state alone", error)
-        if parts is None:
-            return "its attention returns more than one tensor"
-        hooked = [block, found[0], *parts.before, *parts.within]
-        if any(part._forward_hooks or part._forward_pre_hooks or part._backward_hooks for part in hooked):
-            return "it has hooks around its attention"
-        why = "it does more around its attention than is known how to do in pieces"
+            why = _said("it does not run on a hidden state alone", error)
+        else:
+            why = _unknown(block, attention[0], parts)
+        if (why := _first(why, group)) is not None:
+            return why
+        assert parts is not None
         for again in (False, True):
-            made = PhasedAttention(layer, block, found[0], parts, again)
+            made = PhasedAttention(layer, block, attention[0], parts, again)
             try:
                 fits = same(_in_pieces(made, message), whole)
             except Exception as error:  # likewise
-                fits, why = False, _said("it does not run in pieces", error)
-            if all(from_all(fits, group)):
+                why = _said("it does not run in pieces", error)
+            else:
+                why = None if fits else "it does more around its attention than can be done in pieces"
+            if (why := _first(why, group)) is None:
                 return made
+    assert why is not None
     return why
+
+
+def _unfit(block: nn.Module, attention: list[nn.Module]) -> str | None:
+    if len(attention) != 1:
+        return f"it has {len(attention)} modules of attention"
+    if any(getattr(part, "gradient_checkpointing", False) for part in block.modules()):
+        return 'it recomputes activations by itself: set "activation_checkpoint_interval" in the "pipeline" section'
+    return "it is compiled" if any(part._compiled_call_impl is not None for part in block.modules()) else None
+
+
+def _unknown(block: nn.Module, attention: nn.Module, parts: Parts | None) -> str | None:
+    if parts is None:
+        return "its attention returns more than one tensor"
+    hooked = [block, attention, *parts.before, *parts.within]
+    if any(part._forward_hooks or part._forward_pre_hooks or part._backward_hooks for part in hooked):
+        return "it has hooks around its attention"
+    return None
+
+
+def _first(why: str | None, group: dist.ProcessGroup) -> str | None:
+    """The first reason of any rank."""
+    return next((each for each in from_all(why, group) if each is not None), None)
 
 
 def _traced(layer: Layer, block: nn.Module, attention: nn.Module, message: Nest) -> tuple[Parts | None, Nest]:

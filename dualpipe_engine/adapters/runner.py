@@ -96,9 +96,9 @@ class Runner:
             above, _, name = path.rpartition(".")
             self.model.get_submodule(above)._modules[name] = Changed(block, self._cut)
 
-    def in_pieces(self, layer: Layer) -> PhasedAttention | str | None:
+    def in_pieces(self, layer: Layer, group: dist.ProcessGroup) -> PhasedAttention | str | None:
         """The span of a `layer` in pieces around its attention, or why there are none; None where no block shares
-        sequences. Collective over the ranks that share them."""
+        sequences. Collective over the ranks that hold it, `group`."""
         if self._shared is None or not self._attention:
             return None
         if len(self._blocks) != 1 or self._first or self._last:
@@ -110,7 +110,7 @@ class Runner:
         hidden = hidden_state(block, width)
         ids = torch.ones(len(hidden), hidden.shape[1] * self._shared.size, dtype=torch.long, device=hidden.device)
         message = self._inputs.pack(hidden, {} if self._inputs.embeds else {self._inputs.names[0]: ids})
-        return phased_attention(layer, block, message, self._shared.group)
+        return phased_attention(layer, block, message, group)
 
     def _begin(self, kwargs: Mapping[str, Nest]) -> None:
         """Note the length of the sequences that the model is given."""

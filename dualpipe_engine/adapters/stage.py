@@ -110,14 +110,16 @@ class Stage(nn.Module):
         for runner in self._runners:
             runner.share_sequences(group)
 
-    def offer_exchanges(self) -> str | None:
-        """Let the exchanges of attention be phases, of a piece of one block whose ranks share sequences. Collective over
-        these ranks.
+    def offer_exchanges(self, group: dist.ProcessGroup) -> str | None:
+        """Let the exchanges of attention be phases, of a piece of one block whose ranks share sequences. Collective.
+
+        Args:
+            group: the ranks that hold the same piece, those that share sequences with others among them.
 
         Returns:
             Why they cannot; None if they are, or there is no block.
         """
-        found = self._runners[0].in_pieces(self)
+        found = self._runners[0].in_pieces(self, group)
         if found is None or isinstance(found, str):
             return found
         self.__dict__["_pieces"] = found

@@ -141,7 +141,8 @@ def _under_schedule(
         dualpipe, plan, costs = _choose_plan(model, settings, dualpipe, readers, training_data, collate_fn)
         placed = _place(model, settings, dualpipe, plan, costs(plan.placement))
         sharing = share_sequences(model, base_grid, base_grid.data_parallel_size // readers)
-        model.dualpipe_waits = overlap_exchanges(model) if sharing.size > 1 and dualpipe.overlap is not False else {}
+        if sharing.size > 1 and dualpipe.overlap is not False:
+            model.dualpipe_waits = overlap_exchanges(model, base_grid.dp_proc_group)
         shards = shard_batches(model, sharing)
         model.dualpipe_recomputed = recomputed_modules(model, dualpipe.recompute)
         check_statistics(model, plan.placement, model.dualpipe_recomputed)

@@ -2,6 +2,8 @@
 
     python examples/bench/overlap.py [--exchange experts heads] [--ratios 0.5 1 2] [--compute sleep|real] [--out F.png]
     python examples/bench/overlap.py --model qwen3-moe
+    python examples/bench/overlap.py --model llama --exchange heads
+    python examples/bench/overlap.py --model qwen3-moe --exchange heads experts
     python examples/bench/overlap.py --cuda
 
 Two ranks share the experts of a stage of some layers, over a link that is made slow (`link.py`; needs root). A layer
@@ -19,6 +21,8 @@ computation).
 
 With --model qwen3-moe a layer is a decoder layer of transformers under DeepSpeed's AutoEP (`decoder.py`). Its own
 computation counts too, as what the sequential run does not wait for transfers; work is added to it up to `ratio`.
+With --exchange heads, or of qwen3-moe with both, its ranks share sequences (`sharing.py`), by 16 heads of queries
+for two of keys and of values.
 
 --cuda runs a stage of MoE blocks in bf16 on one GPU with a loop-back all-to-all through pinned memory (`loopback.py`);
 `--cuda --device cpu` runs the same on the CPU, to see that it works.
@@ -47,7 +51,7 @@ from dualpipe_engine.runtime.phases import COMM, COMPUTE, Phase
 
 WIDTH, EXPERTS = 256, 4
 HEADS, GROUP = 16, 8
-PLAIN, QWEN3_MOE = "plain", "qwen3-moe"
+PLAIN, QWEN3_MOE, LLAMA = "plain", "qwen3-moe", "llama"
 OF_EXPERTS, OF_HEADS = "experts", "heads"
 
 
@@ -166,9 +170,9 @@ def measure(args: argparse.Namespace) -> list[dict[str, float]]:
             found.append((seconds, work.spent, seconds - work.spent - sum(each.waited for each in log)))
         chunk.clear()
         times, spent, own = zip(*found[1:], strict=True)  # the first warms up
-        return median(times), median(spent), median(own) if args.model == QWEN3_MOE else 0.0
+        return median(times), median(spent), median(own) if args.model != PLAIN else 0.0
 
-    transfers = 4 * len(layers)
+    transfers = 4 * len(layers) * (len(args.exchange) if args.model == QWEN3_MOE else 1)
     rows = []
     for ratio in args.ratios:
         for _ in range(3):  # a link that rested passes a burst: the exchange that counts is that between computations
@@ -187,6 +191,12 @@ def measure(args: argparse.Namespace) -> list[dict[str, float]]:
 def _stage(args: argparse.Namespace, work: Work) -> tuple[list[Any], torch.Tensor]:
     """The layers, and what they take."""
     rows = args.kilobytes * 1024 // (4 * WIDTH) * 2  # half of them travel
+    if args.model != PLAIN and OF_HEADS in args.exchange:
+        from sharing import LENGTH, TOP_K, sharing_layers
+
+        experts = EXPERTS if args.model == QWEN3_MOE else 0
+        layers = sharing_layers(args.layers, WIDTH, experts, lambda x: _Busy.apply(x, work))
+        return layers, torch.randn(max(1, rows // TOP_K // LENGTH), LENGTH, WIDTH)
     if args.model == QWEN3_MOE:
         from decoder import LENGTH, TOP_K, decoder_layers
 
@@ -235,20 +245,24 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--ratios", type=float, nargs="+", default=[0.5, 1.0, 2.0], help="computation / all-to-all")
     parser.add_argument("--compute", choices=["sleep", "real"], default="sleep")
-    parser.add_argument("--model", choices=[PLAIN, QWEN3_MOE], default=PLAIN, help="whose layers")
-    exchanged = "what a layer of plain ones exchanges (default: rows of experts)"
-    parser.add_argument("--exchange", choices=[OF_EXPERTS, OF_HEADS], nargs="+", default=[OF_EXPERTS], help=exchanged)
+    parser.add_argument("--model", choices=[PLAIN, QWEN3_MOE, LLAMA], default=PLAIN, help="whose layers")
+    exchanged = "what a layer exchanges (default: rows of experts; of llama, which has none, heads)"
+    parser.add_argument("--exchange", choices=[OF_EXPERTS, OF_HEADS], nargs="+", help=exchanged)
     parser.add_argument("--layers", type=int, default=4, help="of the stage")
     parser.add_argument("--pairs", type=int, default=5, help="timed for each ratio")
     parser.add_argument("--kilobytes", type=int, default=2048, help="that a rank sends in one all-to-all")
-    link = "a second, of the link, each way (default: 400; of qwen3-moe 150, beside which its own computation is small)"
+    link = "a second, of the link, each way (default: 400; of models 150, beside which their own computation is small)"
     parser.add_argument("--megabit", type=float, help=link)
     parser.add_argument("--out", help="PNG file")
     parser.add_argument("--cuda", action="store_true", help="a stage on one GPU instead")
     parser.add_argument("--device", default="cuda", help="for --cuda: where the stage is")
     args = parser.parse_args()
-    if args.exchange != [OF_EXPERTS] and (args.cuda or args.model != PLAIN):
-        parser.error("--exchange is for plain layers over a link: leave out --model and --cuda")
+    args.exchange = args.exchange or ([OF_HEADS] if args.model == LLAMA else [OF_EXPERTS])
+    if args.cuda and args.exchange != [OF_EXPERTS]:
+        parser.error("--exchange is for layers over a link: leave out --cuda")
+    known = {LLAMA: [{OF_HEADS}], QWEN3_MOE: [{OF_EXPERTS}, {OF_HEADS, OF_EXPERTS}]}
+    if set(args.exchange) not in known.get(args.model, [set(args.exchange)]):
+        parser.error(f"{args.model} exchanges {' or '.join(' '.join(sorted(each)) for each in known[args.model])}")
     if args.cuda:
         from loopback import main as on_one_gpu
 
@@ -260,7 +274,7 @@ def main() -> None:
 
         if not usable():
             sys.exit("the slow link needs root, network namespaces, and the programs ip and tc (package iproute2)")
-        megabit = args.megabit or (150.0 if args.model == QWEN3_MOE else 400.0)
+        megabit = args.megabit or (400.0 if args.model == PLAIN else 150.0)
         show(run_linked(str(Path(__file__).resolve()), sys.argv[1:], megabit), args.out)
 
 

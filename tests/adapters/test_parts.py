@@ -26,6 +26,9 @@ KINDS = [
     {"name": "deepseek_v3", "kind": "plain", "experts": 2},
     {"name": "bert", "kind": "padded"},
     {"name": "llama", "kind": "padded", "recompute": ["norm", "mlp"]},
+    {"name": "llama", "kind": "packed", "offload_activations": True},
+    {**EXPERTS, "overlap": False},
+    {**EXPERTS, "activation_checkpoint_interval": 1, "use_reentrant": False},
 ]
 
 
@@ -35,6 +38,11 @@ def check(found, case):
     total, grads = runs.whole(readers=replicas // size, **given)
     evaluated, _ = runs.whole(readers=1, evaluate=True, **given)
     norm = float(torch.stack([grad.norm() for grad in grads.values()]).norm())
+    # Layers offer the exchanges of their attention as phases, unless they are told not to. Not all ranks have some.
+    again = bool(case.get("activation_checkpoint_interval"))
+    phased = {"heads", "tokens"} if case.get("overlap") is not False and not again else set()
+    assert {name for rank in found for name in rank["transfers"]} & {"heads", "tokens"} == phased, case
+    assert any(rank["waits"] for rank in found) == again, case
     seen, exact = set(), case.get("loss") == "precise"
     for rank in found:
         assert rank["loss"] == pytest.approx(total, rel=1e-6), case  # reported in fp32

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Protocol, runtime_checkable
 
+import torch.distributed as dist
+
 from .module import PlacedModule
 
 
@@ -11,18 +13,25 @@ from .module import PlacedModule
 class Exchanging(Protocol):
     """A layer whose attention has been given parts of sequences."""
 
-    def offer_exchanges(self) -> str | None:
-        """Let the exchanges of its attention be phases. Collective over the ranks that share sequences.
+    def offer_exchanges(self, group: dist.ProcessGroup) -> str | None:
+        """Let the exchanges of its attention be phases. Collective.
+
+        Args:
+            group: the ranks that hold the same layer, which must all agree.
 
         Returns:
             Why they cannot; None if they are, or there are none.
         """
 
 
-def overlap_exchanges(module: PlacedModule) -> dict[int, str]:
-    """Let layers offer the exchanges of their attention as phases. Collective over the ranks that share sequences.
+def overlap_exchanges(module: PlacedModule, group: dist.ProcessGroup) -> dict[int, str]:
+    """Let layers offer the exchanges of their attention as phases. Collective.
 
     Layers that are computed again as a whole do not: what transfers deliver would be kept from forward to backward.
+
+    Args:
+        module: whose ranks share sequences.
+        group: the replicas of this rank.
 
     Returns:
         Number of a layer -> why it waits for them.
@@ -34,6 +43,6 @@ def overlap_exchanges(module: PlacedModule) -> dict[int, str]:
             continue
         if module.activation_checkpoint_interval > 0 and module._is_checkpointable([layer]):
             reasons[number] = 'it is computed again as a whole: name modules in "recompute" in its place'
-        elif (why := layer.offer_exchanges()) is not None:
+        elif (why := layer.offer_exchanges(group)) is not None:
             reasons[number] = why
     return reasons

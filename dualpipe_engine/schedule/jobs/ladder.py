@@ -221,7 +221,7 @@ class Ladder:
     def _costs_on(self, bounds: Sequence[int], rung: Rung) -> CostModel:
         model, work = self.work.model, self.work
         repeated = [repeated_seconds(layer, rung, work) for layer in model.layers]
-        costs = stage_costs(model, bounds, work.job, work.hardware, repeated)
+        costs = stage_costs(model, bounds, work.job, work.hardware, repeated, rung.whole)
         costs = with_bytes(costs, model, bounds, work.job.tokens, WIDTH, rung.names, work.fp8)
         if rung.whole:
             sizes = [work.job.tokens * layer_bytes(layer, rung, work) for layer in model.layers]

@@ -1,7 +1,7 @@
 """Times of a job's stages, from FLOPs, bytes and bandwidths: each layer's forward and backward, stages of equal work.
 
 Where F and B run as a pair, all-to-alls hide under computation, elsewhere they are paid in full. Those of attention
-between ranks that share sequences hide in layers of `dualpipe_engine.models` only, which offer them as phases.
+between ranks that share sequences do not hide in layers of transformers that are computed again as a whole.
 """
 
 from __future__ import annotations
@@ -126,7 +126,12 @@ def _work(model: ModelShape, job: Job, hardware: Hardware) -> list[float]:
 
 
 def stage_costs(
-    model: ModelShape, bounds: Sequence[int], job: Job, hardware: Hardware, repeated: Sequence[float] = ()
+    model: ModelShape,
+    bounds: Sequence[int],
+    job: Job,
+    hardware: Hardware,
+    repeated: Sequence[float] = (),
+    whole: bool = False,
 ) -> CostModel:
     """Seconds of the stages of a cut; for bytes see `model_memory.with_bytes`.
 
@@ -136,6 +141,7 @@ def stage_costs(
         job: ranks and batch.
         hardware: of the cluster.
         repeated: seconds of each layer's forward that its backward computes again; empty: none.
+        whole: layers are computed again as a whole.
     """
     times = [layer_seconds(layer, job, hardware) for layer in model.layers]
     f, i, w, fb = [], [], [], []
@@ -143,7 +149,7 @@ def stage_costs(
         held, again = times[start:stop], sum(repeated[start:stop])
         heads = sum(t.heads for t in held)
         comm = sum(t.comm for t in held) + heads
-        waited = 0.0 if model.own else 2 * heads
+        waited = 2 * heads if whole and not model.own else 0.0
         compute = sum(t.f + t.i + t.w for t in held) + again
         f.append(sum(t.f for t in held) + comm)
         i.append(sum(t.i for t in held) + again + comm)
