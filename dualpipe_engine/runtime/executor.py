@@ -113,8 +113,8 @@ class Executor:
         position = self._edges.position
         position.plan, position.awaits, position.device_done = plan, None, self._observer.device_done
         try:
-            for op in program:
-                position.op = op
+            for op, following in zip(program, (*program[1:], None), strict=True):
+                position.op, state.following = op, following
                 try:
                     if drain is not None:
                         drain.run(op)
@@ -322,8 +322,9 @@ class Executor:
             self._pass_back(backward, back)
             return
         self._forward(forward)
-        # Nothing of the pair runs together, so the next stage need not wait for the backward half.
-        if (forward.stage, forward.micro) in self._state.outputs:
+        # Nothing of the pair runs together, so the next stage need not wait for the backward half. A send that the plan
+        # has moved stays where it is.
+        if self._state.following == forward.send():
             self._send_forward(forward)
             self._state.sent.add((forward.stage, forward.micro))
         self._backward(backward)

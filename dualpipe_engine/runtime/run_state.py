@@ -48,6 +48,7 @@ class RunState:
             sent.
         unnoted: what the finite check has yet to look at: (note, op, value).
         sent: outputs that have gone before their SEND_F.
+        following: the op behind the one that runs, None behind the last.
         in_tail: whether the tail is at work, all of whose errors end the job.
     """
 
@@ -60,6 +61,7 @@ class RunState:
         self.grads: dict[tuple[int, int], list[torch.Tensor]] = {}
         self.unnoted: list[tuple[Callable[[int, int, Nest], None], Op, Nest]] = []
         self.sent: set[tuple[int, int]] = set()
+        self.following: Op | None = None
         self.in_tail = False
         self._holders = [placement.replicas(stage) for stage in range(placement.num_stages)]
 

@@ -132,7 +132,8 @@ def host_steps(plan, rank, ahead, tensors=1, first=False, overlapped=True):
     """
     host = _Host(plan, rank, ahead, tensors, first)
     left_early = set()
-    for op in plan.programs[rank]:
+    program = plan.programs[rank]
+    for op, following in zip(program, (*program[1:], None), strict=True):
         if op.kind in (RECV_F, RECV_B):
             host.ask(op)
         elif op.kind in (SEND_F, SEND_B):
@@ -145,7 +146,7 @@ def host_steps(plan, rank, ahead, tensors=1, first=False, overlapped=True):
                 host.need(RECV_F if part.kind == "F" else RECV_B, part.stage, part.micro)
                 if op.kind == FB and not overlapped and part.kind == "F":
                     early = part._replace(kind=SEND_F)
-                    if early in plan.programs[rank]:
+                    if early == following:
                         left_early.add(early)
                         host.send(early)
     return host.steps

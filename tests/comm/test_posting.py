@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import random
+
 import pytest
 import torch
 from posting import NEED, POST, SEND, host_steps, is_stuck
@@ -13,12 +15,17 @@ from dualpipe_engine.errors import PlanError
 from dualpipe_engine.schedule.op import COMPUTE, FB, RECV_B, RECV_F, SEND_B, SEND_F, W, atoms
 from dualpipe_engine.schedule.orders.registry import KNOWN, SCHEDULES, placement_of
 from dualpipe_engine.schedule.passes.lower import forward_only, lower
+from dualpipe_engine.schedule.passes.verify import verify
 from dualpipe_engine.schedule.search.make_plan import make_plan
 from dualpipe_engine.schedule.search.under_cap import LEAST_CAP
+from dualpipe_engine.schedule.timing.costs import CostModel
 
 AHEAD = 1  # what GroupTransport sets without tags
 KINDS = {  # of steps, and the rules for each; what finishes with few hardware queues does with more
-    "a step": ({}, {"one hardware queue": {"behind": 1}, "2 in flight": {"in_flight": 2}}),
+    "a step": (
+        {},
+        {"one hardware queue": {"behind": 1}, "2 in flight": {"in_flight": 2}, "8 in flight": {"in_flight": 8}},
+    ),
     "the first step": ({"first": True}, {"one hardware queue": {"behind": 1}, "3 in flight": {"in_flight": 3}}),
     "a step, pairs one after the other": ({"overlapped": False}, {"one hardware queue": {"behind": 1}}),
 }
@@ -74,10 +81,63 @@ def test_no_plan_is_stuck():
     check(capped((2, 4), (3, 8)))
 
 
-@pytest.mark.parametrize(("pp", "micro", "cap"), [(12, 17, 20), (14, 17, 23), (16, 24, 27)])
-def test_two_ranks_that_pass_on_to_each_other(pp, micro, cap):
-    """Each sends two messages more than the other has taken; a receive that is posted late would hold both."""
-    check([lower(make_plan("zbv", pp, micro, activation_cap=cap))])
+@pytest.mark.parametrize(
+    ("schedule", "pp", "micro", "cap"),
+    [
+        ("zbv", 16, 24, 30),
+        ("zbv", 16, 38, 28),
+        ("zbv", 14, 38, 24),
+        ("zbv", 12, 31, 21),
+    ],
+)
+def test_ranks_that_pass_on_to_each_other(schedule, pp, micro, cap):
+    """They send more messages than the others have taken; a send or receive at its usual place would hold them."""
+    check([lower(make_plan(schedule, pp, micro, activation_cap=cap))])
+
+
+def test_pairs_that_send_later():
+    """Orders that were shortened for long transfers: what a pair makes is not sent before its second half."""
+    for pp, micro, costs in ((2, 4, CostModel(fb=2.4, comm=0.5)), (2, 24, CostModel(fb=2.2, comm=0.4))):
+        check([lower(make_plan("dualpipe", pp, micro, costs, optimize=True))])
+
+
+def drawn(seed):
+    """The arguments of any plan of up to 16 ranks and 64 micro-batches: order, cap, costs and transfers are random."""
+    draw = random.Random(seed)
+    schedule = draw.choice(SCHEDULES)
+    ranks = draw.randint(2, 16) // (2 if schedule == "dualpipe" else 1) * (2 if schedule == "dualpipe" else 1)
+    stages = draw.choice([1, 2, 3, 4]) if KNOWN[schedule].with_stages else None
+    f, i, w = (draw.choice([1.0, draw.uniform(0.3, 2)]) for _ in "fiw")
+    fb = draw.choice([None, draw.uniform(max(f, i + w), f + i + w)])
+    costs = CostModel(f, i, w, fb, draw.choice([0.0, 0.1, 0.3, 0.5]))
+    return {
+        "schedule": schedule,
+        "num_ranks": max(ranks, 2),
+        "num_micro": draw.randint(1, 64),
+        "costs": costs.for_placement(placement_of(schedule, max(ranks, 2), stages)),
+        "optimize": draw.random() < 0.5,
+        "activation_cap": draw.choice([None, draw.randint(LEAST_CAP, 2 * ranks)]) if KNOWN[schedule].any_cap else None,
+        "split_backward": draw.random() < 0.9,
+        "stages_per_rank": stages,
+    }
+
+
+def check_drawn(seeds):
+    for seed in seeds:
+        found = drawn(seed)
+        plan = lower(make_plan(**found))
+        verify(plan, activation_cap=found["activation_cap"])
+        check([plan])
+
+
+def test_no_random_plan_is_stuck():
+    check_drawn(range(20))
+
+
+@pytest.mark.all
+@pytest.mark.parametrize("start", range(1000, 3000, 100))
+def test_no_plan_of_2000_random_ones_is_stuck(start):
+    check_drawn(range(start, start + 100))
 
 
 @pytest.mark.all

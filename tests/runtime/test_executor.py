@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 import weakref
+from dataclasses import replace
 
 import pytest
 import torch
@@ -270,6 +271,36 @@ def test_own_overlapped_forward_backward_is_honoured():
     results, _ = run_plan(plan, copies, mean_square, feed)
     assert Overlapping.calls - before == pairs > 0
     check_against_oracle(plan, originals, copies, mean_square, feed, results)
+
+
+def test_a_send_of_a_pair_may_stand_behind_it():
+    """Where halves run one after the other the output leaves between them, unless the plan has moved its send."""
+    plan = lower(make_plan("dualpipe", 4, 8))
+    program = list(plan.programs[1])
+    at = next(
+        at
+        for at, op in enumerate(program)
+        if op.kind == "FB" and program[at + 1] == op.parts[0].send() and program[at + 2].kind in ("SEND_B", "RECV_F")
+    )
+    late, pair = program[at + 1], program[at]
+    program[at + 1 : at + 3] = [program[at + 2], late]
+    programs = (plan.programs[0], tuple(program), *plan.programs[2:])
+    sent, send = [], Executor._send_forward
+
+    def noting(self, op):
+        if (op.stage, op.micro) == (late.stage, late.micro) and self._rank == 1:
+            sent.append(self._edges.position.op)
+        send(self, op)
+
+    for each, expected in ((plan, [pair, late]), (replace(plan, programs=programs), [late])):
+        sent.clear()
+        originals, copies = make_stages(each.placement, mlp)
+        feed = ListFeed(*([torch.randn(3, 6, dtype=torch.float64) for _ in range(8)] for _ in range(2)))
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(Executor, "_send_forward", noting)
+            results, _ = run_plan(each, copies, mean_square, feed)
+        assert sent == expected
+        check_against_oracle(each, originals, copies, mean_square, feed, results)
 
 
 def test_frozen_first_stage():

@@ -3,20 +3,19 @@
 from __future__ import annotations
 
 from itertools import chain, islice
-from typing import NamedTuple
 
 import numpy as np
 
 from ...errors import PlanError
-from ..columns import B_, BACK, I_, W_, Columns, Ints, by_group, directions, make_ops, peers
+from ..columns import B_, BACK, I_, W_, Columns, Ints, Which, by_group, directions, make_ops, peers
 from ..gc_paused import collector_paused
 from ..op import NONE, RECV_B, RECV_F, REDUCE, SEND_B, SEND_F, STEP, STEPS, F, Op
 from ..placement import Placement
 from ..plan import Plan
+from .queues import ASK, OP, PLACES, REDUCED, SENT, Messages
+from .unlock import unlock
 
-#: What is added stands before (`_POST`) or behind an op (`_AT`) of the plan.
-_POST, _AT, _SEND, _REDUCE, _LAST = range(5)
-_Group = tuple[Ints, int, list[Op]]  #: for each op where it stands: at which op of the plan, and on which side
+_Group = tuple[Ints, Ints, list[Op]]  #: for each op where it stands, see `queues.PLACES`, and its turn there
 
 
 @collector_paused()
@@ -26,9 +25,10 @@ def lower(plan: Plan, *, train: bool = True) -> Plan:
     A send stands right after the op that makes its tensor. The receives of a directed edge (source rank to destination
     rank) are posted in exactly the order of the source's sends, because p2p transfers carry no tags. Each is posted as
     late as that order allows, but before the F or backward that precedes its consumer, so that the transfer can run
-    under that op, and earlier where two ranks would wait for each other (`_let_pass`). A W in between does not count:
-    the other end may have to send before it goes on, and two ranks that pass on to each other (PP = 2, `loop`) would
-    each wait for the other's receive. Neighbour stages on one rank hand over locally, without transfers.
+    under that op. A W in between does not count: the other end may have to send before it goes on, and two ranks that
+    pass on to each other (PP = 2, `loop`) would each wait for the other's receive. Where ranks would still wait for
+    each other on a device with few hardware queues (`queues.py`), receives are posted earlier, or sends later
+    (`unlock.py`). Neighbour stages on one rank hand over locally, without transfers.
 
     `REDUCE` of a stage follows the last weight gradient of that stage on the rank. Ranks that hold copies of the same
     stages reduce with each other, so both list the stages in one order and the earlier one may have to wait. `STEP` is
@@ -50,14 +50,16 @@ def lower(plan: Plan, *, train: bool = True) -> Plan:
                 raise PlanError(f"rank {rank}: {op} shows that the plan is lowered already; lower plan.unlowered()")
 
     found = _columns(plan)
-    groups = [(np.arange(plan.num_ops), _AT, list(chain.from_iterable(plan.programs))), *_transfers(plan, found)]
+    usual = np.arange(plan.num_ops) * PLACES + OP
+    groups = [(usual, np.zeros_like(usual), list(chain.from_iterable(plan.programs))), *_transfers(plan, found)]
     if train:
         groups.append(_reduces(plan, found))
-    places = np.concatenate([at * _LAST + place for at, place, _ in groups])
+    places, turns = (np.concatenate(each) for each in zip(*(group[:2] for group in groups), strict=True))
     ops = list(chain.from_iterable(each for _, _, each in groups))
-    inorder = iter([ops[index] for index in np.argsort(places, kind="stable").tolist()])
+    order = np.lexsort((turns, places)) if turns.any() else np.argsort(places, kind="stable")
+    inorder = iter([ops[index] for index in order.tolist()])
     ends = np.cumsum([len(program) for program in plan.programs])
-    sizes = np.bincount(np.searchsorted(ends, places // _LAST, side="right"), minlength=len(ends))
+    sizes = np.bincount(np.searchsorted(ends, places // PLACES, side="right"), minlength=len(ends))
     tail = (Op(STEP, NONE, NONE),) if train else ()
     programs = tuple((*islice(inorder, size), *tail) for size in sizes.tolist())
     return Plan(plan.placement, plan.num_micro, programs, plan.schedule)
@@ -84,12 +86,15 @@ def _transfers(plan: Plan, found: Columns) -> list[_Group]:
     back = BACK[kind].astype(np.intp)
     key = (back * placement.num_stages + stage) * num_micro + micro
     consumer = np.full(2 * placement.num_stages * num_micro, -1)
-    consumer[key] = op
+    consumer[key] = np.arange(len(op))
     target = peers(placement).target[back, directions(placement, num_micro)[micro], stage]
     sent = np.flatnonzero(target >= 0)
+    second = np.diff(op, prepend=-1) == 0
+    left = op[sent] * PLACES + SENT + second[sent]
     sends = make_ops(map((SEND_F, SEND_B).__getitem__, back[sent].tolist()), stage[sent], micro[sent])
     # Edge by edge in the order of the sends, from the last one on: none is posted after the one behind it.
-    sent = sent[by_group(target[sent] * placement.num_ranks + rank[sent])]
+    by_edge = by_group(target[sent] * placement.num_ranks + rank[sent])
+    sent = sent[by_edge]
     step = np.where(back[sent], -1, 1)
     uses = consumer[key[sent] + num_micro * step]
     if (uses < 0).any():
@@ -97,61 +102,42 @@ def _transfers(plan: Plan, found: Columns) -> list[_Group]:
         raise PlanError(
             f"rank {rank[lost]} has an op of stage {stage[lost]} that no other stage follows: verify the plan first"
         )
-    slots = _before(plan, found)[uses]
-    edge = target[sent] * placement.num_ranks + rank[sent]
-    edges: dict[tuple[int, int], _Edge] = {}
-    for at in np.split(np.arange(len(edge)), np.flatnonzero(np.diff(edge)) + 1):
-        if len(at):
-            there, here = divmod(int(edge[at[0]]), placement.num_ranks)
-            edges[here, there] = _Edge(slots[at[0] : at[-1] + 1], op[sent[at]], uses[at])
-    for each in edges.values():
-        _in_order(each.slots)
-    for (here, there), each in edges.items():
-        if here < there and (there, here) in edges:
-            _let_pass(each, edges[there, here])
+    messages = Messages(
+        rank[sent],
+        target[sent],
+        _before(plan, found)[op[uses]] * PLACES + ASK,
+        left[by_edge],
+        np.zeros((2, len(sent)), np.int64),
+        op[sent],
+        op[uses],
+        second[uses],
+        _shown(back[sent], key[sent], consumer, num_micro),
+        _first(rank[sent], stage[sent], back[sent]),
+        np.append(second[1:], False)[sent],
+    )
+    for edge in messages.edges():
+        messages.asks[edge] = np.minimum.accumulate(messages.asks[edge][::-1])[::-1]
+    messages = unlock(messages, _starts(plan))
     posts = make_ops(map((RECV_F, RECV_B).__getitem__, back[sent].tolist()), stage[sent] + step, micro[sent])
-    return [(slots, _POST, posts), (op[target >= 0], _SEND, sends)]
+    asked, went = messages.turns
+    usual = np.argsort(by_edge)
+    return [(messages.asks, asked, posts), (messages.sends[usual], went[usual], sends)]
 
 
-class _Edge(NamedTuple):
-    """The messages of a directed edge, in the order of their sends.
-
-    Args:
-        slots: where the receive of each is posted, before that op of the target.
-        made: the op of the source that makes it, behind which it is sent.
-        used: the op of the target that takes it.
-    """
-
-    slots: Ints
-    made: Ints
-    used: Ints
-
-    def let_in(self) -> Ints:
-        """Of each message the op of the target by which the one before it has its receive posted, which is not before
-        the one before that has been taken."""
-        taken = np.concatenate([[-1], np.maximum.accumulate(self.used)[:-1]])
-        posted = np.maximum(self.slots, taken)
-        return np.concatenate([[-1], posted[:-1]])
+def _shown(back: Ints, key: Ints, consumer: Ints, num_micro: int) -> Ints:
+    """Of each gradient the message of the forward that it comes back for, -1 for a forward."""
+    size = len(consumer) // 2
+    forward = np.full(size, -1)
+    forward[key[back == 0]] = np.flatnonzero(back == 0)
+    return np.where(back == 1, forward[np.where(back == 1, key - size - num_micro, 0)], -1)
 
 
-def _in_order(slots: Ints) -> None:
-    """Post no receive after the one of a later message."""
-    slots[::-1] = np.minimum.accumulate(slots[::-1])
-
-
-def _let_pass(there: _Edge, back: _Edge) -> None:
-    """Post receives of `there` earlier where two ranks that pass on to each other would both wait to send.
-
-    Without tags one receive of an edge is posted ahead, and a send is held where the message before it has no receive
-    yet (`comm/p2p.py`). So two ranks wait for each other for good where each has such a send before the op by which it
-    posts what holds the other's.
-    """
-    free = back.let_in()
-    first = np.searchsorted(np.maximum.accumulate(free), there.made, side="right")  # of `back` that is held there
-    held = np.flatnonzero(first < len(back.made))
-    held = held[back.made[first[held]] < there.let_in()[held]]
-    there.slots[held - 1] = np.minimum(there.slots[held - 1], back.made[first[held]])
-    _in_order(there.slots)
+def _first(rank: Ints, stage: Ints, back: Ints) -> Which:
+    """Of each message whether it is the first that goes forward from its stage on this rank."""
+    forward = np.flatnonzero(back == 0)
+    first = np.zeros(len(back), bool)
+    first[forward[np.unique(rank[forward] * (stage.max(initial=0) + 1) + stage[forward], return_index=True)[1]]] = True
+    return first
 
 
 def _before(plan: Plan, found: Columns) -> Ints:
@@ -190,7 +176,8 @@ def _reduces(plan: Plan, found: Columns) -> _Group:
             if plan.programs[rank]:
                 slots.append(starts[rank] + slot)
                 ops.append(Op(REDUCE, stage, NONE))
-    return np.array(slots, np.int64), _REDUCE, ops
+    places = np.array(slots, np.int64) * PLACES + REDUCED
+    return places, np.zeros_like(places), ops
 
 
 def forward_only(placement: Placement, num_micro: int) -> Plan:

@@ -1,0 +1,78 @@
+"""Transfers move where ranks would wait for each other, and only there; the proof agrees with the model of hosts."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from posting import host_steps, is_stuck
+from test_posting import drawn
+
+from dualpipe_engine.errors import PlanError
+from dualpipe_engine.schedule.op import COMM
+from dualpipe_engine.schedule.passes import lower as lowering
+from dualpipe_engine.schedule.passes import unlock as unlocking
+from dualpipe_engine.schedule.passes.lower import lower
+from dualpipe_engine.schedule.passes.queues import QUEUES, Events, Queues
+from dualpipe_engine.schedule.passes.verify import verify
+from dualpipe_engine.schedule.search.make_plan import make_plan
+
+#: Seeds of plans whose ranks would wait for each other.
+STUCK = [76, 99, 308, 321, 573]
+
+
+def usual(plan, monkeypatch):
+    """The plan with transfers at their usual places, and its messages there."""
+    kept = []
+
+    def keep(messages, starts):
+        kept.append(messages)
+        return messages
+
+    with monkeypatch.context() as patch:
+        patch.setattr(lowering, "unlock", keep)
+        return lower(plan), kept[0]
+
+
+def finishes(plan, messages, early):
+    starts = np.cumsum([0, *(len(program) for program in plan.programs[:-1])])
+    return Queues(Events(messages, starts, early)).run()
+
+
+def test_the_proof_is_that_of_the_model(monkeypatch):
+    plans = [make_plan(**drawn(seed)) for seed in (*STUCK, *range(100, 115))]
+    verdicts = []
+    for plan in plans:
+        lowered, messages = usual(plan, monkeypatch)
+        each = []
+        for early in (False, True):
+            steps = [host_steps(lowered, rank, 1, 1, True, not early) for rank in range(len(plan.programs))]
+            each.append(finishes(plan, messages, early))
+            assert each[-1] == (not is_stuck(steps, behind=1, in_flight=QUEUES))
+        assert not finishes(plan, messages, None) or all(each)
+        verdicts.append(all(each))
+        if each[-1]:
+            assert lower(plan) == lowered
+    assert not any(verdicts[: len(STUCK)]) and any(verdicts)
+
+
+@pytest.mark.parametrize("seed", STUCK)
+def test_only_transfers_move(seed, monkeypatch):
+    plan = make_plan(**drawn(seed))
+    before, _ = usual(plan, monkeypatch)
+    after = lower(plan)
+    verify(after)
+    assert after != before
+    for old, new in zip(before.programs, after.programs, strict=True):
+        assert sorted(old) == sorted(new)
+        assert [op for op in old if op.kind not in COMM] == [op for op in new if op.kind not in COMM]
+    moved = sum(
+        a != b for old, new in zip(before.programs, after.programs, strict=True) for a, b in zip(old, new, strict=True)
+    )
+    assert moved < 0.25 * before.num_ops
+
+
+def test_without_a_place_the_plan_is_refused(monkeypatch):
+    monkeypatch.setattr(unlocking._Places, "_ask_earlier", lambda self, rank: False)
+    monkeypatch.setattr(unlocking._Places, "_delay", lambda self, rank: False)
+    with pytest.raises(PlanError, match="wait for each other's transfers: use another number of micro-batches"):
+        lower(make_plan(**drawn(STUCK[0])))
