@@ -18,6 +18,7 @@ import torch.distributed as dist
 
 from ..errors import PipelineRuntimeError
 from .communicators import Pair, close, connect, matches_by_tag, open_pairs, rounds_of
+from .gloo_threads import take_turns
 from .stream import StreamTicket, open_stream
 from .tickets import Ticket
 
@@ -87,6 +88,7 @@ class GroupTransport:
         if self.tagged:
             self._peer = [dist.get_group_rank(group, global_rank) for global_rank in ranks]
             self._group = group
+            take_turns()
         else:
             self._connect_edges(edges, device, timeout_s)
 
