@@ -149,6 +149,11 @@ class Stage(nn.Module):
         return [*self.exchanges(), Phase("output", COMPUTE, self.run_on)]
 
     @property
+    def beside_submodules(self) -> list[object]:
+        """What else `share_sequences` changes: what runs the piece, and the model around its modules."""
+        return [each for runner in self._runners for each in (runner, *runner.model.modules())]
+
+    @property
     def config(self) -> ModelConfig:
         """The configuration of the model; None if it has none."""
         return getattr(self._runners[0].model, "config", None)

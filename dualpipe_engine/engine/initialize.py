@@ -40,7 +40,7 @@ from .placing.grid import Place, groups_of, set_device
 from .placing.module import place
 from .placing.param_groups import GroupMap, check_dtypes, name_parameters
 from .placing.recomputed import recomputed_modules
-from .placing.sequences import BatchView, read_sizes, readers_of, share_sequences
+from .placing.sequences import BatchView, Sharing, make_sharing, read_sizes, readers_of, share_sequences
 from .placing.shared_blocks import check_blocks, connect_blocks, overlap_blocks, read_rest, share_blocks
 from .placing.stages import set_activation_checkpointing
 from .placing.tiled import tile
@@ -138,9 +138,10 @@ def _under_schedule(
             share_blocks(model, shared)
         read_rest(model)
         base_grid = model._grid
-        dualpipe, plan, costs = _choose_plan(model, settings, dualpipe, readers, training_data, collate_fn)
+        sharing = make_sharing(base_grid, base_grid.data_parallel_size // readers)
+        dualpipe, plan, costs = _choose_plan(model, settings, dualpipe, sharing, training_data, collate_fn)
         placed = _place(model, settings, dualpipe, plan, costs(plan.placement))
-        sharing = share_sequences(model, base_grid, base_grid.data_parallel_size // readers)
+        sharing = share_sequences(model, sharing)
         if sharing.size > 1 and dualpipe.overlap is not False:
             model.dualpipe_waits = overlap_exchanges(model, base_grid.dp_proc_group)
         shards = shard_batches(model, sharing)
@@ -182,14 +183,14 @@ def _choose_plan(
     model: PipelineModule,
     settings: Settings,
     dualpipe: DualPipeConfig,
-    readers: int,
+    sharing: Sharing,
     training_data: Dataset | None,
     collate_fn: Collate | None,
 ) -> tuple[DualPipeConfig, Plan, StageCosts]:
     """The configuration with "auto" replaced, the lowered plan, and the costs of stages. Collective."""
     grid = model._grid
-    num_micro = micro_batches(settings, readers)
-    measured = job_costs(model, settings, dualpipe, num_micro, training_data, collate_fn)
+    num_micro = micro_batches(settings, sharing.readers(grid.data_parallel_size))
+    measured = job_costs(model, settings, dualpipe, num_micro, sharing, training_data, collate_fn)
     if dualpipe.schedule == AUTO:
         assert measured is not None
         # DeepSpeed keeps the inputs of layers that it checkpoints by itself.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import inspect
+import itertools
 
 import autoep_runs
 import kinds
@@ -189,6 +190,20 @@ def rows(reader, readers):
     while True:
         tokens = torch.randint(1, models.VOCABULARY, (2, LENGTH), generator=generator)[mine]
         yield {"input_ids": tokens}, tokens
+
+
+def auto(path, name):
+    """Of "schedule": "auto" the schedule, and the loss of a first batch, to which measuring has changed nothing."""
+    import dualpipe_engine
+
+    _, adapter, loss_fn = built(name, None)
+    module = PipelineModule(adapter.to_layer_specs(), topology=PipeDataParallelTopology(2, 2), loss_fn=loss_fn)
+    config = settings("auto", 2, 0, costs=str(path))
+    rows = [(inputs["input_ids"][0], labels[0]) for inputs, labels in itertools.islice(stream(3, "plain"), 4)]
+    engine, *_ = dualpipe_engine.initialize(model=module, config=config, training_data=rows)
+    found = engine.plan.schedule, float(engine.train_batch(stream(0, "plain")))
+    engine.destroy()
+    return found
 
 
 def refused(name, changes=None, **pipeline):

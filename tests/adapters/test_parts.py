@@ -73,6 +73,16 @@ def test_every_model_and_schedule(ranks, schedule):
         check([rank[number] for rank in found], case)
 
 
+@pytest.mark.all
+@pytest.mark.parametrize("name", ["llama", "qwen3_moe" + ROUTERS])
+def test_auto_measures_parts(ranks, tmp_path, name):
+    found = ranks.run(4, runs.auto, path=tmp_path / "costs.json", name=name)
+    total, _ = runs.whole(name, 1, "plain")
+    for schedule, loss in found:
+        assert (schedule, loss) == (found[0][0], pytest.approx(total, rel=1e-5))
+    assert found[0][0] != "auto"
+
+
 #: Kinds of models that mix tokens elsewhere than in transformers' attention functions, or in its "eager" one alone.
 OTHERS = {"gemma2", "gpt_oss", "bloom", "falcon", "falcon_alibi", "falcon_new", "mpt", "gpt_neo", "qwen3_next"}
 OTHERS |= {"mamba", "falcon_mamba", "mamba2", "jamba"}

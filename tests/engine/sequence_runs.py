@@ -163,7 +163,6 @@ def refusals():
         (grouped | {"balancing": "loss"}, plain, "auxiliary losses"),
         (grouped | {"mtp_depth": 1}, plain, "mtp_depth, which looks beyond"),
         (grouped, plain | {"gradient_allreduce_op": "sum"}, 'take "mean"'),
-        (grouped, plain | {"pipeline": {"schedule": "auto"}}, "name a schedule"),
         (grouped, settings(2, 1, "zb1p", pipeline={"recompute": ["attention"]}), "transfers that are not to be"),
     ]
     for model, config, text in cases:
@@ -230,6 +229,28 @@ def other_data():
     with pytest.raises(ConfigError, match="share each sequence"):
         engine.train_batch(stream(engine.place.replica))
     engine.destroy()
+
+
+def auto(path, data=True, **model):
+    """Of "schedule": "auto" the loss of a first batch, which is that of the whole model if measuring has not changed it;
+    the schedule, and how often a rank has measured."""
+    import dualpipe_engine
+    from dualpipe_engine.engine.auto import choose
+
+    config = settings(2, 1, "auto", pipeline={"costs": str(path)})
+    module = moe_runs.make_module(moe_runs.config(bias_rate=0.0, **model), 2, 2).double()
+    with mock.patch.object(choose, "probe_stages", wraps=choose.probe_stages) as probe:
+        engine, *_ = dualpipe_engine.initialize(model=module, config=config, training_data=Data() if data else None)
+    start = {name: param.detach().clone() for name, param in engine.module.named_parameters()}
+    found = {
+        "schedule": engine.plan.schedule,
+        "start": start,
+        "measured": probe.call_count,
+        "replica": engine.place.replica,
+    }
+    found["loss"] = float(engine.train_batch(stream(0)))
+    engine.destroy()
+    return found
 
 
 def loader():

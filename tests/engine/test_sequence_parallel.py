@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from functools import partial
 
 import pytest
@@ -71,6 +72,28 @@ def test_gradients_are_those_of_whole_sequences(ranks):
     found = ranks.run(4, runs.gradients, cases=CASES)
     for number, case in enumerate(CASES):
         check([rank[number] for rank in found], case)
+
+
+def check_auto(found, model):
+    start = {name: copies[0] for name, copies in test_moe.assemble(found, "start").items()}
+    total, _ = whole(model, start, 1)
+    for rank in found:
+        assert rank["loss"] == pytest.approx(total, rel=1e-6)
+    assert len({rank["schedule"] for rank in found}) == 1 and found[0]["schedule"] != "auto"
+
+
+@pytest.mark.parametrize("model", [GROUPED, pytest.param(LATENT, marks=pytest.mark.all)])
+def test_auto_measures_parts(ranks, tmp_path, model):
+    """Once: another start takes what it has found, without data."""
+    costs = tmp_path / "costs.json"
+    found = ranks.run(4, runs.auto, path=costs, **model)
+    check_auto(found, model)
+    assert all(rank["measured"] for rank in found)
+    job = json.loads(costs.read_text())["job"]
+    assert job["replicas that share each sequence"] == "2"
+    again = ranks.run(4, runs.auto, path=costs, data=False, **model)
+    check_auto(again, model)
+    assert not any(rank["measured"] for rank in again)
 
 
 @pytest.mark.all

@@ -158,6 +158,7 @@ def auto(folder, experts, ranks):
     from dualpipe_engine.engine.auto.choose import job_costs
     from dualpipe_engine.engine.config import read_config
     from dualpipe_engine.engine.placing.grid import set_device
+    from dualpipe_engine.engine.placing.sequences import Sharing
 
     world = dist.distributed_c10d._world.pg_map
     settings = training.settings(4, 2 if experts else 1, schedule="auto", costs=f"{folder}/costs.json")
@@ -169,7 +170,7 @@ def auto(folder, experts, ranks):
     set_device(module)
     plain, config = read_config(settings)
     before = len(world)
-    job_costs(module, plain, config, 4, data)
+    job_costs(module, plain, config, 4, Sharing(), data)
     left = len(world) - before
     engine, *_ = dualpipe_engine.initialize(model=module, config=settings, training_data=data)
     losses = [float(engine.train_batch(training.stream(0))) for _ in range(2)]
@@ -213,6 +214,12 @@ def sequence_gradients(**kwargs):
     import sequence_runs
 
     return sequence_runs.gradients(**kwargs)
+
+
+def sequence_auto(**kwargs):
+    import sequence_runs
+
+    return sequence_runs.auto(**kwargs)
 
 
 def train_from(**kwargs):

@@ -27,6 +27,14 @@ def test_gradients(on_twin, eager, in_flight):
 
 @pytest.mark.all
 @pytest.mark.parametrize(("eager", "in_flight"), [(True, 8), (False, 3)], ids=["eager", "lazy"])
+def test_auto(on_twin, tmp_path, eager, in_flight):
+    """Ranks that share sequences enter the exchanges of a measurement in one order."""
+    found = on_twin(4, strict_runs.sequence_auto, eager, in_flight, path=tmp_path / "costs.json", **sequences.GROUPED)
+    sequences.check_auto(found, sequences.GROUPED)
+
+
+@pytest.mark.all
+@pytest.mark.parametrize(("eager", "in_flight"), [(True, 8), (False, 3)], ids=["eager", "lazy"])
 def test_models_of_transformers(on_twin, eager, in_flight):
     found = on_twin(4, strict_runs.part_gradients, eager, in_flight, cases=parts.CASES)
     for number, case in enumerate(parts.CASES):

@@ -34,6 +34,7 @@ from ...schedule.search.compare import best_of
 from ...schedule.search.job_costs import Measurement
 from ...schedule.search.layer_costs import LayerCosts
 from ...schedule.timing.costs import CostModel, PerStage
+from ..batches.shards import Shards
 from ..config import DualPipeConfig
 from ..given import Collate, Dataset, Settings
 from ..placing.balance import of_all_layers
@@ -41,8 +42,10 @@ from ..placing.experts import numel_by_sharing
 from ..placing.grid import Place
 from ..placing.partition import layer_name
 from ..placing.recomputed import recomputed_modules
+from ..placing.sequences import BatchView, Sharing
 from ..placing.stages import set_activation_checkpointing
 from ..placing.tiled import tiled
+from .in_parts import in_parts
 from .layer_probe import probe_layers
 from .link_probe import reduction_seconds
 from .stage_probe import probe_stages
@@ -56,6 +59,7 @@ def job_costs(
     settings: Settings,
     config: DualPipeConfig,
     num_micro: int,
+    sharing: Sharing,
     training_data: Dataset | None = None,
     collate_fn: Collate | None = None,
 ) -> Measurement | None:
@@ -67,6 +71,7 @@ def job_costs(
         settings: the DeepSpeed JSON.
         config: our part of it.
         num_micro: micro-batches of one pipeline per batch.
+        sharing: with whom this rank shares its sequences.
         training_data: dataset whose first samples are used.
         collate_fn: makes a micro-batch of samples.
 
@@ -80,8 +85,8 @@ def job_costs(
     if not auto and config.costs is None:
         return None
     path = Path(config.costs or DEFAULT_FILE)
-    micro_size = _micro_size(settings, num_micro, module._grid.data_parallel_size)
-    job = _describe(module, settings, config, micro_size)
+    micro_size = _micro_size(settings, num_micro, sharing.readers(module._grid.data_parallel_size))
+    job = _describe(module, settings, config, micro_size, sharing.size)
     stored = _stored(path)
     tries = auto and any(from_all(bool(_may_be_recomputed(module, settings, config))))
     if stored is not None:
@@ -105,7 +110,8 @@ def job_costs(
             f'"schedule": "auto" measures the model on its data: give initialize(training_data=...) for one start, '
             f"which keeps the result in {path}, or name a schedule"
         )
-    measured = _measure(module, settings, config, job, num_micro, _micro_batches(training_data, micro_size, collate_fn))
+    next_batch = _micro_batches(training_data, micro_size, collate_fn)
+    measured = _measure(module, settings, config, job, num_micro, sharing, next_batch)
     if dist.get_rank() == 0:
         measured.save(path)
         logger.info(f"measured costs are kept in {path}")
@@ -173,6 +179,7 @@ def _measure(
     config: DualPipeConfig,
     job: dict[str, str],
     num_micro: int,
+    sharing: Sharing,
     next_batch: Callable[[], Nest],
 ) -> Measurement:
     grid = module._grid
@@ -181,7 +188,7 @@ def _measure(
     device = torch.device(get_accelerator().device_name(module.local_rank))
     if dist.get_rank() == 0:
         logger.info(f'"schedule": "auto" measures {ranks} stages on {device}')
-    types = DeepSpeedConfig(settings, module._grid)
+    types = DeepSpeedConfig(settings, BatchView(sharing.readers(module._grid.data_parallel_size)))
     dtype = {"bf16": torch.bfloat16, "fp16": torch.half}.get(job["precision"])
     _cast(module, types, dtype)
     set_activation_checkpointing(module, settings.get("pipeline", {}))
@@ -197,12 +204,13 @@ def _measure(
         timeout_s=config.p2p_timeout_s,
         sums=_sums(types, dtype),
     )
-    with tiled(module, config.tiled_loss, config.tiled_mlp):
+    with tiled(module, config.tiled_loss, config.tiled_mlp), in_parts(module, sharing) as shards:
+        probe = partial(probe, shards=shards)
         costs, recomputed = probe(recomputed=recomputed_modules(module, config.recompute)), None
         again = _may_be_recomputed(module, settings, config)
         if any(from_all(bool(again))):
             recomputed = _at_least(probe(recomputed=again), costs)
-        layers = _of_layers(module, next_batch()) if _may_be_cut(module, settings, config) else None
+        layers = _of_layers(module, next_batch(), shards) if _may_be_cut(module, settings, config) else None
     trained = [param for param in module.parameters() if param.requires_grad]
     numel = sum(param.numel() for param in trained)
     dtype = trained[0].dtype if trained else torch.float32
@@ -224,8 +232,9 @@ def _interval(module: PipelineModule, settings: Settings) -> int:
     )
 
 
-def _of_layers(module: PipelineModule, batch: Nest) -> LayerCosts:
+def _of_layers(module: PipelineModule, batch: Nest, shards: Shards | None) -> LayerCosts:
     """What single layers take. Collective over all ranks."""
+    batch = batch if shards is None else shards.cut(batch[0], batch[1])
     seconds, kept = zip(*probe_layers(module, batch, LAYER_RUNS), strict=True)
     start = int(module.parts[module.stage_id])
     mine = {start + index: _params(module, start + index) for index in range(len(module.forward_funcs))}
@@ -329,13 +338,15 @@ def _on_host(zero: Settings) -> bool:
     return zero.get("stage", 0) > 0 and (bool(zero.get("cpu_offload")) or device == "cpu")
 
 
-def _micro_size(settings: Settings, num_micro: int, replicas: int) -> int:
+def _micro_size(settings: Settings, num_micro: int, readers: int) -> int:
     """Samples of a micro-batch."""
     size = settings.get("train_micro_batch_size_per_gpu")
-    return size if isinstance(size, int) else settings["train_batch_size"] // (num_micro * replicas)
+    return size if isinstance(size, int) else settings["train_batch_size"] // (num_micro * readers)
 
 
-def _describe(module: PipelineModule, settings: Settings, config: DualPipeConfig, micro_size: int) -> dict[str, str]:
+def _describe(
+    module: PipelineModule, settings: Settings, config: DualPipeConfig, micro_size: int, sharing: int
+) -> dict[str, str]:
     """What the costs depend on, in words."""
     shapes = from_all([(name, tuple(p.shape), p.requires_grad) for name, p in module.named_parameters()])
     layers = [layer_name(layer) for layer in module._layer_specs]
@@ -347,6 +358,7 @@ def _describe(module: PipelineModule, settings: Settings, config: DualPipeConfig
         "model": digest[:16],
         "ranks": str(module._grid.pipe_parallel_size),
         "replicas": str(module._grid.data_parallel_size),
+        **({"replicas that share each sequence": str(sharing)} if sharing > 1 else {}),
         "micro-batch size": str(micro_size),
         "precision": on[0] if on else "fp32",
         "zero stage": str(zero.get("stage", 0)),

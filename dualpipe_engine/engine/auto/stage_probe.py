@@ -37,6 +37,7 @@ from ...schedule.timeline import Span, Timeline
 from ...schedule.timing.costs import CostModel
 from ...schedule.timing.from_timelines import measured_costs
 from ..batches.feed import BatchFeed
+from ..batches.shards import Shards
 from ..placing.experts import connected_experts
 from ..placing.grid import Place
 from ..placing.partition import same_random_state
@@ -58,6 +59,7 @@ def probe_stages(
     timeout_s: float,
     sums: torch.dtype | None = None,
     recomputed: dict[str, nn.Module] | None = None,
+    shards: Shards | None = None,
 ) -> CostModel:
     """Seconds and activation bytes of each stage of the linear cut, seconds of the copy of these to host memory, and
     seconds of a transfer.
@@ -75,6 +77,7 @@ def probe_stages(
         timeout_s: seconds after which a transfer is given up.
         sums: of what dtype the optimizer keeps sums of its own, to which W adds; None: autograd's do.
         recomputed: modules of this rank that are computed again in the backward, by name.
+        shards: cuts the micro-batches; None: they stay whole.
     """
     stage, ranks = place.rank, len(place.pipeline)
     num_micro = max(1, min(num_micro, 2 * ranks))
@@ -101,7 +104,7 @@ def probe_stages(
             group, edges_of = module._grid.pp_proc_group, place.placement.edges()
             transport = transport_of(group)(place.pipeline, stage, group, device, edges=edges_of, timeout_s=timeout_s)
         edges = Edges(transport, device, timeout_s, dynamic_shape=module.dynamic_shape)
-        bench = _Bench(module, place, chunk, edges, device, _sums_of(module, sums))
+        bench = _Bench(module, place, chunk, edges, device, _sums_of(module, sums), shards)
         try:
             plan = make_plan("zb1p" if split_backward else "1f1b", ranks, num_micro)
             bench.run(plan, next_batch)
@@ -134,7 +137,9 @@ class _Bench:
         edges: Edges,
         device: torch.device,
         sums: Sequence[tuple[torch.Tensor, torch.Tensor]],
+        shards: Shards | None,
     ) -> None:
+        self._shards = shards
         self._module, self._place, self._device, self._sums = module, place, device, sums
         self._observer = Observer(place.rank, device)
         self._executor = Executor(place.rank, {place.rank: chunk}, edges, self._observer, _Adding(sums))
@@ -161,7 +166,13 @@ class _Bench:
         dist.barrier()
         gradient = needs_input_gradient(self._module)
         feed = BatchFeed(
-            self._place, plan.num_micro, next_batch, self._device, side=self._side, input_gradient=gradient
+            self._place,
+            plan.num_micro,
+            next_batch,
+            self._device,
+            side=self._side,
+            input_gradient=gradient,
+            shards=self._shards,
         )
         self._executor.run(lower(plan), feed)
 

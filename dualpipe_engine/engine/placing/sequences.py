@@ -52,12 +52,6 @@ def read_sizes(settings: Settings, mesh_param: object) -> Settings:
 
 
 def _check_others(settings: Settings) -> None:
-    pipeline = settings.get("pipeline", {})
-    if pipeline.get("schedule") == "auto" or pipeline.get("costs") is not None:
-        raise ConfigError(
-            f'"{SIZE}" and measured costs do not go together, which are those of whole sequences: name a schedule, and '
-            'leave "costs" out'
-        )
     if str(settings.get("gradient_allreduce_op", "mean")).lower() == "sum":
         raise ConfigError(
             f'"{SIZE}" and "gradient_allreduce_op": "sum" do not go together, because ranks have parts of one mean: '
@@ -80,6 +74,10 @@ class Sharing:
     rank: int = 0
     group: dist.ProcessGroup | None = None
     cuts_inputs: bool = False
+
+    def readers(self, replicas: int) -> int:
+        """Groups with sequences of their own, of so many replicas of the pipeline."""
+        return replicas // self.size
 
 
 class BatchView:
@@ -119,23 +117,37 @@ def readers_of(settings: Settings, replicas: int) -> int:
     return replicas // size
 
 
-def share_sequences(module: PipelineModule, base_grid: PipelineParallelGrid, size: int) -> Sharing:
-    """Let the layers of a placed module work on parts of sequences. Collective over all ranks.
-
-    The first layer may have an attribute `cuts_inputs`: it takes whole inputs, and cuts what it returns.
-
-    Raises:
-        ConfigError: no layer knows how, one of them cannot, or there is no loss function; on all ranks.
-    """
-    if size == 1:
-        return Sharing()
+def make_sharing(base_grid: PipelineParallelGrid, size: int) -> Sharing:
+    """Groups of `size` replicas with neighbouring numbers. Collective over all ranks."""
     own = Sharing()
+    if size == 1:
+        return own
     for copies in base_grid.topology().get_axis_comm_lists("data"):
         for start in range(0, len(copies), size):
             ranks = copies[start : start + size]
             group = dist.new_group(ranks)
             if dist.get_rank() in ranks:
                 own = Sharing(size, ranks.index(dist.get_rank()), group)
+    return own
+
+
+def share_sequences(module: PipelineModule, own: Sharing) -> Sharing:
+    """Let the layers of a module, placed or not, work on parts of sequences. Collective over all ranks.
+
+    The first layer may have an attribute `cuts_inputs`: it takes whole inputs, and cuts what it returns.
+
+    Args:
+        module: whose layers may have a method `share_sequences`.
+        own: of this rank, as `make_sharing` returns it.
+
+    Returns:
+        The same, which knows who cuts inputs.
+
+    Raises:
+        ConfigError: no layer knows how, one of them cannot, or there is no loss function; on all ranks.
+    """
+    if own.size == 1:
+        return own
     sharing = [part for part in module.modules() if knows_parts(part)]
     wrong = [refusal(name) for name in mixing_modules(module)[:1]]
     try:
@@ -146,15 +158,15 @@ def share_sequences(module: PipelineModule, base_grid: PipelineParallelGrid, siz
     raise_everywhere(wrong)
     if not any(from_all(bool(sharing))):
         raise ConfigError(
-            f'"{SIZE}": {size} needs layers whose attention knows parts of sequences, and the model has none: take '
+            f'"{SIZE}": {own.size} needs layers whose attention knows parts of sequences, and the model has none: take '
             "those of dualpipe_engine.models or of an adapter of a model of transformers, or give a layer of yours a "
             "method share_sequences(group)",
             everywhere=True,
         )
     if module.loss_fn is None:
         raise ConfigError(
-            f'"{SIZE}": {size} weighs the losses of parts of sequences: give the PipelineModule a loss_fn, the mean '
-            "over labels other than -100",
+            f'"{SIZE}": {own.size} weighs the losses of parts of sequences: give the PipelineModule a loss_fn, the '
+            "mean over labels other than -100",
             everywhere=True,
         )
     first = [layer for number, layer in numbered_layers(module) if number == 0]

@@ -56,4 +56,4 @@ def described(path, ranks):
     """What the file of a job says that it was measured on."""
     config = training.settings(4, 1, schedule="auto", costs=str(path))
     module = training.make_module(ranks, 2 * ranks)
-    return auto._describe(module, *read_config(config), auto._micro_size(config, 4, 1))
+    return auto._describe(module, *read_config(config), auto._micro_size(config, 4, 1), 1)
