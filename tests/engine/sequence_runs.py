@@ -232,7 +232,7 @@ def other_data():
 
 
 def auto(path, data=True, **model):
-    """Of "schedule": "auto" the loss of a first batch, which is that of the whole model if measuring has not changed it;
+    """Of "schedule": "auto" the loss of a first batch, which is that of the whole model if measuring has left it so;
     the schedule, and how often a rank has measured."""
     import dualpipe_engine
     from dualpipe_engine.engine.auto import choose
