@@ -14,6 +14,7 @@ from typing import NamedTuple
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from ..comm.all_to_all import exchange
 from ..comm.nest import Nest
 from ..comm.tickets import Tickets
 from ..errors import ConfigError
@@ -23,7 +24,7 @@ from .config import MoEConfig
 from .deep_ep import DeepEP, deep_ep_available
 from .dispatch import AllToAll, Dispatcher, State
 from .experts import Experts, FeedForward
-from .routing import Router
+from .routing import Counted, Router
 
 
 def _attention(config: MoEConfig) -> Attention:
@@ -46,7 +47,8 @@ class Passed(NamedTuple):
     Args:
         x: [batch, length, hidden], the stream that the next block works on; after the head logits.
         loss: [1], the sum of auxiliary losses; None: there is none.
-        tokens: [batch, length] int64, where embeddings of later tokens will be needed.
+        tokens: [batch, length] int64, where embeddings of later tokens will be needed; of a part of sequences with
+            those ahead of it.
         ahead: those embeddings, `[batch, length - k, hidden]` for each depth k of multi-token prediction to come.
         done: [batch, length - k, hidden] for k from 0, finished streams of lower depths, which only the head works on;
             after it logits of higher depths.
@@ -154,7 +156,12 @@ class MoEBlock(nn.Module):
         )
         self.dispatcher: Dispatcher = AllToAll(None, config.experts)
         self.ep_size = config.expert_parallel
+        self._sharing: dist.ProcessGroup | None = None  # the ranks that share sequences
         initialise(self, config)
+
+    def share_sequences(self, group: dist.ProcessGroup) -> None:
+        """Take the auxiliary loss of whole sequences, of which each rank of `group` has a part."""
+        self._sharing = group
 
     def set_deepspeed_parallelism(self, use_data_before_expert_parallel_: bool = False) -> None:
         """Called by DeepSpeed's engines when process groups can be had; ours has made them.
@@ -208,15 +215,23 @@ class MoEBlock(nn.Module):
         mixed, passed = state
         x = passed.x + mixed
         normed = self.norm2(x)
-        routing = self.router(normed.flatten(0, 1), len(normed))
+        routing = self.router(normed.flatten(0, 1), len(normed), self._counted(passed, normed.shape[1]))
         ready = self.dispatcher.prepare(normed.flatten(0, 1), routing) | {"residual": x}
         if self.shared is not None:
             ready["normed"] = normed
-        if passed.loss is not None:
-            passed = passed._replace(loss=passed.loss + routing.loss.to(passed.loss.dtype))
+        if routing.balance is not None:
+            ready["balance"] = routing.balance
         return ready | {"passed": passed[1:]}
 
+    def _counted(self, passed: Passed, length: int) -> Counted | None:
+        """Which of `length` tokens of each sequence count; None: all."""
+        return None
+
     def _count(self, state: State, tickets: Tickets | None) -> State:
+        if self._sharing is not None and "balance" in state:
+            loads, ranks = state["balance"].loads, self._sharing.size()
+            parts = exchange(loads.expand(ranks, *loads.shape), [1] * ranks, [1] * ranks, self._sharing, tickets)
+            state = state | {"balance": state["balance"]._replace(loads=parts)}
         return self.dispatcher.count(state, tickets)
 
     def _dispatch(self, state: State, tickets: Tickets | None) -> State:
@@ -235,4 +250,8 @@ class MoEBlock(nn.Module):
 
     def _finish(self, state: State) -> Nest:
         residual = state["residual"]
-        return joined(Passed(residual + self.dispatcher.finish(state).view_as(residual), *state["passed"]))
+        passed = Passed(residual + self.dispatcher.finish(state).view_as(residual), *state["passed"])
+        if "balance" in state:
+            assert passed.loss is not None
+            passed = passed._replace(loss=passed.loss + state["balance"].loss().to(passed.loss.dtype))
+        return joined(passed)

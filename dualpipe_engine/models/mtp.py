@@ -20,6 +20,7 @@ from ..errors import ConfigError
 from .block import MoEBlock, Passed, initialise, joined, split
 from .config import MoEConfig
 from .dispatch import State
+from .routing import Counted
 
 
 class FirstLayer(Protocol):
@@ -28,10 +29,12 @@ class FirstLayer(Protocol):
     Attributes:
         table: of all tokens.
         depth: of multi-token prediction.
+        ranks: that share each sequence.
     """
 
     table: nn.Embedding
     depth: int
+    ranks: int
 
 
 def look_ahead(embedding: FirstLayer, state: Nest) -> Nest:
@@ -43,12 +46,13 @@ def look_ahead(embedding: FirstLayer, state: Nest) -> Nest:
     passed = split(state)
     if passed.tokens is None:
         return state
-    if passed.tokens.shape[1] <= embedding.depth:
+    length = passed.x.shape[1]
+    if length * embedding.ranks <= embedding.depth:
         raise ConfigError(
-            f"sequences of {passed.tokens.shape[1]} tokens are too short for mtp_depth {embedding.depth}: take longer "
-            "ones, or a smaller depth"
+            f"sequences of {length * embedding.ranks} tokens are too short for mtp_depth {embedding.depth}: take "
+            "longer ones, or a smaller depth"
         )
-    ahead = tuple(embedding.table(passed.tokens[:, k:]) for k in range(1, embedding.depth + 1))
+    ahead = tuple(embedding.table(passed.tokens[:, k : k + length]) for k in range(1, embedding.depth + 1))
     return joined(passed._replace(tokens=None, ahead=ahead))
 
 
@@ -69,9 +73,17 @@ class MTPBlock(MoEBlock):
     def _enter(self, state: Nest) -> tuple[Tensor, Passed]:
         passed = split(state)
         embedding, *ahead = passed.ahead
-        both = [self.embedding_norm(embedding), self.hidden_norm(passed.x[:, :-1])]
+        both = [self.embedding_norm(embedding), self.hidden_norm(passed.x[:, : embedding.shape[1]])]
         x = self.project(torch.cat(both, dim=-1))
         return super()._enter(joined(passed._replace(x=x, ahead=tuple(ahead), done=(*passed.done, passed.x))))
+
+    def _counted(self, passed: Passed, length: int) -> Counted | None:
+        """Of a part of sequences, the positions whose token ahead is there."""
+        if self._sharing is None:
+            return None
+        whole = length * self._sharing.size() - len(passed.done)
+        first = min(max(whole - length * self._sharing.rank(), 0), length)
+        return Counted(first, whole / self._sharing.size())
 
     def _finish(self, state: State) -> Nest:
         passed = split(super()._finish(state))

@@ -13,20 +13,59 @@ from .config import MoEConfig
 from .counting import Counting, counters
 
 
+class Balance(NamedTuple):
+    """What the auxiliary loss is made from.
+
+    Args:
+        loads: [sequences or 1, experts] int64, how often each expert was chosen; where ranks have parts of sequences,
+            `[parts, sequences or 1, experts]`.
+        shares: [sequences or 1, experts], mean scores.
+        factor: of the products of both.
+    """
+
+    loads: Tensor
+    shares: Tensor
+    factor: float
+
+    def loss(self) -> Tensor:
+        """The weighted auxiliary loss, the mean over sequences, `[1]`; of parts it is that of whole sequences with the
+        `shares` of one part, so that the mean over the parts is theirs."""
+        parts = self.loads.view(-1, *self.shares.shape)
+        loads = parts.sum(dim=0).to(self.shares.dtype) * (self.factor / len(parts))
+        return (loads * self.shares).sum(dim=-1).mean().view(1)
+
+
+class Counted(NamedTuple):
+    """Which tokens count of a part of sequences.
+
+    Args:
+        first: of each sequence here, so many.
+        mean: over the parts.
+    """
+
+    first: int
+    mean: float
+
+
 class Routing(NamedTuple):
     """Where tokens go.
 
     Args:
         experts: [tokens, top_k] int64.
         weights: [tokens, top_k], factors on the outputs of the experts.
-        loss: [1], the weighted auxiliary loss; zero in evaluation and where there is none.
+        balance: of the auxiliary loss; None in evaluation and where there is none.
         counts: [experts] int64, how often each expert was chosen.
     """
 
     experts: Tensor
     weights: Tensor
-    loss: Tensor
+    balance: Balance | None
     counts: Tensor
+
+    @property
+    def loss(self) -> Tensor:
+        """The weighted auxiliary loss, `[1]`."""
+        return self.weights.new_zeros(1) if self.balance is None else self.balance.loss()
 
 
 def count(experts: Tensor, num_experts: int) -> Tensor:
@@ -60,9 +99,15 @@ class Router(Counting, nn.Module):
         for name, zeros in counters(config.experts):
             self.register_buffer(name, zeros, persistent=False)
 
-    def forward(self, x: Tensor, sequences: int = 1) -> Routing:
+    def forward(self, x: Tensor, sequences: int = 1, counted: Counted | None = None) -> Routing:
         """Route `x [tokens, hidden]`, one after another those of `sequences` of one length; gates are computed in fp32
-        at least."""
+        at least.
+
+        Args:
+            x: tokens.
+            sequences: how many.
+            counted: the tokens that loads and the auxiliary loss know; None: all.
+        """
         config = self.config
         precise = torch.promote_types(x.dtype, torch.float32)
         logits = functional.linear(x.to(precise), self.weight.to(precise))
@@ -75,15 +120,20 @@ class Router(Counting, nn.Module):
         weights = scores.gather(-1, experts)
         if config.top_k > 1 if config.normalised is None else config.normalised:
             weights = weights / weights.sum(dim=-1, keepdim=True)
-        counts = count(experts, config.experts)
-        self.note(counts)
-        loss = scores.new_zeros(1)
+        counts = known = count(experts, config.experts)
+        each = scores.unflatten(0, (sequences, -1))
+        if counted is not None:
+            known = count(experts.unflatten(0, (sequences, -1))[:, : counted.first], config.experts)
+            each = each[:, : counted.first]
+        self.note(known)
+        balance, length = None, each.shape[1] if counted is None else counted.mean
         if config.balancing == "loss" and self.training:
-            share = counts.to(precise) / experts.numel()
-            loss = (config.loss_weight * config.experts * (share * scores.mean(dim=0)).sum()).view(1)
+            tokens = sequences * length
+            factor = config.loss_weight * config.experts / (tokens * config.top_k)
+            balance = Balance(known.unsqueeze(0), each.sum(dim=(0, 1)).unsqueeze(0) / tokens, factor)
         if config.sequence_loss and self.training:
-            loss = self._sequence_loss(scores.unflatten(0, (sequences, -1)))
-        return Routing(experts, weights * config.routed_scale, loss, counts)
+            balance = self._balance_of_sequences(each, length)
+        return Routing(experts, weights * config.routed_scale, balance, counts)
 
     def _within_groups(self, biased: Tensor) -> Tensor:
         """Biased scores `[tokens, experts]`, minus infinity outside of the groups that are kept."""
@@ -95,15 +145,15 @@ class Router(Counting, nn.Module):
         left_out = torch.ones_like(grouped[..., 0], dtype=torch.bool).scatter(-1, best, False)
         return grouped.masked_fill(left_out.unsqueeze(-1), -torch.inf).flatten(-2)
 
-    def _sequence_loss(self, scores: Tensor) -> Tensor:
-        """Equations 17 to 20 for scores `[sequences, length, experts]`, the mean over the sequences, `[1]`.
+    def _balance_of_sequences(self, scores: Tensor, length: float) -> Balance:
+        """Equations 17 to 20 for scores `[sequences, tokens, experts]`, divided by `length`.
 
         An expert counts where its score is among the `top_k` highest, whatever biases and groups have chosen."""
         config = self.config
-        chosen = torch.zeros_like(scores).scatter(-1, scores.topk(config.top_k, dim=-1).indices, 1.0)
-        often = chosen.mean(dim=1) * (config.experts / config.top_k)
-        share = (scores / scores.sum(dim=-1, keepdim=True)).mean(dim=1)
-        return (config.sequence_loss * (often * share).sum(dim=-1).mean()).view(1)
+        chosen = scores.topk(config.top_k, dim=-1).indices
+        often = torch.zeros_like(scores, dtype=torch.int64).scatter(-1, chosen, 1).sum(dim=1)
+        shares = (scores / scores.sum(dim=-1, keepdim=True)).sum(dim=1) / length
+        return Balance(often, shares, config.sequence_loss * config.experts / (config.top_k * length))
 
     @torch.no_grad()
     def rebalance(self, load: Tensor) -> None:

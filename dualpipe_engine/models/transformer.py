@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import asdict
 from functools import partial
+from typing import Protocol
 
 import torch
 import torch.distributed as dist
@@ -12,7 +14,6 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from ..comm.nest import Nest
-from ..errors import ConfigError
 from ..runtime.tiles import Tiles
 from .block import DenseBlock, MoEBlock, Passed, initialise, joined, split
 from .config import MoEConfig
@@ -28,32 +29,34 @@ class TokenEmbedding(nn.Module):
 
     Attributes:
         whole_model: what a checkpoint keeps of the model, for `dualpipe export`.
+        depth: of multi-token prediction.
+        ranks: that share each sequence.
+        cuts_inputs: whether it takes whole sequences, of which a rank has a part.
     """
 
     def __init__(self, config: MoEConfig) -> None:
         super().__init__()
+        self.ranks, self.cuts_inputs, self._rank = 1, False, 0
         self.whole_model = {"config": hf_of(config), "published": asdict(config)}
         self.table = nn.Embedding(config.vocabulary, config.hidden)
         nn.init.normal_(self.table.weight, std=0.02 if config.init_std is None else config.init_std)
         self._with_loss, self.depth = config.adds_loss, config.mtp_depth
 
     def share_sequences(self, group: dist.ProcessGroup) -> None:
-        """Take parts of sequences, of which each rank of `group` has one.
-
-        Raises:
-            ConfigError: layers behind this one need whole sequences.
-        """
-        if self.depth or self._with_loss:
-            what = "mtp_depth, which looks beyond" if self.depth else "auxiliary losses, which take more than"
-            raise ConfigError(
-                f'"sequence_parallel_size" does not go together with {what} the part of a sequence of a rank: set '
-                'mtp_depth and sequence_loss to 0, and balancing to "bias"'
-            )
+        """Return the state of parts of sequences, of which each rank of `group` has one. With multi-token prediction
+        it is given whole ones, since the tokens ahead of a part are in the next."""
+        self.ranks, self.cuts_inputs, self._rank = group.size(), self.depth > 0, group.rank()
 
     def forward(self, tokens: Tensor) -> Nest:
+        ahead = tokens
+        if self.cuts_inputs:
+            each = tokens.shape[1] // self.ranks
+            padded = functional.pad(tokens, (0, self.depth))  # what is behind the end counts for nothing
+            ahead = padded[:, self._rank * each :][:, : each + self.depth].contiguous()
+            tokens = ahead[:, :each]
         x = self.table(tokens)
         zero = x.new_zeros(1, dtype=torch.promote_types(x.dtype, torch.float32)) if self._with_loss else None
-        return joined(Passed(x, zero, tokens if self.depth and self.training else None))
+        return joined(Passed(x, zero, ahead if self.depth and self.training else None))
 
 
 class FinalNorm(nn.Module):
@@ -134,6 +137,14 @@ def layers(config: MoEConfig, replica: int = 0) -> list[LayerSpec]:
     return [TiedLayerSpec(EMBEDDING, TokenEmbedding, config, **tie), *blocks, *further, LayerSpec(Head, config)]
 
 
+class PartLabels(Protocol):
+    """Labels of a part of sequences; see `engine.batches.shards.ShardLabels`."""
+
+    def further(self, places: int) -> Tensor: ...
+
+    def of_mean(self) -> Tensor: ...
+
+
 class TokenLoss:
     """Mean cross entropy in nats a token, the auxiliary losses of all blocks, and the losses of multi-token prediction.
 
@@ -164,6 +175,19 @@ class TokenLoss:
         if passed.done:
             later = [self._sum(logits, labels[:, k:]) for k, logits in enumerate(passed.done, 1)]
             total = total + mtp_weight / len(later) * sum(later) / (labels != _IGNORED).sum()
+        return total if passed.loss is None else total + passed.loss.squeeze(0)
+
+    shifts = False  #: labels are those of the next tokens
+
+    def of_parts(self) -> Callable[[Nest, PartLabels], Tensor]:
+        """The same of parts of sequences."""
+        return self._of_part
+
+    def _of_part(self, output: Nest, shard: PartLabels, mtp_weight: float = 0.3) -> Tensor:
+        passed = split(output)
+        first, *later = [self._sum(x, shard.further(k)) for k, x in enumerate((passed.x, *passed.done))]
+        total = first + (mtp_weight / len(later) * sum(later) if later else 0.0)
+        total = total * shard.of_mean().to(total.dtype)
         return total if passed.loss is None else total + passed.loss.squeeze(0)
 
     def _mean(self, logits: Tensor, labels: Tensor) -> Tensor:

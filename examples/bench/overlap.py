@@ -203,7 +203,7 @@ def _stage(args: argparse.Namespace, work: Work) -> tuple[list[Any], torch.Tenso
         layers = decoder_layers(args.layers, WIDTH, EXPERTS, lambda x: _Busy.apply(x, work))
         return layers, torch.randn(max(1, rows // TOP_K // LENGTH), LENGTH, WIDTH)
     experts = (torch.arange(rows) % EXPERTS).view(-1, 1)
-    routing = Routing(experts, torch.ones(rows, 1), torch.zeros(1), count(experts, EXPERTS))
+    routing = Routing(experts, torch.ones(rows, 1), None, count(experts, EXPERTS))
     kinds = {OF_EXPERTS: lambda: Layer(work, routing), OF_HEADS: lambda: SharedAttention(work)}
     return [kinds[name]() for _ in range(args.layers) for name in args.exchange], torch.ones(rows, WIDTH)
 

@@ -160,8 +160,6 @@ def refusals():
         (grouped, plain | {"data_parallel_size": 2}, "must be the 2 replicas"),
         (grouped, plain | {"sequence_parallel_size": "2"}, "whole number above 0"),
         (grouped | {"heads": 3, "head": 4}, plain, "3 attention heads cannot be divided"),
-        (grouped | {"balancing": "loss"}, plain, "auxiliary losses"),
-        (grouped | {"mtp_depth": 1}, plain, "mtp_depth, which looks beyond"),
         (grouped, plain | {"gradient_allreduce_op": "sum"}, 'take "mean"'),
         (grouped, settings(2, 1, "zb1p", pipeline={"recompute": ["attention"]}), "transfers that are not to be"),
     ]

@@ -25,7 +25,7 @@ from dualpipe_engine.models.positions import Yarn
 from dualpipe_engine.models.routing import rebalance
 from dualpipe_engine.models.transformer import FinalNorm, Head, TokenEmbedding, layers
 
-WEIGHT = 0.3
+WEIGHT, IGNORED = 0.3, -100
 GROUPED = {"experts": 8, "groups": 4, "kept_groups": 2, "sequence_loss": 0.3}
 CASES = {
     "dualpipe": {"model": {"mtp_depth": 1} | GROUPED, "schedule": "dualpipe"},
@@ -83,8 +83,9 @@ class Reference(nn.Module):
             state = block(self._state(both @ part.project.weight.t(), auxiliary))
             h, auxiliary = state if isinstance(state, tuple) else (state, None)
             h = part.out_norm(h)
-            logs = head.out(h).log_softmax(-1).gather(-1, labels[:, k:, None])
-            later.append(-logs.sum() / labels.numel())
+            counted = labels[:, k:] != IGNORED
+            logs = head.out(h).log_softmax(-1).gather(-1, labels[:, k:, None].clamp(min=0))
+            later.append(-logs[counted].sum() / (labels != IGNORED).sum())
         total = main + WEIGHT / self.config.mtp_depth * sum(later)
         return total if auxiliary is None else total + auxiliary[0]
 

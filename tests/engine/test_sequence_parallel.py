@@ -23,10 +23,12 @@ from dualpipe_engine.models.transformer import layers, loss
 
 LATENT = {"heads": 4, "q_rank": 6}
 GROUPED = {"attention": "grouped", "heads": 4, "kv_heads": 1, "dense_blocks": 1}
+BATCH_LOSS = {"balancing": "loss", "loss_weight": 0.5}
+SEQUENCE_LOSS = {"sequence_loss": 0.5}
 CASES = [
-    {"model": LATENT, "schedule": "dualpipe", "size": 2},
+    {"model": LATENT | BATCH_LOSS, "schedule": "dualpipe", "size": 2},
     {"model": GROUPED, "schedule": "dualpipev", "size": 2, "pipeline": {"tiled_loss": 3, "tiled_mlp": 2}},
-    {"model": LATENT, "schedule": "zb1p", "size": 2, "pipeline": {"overlap": False}},
+    {"model": LATENT | SEQUENCE_LOSS, "schedule": "zb1p", "size": 2, "pipeline": {"overlap": False}},
 ]
 
 
@@ -36,6 +38,7 @@ def whole(model, start, readers, evaluate=False):
         *[spec.build() for spec in layers(test_moe.moe_runs.config(**model | {"expert_parallel": 1}))]
     ).double()
     module.load_state_dict(start, strict=False)
+    module.train(not evaluate)
     total = 0.0
     for reader in (7,) if evaluate else range(readers):
         data = runs.stream(reader)

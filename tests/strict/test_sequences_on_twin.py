@@ -10,6 +10,7 @@ import strict_runs
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "engine"))
 sys.path.insert(0, str(Path(__file__).parents[1] / "adapters"))
+import test_mtp_parts as later
 import test_parts as parts
 import test_sequence_parallel as sequences
 
@@ -23,6 +24,14 @@ def test_gradients(on_twin, eager, in_flight):
     found = on_twin(4, strict_runs.sequence_gradients, eager, in_flight, cases=CASES)
     for number, case in enumerate(CASES):
         sequences.check([rank[number] for rank in found], case)
+
+
+@pytest.mark.all
+@pytest.mark.parametrize(("eager", "in_flight"), [(True, 8), (False, 3)], ids=["eager", "lazy"])
+def test_later_tokens(on_twin, eager, in_flight):
+    found = on_twin(4, strict_runs.sequence_gradients, eager, in_flight, cases=later.CASES)
+    for number, case in enumerate(later.CASES):
+        later.check([rank[number] for rank in found], case)
 
 
 @pytest.mark.all

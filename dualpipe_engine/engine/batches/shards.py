@@ -37,12 +37,25 @@ class ShardLabels(NamedTuple):
     Args:
         labels: [batch, length / S]; where none of them counts, all are 0, so that their mean loss is a number.
         weight: of that mean, so that the mean over the shards is the mean over the labels of whole sequences (scalar).
+        whole: [batch, length], those of whole sequences.
+        start: place of the first label of the shard in them.
         more: that of `LabelsAndMore`.
     """
 
     labels: Tensor
     weight: Tensor
+    whole: Tensor
+    start: int
     more: Nest = None
+
+    def further(self, places: int) -> Tensor:
+        """The labels so many places on, `[batch, length / S]`; those behind the end do not count."""
+        found = self.whole[:, self.start + places :][:, : self.labels.shape[1]]
+        return nn.functional.pad(found, (0, self.labels.shape[1] - found.shape[1]), value=IGNORED)
+
+    def of_mean(self) -> Tensor:
+        """What a sum over labels is multiplied with, so that the mean over the shards is that of `weight` (scalar)."""
+        return self.whole.shape[1] // self.labels.shape[1] / (self.whole != IGNORED).sum().double()
 
 
 PartLoss: TypeAlias = Callable[[Nest, ShardLabels], Tensor]
@@ -105,7 +118,8 @@ class Shards:
         weight = self._size * counted.double() / (labels != IGNORED).sum()
         if self._inputs:
             inputs = pytree.tree_map(lambda leaf: self._cut_input(leaf, length), inputs)
-        return inputs, ShardLabels(torch.where(counted == 0, torch.zeros_like(mine), mine), weight, more)
+        mine = torch.where(counted == 0, torch.zeros_like(mine), mine)
+        return inputs, ShardLabels(mine, weight, labels, self._rank * mine.shape[1], more)
 
     def _cut_input(self, leaf: Nest, length: int) -> Nest:
         if not isinstance(leaf, Tensor) or leaf.dim() < 2:

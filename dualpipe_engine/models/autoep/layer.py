@@ -203,7 +203,7 @@ class SharedMoE(Counting, AutoEPMoELayer):
         self.note(counts)
         kept = {"hidden": hidden} if self.shared_experts is not None or self.return_router_logits else {}
         if self._deep_ep is not None:
-            routing = Routing(experts, scores, scores.new_zeros(1), counts)
+            routing = Routing(experts, scores, None, counts)
             return self._deep_ep.prepare(x, routing) | {"shape": tuple(hidden.shape)} | kept
         order = torch.argsort(experts.view(-1), stable=True)
         rows = apply_scores_before_experts_if_enabled(
