@@ -13,6 +13,7 @@ from ..op import FB, B, I, Op, W, atoms, pair
 from ..plan import Plan
 from ..timing.costs import CostModel
 from ..timing.simulate import timed
+from ..timing.times import Spans
 
 
 def unpair(plan: Plan, last: int | None = None) -> Plan:
@@ -64,16 +65,21 @@ def join(plan: Plan) -> Plan:
     return _rewrite(plan, lambda program: (whole(op) for op in program if op.kind != W))
 
 
-def safe_fuse(plan: Plan, costs: CostModel) -> Plan:
+def safe_fuse(plan: Plan, costs: CostModel, spans: Spans | None = None) -> Plan:
     """Make a full B of an I and its W next to it, where nobody waits for the input gradient in between.
 
     Under `costs` no op starts later than before: the consumer starts at or after the end of the W plus the transfer.
+
+    Args:
+        plan: compute ops.
+        costs: costs of the stages.
+        spans: of the ops under these costs; None: they are worked out.
 
     Raises:
         PlanError: the plan cannot complete.
     """
     placement, num_micro = plan.placement, plan.num_micro
-    times, ops = timed(plan, costs), list(chain.from_iterable(plan.programs))
+    times, ops = spans or timed(plan, costs), list(chain.from_iterable(plan.programs))
     alone, kind, stage, micro = _single(plan)
     every = plan.columns
     backward = (every.kind == B_) | (every.kind == I_)

@@ -6,8 +6,9 @@ import numpy as np
 
 from ...errors import PlanError
 from ..columns import Ints
-from .queues import ASK, HALF, JOINED, LATE, NEED, PLACES, QUEUES, SENT, STARTED, THEN, Events, Messages, Queues
+from .queues import ASK, FRESH, HALF, JOINED, LATE, NEED, PLACES, QUEUES, SENT, STARTED, THEN, Events, Messages, Queues
 
+MOVES = 16  #: of each message, after which the search for places is given up
 ROUNDS = 4  #: what is moved for one kind of pairs may have to move again for the other
 
 
@@ -78,7 +79,8 @@ class _Places:
             if not any(self._put_off) and all(self._at[rank] == len(self._programs[rank]) for rank in ranks):
                 return self._messages._replace(asks=self._asks, sends=self._sends, turns=self._turns)
             held = [rank for rank in ranks if self._at[rank] < len(self._programs[rank])]
-            if not any(map(self._ask_earlier, held)) and not any(map(self._delay, held)):
+            most = MOVES * len(self._edge)
+            if self._turn > most or not (any(map(self._ask_earlier, held)) or any(map(self._delay, held))):
                 raise _no_places()
 
     def _go_on(self, rank: int) -> bool:
@@ -90,7 +92,7 @@ class _Places:
 
     def _step(self, rank: int) -> bool:
         at, program, n = self._at[rank], self._programs[rank], self._n
-        if self._put_off[rank] and (at == len(program) or program[at] < 0) and self._start_one(rank):
+        if self._put_off[rank] and self._start_one(rank):
             return True
         if at == len(program):
             return False
@@ -185,8 +187,8 @@ class _Places:
     def _start_one(self, rank: int) -> bool:
         """Start one of those that are put off, where the rank stands; whether one may."""
         place = self._here(rank)
-        if place is None:
-            return False
+        if place is None or place[1] % PLACES in (ASK, SENT):
+            return False  # what the rank would start next is put off before anything moves ahead of it
         edges = set()
         for message in self._put_off[rank]:
             first, *more = self._transfers(rank, message)
@@ -206,7 +208,8 @@ class _Places:
         return False
 
     def _here(self, rank: int) -> tuple[int, int] | None:
-        """Where a rank stands, as event and place; None: in an op, behind a transfer, so that nothing goes there."""
+        """Where a rank stands, as event and place; None: in an op that has let another rank go on, so that nothing goes
+        there."""
         at, places, program = self._at[rank], self._places[rank], self._programs[rank]
         if at == len(places):
             return at, places[-1] // PLACES * PLACES + SENT + 1
@@ -215,7 +218,7 @@ class _Places:
             return at, places[at]
         while at and places[at - 1] > op * PLACES + LATE:
             at -= 1
-            if program[at] >= 0:
+            if program[at] >= 0 and self._state[program[at] % self._n] == JOINED:
                 return None
         return at, op * PLACES + LATE
 
@@ -232,8 +235,13 @@ class _Places:
             if program[behind] >= 0:
                 other = int(self._events.message[program[behind] % self._n])
                 self._give_turn(self._sent_by(rank, other), other)
+        for event in program[at : self._at[rank]]:
+            if event >= 0:  # the other end has not seen it
+                self._open[rank] -= 1
+                if event < self._n:
+                    self._state[event] = FRESH
         program[at:at], places[at:at] = transfers, [place] * len(transfers)
-        self._at[rank] += len(transfers)
+        self._at[rank] = at + len(transfers)
         for transfer in transfers:
             self._start(rank, transfer)
         later = message + 1

@@ -15,15 +15,16 @@ from ..op import I, Op, W
 from ..plan import Plan
 from ..timing.costs import CostModel
 from ..timing.simulate import explain
-from ..timing.times import WAITS, Inputs, Unclear
+from ..timing.times import WAITS, Inputs, Spans, Unclear
 
 
 class Filled(NamedTuple):
-    """A plan, its simulated makespan, and the most activations that a rank holds."""
+    """A plan, its simulated makespan, the most activations that a rank holds, and when its ops start and end."""
 
     plan: Plan
     makespan: float
     peak: int
+    spans: Spans
 
 
 def wfill(plan: Plan, costs: CostModel, cap: int | None = None, theta: float = 0.0) -> Plan:
@@ -49,7 +50,8 @@ def filled(plan: Plan, costs: CostModel, cap: int | None = None, theta: float = 
     """`wfill`, with the makespan under the same costs."""
     try:
         skeleton, is_left = _skeleton(plan)
-        fill = _Fill(Inputs(plan, costs, skeleton), costs, inf if cap is None else cap, theta)
+        timing = Inputs(plan, costs, skeleton)
+        fill = _Fill(timing, costs, inf if cap is None else cap, theta)
         fill.run()
     except Unclear:
         explain(plan, costs)
@@ -66,7 +68,10 @@ def filled(plan: Plan, costs: CostModel, cap: int | None = None, theta: float = 
             kept[number] = inputs
     table = [*kept, *reversed(weights)]  # of an op at its number, of its W at `~` of that
     programs = tuple(tuple(map(table.__getitem__, program)) for program in fill.programs)
-    return Filled(replace(plan, programs=programs), max(fill.free), fill.peak)
+    seconds = np.concatenate([timing.seconds, timing.of_weights(costs)[::-1]])
+    starts = np.fromiter(chain.from_iterable(fill.starts), np.float64)
+    ends = starts + seconds[np.fromiter(chain.from_iterable(fill.programs), np.int64)]
+    return Filled(replace(plan, programs=programs), max(fill.free), fill.peak, Spans(starts, ends))
 
 
 def _skeleton(plan: Plan) -> tuple[Columns, Which]:
@@ -85,6 +90,7 @@ class _Fill:
 
     Attributes:
         programs: for each rank what it runs: the numbers of ops, and `~` of the number of an I for its W.
+        starts: when each of these starts.
         free: when each rank is through.
         peak: most activations of a rank.
     """
@@ -102,6 +108,7 @@ class _Fill:
         self._rows = list(map(iter, rows))
         self._runnable = list(range(len(rows)))
         self.programs: list[list[int]] = [[] for _ in rows]
+        self.starts: list[list[float]] = [[] for _ in rows]
         self.free, self.peak = [0.0] * len(rows), 0
         self._alive = [0] * len(rows)
         self._held: list[tuple[Any, ...]] = [()] * len(rows)
@@ -120,6 +127,7 @@ class _Fill:
             raise Unclear
         for rank, queue in enumerate(self._queues):
             for number in queue:
+                self.starts[rank].append(self.free[rank])
                 self.free[rank] += self._weights[number]
                 self.programs[rank].append(~number)
 
@@ -127,6 +135,7 @@ class _Fill:
         """Run a rank until it waits; whether it is through."""
         ready, queue, program = self._ready, self._queues[rank], self.programs[rank]
         now, alive, peak, through = self.free[rank], self._alive[rank], self.peak, False
+        started = self.starts[rank].append
         for row in chain(self._held[rank], self._rows[rank]):
             need, hop, make, need_2, hop_2, make_2, seconds, number, queues, room, forward, frees = row
             arrival = ready[need]
@@ -144,6 +153,7 @@ class _Fill:
             while queue and (now + self._late[queue[0]] <= arrival or alive >= room):
                 done = queue.popleft()
                 program.append(~done)
+                started(now)
                 now += self._weights[done]
                 alive -= 1
             program.append(number)
@@ -155,6 +165,7 @@ class _Fill:
                 queue.append(number)
             if arrival > now:
                 now = arrival
+            started(now)
             now += seconds
             waiter = ready[make]
             if waiter <= WAITS:

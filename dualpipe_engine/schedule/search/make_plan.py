@@ -17,6 +17,7 @@ from ..plan import Plan, check_size
 from ..timing.bound import plan_bound
 from ..timing.costs import UNIT, CostModel
 from ..timing.simulate import makespan_of, peak_activations
+from ..timing.times import Spans
 from .under_cap import LEAST_CAP, under_cap
 
 THETAS = (0.0, 0.3, 0.6)  #: how much of a W may delay the next op, see `wfill`
@@ -27,11 +28,13 @@ MANY_OPS = 20_000  #: plans with more ops try the first of THETAS and few orders
 
 
 class Candidate(NamedTuple):
-    """A plan, with its simulated makespan and the most activations that a rank holds where they are known."""
+    """A plan, with its simulated makespan, the most activations that a rank holds and when its ops run where they are
+    known."""
 
     plan: Plan
     makespan: float | None = None
     peak: int | None = None
+    spans: Spans | None = None
 
     def held(self) -> int:
         """The most activations that a rank holds."""
@@ -104,8 +107,8 @@ def make_plan(
         fitting.append(Candidate(own_way))
     if len(fitting) == 1:
         return fitting[0].plan
-    plan = _fastest(fitting, costs)
-    return plan if plan is reference else safe_fuse(plan, costs)
+    fastest = _fastest(fitting, costs)
+    return fastest.plan if fastest.plan is reference else safe_fuse(fastest.plan, costs, fastest.spans)
 
 
 def _shortened(fitting: Iterable[Candidate], costs: CostModel, cap: int, split: bool) -> Plan:
@@ -123,12 +126,12 @@ def _shortened(fitting: Iterable[Candidate], costs: CostModel, cap: int, split: 
     tries = min(MOST_TRIES, MOST_STARTS // plan.num_ops)
     starts = min(MOST_PLANS, MOST_STARTS // (tries * plan.num_ops))
     others = (shorten(safe_fuse(start, costs), costs, cap, tries, split) for _, start in ranked[:starts])
-    return safe_fuse(_fastest(map(Candidate, others), costs), costs)
+    return safe_fuse(_fastest(map(Candidate, others), costs).plan, costs)
 
 
-def _fastest(plans: Iterable[Candidate], costs: CostModel) -> Plan:
+def _fastest(plans: Iterable[Candidate], costs: CostModel) -> Candidate:
     """The first of those with the smallest makespan."""
-    return min(plans, key=lambda each: makespan_of(each.plan, costs) if each.makespan is None else each.makespan).plan
+    return min(plans, key=lambda each: makespan_of(each.plan, costs) if each.makespan is None else each.makespan)
 
 
 def _smallest_cap(reference: Plan, costs: CostModel, optimize: bool, split: bool) -> int:

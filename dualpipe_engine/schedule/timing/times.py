@@ -27,6 +27,13 @@ class Unclear(Exception):
     """The ops are not those of a plan whose order can complete; `simulate` says why."""
 
 
+class Spans(NamedTuple):
+    """By the position of an op among those of all ranks, when each starts and ends."""
+
+    starts: Seconds
+    ends: Seconds
+
+
 class Times(NamedTuple):
     """By the position of an op among those of all ranks.
 
