@@ -47,7 +47,7 @@ def _edge(output: torch.Tensor) -> GradientEdge:
     return GradientEdge(output.view_as(output).grad_fn, 0)  # type: ignore[arg-type]
 
 
-@dataclass
+@dataclass(slots=True)
 class Activation:
     """What a stage keeps of one micro-batch from the start of F to the end of W."""
 
@@ -55,7 +55,6 @@ class Activation:
     edges: Sequence[torch.Tensor | GradientEdge | None]  # where the gradients of the outputs go in
     loss: torch.Tensor | None = None
     outputs: list[torch.Tensor] = field(default_factory=list)
-    deferred: list[Callable[[], None]] = field(default_factory=list)
 
 
 class _WhichStage(TypedDict):

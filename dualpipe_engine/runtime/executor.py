@@ -333,7 +333,7 @@ class Executor:
         if (output := self._state.outputs.pop((op.stage, op.micro), None)) is not None:
             start = self._observer.now()
             self._edges.send_forward(op.stage, op.micro, output, self._state.rank_of(op.stage + 1, op.micro))
-            self._observer.waited(SEND, Op(SEND_F, op.stage, op.micro), start)
+            self._observer.waited(SEND, op if op.kind == SEND_F else op.send(), start)
             self._note_output(op, output)
 
     def _send_backward(self, op: Op) -> None:

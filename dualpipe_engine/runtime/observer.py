@@ -139,11 +139,12 @@ class Stretch:
         self.start = observer.now()
 
     def __exit__(self, *error: object) -> None:
-        self.stop()
+        observer = self._observer
+        observer._batch.stretches.append((self.kind, self.op, self.start, observer.now()))
         if self._range is not None:
             self._range.__exit__(*error)
         if self.kind == OP:
-            self._observer._current = None
+            observer._current = None
 
 
 class _NvtxRange:

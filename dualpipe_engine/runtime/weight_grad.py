@@ -73,7 +73,7 @@ class DeferredWeightGrads:
         left = 0
         for each in waiting:
             if not isinstance(each, Contribution):
-                closures.append(torch.no_grad()(each))  # as in a backward
+                closures.append(functools.partial(_without_grad, each))
                 continue
             if each.param not in batches:
                 size = each.param.nbytes
@@ -84,6 +84,12 @@ class DeferredWeightGrads:
                 left -= size
             batches[each.param].append(each)
         return closures
+
+
+def _without_grad(closure: Callable[[], None]) -> None:
+    """As in a backward."""
+    with torch.no_grad():
+        closure()
 
 
 def _run_once(contributions: list[Contribution], fused: FusedWgrad | None) -> None:
