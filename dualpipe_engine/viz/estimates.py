@@ -80,7 +80,8 @@ def assumption_table(job: Job, hardware: Hardware, own: bool) -> Table:
     layers = f"those of the layers of {'dualpipe_engine.models' if own else 'transformers'}{fp8}"
     table.add_row("all-to-all", "dispatch and bf16 combine; hidden in F&B pairs, paid in full elsewhere")
     if job.sequence_parallel > 1:
-        heads = "heads are exchanged in bf16, hidden in F&B pairs, paid in full elsewhere"
+        where = "elsewhere" if own else "elsewhere and where whole layers are computed again"
+        heads = f"heads are exchanged in bf16, hidden in F&B pairs, paid in full {where}"
         table.add_row("attention", f"{heads}; no layers of multi-token prediction")
     table.add_row("activations", f"{layers}; loads of experts are even")
     table.add_row("optimizer", "ZeRO-1: bf16 weights, fp32 gradients, Adam with fp32 weights and moments")

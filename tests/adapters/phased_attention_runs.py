@@ -27,7 +27,22 @@ TOKENS = (4, 16)  #: of a rank's part
 RANKS = 2
 
 
-def layers_of(name, experts=False, changes=None):
+def gated(attention):
+    """A forward of an attention that weighs its results by what projects the queries."""
+    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+    def forward(hidden_states, attention_mask=None, **_):
+        queries = attention.q_proj(hidden_states)
+        shape = (*queries.shape[:-1], -1, attention.head_dim)
+        parts = (queries, attention.k_proj(hidden_states), attention.v_proj(hidden_states))
+        parts = [part.view(shape).transpose(1, 2) for part in parts]
+        mixed, _ = ALL_ATTENTION_FUNCTIONS["sdpa"](attention, *parts, attention_mask)
+        return attention.o_proj(mixed.flatten(2) * queries.sigmoid()), None
+
+    return forward
+
+
+def layers_of(name, experts=False, changes=None, gate=False):
     """The blocks of a model as layers whose ranks share sequences, and with `experts` these too."""
     from dualpipe_engine.adapters import get_model_adapter
 
@@ -45,6 +60,9 @@ def layers_of(name, experts=False, changes=None):
             assert offer_phases(layer) is None
     for layer in layers:
         layer.share_sequences(dist.group.WORLD)
+        for part in layer.modules() if gate else ():
+            if hasattr(part, "q_proj"):
+                part.forward = gated(part)
     return layers
 
 

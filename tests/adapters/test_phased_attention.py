@@ -7,7 +7,8 @@ import pytest
 import torch
 from made_bytes import LEAVES
 
-CASES = [{"name": "gpt_neox"}, {"name": "qwen3_moe", "experts": True}]  # a norm before two branches; experts too
+#: A norm before two branches; a gate; experts too.
+CASES = [{"name": "gpt_neox"}, {"name": "llama", "gate": True}, {"name": "qwen3_moe", "experts": True}]
 MORE = [
     {"name": "llama"},
     {"name": "bert"},  # dropout
