@@ -113,7 +113,10 @@ def gradients(
         step()
 
     engine._exec_optimizer_step = capture
+    said = autoep_runs.Said()
+    autoep_runs.logger.addHandler(said)
     total = float(engine.train_batch(data(engine.data_rank)))
+    autoep_runs.logger.removeHandler(said)
     with torch.no_grad():
         for key, param in engine.module.named_parameters():
             param.copy_(grads[key])
@@ -123,6 +126,7 @@ def gradients(
         "evaluated": evaluated,
         "grads": autoep_runs.named(engine.module),
         "transfers": sorted({transfer.name for transfer in engine._transfers}),
+        "said": [text for text in said.texts if "waits for its exchanges" in text],
         "waits": dict(engine.module.dualpipe_waits),
         "readers": engine.data_replicas,
     }

@@ -43,6 +43,7 @@ def check(found, case):
     phased = {"heads", "tokens"} if case.get("overlap") is not False and not again else set()
     assert {name for rank in found for name in rank["transfers"]} & {"heads", "tokens"} == phased, case
     assert any(rank["waits"] for rank in found) == again, case
+    assert [len(rank["said"]) for rank in found] == [int(again), *[0] * (len(found) - 1)], case
     seen, exact = set(), case.get("loss") == "precise"
     for rank in found:
         assert rank["loss"] == pytest.approx(total, rel=1e-6), case  # reported in fp32
