@@ -192,6 +192,7 @@ def _measure(
     dtype = {"bf16": torch.bfloat16, "fp16": torch.half}.get(job["precision"])
     _cast(module, types, dtype)
     set_activation_checkpointing(module, settings.get("pipeline", {}))
+    overlap = config.overlap is not False
     probe = partial(
         probe_stages,
         module,
@@ -200,11 +201,11 @@ def _measure(
         num_micro,
         device=device,
         split_backward=config.split_backward is not False,
-        overlap=config.overlap is not False,
+        overlap=overlap,
         timeout_s=config.p2p_timeout_s,
         sums=_sums(types, dtype),
     )
-    with tiled(module, config.tiled_loss, config.tiled_mlp), in_parts(module, sharing) as shards:
+    with tiled(module, config.tiled_loss, config.tiled_mlp), in_parts(module, sharing, overlap) as shards:
         probe = partial(probe, shards=shards)
         costs, recomputed = probe(recomputed=recomputed_modules(module, config.recompute)), None
         again = _may_be_recomputed(module, settings, config)

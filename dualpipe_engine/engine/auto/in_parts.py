@@ -8,13 +8,14 @@ from contextlib import contextmanager
 from deepspeed.pipe import PipelineModule
 
 from ..batches.shards import Shards, shard_batches
+from ..placing.exchanges import overlap_exchanges
 from ..placing.sequences import Sharing, share_sequences
 
 _ABSENT = object()
 
 
 @contextmanager
-def in_parts(module: PipelineModule, sharing: Sharing) -> Iterator[Shards | None]:
+def in_parts(module: PipelineModule, sharing: Sharing, overlap: bool) -> Iterator[Shards | None]:
     """Let the layers of a module, and its loss, work on parts of sequences in the body, and on whole ones after it.
 
     Collective over all ranks. Ranks of `sharing.group` run the same layers of the same micro-batches in one order.
@@ -22,6 +23,7 @@ def in_parts(module: PipelineModule, sharing: Sharing) -> Iterator[Shards | None
     Args:
         module: a PipelineModule as its constructor left it.
         sharing: with whom this rank shares its sequences.
+        overlap: let layers offer their exchanges as phases.
 
     Yields:
         What cuts micro-batches; None: they stay whole.
@@ -37,7 +39,10 @@ def in_parts(module: PipelineModule, sharing: Sharing) -> Iterator[Shards | None
         _Attributes(each) for part in module.modules() for each in (part, *getattr(part, "beside_submodules", ()))
     ]
     try:
-        yield shard_batches(module, share_sequences(module, sharing))
+        shared = share_sequences(module, sharing)
+        if overlap:
+            overlap_exchanges(module, module._grid.dp_proc_group)
+        yield shard_batches(module, shared)
     finally:
         module.loss_fn = loss_fn
         for each in before:

@@ -5,8 +5,9 @@ from __future__ import annotations
 from typing import Protocol, runtime_checkable
 
 import torch.distributed as dist
+from deepspeed.pipe import PipelineModule
 
-from .module import PlacedModule
+from .module import numbered_layers
 
 
 @runtime_checkable
@@ -24,20 +25,20 @@ class Exchanging(Protocol):
         """
 
 
-def overlap_exchanges(module: PlacedModule, group: dist.ProcessGroup) -> dict[int, str]:
+def overlap_exchanges(module: PipelineModule, group: dist.ProcessGroup) -> dict[int, str]:
     """Let layers offer the exchanges of their attention as phases. Collective.
 
     Layers that are computed again as a whole do not: what transfers deliver would be kept from forward to backward.
 
     Args:
-        module: whose ranks share sequences.
+        module: whose ranks share sequences, placed or not.
         group: the replicas of this rank.
 
     Returns:
         Number of a layer -> why it waits for them.
     """
     reasons = {}
-    for number in module.dualpipe_layers:
+    for number, _ in numbered_layers(module):
         layer = module._modules.get(str(number))
         if not isinstance(layer, Exchanging):
             continue
