@@ -28,6 +28,7 @@ def test_trains_evaluates_and_predicts_like_one_process(ranks, tmp_path):
     check(ranks.run(4, runs.train, folder=str(tmp_path), size=2), expected)
 
 
+@pytest.mark.all
 def test_lengths_that_cannot_be_cut_are_refused(ranks, tmp_path):
     for told in ranks.run(4, runs.refused, folder=str(tmp_path)):
         assert "sequences of 7 tokens cannot be cut" in told

@@ -39,13 +39,9 @@ def test_resumes_here_and_where_sequences_are_whole(ranks, oracle, tmp_path):
         trainers.assert_same(found[0], oracle)
 
 
-DEFAULT = ("masked",)
-
-
-@pytest.mark.parametrize(
-    "names", [DEFAULT, pytest.param(tuple(sorted({*kinds.OF_TOKENS} - {*DEFAULT})), marks=pytest.mark.all)]
-)
-def test_losses_and_optimizers_are_those_of_the_trainer(ranks, tmp_path, names):
+@pytest.mark.all
+def test_losses_and_optimizers_are_those_of_the_trainer(ranks, tmp_path):
+    names = kinds.OF_TOKENS
     theirs = ranks.run(1, kinds.run_kinds, names=names, folder=str(tmp_path / "stock"), stock=True, even=True)[0]
     ours = ranks.run(4, kinds.run_kinds, names=names, folder=str(tmp_path), num_chunks=3, even=True, **SHARED)
     trainers.assert_kinds(ours, theirs)
