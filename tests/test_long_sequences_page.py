@@ -20,7 +20,7 @@ VOCABULARY, LENGTH, RANKS, SHARED, MICROS = 61, 32, 2, 2, 4
 @pytest.mark.all
 def test_the_job_trains(tmp_path):
     """Two ranks of four stages each, two replicas that share each sequence; on one text, which they come to know."""
-    (script,) = re.findall(r"```python\n(.*?)```", PAGE, re.S)
+    *_, script = re.findall(r"```python\n(.*?)```", PAGE, re.S)
     (settings,) = (json.loads(text) for text in re.findall(r"```json\n({.*?})\n```", PAGE, re.S))
     assert settings["pipeline"]["tiled_loss"] and settings["pipeline"]["activation_checkpoint_interval"]
     settings |= {"sequence_parallel_size": SHARED, "gradient_accumulation_steps": MICROS}

@@ -57,7 +57,7 @@ class Losses:
         return nn.functional.cross_entropy(outputs.flatten(0, 1), targets.flatten())
 
     def configure_optimizers(self):
-        return torch.optim.Adam(self.parameters(), lr=0.01, eps=1e-4)  # rounding of gradients near 0 stays so
+        return torch.optim.Adam(self.parameters(), lr=1e-3, eps=1e-4)  # so that rounding stays small
 
 
 class Stock(Losses, LightningModule):

@@ -17,10 +17,10 @@ from dualpipe_engine.errors import ConfigError
 
 def check(found, expected):
     for rank in found:
-        assert rank["losses"] == pytest.approx(expected["losses"], rel=1e-5)
-        assert rank["val"] == pytest.approx(expected["val"], rel=1e-5)
+        assert rank["losses"] == pytest.approx(expected["losses"], rel=1e-6)
+        assert rank["val"] == pytest.approx(expected["val"], rel=1e-6)
         for mine, theirs in zip(rank["predicted"], expected["predicted"], strict=True):
-            torch.testing.assert_close(mine, theirs, rtol=0, atol=2e-4)
+            torch.testing.assert_close(mine, theirs, rtol=0, atol=5e-5)
 
 
 def test_trains_evaluates_and_predicts_like_one_process(ranks, tmp_path):
