@@ -216,6 +216,17 @@ def test_signatures_say_what_they_take():
     assert untyped == UNTYPED
 
 
+def test_docstrings_have_a_line_for_each_argument():
+    """Two names on a line are those of no argument to who reads the site's pages of the API."""
+    found = []
+    for path in sorted(PACKAGE.rglob("*.py")):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef | ast.Module):
+                told = re.findall(r"^ +([a-z]\w*(?:, [a-z]\w*)+): ", ast.get_docstring(node, clean=False) or "", re.M)
+                found += [f"{path.name}: {names}" for names in told]
+    assert found == []
+
+
 def test_parts_of_the_engine_do_not_know_it():
     """What they need is a context, or single arguments."""
     for path in (path for layer in LAYERS for path in (PACKAGE / layer).rglob("*.py") if layer != "adapters"):

@@ -101,7 +101,9 @@ def with_bytes(
         model: what is trained.
         bounds: of the stages.
         tokens: of a micro-batch.
-        width, recompute, fp8: see `layer_activations`.
+        width: see `layer_activations`.
+        recompute: see `layer_activations`.
+        fp8: see `layer_activations`.
     """
 
     def of_stages(of_token: Sequence[int]) -> tuple[int, ...]:

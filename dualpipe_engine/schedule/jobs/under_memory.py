@@ -69,7 +69,9 @@ class Asked:
         fewer: the value of "offload_activations"; None: those that need it get the smallest number that makes them fit.
         may_recompute: try it, where the job was measured with it.
         may_cut: try other cuts, where layers were measured.
-        activation_cap, optimize, split_backward: see `compare`.
+        activation_cap: see `compare`.
+        optimize: see `compare`.
+        split_backward: see `compare`.
         stages_per_rank: of the schedules that take any number; None: each of `TRIED`.
     """
 

@@ -127,7 +127,10 @@ def planned(
         schedule: its name.
         known: what is known of it.
         costs: of the stages of its placement.
-        num_ranks, num_micro, optimize, split_backward: see `compare`.
+        num_ranks: see `compare`.
+        num_micro: see `compare`.
+        optimize: see `compare`.
+        split_backward: see `compare`.
         cap: see `make_plan`.
 
     Raises:
