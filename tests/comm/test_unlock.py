@@ -9,10 +9,11 @@ from test_posting import drawn
 
 from dualpipe_engine.errors import PlanError
 from dualpipe_engine.schedule.op import COMM
+from dualpipe_engine.schedule.orders.paired import paired_plan
 from dualpipe_engine.schedule.passes import lower as lowering
 from dualpipe_engine.schedule.passes import unlock as unlocking
 from dualpipe_engine.schedule.passes.lower import lower
-from dualpipe_engine.schedule.passes.queues import QUEUES, Events, Queues
+from dualpipe_engine.schedule.passes.queues import FEW, Events, Queues
 from dualpipe_engine.schedule.passes.verify import verify
 from dualpipe_engine.schedule.search.make_plan import make_plan
 
@@ -47,7 +48,7 @@ def test_the_proof_is_that_of_the_model(monkeypatch):
         for early in (False, True):
             steps = [host_steps(lowered, rank, 1, 1, True, not early) for rank in range(len(plan.programs))]
             each.append(finishes(plan, messages, early))
-            assert each[-1] == (not is_stuck(steps, behind=1, in_flight=QUEUES))
+            assert each[-1] == (not is_stuck(steps, behind=1, in_flight=FEW))
         assert not finishes(plan, messages, None) or all(each)
         verdicts.append(all(each))
         if each[-1]:
@@ -76,3 +77,14 @@ def test_without_a_place_the_plan_is_refused(monkeypatch):
     monkeypatch.setattr(unlocking._Places, "_delay", lambda self, rank: False)
     with pytest.raises(PlanError, match="wait for each other's transfers: use another number of micro-batches"):
         lower(make_plan(**drawn(STUCK[0])))
+
+
+@pytest.mark.parametrize("ranks", [3, 4, 8])
+def test_where_two_queues_are_too_few_eight_do(ranks):
+    """Ranks that all run pairs feed both neighbours at once."""
+    plan = lower(paired_plan(ranks, 16))
+    for first in (False, True):
+        for overlapped in (False, True):
+            steps = [host_steps(plan, rank, 1, 1, first, overlapped) for rank in range(ranks)]
+            for rule in ({"behind": 1}, {"in_flight": 8}):
+                assert not is_stuck(steps, **rule)

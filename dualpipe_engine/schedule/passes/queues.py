@@ -7,7 +7,8 @@ needed. The two ends of a transfer join when both have started it. A device hold
 
 - a transfer, and all events behind it, while the one before it on its edge is not joined, as they share a stream, and
   all streams may share a hardware queue;
-- one that starts while two of the rank's others are not joined, as each of these may keep a hardware queue.
+- one that starts while as many of the rank's others are not joined as there are hardware queues, each of which one of
+  these may keep.
 
 An event that is held back on one rank may be what another one waits for. What one rank may do is never taken back by
 what another does, so if any order of the events finishes, all do.
@@ -26,7 +27,7 @@ from ..columns import Ints, Which
 #: Places around an op, in their order. The second half of a pair is behind the first by `HALF`, and sent by 1.
 ASK, LATE, FORCED, NEED, THEN, EARLY, OP, SENT, REDUCED, PLACES = 0, 1, 2, 3, 4, 5, 9, 10, 12, 16
 HALF = 4
-QUEUES = 2  #: transfers of a rank that may wait for the other end without holding the rest
+FEW, MANY = 2, 8  #: transfers of a rank that may wait for the other end without holding the rest; CUDA's default is 8
 FRESH, STARTED, JOINED = range(3)  #: states of a transfer
 _STARTS, _NEEDS, _RESERVES, _RESERVED = range(4)  # events, in their order at one place
 
@@ -144,12 +145,16 @@ _ANY, _NOTHING = -1, -2
 class Queues:
     """Runs events.
 
+    Args:
+        events: of all ranks, from the first one on.
+        most: hardware queues of a rank.
+
     Attributes:
         open: transfers of each rank that are started and not joined.
     """
 
-    def __init__(self, events: Events) -> None:
-        self.events = events
+    def __init__(self, events: Events, most: int = FEW) -> None:
+        self.events, self.most = events, most
         ranks = len(events.programs)
         self._left = list(map(iter, events.programs))
         self._held: list[tuple[int, ...]] = [()] * ranks
@@ -170,7 +175,7 @@ class Queues:
 
     def _go_on(self, rank: int) -> bool:
         state, both, waits_for, started = self.events.state, self.events.both, self._waits_for, self.open[rank]
-        n = len(state)
+        n, most = len(state), self.most
         for event in chain(self._held[rank], self._left[rank]):
             if event < 0:
                 if state[event] != JOINED:
@@ -186,7 +191,7 @@ class Queues:
             elif state[event - 1 if event < n else event - n - 1] != JOINED:
                 waits_for[rank] = (event - 1) % n
                 break
-            elif started == QUEUES:
+            elif started == most:
                 waits_for[rank] = _ANY
                 break
             elif event >= n:

@@ -6,7 +6,23 @@ import numpy as np
 
 from ...errors import PlanError
 from ..columns import Ints
-from .queues import ASK, FRESH, HALF, JOINED, LATE, NEED, PLACES, QUEUES, SENT, STARTED, THEN, Events, Messages, Queues
+from .queues import (
+    ASK,
+    FEW,
+    FRESH,
+    HALF,
+    JOINED,
+    LATE,
+    MANY,
+    NEED,
+    PLACES,
+    SENT,
+    STARTED,
+    THEN,
+    Events,
+    Messages,
+    Queues,
+)
 
 MOVES = 16  #: of each message, after which the search for places is given up
 ROUNDS = 4  #: what is moved for one kind of pairs may have to move again for the other
@@ -15,6 +31,9 @@ ROUNDS = 4  #: what is moved for one kind of pairs may have to move again for th
 def unlock(messages: Messages, starts: Ints) -> Messages:
     """The messages, placed such that every rank comes to its end, whether the halves of pairs run together or not.
 
+    Places are those for few hardware queues, or where there are none (each rank's pair feeds those of both neighbours)
+    those for as many as devices have by default. One hardware queue for all streams is enough for either.
+
     Args:
         messages: at their usual places.
         starts: the first op of each rank.
@@ -22,18 +41,25 @@ def unlock(messages: Messages, starts: Ints) -> Messages:
     Raises:
         PlanError: no places were found.
     """
+    if not len(messages.source):
+        return messages
+    try:
+        return _unlocked(messages, starts, FEW)
+    except PlanError:
+        return _unlocked(messages, starts, MANY)
+
+
+def _unlocked(messages: Messages, starts: Ints, most: int) -> Messages:
     # Where a pair makes the first message of a stage, its header needs the other end at once.
     kinds = (False, True) if (messages.paired & messages.first).any() else (None,)
-    for _ in range(ROUNDS if len(messages.source) else 0):
+    for _ in range(ROUNDS):
         before = messages
         for early in kinds:
-            queues = Queues(Events(messages, starts, early))
+            queues = Queues(Events(messages, starts, early), most)
             if not queues.run():
                 messages = _Places(messages, queues).found()
         if messages is before:
             return messages
-    if not len(messages.source):
-        return messages
     raise _no_places()
 
 
@@ -54,6 +80,7 @@ class _Places:
 
     def __init__(self, messages: Messages, queues: Queues) -> None:
         self._messages, self._events, self._open, self._at = messages, queues.events, queues.open, queues.at()
+        self._most = queues.most
         self._n, self._state, self._programs = len(queues.events.state), queues.events.state, queues.events.programs
         self._places = [each.tolist() for each in queues.events.places]
         self._asks, self._sends, self._turns = messages.asks.copy(), messages.sends.copy(), messages.turns.copy()
@@ -117,7 +144,7 @@ class _Places:
         return True
 
     def _may_start(self, rank: int, transfer: int) -> bool:
-        return self._state[transfer - 1] == JOINED and self._open[rank] < QUEUES
+        return self._state[transfer - 1] == JOINED and self._open[rank] < self._most
 
     def _start(self, rank: int, transfer: int) -> None:
         if self._state[transfer] == STARTED:
