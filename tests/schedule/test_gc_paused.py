@@ -21,18 +21,3 @@ def test_leaves_a_disabled_collector_alone() -> None:
         assert not gc.isenabled()
     finally:
         gc.enable()
-
-
-@pytest.mark.parametrize("frozen", [False, True])
-def test_what_was_made_is_old_afterwards(frozen):
-    if frozen:
-        gc.freeze()
-    try:
-        count = gc.get_freeze_count()
-        with collector_paused():
-            made = [(number, []) for number in range(5000)]
-        assert gc.isenabled() and gc.get_freeze_count() == count
-        young = {id(each) for generation in (0, 1) for each in gc.get_objects(generation)}
-        assert frozen or not any(id(each) in young for each in made)
-    finally:
-        gc.unfreeze()
