@@ -14,8 +14,8 @@ Within a forward the exchanges are waited for; `phased_attention` runs a block i
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, NamedTuple
 
 import torch.distributed as dist
@@ -29,6 +29,7 @@ from ..comm.tickets import Tickets
 from ..engine.checks.token_mixing import SHARED_HEADS, mixing_modules, refusal
 from ..errors import ConfigError, PipelineRuntimeError
 from ..models.head_exchange import HeadExchange, Parcel
+from ..models.trial import having
 from .losses import PretrainedModel
 
 _REGISTRY = "ALL_ATTENTION_FUNCTIONS"  # the name under which modules of transformers look up attention functions
@@ -175,33 +176,18 @@ class SharedHeads:
         self._stops = self._tries = False
         self._known: Tensor | None = None
 
-    @contextmanager
-    def trying(self) -> Iterator[None]:
+    def trying(self) -> AbstractContextManager[None]:
         """Let torch's attention without a mask stand for the function, which may not know the precision of weights that
         will be those of bf16, or be compiled for each length."""
-        self._tries = True
-        try:
-            yield
-        finally:
-            self._tries = False
+        return having(self, "_tries", True)
 
-    @contextmanager
-    def stopping(self) -> Iterator[None]:
+    def stopping(self) -> AbstractContextManager[None]:
         """Let forwards that come to the attention function raise `AtAttention`."""
-        self._stops = True
-        try:
-            yield
-        finally:
-            self._stops = False
+        return having(self, "_stops", True)
 
-    @contextmanager
-    def knowing(self, mixed: Tensor) -> Iterator[None]:
+    def knowing(self, mixed: Tensor) -> AbstractContextManager[None]:
         """Let the attention function return `mixed [batch, length / S, heads, width]`, whatever it is given."""
-        self._known = mixed
-        try:
-            yield
-        finally:
-            self._known = None
+        return having(self, "_known", mixed)
 
     def attend(self, module: nn.Module, parts: tuple[Tensor, Tensor, Tensor], call: Call) -> Tensor:
         """The mixed tokens of the rank's part.
@@ -239,14 +225,9 @@ class SharedHeads:
             The mixed tokens, which have not.
         """
         query, key, value = (part.transpose(1, 2) for part in self._exchange.heads_of(parcel))
-        before = getattr(module, _GROUPS, None)
-        if before is not None:
-            setattr(module, _GROUPS, query.shape[1] // key.shape[1])
-        try:
+        grouped = getattr(module, _GROUPS, None) is not None
+        with having(module, _GROUPS, query.shape[1] // key.shape[1]) if grouped else nullcontext():
             mixed, _ = call.attend(module, query, key, value, call.mask, *call.args, **call.kwargs)
-        finally:
-            if before is not None:
-                setattr(module, _GROUPS, before)
         return self._exchange.by_tokens(mixed)
 
     def returned(self, parcel: Parcel) -> Tensor:

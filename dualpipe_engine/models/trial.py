@@ -23,6 +23,17 @@ def unchanged(layer: nn.Module) -> Iterator[None]:
             buffer.copy_(before)
 
 
+@contextmanager
+def having(of: object, name: str, value: object) -> Iterator[None]:
+    """Let an attribute, which there is, have another value in the body."""
+    before = getattr(of, name)
+    setattr(of, name, value)
+    try:
+        yield
+    finally:
+        setattr(of, name, before)
+
+
 def hidden_state(layer: nn.Module, width: int) -> Tensor:
     """A hidden state `[2, 3, width]`, of the dtype and on the device of the layer; the same on all ranks."""
     like = next(param for param in layer.parameters() if param.is_floating_point())

@@ -10,7 +10,7 @@ nothing is waited for where somebody else will (`comm.all_to_all`). With "comm_b
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 import torch
@@ -32,6 +32,7 @@ from ...comm.tickets import Tickets
 from ..counting import Counting, counters
 from ..deep_ep import DeepEP, Limits
 from ..routing import Routing
+from ..trial import having
 from .weights import Unread, form_of
 
 State = dict[str, Any]
@@ -109,32 +110,21 @@ class SharedMoE(Counting, AutoEPMoELayer):
         limits = Limits(self.comm_max_tokens_per_rank, self.comm_num_sm, self.comm_num_sm + self.comm_qp_margin)
         self._deep_ep = DeepEP(group, self.num_experts, limits)
 
-    @contextmanager
-    def by_collectives(self) -> Iterator[None]:
+    def by_collectives(self) -> AbstractContextManager[None]:
         """Let rows travel by all-to-all, whose sums are always the same to the last bit."""
-        deep_ep, self._deep_ep = self._deep_ep, None
-        try:
-            yield
-        finally:
-            self._deep_ep = deep_ep
+        return having(self, "_deep_ep", None)
 
-    @contextmanager
-    def stopping(self) -> Iterator[None]:
+    def stopping(self) -> AbstractContextManager[None]:
         """Let forwards that come here raise `Reached`."""
-        self._stops = True
-        try:
-            yield
-        finally:
-            self._stops = False
+        return having(self, "_stops", True)
 
     @contextmanager
     def by_itself(self) -> Iterator[None]:
         """Let forwards be DeepSpeed's own, transfers included."""
-        self._by_itself = True
         try:
-            yield
+            with having(self, "_by_itself", True):
+                yield
         finally:
-            self._by_itself = False
             self.tokens_per_expert.zero_()
 
     def _forward(self, hidden_states: Tensor) -> Tensor | tuple[Tensor, Tensor | None]:
