@@ -22,7 +22,8 @@ BENCH = Path(__file__).parent.parent / "examples" / "bench"
 def report():
     with pytest.MonkeyPatch.context() as patch:
         patch.syspath_prepend(BENCH)
-        patch.setitem(sys.modules, "ranks", SimpleNamespace(run_ranks=None))  # the tests' own `ranks` has another
+        ranks = SimpleNamespace(run_ranks=None, pin=None, cores_of=None)  # the tests' own `ranks` has another
+        patch.setitem(sys.modules, "ranks", ranks)
         yield importlib.import_module("report")
 
 
@@ -121,6 +122,7 @@ def test_tables_json_and_png(report, tmp_path):
         "overhead.py --ranks 2 --micro-batches 4 --steps 1 --only zb1p --explain",
         "schedules.py --ranks 2 --micro-batches 4 --f 1 --i 1 --w 1 --steps 1 --only 1f1b,dualpipev",
         "ladder.py --steps 1 --only 1f1b",
+        "computing.py --micro-batches 4 --hidden 32 --steps 1",
         "soak.py --steps 101",
     ],
     ids=lambda command: command.partition(" ")[0] + (" explain" if "explain" in command else ""),

@@ -16,7 +16,6 @@ from __future__ import annotations
 import argparse
 import io
 import json
-import os
 import sys
 from collections.abc import Callable
 from contextlib import redirect_stdout
@@ -118,11 +117,12 @@ def rungs(
 
 def measure(rank: int, sizes: Sizes, cases: list[Rung]) -> list[dict[str, Any]]:
     """Of each rung the bytes computed and measured on the fullest rank, the seconds of a step, and the losses."""
+    from ranks import pin
     from rich.progress import Progress
 
     from dualpipe_engine.comm.from_all import from_all
 
-    _pin(rank, sizes.ranks)
+    pin(rank, sizes.ranks)
     kept: dict[tuple[str, bool], CostModel] = {}
     rows = []
     with Progress(disable=rank != 0 or not sys.stderr.isatty(), transient=True) as progress:
@@ -135,16 +135,6 @@ def measure(rank: int, sizes: Sizes, cases: list[Rung]) -> list[dict[str, Any]]:
             rows.append(row)
             progress.advance(task)
     return rows
-
-
-def _pin(rank: int, ranks: int) -> None:
-    """Keep this process to a core of its own, if there are as many as ranks and the system can."""
-    if can_pin(ranks):
-        os.sched_setaffinity(0, {sorted(os.sched_getaffinity(0))[rank]})
-
-
-def can_pin(ranks: int) -> bool:
-    return hasattr(os, "sched_setaffinity") and len(os.sched_getaffinity(0)) >= ranks
 
 
 def _measure(sizes: Sizes, rung: Rung, kept: dict[tuple[str, bool], CostModel]) -> dict[str, Any]:
@@ -274,7 +264,7 @@ def main() -> int:
         parser.error(f"--only: there is no {', '.join(sorted(unknown))}; there are {', '.join(SCHEDULES)}")
     if args.steps < 1:
         parser.error("--steps: at least 1")
-    from ranks import run_ranks
+    from ranks import cores_of, run_ranks
 
     sizes, cases = Sizes(steps=args.steps), rungs(only)
     rows = run_ranks(measure, sizes.ranks, sizes, cases)
@@ -284,8 +274,7 @@ def main() -> int:
     ]
     for row in found:
         assert row["losses"] == next(each for each in found if each["schedule"] == row["schedule"])["losses"], row
-    cores = f"{os.cpu_count()} cores, {'one a rank' if can_pin(sizes.ranks) else 'shared'}"
-    title = f"{sizes.layers} blocks on {sizes.ranks} ranks, {sizes.micros} micro-batches, {cores}"
+    title = f"{sizes.layers} blocks on {sizes.ranks} ranks, {sizes.micros} micro-batches, {cores_of(sizes.ranks)}"
     apart = max(abs(row["computed"] / row["measured"] - 1) for row in found)
     what = f"computed / measured bytes of the fullest rank, at most {apart:.1%} apart, and time of a step"
     print(title, what, "", *table(found), sep="\n")

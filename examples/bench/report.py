@@ -1,6 +1,7 @@
 """All benchmarks in one run, a table a question: step time, overhead, scaling, planning and memory.
 
-Stages sleep as in schedules.py, so the ranks of one machine show what a schedule and an engine cost.
+Stages sleep as in schedules.py, so the ranks of one machine show what a schedule and an engine cost; those of a GPT
+compute, as in computing.py.
 
     python examples/bench/report.py --quick               # fewer ranks, micro-batches and sizes
     python examples/bench/report.py --out report/         # also writes report/report.json and report/report.png
@@ -17,6 +18,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from computing import NAMES, Sizes, run
 from memory import DEEPSPEED, measure
 from planner import OPTIMIZED, SIZES, plan_row
 from ranks import run_ranks
@@ -72,6 +74,12 @@ def step_time(args: argparse.Namespace) -> Section:
     return Section(title, ["pipeline", "micro_batches"], "step_ms", [*beside_stock(found, ranks), *absent()])
 
 
+def computing(args: argparse.Namespace) -> Section:
+    found = run(2, Sizes(hidden=64 if args.quick else 256), [4] if args.quick else [4, 16], args.steps, NAMES)
+    title = "Step time of a GPT"
+    return Section(title, ["pipeline", "micro_batches"], "step_ms", beside_stock(found, 2))
+
+
 def overhead(args: argparse.Namespace) -> Section:
     contestants = [name for name in names() if not name.endswith(AUTO)]
     found = run_ranks(rows, 4, ms(0.0), [16 if args.quick else 64], 3 * args.steps, contestants)
@@ -117,6 +125,7 @@ def memory(args: argparse.Namespace) -> Section:
 
 QUESTIONS = {
     "step": step_time,
+    "computing": computing,
     "overhead": overhead,
     "micro-batches": scaling_micro_batches,
     "ranks": scaling_ranks,

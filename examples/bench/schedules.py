@@ -16,7 +16,7 @@ import gc
 import json
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -35,15 +35,18 @@ OURS = ("1f1b", "interleaved", "zb1p", "interleaved_zb", "dualpipe", "dualpipev"
 def timed(step: Callable[[], Any], steps: int) -> float:
     """Median seconds of a step, from a moment that all ranks wait for to the end of the last rank, after one step that
     warms up. The monotonic clock is the same for all processes of this machine."""
-    taken = torch.zeros(steps + 1, dtype=torch.float64)
-    for number in range(steps + 1):
-        begin = torch.tensor(time.monotonic() + SOON_S, dtype=torch.float64)
-        dist.broadcast(begin, src=0)
-        time.sleep(max(0.0, float(begin) - time.monotonic()))
-        step()
-        taken[number] = time.monotonic() - float(begin)
+    return median([once(step)[1] for _ in range(steps + 1)][1:])
+
+
+def once(step: Callable[[], Any]) -> tuple[float, float]:
+    """(moment in seconds of the monotonic clock, seconds) from which on and for how long all ranks run `step`."""
+    begin = torch.tensor(time.monotonic() + SOON_S, dtype=torch.float64)
+    dist.broadcast(begin, src=0)
+    time.sleep(max(0.0, float(begin) - time.monotonic()))
+    step()
+    taken = torch.tensor(time.monotonic(), dtype=torch.float64) - begin
     dist.all_reduce(taken, dist.ReduceOp.MAX)
-    return median(taken[1:].tolist())
+    return float(begin), float(taken)
 
 
 def leave_groups() -> None:
@@ -61,14 +64,15 @@ def names() -> list[str]:
     return [*others, *(f"ours {name}" for name in OURS), f"ours {AUTO}"]
 
 
-def chosen(words: str) -> list[str]:
-    """The contestants whose name has one of the comma-separated words; without a word all.
+def chosen(words: str, known: Sequence[str] | None = None) -> list[str]:
+    """The contestants (`names`, or those given as `known`) whose name has one of the comma-separated words; without a
+    word all.
 
     Raises:
         ValueError: a word is in no name.
     """
     only = [word.strip() for word in words.split(",") if word.strip()]
-    known = names()
+    known = names() if known is None else known
     if unknown := [word for word in only if not any(word in name for name in known)]:
         raise ValueError(f"--only: no name has {', '.join(unknown)}; there are {', '.join(known)}")
     return [name for name in known if not only or any(word in name for word in only)]
