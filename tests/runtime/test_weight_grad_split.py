@@ -9,7 +9,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from weight_grad_cases import check
+from torch.utils.flop_counter import FlopCounterMode
+from weight_grad_cases import check, run
+from weight_grad_zoo import HIDDEN, ZOO, data
 
 from dualpipe_engine.runtime.weight_grad import DeferredWeightGrads, install
 
@@ -48,6 +50,23 @@ def step(module: nn.Module, store: DeferredWeightGrads, x: Tensor, grad: Tensor,
     out.backward(grad.to(out.dtype))
     for closure in store.take():
         closure()
+
+
+COUNTED = {name: (partial(Apply, function, *weight), shape) for name, (shape, weight, function) in FUNCTIONS.items()}
+COUNTED |= {f"{name} in a module": (build, (2, 5, HIDDEN)) for name, (build, _) in ZOO.items()}
+del COUNTED["grouped"]  # the counter does not know it
+
+
+@pytest.mark.parametrize("name", COUNTED)
+def test_each_product_is_computed_once(name: str) -> None:
+    """I and W together multiply and add as often as a backward in one piece."""
+    build, shape = COUNTED[name]
+    flops = []
+    for how in ("plain", "IW"):
+        with FlopCounterMode(display=False) as counter:
+            run(build, data(*shape), how)
+        flops.append(counter.get_flop_counts()["Global"])
+    assert flops[0] == flops[1] != {}
 
 
 @pytest.mark.parametrize("defer", [True, False], ids=["W", "B"])
