@@ -24,9 +24,8 @@ class _Numbers(dict[str, int]):
         return OTHER
 
 
-_NUMBER = _Numbers(
-    {kind: at for at, kind in enumerate((F, B, I, W, SEND_F, RECV_F, SEND_B, RECV_B, REDUCE, STEP))} | {FB: _PAIR}
-)
+_NAMES = (F, B, I, W, SEND_F, RECV_F, SEND_B, RECV_B, REDUCE, STEP)
+_NUMBER = _Numbers({kind: at for at, kind in enumerate(_NAMES)} | {FB: _PAIR})
 #: Of each kind whether it is on the way back, from the last stage to the first.
 BACK = np.array([kind not in (F_, SEND_F_, RECV_F_) for kind in range(OTHER + 1)])
 
@@ -47,6 +46,10 @@ class Columns(NamedTuple):
     micro: Ints
     rank: Ints
     op: Ints
+
+    def only(self, which: Which) -> Columns:
+        """The entries that are marked; ops keep their positions."""
+        return Columns(*(column[which] for column in self))
 
 
 def columns(programs: Sequence[Sequence[Op]]) -> Columns:
@@ -134,7 +137,7 @@ def by_group(groups: Ints) -> Ints:
     return np.argsort(groups, kind="stable")
 
 
-def make_ops(kinds: Iterable[str], stages: Ints, micros: Ints) -> list[Op]:
-    """Many ops, none of them a pair."""
-    each = zip(kinds, stages.tolist(), micros.tolist(), repeat(()), strict=False)
+def make_ops(kinds: Ints, stages: Ints, micros: Ints) -> list[Op]:
+    """Many ops, none of them a pair, of kinds that have a number of their own."""
+    each = zip(map(_NAMES.__getitem__, kinds.tolist()), stages.tolist(), micros.tolist(), repeat(()), strict=False)
     return list(map(tuple.__new__, repeat(Op), each))

@@ -7,10 +7,13 @@ import hashlib
 import io
 import json
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
+from itertools import islice
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 from ..errors import PlanError
 from .columns import Columns, columns
@@ -66,6 +69,20 @@ class Plan:
             ValueError: an op has numbers or parts that none can have.
         """
         return columns(self.programs)
+
+    def with_ops(self, ops: Iterable[Op], found: Columns) -> Plan:
+        """The plan with other ops.
+
+        Args:
+            ops: of all ranks, one rank after the other.
+            found: their columns, which need not be worked out again.
+        """
+        first = np.diff(found.op, prepend=-1) != 0
+        sizes = np.bincount(found.rank[first], minlength=len(self.programs)).tolist()
+        left = iter(ops)
+        plan = replace(self, programs=tuple(tuple(islice(left, size)) for size in sizes))
+        vars(plan)["columns"] = found
+        return plan
 
     def compute_only(self) -> Plan:
         """The same plan without transfers, copies to host memory and tail ops."""

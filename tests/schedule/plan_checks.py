@@ -6,6 +6,9 @@ import hashlib
 from collections import Counter
 from itertools import pairwise
 
+import numpy as np
+
+from dualpipe_engine.schedule.columns import Columns, columns
 from dualpipe_engine.schedule.op import Op, atoms
 from dualpipe_engine.schedule.plan import Plan
 from dualpipe_engine.schedule.timing.costs import CostModel
@@ -43,6 +46,13 @@ def check_plan(plan: Plan) -> None:
     assert not seen, f"{where}: ops outside the plan: {seen}"
     spans = simulate(plan, CostModel()).spans
     assert len(spans) == plan.num_ops, where
+
+
+def check_columns(plan: Plan) -> None:
+    """Those that the plan was made with, if any, are those of its programs."""
+    for name, given, found in zip(Columns._fields, plan.columns, columns(plan.programs), strict=True):
+        assert given.dtype == found.dtype, f"{name} of {plan.schedule}"
+        assert np.array_equal(given, found), f"{name} of {plan.schedule}, {plan.placement}"
 
 
 def order_digest(plan: Plan) -> str:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from hypothesis import assume, given
 from hypothesis import strategies as st
-from plan_checks import check_plan
+from plan_checks import check_columns, check_plan
 from test_lower_verify import is_sound
 
 from dualpipe_engine.schedule.op import Op
@@ -43,6 +43,8 @@ def test_generated_plans_are_sound(found):
     check_plan(plan)
     lowered = lower(plan)
     verify(lowered)
+    check_columns(plan)
+    check_columns(lowered)
     assert simulate(plan, costs).makespan >= plan_bound(plan, costs) * (1 - 1e-9)
     placement = plan.placement
     known = known_schedule(plan.schedule, placement.stages_per_rank)

@@ -2,20 +2,61 @@
 
 from __future__ import annotations
 
-from itertools import chain, islice
+from itertools import chain
+from typing import NamedTuple
 
 import numpy as np
 
 from ...errors import PlanError
-from ..columns import B_, BACK, I_, W_, Columns, Ints, Which, by_group, directions, make_ops, peers
+from ..columns import (
+    B_,
+    BACK,
+    I_,
+    RECV_B_,
+    RECV_F_,
+    REDUCE_,
+    SEND_B_,
+    SEND_F_,
+    STEP_,
+    W_,
+    Columns,
+    Ints,
+    Which,
+    by_group,
+    directions,
+    make_ops,
+    peers,
+)
 from ..gc_paused import collector_paused
-from ..op import NONE, RECV_B, RECV_F, REDUCE, SEND_B, SEND_F, STEP, STEPS, F, Op
+from ..op import NONE, STEPS, F, Op
 from ..placement import Placement
 from ..plan import Plan
 from .queues import ASK, OP, PLACES, REDUCED, SENT, Messages
 from .unlock import unlock
 
-_Group = tuple[Ints, Ints, list[Op]]  #: for each op where it stands, see `queues.PLACES`, and its turn there
+
+class _Group(NamedTuple):
+    """Ops that are put in order.
+
+    Args:
+        ops: in any order.
+        found: their columns, `op` being the position in `ops`.
+        places: where each op stands, see `queues.PLACES`.
+        turns: its turn there.
+    """
+
+    ops: list[Op]
+    found: Columns
+    places: Ints
+    turns: Ints
+
+
+def _group(
+    kinds: Ints | int, stages: Ints | int, micros: Ints | int, ranks: Ints, places: Ints, turns: Ints | int = 0
+) -> _Group:
+    kind, stage, micro, turn = (np.broadcast_to(each, ranks.shape) for each in (kinds, stages, micros, turns))
+    found = Columns(kind.astype(np.int8), stage, micro, ranks, np.arange(len(ranks)))
+    return _Group(make_ops(kind, stage, micro), found, places, turn)
 
 
 @collector_paused()
@@ -51,18 +92,25 @@ def lower(plan: Plan, *, train: bool = True) -> Plan:
 
     found = _columns(plan)
     usual = np.arange(plan.num_ops) * PLACES + OP
-    groups = [(usual, np.zeros_like(usual), list(chain.from_iterable(plan.programs))), *_transfers(plan, found)]
+    groups = [_Group(list(chain.from_iterable(plan.programs)), found, usual, np.zeros_like(usual))]
+    groups += _transfers(plan, found)
     if train:
-        groups.append(_reduces(plan, found))
-    places, turns = (np.concatenate(each) for each in zip(*(group[:2] for group in groups), strict=True))
-    ops = list(chain.from_iterable(each for _, _, each in groups))
-    order = np.lexsort((turns, places)) if turns.any() else np.argsort(places, kind="stable")
-    inorder = iter([ops[index] for index in order.tolist()])
-    ends = np.cumsum([len(program) for program in plan.programs])
-    sizes = np.bincount(np.searchsorted(ends, places // PLACES, side="right"), minlength=len(ends))
-    tail = (Op(STEP, NONE, NONE),) if train else ()
-    programs = tuple((*islice(inorder, size), *tail) for size in sizes.tolist())
-    return Plan(plan.placement, plan.num_micro, programs, plan.schedule)
+        groups += [_reduces(plan, found), _steps(plan)]
+    return _in_order(plan, groups)
+
+
+def _in_order(plan: Plan, groups: list[_Group]) -> Plan:
+    """The plan of all ops of groups, each where it stands."""
+    ops, columns, places, turns = zip(*groups, strict=True)
+    *fields, op = (np.concatenate(each) for each in zip(*columns, strict=True))
+    op += np.repeat(np.cumsum([0, *map(len, ops[:-1])]), [len(each.op) for each in columns])
+    place, turn = np.concatenate(places)[op], np.concatenate(turns)[op]
+    order = np.lexsort((turn, place)) if turn.any() else np.argsort(place, kind="stable")
+    kind, stage, micro, rank, op = (column[order] for column in (*fields, op))
+    first = np.diff(op, prepend=-1) != 0
+    every = list(chain.from_iterable(ops))
+    inorder = map(every.__getitem__, op[first].tolist())
+    return plan.with_ops(inorder, Columns(kind, stage, micro, rank, np.cumsum(first) - 1))
 
 
 def _columns(plan: Plan) -> Columns:
@@ -90,8 +138,6 @@ def _transfers(plan: Plan, found: Columns) -> list[_Group]:
     target = peers(placement).target[back, directions(placement, num_micro)[micro], stage]
     sent = np.flatnonzero(target >= 0)
     second = np.diff(op, prepend=-1) == 0
-    left = op[sent] * PLACES + SENT + second[sent]
-    sends = make_ops(map((SEND_F, SEND_B).__getitem__, back[sent].tolist()), stage[sent], micro[sent])
     # Edge by edge in the order of the sends, from the last one on: none is posted after the one behind it.
     by_edge = by_group(target[sent] * placement.num_ranks + rank[sent])
     sent = sent[by_edge]
@@ -106,7 +152,7 @@ def _transfers(plan: Plan, found: Columns) -> list[_Group]:
         rank[sent],
         target[sent],
         _before(plan, found)[op[uses]] * PLACES + ASK,
-        left[by_edge],
+        op[sent] * PLACES + SENT + second[sent],
         np.zeros((2, len(sent)), np.int64),
         op[sent],
         op[uses],
@@ -118,10 +164,12 @@ def _transfers(plan: Plan, found: Columns) -> list[_Group]:
     for edge in messages.edges():
         messages.asks[edge] = np.minimum.accumulate(messages.asks[edge][::-1])[::-1]
     messages = unlock(messages, _starts(plan))
-    posts = make_ops(map((RECV_F, RECV_B).__getitem__, back[sent].tolist()), stage[sent] + step, micro[sent])
     asked, went = messages.turns
-    usual = np.argsort(by_edge)
-    return [(messages.asks, asked, posts), (messages.sends[usual], went[usual], sends)]
+    receives, sends = np.array([[RECV_F_, RECV_B_], [SEND_F_, SEND_B_]], np.int8)[:, back[sent]]
+    return [
+        _group(receives, stage[sent] + step, micro[sent], target[sent], messages.asks, asked),
+        _group(sends, stage[sent], micro[sent], rank[sent], messages.sends, went),
+    ]
 
 
 def _shown(back: Ints, key: Ints, consumer: Ints, num_micro: int) -> Ints:
@@ -166,7 +214,7 @@ def _reduces(plan: Plan, found: Columns) -> _Group:
     for rank, (start, program) in enumerate(zip(starts, plan.programs, strict=True)):
         ends = {stage: int(last[rank, stage]) for stage in placement.stages_of(rank)}
         done.append({stage: end - start if end >= 0 else len(program) - 1 for stage, end in ends.items()})
-    slots, ops = [], []
+    reduces = []  # stage, rank and op
     for rank, final in enumerate(done):
         # The same order on all ranks that hold the stages: by when the last copy is done.
         ready = {stage: max(done[twin][stage] for twin in placement.replicas(stage)) for stage in final}
@@ -174,10 +222,15 @@ def _reduces(plan: Plan, found: Columns) -> _Group:
         for stage in sorted(final, key=lambda stage: (ready[stage], stage)):
             slot = max(slot, final[stage])
             if plan.programs[rank]:
-                slots.append(starts[rank] + slot)
-                ops.append(Op(REDUCE, stage, NONE))
-    places = np.array(slots, np.int64) * PLACES + REDUCED
-    return places, np.zeros_like(places), ops
+                reduces.append((stage, rank, starts[rank] + slot))
+    stages, ranks, slots = np.array(reduces, np.int64).reshape(-1, 3).T
+    return _group(REDUCE_, stages, NONE, ranks, slots * PLACES + REDUCED)
+
+
+def _steps(plan: Plan) -> _Group:
+    """A STEP behind all others of each rank."""
+    ends = np.cumsum([len(program) for program in plan.programs])
+    return _group(STEP_, NONE, NONE, np.arange(len(ends)), ends * PLACES - 1)
 
 
 def forward_only(placement: Placement, num_micro: int) -> Plan:

@@ -24,7 +24,6 @@ from ..columns import (
     Peers,
     Which,
     by_group,
-    columns,
     directions,
     peers,
 )
@@ -58,12 +57,12 @@ def prove(plan: Plan) -> Report:
         Unproved: it breaks a rule, or has kinds of ops that only `verify` knows.
     """
     try:
-        every = columns(plan.programs)
+        every = plan.columns
     except ValueError:
         raise Unproved from None
     _must(not (every.kind == OTHER).any())
     tail = every.kind >= REDUCE_
-    facts = _Facts(plan, Columns(*(column[~tail] for column in every)) if tail.any() else every)
+    facts = _Facts(plan, every.only(~tail) if tail.any() else every)
     activations, pending = facts.check_compute()
     receives = (0,) * len(plan.programs)
     lowered = bool(((every.kind >= SEND_F_) & ~tail).any() or tail.any())

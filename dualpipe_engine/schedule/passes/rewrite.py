@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
-from itertools import accumulate, chain, compress, pairwise
+from itertools import chain, compress
 
 import numpy as np
 
-from ..columns import B_, F_, I_, W_, Ints, Which, directions, peers
+from ..columns import B_, F_, I_, W_, Ints, Which, directions, make_ops, peers
 from ..op import FB, B, I, Op, W, atoms, pair
 from ..plan import Plan
 from ..timing.costs import CostModel
@@ -51,7 +51,9 @@ def pair_up(plan: Plan, costs: CostModel) -> Plan:
     joins &= (stage[before] != stage[there]) & (times.arrivals[there] < times.ends[before])
     for at in np.flatnonzero(joins).tolist():
         ops[at] = pair(ops[at], ops[at + 1])
-    return _without(plan, ops, joins)
+    stays = np.append(True, ~joins)  # of pairs their first halves
+    every = plan.columns
+    return plan.with_ops(compress(ops, stays.tolist()), every._replace(op=(np.cumsum(stays) - 1)[every.op]))
 
 
 def join(plan: Plan) -> Plan:
@@ -92,9 +94,13 @@ def safe_fuse(plan: Plan, costs: CostModel, spans: Spans | None = None) -> Plan:
     goes = peers(placement).target[1, directions(placement, num_micro)[micro[places]], stage[places]] >= 0
     arrives = times.ends[places + 1] + np.where(goes, costs.comm, 0.0)
     fuses[places] = arrives <= needed[(stage[places] - 1) * num_micro + micro[places]]
-    for at in np.flatnonzero(fuses).tolist():
-        ops[at] = Op(B, ops[at].stage, ops[at].micro)
-    return _without(plan, ops, fuses)
+    fused = np.flatnonzero(fuses)
+    for at, whole in zip(fused.tolist(), make_ops(np.full(len(fused), B_), stage[fused], micro[fused]), strict=True):
+        ops[at] = whole
+    stays = np.append(True, ~fuses)
+    kinds = np.where(np.append(fuses, False)[every.op], np.int8(B_), every.kind)
+    left = every._replace(kind=kinds, op=(np.cumsum(stays) - 1)[every.op]).only(stays[every.op])
+    return plan.with_ops(compress(ops, stays.tolist()), left)
 
 
 def _single(plan: Plan) -> tuple[Which, Ints, Ints, Ints]:
@@ -108,14 +114,6 @@ def _neighbours(plan: Plan) -> Which:
     """Of each op but the last whether the next one is of the same rank."""
     rank = np.repeat(np.arange(len(plan.programs)), [len(program) for program in plan.programs])
     return np.diff(rank) == 0
-
-
-def _without(plan: Plan, ops: list[Op], dropped: Which) -> Plan:
-    """A plan of `ops`, which stand for those of `plan`, without those behind the ones that are marked."""
-    stays = [True, *(~dropped).tolist()]
-    cuts = [0, *accumulate(len(program) for program in plan.programs)]
-    programs = (compress(ops[begin:end], stays[begin:end]) for begin, end in pairwise(cuts))
-    return replace(plan, programs=tuple(map(tuple, programs)))
 
 
 def _rewrite(plan: Plan, change: Callable[[tuple[Op, ...]], Iterable[Op]]) -> Plan:

@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 from collections import deque
-from dataclasses import replace
-from itertools import chain, repeat
+from itertools import chain
 from math import inf
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from ..columns import B_, F_, I_, W_, Columns, Which, make_ops
-from ..op import I, Op, W
+from ..columns import B_, F_, I_, W_, Columns, Ints, Which, make_ops
+from ..op import Op
 from ..plan import Plan
 from ..timing.costs import CostModel
 from ..timing.simulate import explain
@@ -55,23 +54,46 @@ def filled(plan: Plan, costs: CostModel, cap: int | None = None, theta: float = 
         fill.run()
     except Unclear:
         explain(plan, costs)
-    kind, stage, micro, _, op = skeleton
     ops = list(chain.from_iterable(plan.programs))
     kept = [ops[at] for at in np.flatnonzero(is_left).tolist()]
     weights: list[Op] = kept.copy()
-    of_inputs = kind == I_
-    numbers, stages, micros = op[of_inputs], stage[of_inputs], micro[of_inputs]
-    both = make_ops(repeat(I), stages, micros), make_ops(repeat(W), stages, micros)
-    for number, inputs, weight in zip(numbers.tolist(), *both, strict=True):
+    inputs = skeleton.only(skeleton.kind == I_)
+    both = (make_ops(np.full_like(inputs.kind, kind), inputs.stage, inputs.micro) for kind in (I_, W_))
+    for number, whole, weight in zip(inputs.op.tolist(), *both, strict=True):
         weights[number] = weight
         if not kept[number].parts:
-            kept[number] = inputs
+            kept[number] = whole
     table = [*kept, *reversed(weights)]  # of an op at its number, of its W at `~` of that
-    programs = tuple(tuple(map(table.__getitem__, program)) for program in fill.programs)
+    order = list(chain.from_iterable(fill.programs))
+    numbers = np.array(order, np.int64)
     seconds = np.concatenate([timing.seconds, timing.of_weights(costs)[::-1]])
     starts = np.fromiter(chain.from_iterable(fill.starts), np.float64)
-    ends = starts + seconds[np.fromiter(chain.from_iterable(fill.programs), np.int64)]
-    return Filled(replace(plan, programs=programs), max(fill.free), fill.peak, Spans(starts, ends))
+    ranks = np.repeat(np.arange(len(fill.programs)), [len(program) for program in fill.programs])
+    found = _with_weights(skeleton, inputs, numbers, ranks)
+    filled = plan.with_ops(map(table.__getitem__, order), found)
+    return Filled(filled, max(fill.free), fill.peak, Spans(starts, starts + seconds[numbers]))
+
+
+def _with_weights(skeleton: Columns, inputs: Columns, numbers: Ints, ranks: Ints) -> Columns:
+    """The columns of ops that are given by number, see `_Fill.programs`.
+
+    Args:
+        skeleton: all ops but the W.
+        inputs: those of `skeleton` that are I.
+        numbers: of the ops of all ranks.
+        ranks: of each its rank.
+    """
+    first = np.flatnonzero(np.diff(skeleton.op, prepend=-1))
+    begins, width = np.append(first, first[::-1]), np.ones(2 * len(first), np.int64)
+    width[: len(first)] = np.diff(first, append=len(skeleton.op))
+    begins[~inputs.op] = len(skeleton.op) + np.arange(len(inputs.op))
+    widths = width[numbers]
+    entry = np.repeat(begins[numbers] + widths - np.cumsum(widths), widths) + np.arange(widths.sum())
+    kind = np.append(skeleton.kind, np.full_like(inputs.kind, W_))[entry]
+    stage, micro = (
+        np.append(*each)[entry] for each in ((skeleton.stage, inputs.stage), (skeleton.micro, inputs.micro))
+    )
+    return Columns(kind, stage, micro, np.repeat(ranks, widths), np.repeat(np.arange(len(numbers)), widths))
 
 
 def _skeleton(plan: Plan) -> tuple[Columns, Which]:
