@@ -25,7 +25,7 @@ def usual(plan, monkeypatch):
     """The plan with transfers at their usual places, and its messages there."""
     kept = []
 
-    def keep(messages, starts):
+    def keep(messages, starts, num_micro):
         kept.append(messages)
         return messages
 

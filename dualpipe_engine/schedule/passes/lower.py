@@ -163,7 +163,7 @@ def _transfers(plan: Plan, found: Columns) -> list[_Group]:
     )
     for edge in messages.edges():
         messages.asks[edge] = np.minimum.accumulate(messages.asks[edge][::-1])[::-1]
-    messages = unlock(messages, _starts(plan))
+    messages = unlock(messages, _starts(plan), num_micro)
     asked, went = messages.turns
     receives, sends = np.array([[RECV_F_, RECV_B_], [SEND_F_, SEND_B_]], np.int8)[:, back[sent]]
     return [

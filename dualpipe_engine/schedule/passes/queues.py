@@ -16,6 +16,7 @@ what another does, so if any order of the events finishes, all do.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from itertools import chain, pairwise
 from operator import length_hint
 from typing import NamedTuple
@@ -29,7 +30,8 @@ ASK, LATE, FORCED, NEED, THEN, EARLY, OP, SENT, REDUCED, PLACES = 0, 1, 2, 3, 4,
 HALF = 4
 FEW, MANY = 2, 8  #: transfers of a rank that may wait for the other end without holding the rest; CUDA's default is 8
 FRESH, STARTED, JOINED = range(3)  #: states of a transfer
-_STARTS, _NEEDS, _RESERVES, _RESERVED = range(4)  # events, in their order at one place
+STARTS, NEEDS, RESERVES, RESERVED = range(4)  #: kinds of events, in their order at one place
+FACTORS = (0, -1, 1, 2)  #: of each kind: how many times the number of transfers is added to a transfer's
 
 
 class Messages(NamedTuple):
@@ -77,6 +79,7 @@ class Events:
     Attributes:
         programs: the events of each rank.
         places: the place of each.
+        edges: the transfers of each edge, the number ahead of them included.
         state: of each transfer.
         message: of each transfer the message.
         number: of each message its transfer, that of its header is one less.
@@ -109,13 +112,13 @@ class Events:
         may, (asked, went) = early is None, messages.turns
         ready = np.flatnonzero(leaves) if may else heads[:0]
         parts = (
-            (sends, number, np.where(leaves, _RESERVED, _STARTS) if may else _STARTS, went),
-            (sends[heads], head, _STARTS, went[heads]),
-            (usual[ready] + EARLY, number[ready], _RESERVES, 0),
-            (np.where(messages.first, needed + FORCED, posted), number, _STARTS, asked),
-            (posted[heads], head, _STARTS, asked[heads]),
-            (used + NEED, number, _NEEDS, 0),
-            (needed[heads] + FORCED, head, _NEEDS, 0),
+            (sends, number, np.where(leaves, RESERVED, STARTS) if may else STARTS, went),
+            (sends[heads], head, STARTS, went[heads]),
+            (usual[ready] + EARLY, number[ready], RESERVES, 0),
+            (np.where(messages.first, needed + FORCED, posted), number, STARTS, asked),
+            (posted[heads], head, STARTS, asked[heads]),
+            (used + NEED, number, NEEDS, 0),
+            (needed[heads] + FORCED, head, NEEDS, 0),
         )
         bits = n.bit_length() + 2
         keys = np.concatenate([(place << bits) + (of << 2) + kind for place, of, kind, _ in parts])
@@ -127,15 +130,17 @@ class Events:
         places = keys >> bits
         kinds, numbers = keys & 3, (keys >> 2) & ((1 << bits - 2) - 1)
         cuts = np.searchsorted(places, starts[1:] * PLACES)
-        events = numbers + np.array([0, -n, n, 2 * n])[kinds]
-        self.programs = [each.tolist() for each in np.split(events, cuts)]
+        events = numbers + n * np.array(FACTORS)[kinds]
+        self.programs = np.split(events, cuts)
         self.places = np.split(places, cuts)
         self.message, self.number = np.zeros(n, np.int64), number
         self.message[number], self.message[head] = np.arange(len(number)), heads
         state = np.zeros(n, np.int64)
         firsts = [edge.start for edge in messages.edges()]
-        state[number[firsts] - width[firsts] + 1] = JOINED
+        begins = number[firsts] - width[firsts] + 1
+        state[begins] = JOINED
         self.state = state.tolist()
+        self.edges = [slice(*each) for each in pairwise([*begins.tolist(), n])]
         self.both = (messages.source + messages.target)[self.message].tolist()
 
 
@@ -156,13 +161,21 @@ class Queues:
     def __init__(self, events: Events, most: int = FEW) -> None:
         self.events, self.most = events, most
         ranks = len(events.programs)
-        self._left = list(map(iter, events.programs))
-        self._held: list[tuple[int, ...]] = [()] * ranks
         self.open, self._waits_for = [0] * ranks, [_NOTHING] * ranks
-        self._runnable = list(range(ranks))
+        self._stand([0] * ranks)
 
-    def run(self) -> bool:
-        """Run all events; whether every rank comes to its end."""
+    def _stand(self, at: Sequence[int], ends: Sequence[int] | None = None) -> None:
+        """Let ranks stand at events, with those up to `ends` (None: no more) to run."""
+        self._ends = at if ends is None else ends
+        parts = zip(self.events.programs, at, self._ends, strict=True)
+        self._left = [iter(program[begin:end].tolist()) for program, begin, end in parts]
+        self._held: list[tuple[int, ...]] = [()] * len(at)
+
+    def run(self, ends: Sequence[int] | None = None) -> bool:
+        """Run the events of each rank up to one, None: all; whether every rank comes there."""
+        self._stand(self.at(), [len(program) for program in self.events.programs] if ends is None else ends)
+        self._waits_for = [_NOTHING] * len(self._left)
+        self._runnable = list(range(len(self._left)))
         left = len(self._left)
         while self._runnable:
             left -= self._go_on(self._runnable.pop())
@@ -170,8 +183,17 @@ class Queues:
 
     def at(self) -> list[int]:
         """The event that each rank has come to."""
-        left = zip(self.events.programs, self._left, self._held, strict=True)
-        return [len(program) - length_hint(more) - len(held) for program, more, held in left]
+        left = zip(self._ends, self._left, self._held, strict=True)
+        return [end - length_hint(more) - len(held) for end, more, held in left]
+
+    def leap(self, steps: Sequence[int], moved: Sequence[int]) -> None:
+        """Take as run so many events of each rank, which make so many transfers of each edge and leave a state like
+        the one before them."""
+        state = self.events.state
+        for edge, many in zip(self.events.edges, moved, strict=True):
+            here = edge.start + state[edge].count(JOINED)
+            state[here : edge.stop] = [JOINED] * many + state[here : edge.stop - many]
+        self._stand([at + step for at, step in zip(self.at(), steps, strict=True)])
 
     def _go_on(self, rank: int) -> bool:
         state, both, waits_for, started = self.events.state, self.events.both, self._waits_for, self.open[rank]

@@ -23,12 +23,13 @@ from .queues import (
     Messages,
     Queues,
 )
+from .repeats import finishes
 
 MOVES = 16  #: of each message, after which the search for places is given up
 ROUNDS = 4  #: what is moved for one kind of pairs may have to move again for the other
 
 
-def unlock(messages: Messages, starts: Ints) -> Messages:
+def unlock(messages: Messages, starts: Ints, num_micro: int) -> Messages:
     """The messages, placed such that every rank comes to its end, whether the halves of pairs run together or not.
 
     Places are those for few hardware queues, or where there are none (each rank's pair feeds those of both neighbours)
@@ -37,26 +38,34 @@ def unlock(messages: Messages, starts: Ints) -> Messages:
     Args:
         messages: at their usual places.
         starts: the first op of each rank.
+        num_micro: micro-batches of the batch.
 
     Raises:
         PlanError: no places were found.
     """
     if not len(messages.source):
         return messages
+    moved = period_of(messages, starts, num_micro)
     try:
-        return _unlocked(messages, starts, FEW)
+        return _unlocked(messages, starts, moved, FEW)
     except PlanError:
-        return _unlocked(messages, starts, MANY)
+        return _unlocked(messages, starts, moved, MANY)
 
 
-def _unlocked(messages: Messages, starts: Ints, most: int) -> Messages:
+def period_of(messages: Messages, starts: Ints, num_micro: int) -> Ints:
+    """Of each edge how many messages pass before an order repeats: those of as many micro-batches as there are ranks,
+    which is what orders repeat after that do not repeat with one or two."""
+    return np.array([each.stop - each.start for each in messages.edges()]) * len(starts) // num_micro
+
+
+def _unlocked(messages: Messages, starts: Ints, moved: Ints, most: int) -> Messages:
     # Where a pair makes the first message of a stage, its header needs the other end at once.
     kinds = (False, True) if (messages.paired & messages.first).any() else (None,)
     for _ in range(ROUNDS):
         before = messages
         for early in kinds:
             queues = Queues(Events(messages, starts, early), most)
-            if not queues.run():
+            if not finishes(queues, moved):
                 messages = _Places(messages, queues).found()
         if messages is before:
             return messages
@@ -81,7 +90,8 @@ class _Places:
     def __init__(self, messages: Messages, queues: Queues) -> None:
         self._messages, self._events, self._open, self._at = messages, queues.events, queues.open, queues.at()
         self._most = queues.most
-        self._n, self._state, self._programs = len(queues.events.state), queues.events.state, queues.events.programs
+        self._n, self._state = len(queues.events.state), queues.events.state
+        self._programs = [each.tolist() for each in queues.events.programs]
         self._places = [each.tolist() for each in queues.events.places]
         self._asks, self._sends, self._turns = messages.asks.copy(), messages.sends.copy(), messages.turns.copy()
         self._turn = int(messages.turns.max())
