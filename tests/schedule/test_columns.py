@@ -8,7 +8,7 @@ from plan_checks import check_columns
 from dualpipe_engine.schedule.orders.registry import SCHEDULES
 from dualpipe_engine.schedule.passes.lower import forward_only, lower
 from dualpipe_engine.schedule.passes.offload import offload
-from dualpipe_engine.schedule.passes.rewrite import pair_up, safe_fuse
+from dualpipe_engine.schedule.passes.rewrite import pair_up, safe_fuse, unpair
 from dualpipe_engine.schedule.passes.wfill import wfill
 from dualpipe_engine.schedule.placement import BIDIRECTIONAL, LINEAR, LOOP, VEE, Placement
 from dualpipe_engine.schedule.search.make_plan import make_plan
@@ -24,11 +24,12 @@ def test_every_pass_hands_on_the_columns_of_its_plan(schedule):
         paired, filled = pair_up(plan, each), wfill(plan, each, theta=0.3)
         made = [
             paired,
+            unpair(paired),
+            *(unpair(paired, last) for last in (1, 2, ranks)),
             filled,
             wfill(paired, each, 2),
-            safe_fuse(filled, each),
-            make_plan(schedule, ranks, micros, each, True),
         ]
+        made += [safe_fuse(filled, each), make_plan(schedule, ranks, micros, each, True)]
         for found in [*made, lower(plan), lower(offload(plan, True)), *map(lower, made)]:
             check_columns(found)
 

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from dataclasses import replace
 from itertools import chain, compress
 
 import numpy as np
 
 from ..columns import B_, F_, I_, W_, Ints, Which, directions, make_ops, peers
-from ..op import FB, B, I, Op, W, atoms, pair
+from ..op import FB, B, I, Op, W, pair
 from ..plan import Plan
 from ..timing.costs import CostModel
 from ..timing.simulate import timed
@@ -23,13 +23,17 @@ def unpair(plan: Plan, last: int | None = None) -> Plan:
     they overlap they still do at the end, when the whole batch waits for the last forwards to come back as gradients.
     """
 
-    def split(program: tuple[Op, ...]) -> Iterator[Op]:
-        kept = 0 if last is None else sum(op.kind == FB for op in program) - last
-        for op in program:
-            kept -= op.kind == FB
-            yield from (op,) if kept >= 0 else atoms(op)
-
-    return _rewrite(plan, split)
+    every = plan.columns
+    second = np.diff(every.op, prepend=-1) == 0
+    if last is not None:  # counted from the end of each rank
+        behind = np.cumsum(second[::-1])[::-1] - second
+        ends = np.searchsorted(every.rank, np.arange(len(plan.programs)), side="right") - 1
+        second &= behind - behind[ends][every.rank] < last
+    splits = np.zeros(plan.num_ops, bool)
+    splits[every.op[second]] = True
+    ops = chain.from_iterable(plan.programs)
+    halves = chain.from_iterable(op.parts if split else (op,) for op, split in zip(ops, splits.tolist(), strict=True))
+    return plan.with_ops(halves, every._replace(op=every.op + np.cumsum(second)))
 
 
 def pair_up(plan: Plan, costs: CostModel) -> Plan:

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections import deque
+from functools import cached_property
 from itertools import chain
 from math import inf
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 
@@ -15,15 +16,6 @@ from ..plan import Plan
 from ..timing.costs import CostModel
 from ..timing.simulate import explain
 from ..timing.times import WAITS, Inputs, Spans, Unclear
-
-
-class Filled(NamedTuple):
-    """A plan, its simulated makespan, the most activations that a rank holds, and when its ops start and end."""
-
-    plan: Plan
-    makespan: float
-    peak: int
-    spans: Spans
 
 
 def wfill(plan: Plan, costs: CostModel, cap: int | None = None, theta: float = 0.0) -> Plan:
@@ -42,36 +34,60 @@ def wfill(plan: Plan, costs: CostModel, cap: int | None = None, theta: float = 0
     Raises:
         PlanError: the plan cannot complete.
     """
-    return filled(plan, costs, cap, theta).plan
+    return Filled(plan, costs, cap, theta).plan
 
 
-def filled(plan: Plan, costs: CostModel, cap: int | None = None, theta: float = 0.0) -> Filled:
-    """`wfill`, with the makespan under the same costs."""
-    try:
-        skeleton, is_left = _skeleton(plan)
-        timing = Inputs(plan, costs, skeleton)
-        fill = _Fill(timing, costs, inf if cap is None else cap, theta)
-        fill.run()
-    except Unclear:
-        explain(plan, costs)
-    ops = list(chain.from_iterable(plan.programs))
-    kept = [ops[at] for at in np.flatnonzero(is_left).tolist()]
-    weights: list[Op] = kept.copy()
-    inputs = skeleton.only(skeleton.kind == I_)
-    both = (make_ops(np.full_like(inputs.kind, kind), inputs.stage, inputs.micro) for kind in (I_, W_))
-    for number, whole, weight in zip(inputs.op.tolist(), *both, strict=True):
-        weights[number] = weight
-        if not kept[number].parts:
-            kept[number] = whole
-    table = [*kept, *reversed(weights)]  # of an op at its number, of its W at `~` of that
-    order = list(chain.from_iterable(fill.programs))
-    numbers = np.array(order, np.int64)
-    seconds = np.concatenate([timing.seconds, timing.of_weights(costs)[::-1]])
-    starts = np.fromiter(chain.from_iterable(fill.starts), np.float64)
-    ranks = np.repeat(np.arange(len(fill.programs)), [len(program) for program in fill.programs])
-    found = _with_weights(skeleton, inputs, numbers, ranks)
-    filled = plan.with_ops(map(table.__getitem__, order), found)
-    return Filled(filled, max(fill.free), fill.peak, Spans(starts, starts + seconds[numbers]))
+class Filled:
+    """A plan with W in its idle gaps, see `wfill`; made when it is asked for.
+
+    Attributes:
+        makespan: simulated, under the same costs.
+        peak: the most activations that a rank holds.
+
+    Raises:
+        PlanError: the plan cannot complete.
+    """
+
+    def __init__(self, plan: Plan, costs: CostModel, cap: int | None = None, theta: float = 0.0) -> None:
+        self._before = plan
+        try:
+            self._skeleton, self._is_left = _skeleton(plan)
+            timing = Inputs(plan, costs, self._skeleton)
+            self._fill = _Fill(timing, costs, inf if cap is None else cap, theta)
+            self._fill.run()
+        except Unclear:
+            explain(plan, costs)
+        self._seconds = np.concatenate([timing.seconds, timing.of_weights(costs)[::-1]])
+        self.makespan, self.peak = max(self._fill.free), self._fill.peak
+
+    @cached_property
+    def plan(self) -> Plan:
+        """The plan."""
+        ops, skeleton = list(chain.from_iterable(self._before.programs)), self._skeleton
+        kept = [ops[at] for at in np.flatnonzero(self._is_left).tolist()]
+        weights: list[Op] = kept.copy()
+        inputs = skeleton.only(skeleton.kind == I_)
+        both = (make_ops(np.full_like(inputs.kind, kind), inputs.stage, inputs.micro) for kind in (I_, W_))
+        for number, whole, weight in zip(inputs.op.tolist(), *both, strict=True):
+            weights[number] = weight
+            if not kept[number].parts:
+                kept[number] = whole
+        table = [*kept, *reversed(weights)]  # of an op at its number, of its W at `~` of that
+        programs = self._fill.programs
+        ranks = np.repeat(np.arange(len(programs)), [len(program) for program in programs])
+        found = _with_weights(skeleton, inputs, self._numbers, ranks)
+        return self._before.with_ops(map(table.__getitem__, chain.from_iterable(programs)), found)
+
+    @cached_property
+    def spans(self) -> Spans:
+        """When its ops run."""
+        starts = np.fromiter(chain.from_iterable(self._fill.starts), np.float64)
+        return Spans(starts, starts + self._seconds[self._numbers])
+
+    @cached_property
+    def _numbers(self) -> Ints:
+        """Of the ops of all ranks, see `_Fill.programs`."""
+        return np.fromiter(chain.from_iterable(self._fill.programs), np.int64)
 
 
 def _with_weights(skeleton: Columns, inputs: Columns, numbers: Ints, ranks: Ints) -> Columns:

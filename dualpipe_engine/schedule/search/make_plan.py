@@ -12,7 +12,7 @@ from ..gc_paused import collector_paused
 from ..orders.registry import known_schedule
 from ..passes.rewrite import join, pair_up, safe_fuse, unpair
 from ..passes.shorten import shorten
-from ..passes.wfill import filled
+from ..passes.wfill import Filled
 from ..plan import Plan, check_size
 from ..timing.bound import plan_bound
 from ..timing.costs import UNIT, CostModel
@@ -28,17 +28,23 @@ MANY_OPS = 20_000  #: plans with more ops try the first of THETAS and few orders
 
 
 class Candidate(NamedTuple):
-    """A plan, with its simulated makespan, the most activations that a rank holds and when its ops run where they are
-    known."""
+    """An order, as it is or with W in its gaps, and its simulated makespan where it is known."""
 
-    plan: Plan
+    order: Plan | Filled
     makespan: float | None = None
-    peak: int | None = None
-    spans: Spans | None = None
+
+    @property
+    def plan(self) -> Plan:
+        return self.order if isinstance(self.order, Plan) else self.order.plan
+
+    @property
+    def spans(self) -> Spans | None:
+        """When its ops run, where that is known."""
+        return None if isinstance(self.order, Plan) else self.order.spans
 
     def held(self) -> int:
         """The most activations that a rank holds."""
-        return max(peak_activations(self.plan)) if self.peak is None else self.peak
+        return max(peak_activations(self.order)) if isinstance(self.order, Plan) else self.order.peak
 
 
 @collector_paused()
@@ -116,16 +122,16 @@ def _shortened(fitting: Iterable[Candidate], costs: CostModel, cap: int, split: 
 
     With transfers the order of a schedule is not the best one: each gap is too short for what the order has for it.
     """
-    of_makespan: dict[float, Plan] = {}
+    of_makespan: dict[float, Candidate] = {}
     for each in fitting:
-        of_makespan.setdefault(each.makespan or makespan_of(each.plan, costs), each.plan)
+        of_makespan.setdefault(each.makespan or makespan_of(each.plan, costs), each)
     ranked = sorted(of_makespan.items())
-    makespan, plan = ranked[0][0], safe_fuse(ranked[0][1], costs)
+    makespan, plan = ranked[0][0], safe_fuse(ranked[0][1].plan, costs)
     if plan.num_ops > MANY_OPS or makespan <= plan_bound(plan, costs, cap):
         return plan
     tries = min(MOST_TRIES, MOST_STARTS // plan.num_ops)
     starts = min(MOST_PLANS, MOST_STARTS // (tries * plan.num_ops))
-    others = (shorten(safe_fuse(start, costs), costs, cap, tries, split) for _, start in ranked[:starts])
+    others = (shorten(safe_fuse(start.plan, costs), costs, cap, tries, split) for _, start in ranked[:starts])
     return safe_fuse(_fastest(map(Candidate, others), costs).plan, costs)
 
 
@@ -163,7 +169,8 @@ def _candidates(reference: Plan, costs: CostModel, cap: int, split: bool) -> Ite
     yield Candidate(reference)
     for order in _orders(reference, costs):
         for theta in thetas:
-            yield Candidate(*filled(order, costs, cap, theta))
+            filled = Filled(order, costs, cap, theta)
+            yield Candidate(filled, filled.makespan)
         if order != reference:
             yield Candidate(order)
 
@@ -175,11 +182,11 @@ def _orders(reference: Plan, costs: CostModel) -> Iterator[Plan]:
     Of equals the first is taken. The order without pairs comes before those with some: its forwards do not wait for
     backwards, so that a late op delays less.
     """
-    known: dict[Plan, None] = {}
+    known: list[Plan] = []
 
     def fresh(order: Plan) -> Iterator[Plan]:
         if order not in known:
-            known[order] = None
+            known.append(order)
             yield order
 
     yield from fresh(reference)

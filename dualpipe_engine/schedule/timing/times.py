@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from itertools import chain, pairwise
 from typing import Any, NamedTuple
 
@@ -128,16 +128,17 @@ class Inputs:
         seconds[self.ops.op[those]] = _looked_up(self.ops.stage[those], lambda stage: costs.duration(Op(W, stage, 0)))
         return seconds
 
-    def rows(self, *more: NDArray[np.generic]) -> list[list[Row]]:
-        """For each rank its ops: input, hop and result of the first half, those of the second (result 0: there is
-        none), seconds, and what stands in `more` for the op."""
+    def rows(self, *more: NDArray[np.generic]) -> list[Iterator[Row]]:
+        """For each rank its ops, to be gone through once: input, hop and result of the first half, those of the second
+        (result 0: there is none), seconds, and what stands in `more` for the op."""
         count, first, pairs = len(self.first), self.first, self.ops.op[self.second]
         needs, hops, makes = np.zeros(count, np.int64), np.zeros(count), np.zeros(count, np.int64)
         needs[pairs], hops[pairs] = self._needs[self.second], self._hops[self.second]
         makes[pairs] = self._makes[self.second]
         every = (self._needs[first], self._hops[first], self._makes[first], needs, hops, makes, self.seconds, *more)
-        rows = list(zip(*(column.tolist() for column in every), strict=True))
-        return [rows[begin:end] for begin, end in pairwise(self.cuts())]
+        return [
+            zip(*(column[begin:end].tolist() for column in every), strict=True) for begin, end in pairwise(self.cuts())
+        ]
 
     def cuts(self) -> list[int]:
         """Where the ops of each rank begin, and the end of the last."""
