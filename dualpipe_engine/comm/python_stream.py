@@ -15,7 +15,8 @@ import torch.distributed as dist
 from ..errors import PipelineRuntimeError
 from .device import EventMoment, on_stream
 
-GRACE_NS = 5_000_000  #: a caller that waits within this time does so itself; later the lane does
+GRACE_NS = 50_000_000  #: a caller that waits within this time does so itself; later the lane does
+_HELD = 1 << 20  #: bytes of sends; those of one edge keep no more from being freed for `GRACE_NS`
 _IDLE_LOOKS = 10  #: in a row with nothing to do, then the watcher sleeps until the next post
 _FOREVER = timedelta(days=365)
 _CLOSED = "the communication stream was closed"
@@ -151,10 +152,15 @@ class _Lane:
         self._current: PythonTicket | None = None
         self._thread: threading.Thread | None = None
         self._working = self._closing = False
+        self._held = 0  # bytes of the sends in the queue
 
     def add(self, ticket: PythonTicket) -> None:
         with self._changed:
             self._queue.append(ticket)
+            if ticket.kind == "send":
+                self._held += ticket.size
+                if self._held > _HELD and not self._working and self._drop_taken():
+                    self._work()
 
     def look_after(self) -> bool:
         """Set the thread to work where it is needed; returns whether anything is left to look after."""
@@ -165,12 +171,21 @@ class _Lane:
                 return False
             if time.monotonic_ns() - self._queue[0].posted_ns < GRACE_NS:
                 return True
-            self._working = True
-            if self._thread is None:
-                self._thread = threading.Thread(target=self._run, daemon=True, name="dualpipe-lane")
-                self._thread.start()
-            self._changed.notify()
+            self._work()
             return True
+
+    def _work(self) -> None:
+        self._working = True
+        if self._thread is None:
+            self._thread = threading.Thread(target=self._run, daemon=True, name="dualpipe-lane")
+            self._thread.start()
+        self._changed.notify()
+
+    def _next(self) -> PythonTicket:
+        ticket = self._queue.popleft()
+        if ticket.kind == "send":
+            self._held -= ticket.size
+        return ticket
 
     def close(self) -> None:
         with self._changed:
@@ -184,7 +199,7 @@ class _Lane:
 
     def _drop_taken(self) -> bool:
         while self._queue and self._queue[0].taken():
-            self._queue.popleft()
+            self._next()
         return bool(self._queue)
 
     def _run(self) -> None:
@@ -198,7 +213,7 @@ class _Lane:
                     return
                 if not self._drop_taken():
                     continue
-                self._current = ticket = self._queue.popleft()
+                self._current = ticket = self._next()
             if ticket.take():
                 ticket.finish(_FOREVER)
             del ticket
