@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 import deepspeed
 import torch
 import torch.distributed as dist
+from bare import Bare
 from deepspeed.pipe import DualPipeVModule, LayerSpec, PipelineModule
 from sleeping import WIDTH, OverlappingStage, SleepingStage, Times, mean, stage_class
 from torch.distributed import pipelining
@@ -128,6 +129,10 @@ def started(name: str, job: Job) -> Started:
     who, _, schedule = name.partition(" ")
     if who == "ours":
         return ours(job, schedule)
+    if who == "bare":
+        plan, makespan = best_plan(job, schedule)
+        times = job.times.part(1 / plan.placement.parts)
+        return Started(Bare(plan, times, (ROWS, WIDTH)).step, schedule, makespan)
     kinds = {"stock": stock, "torch": torch_pipelining, "DeepSeek": deepseek}
     return Started(kinds[who](job, schedule), schedule)
 

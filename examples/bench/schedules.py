@@ -1,5 +1,5 @@
 """Schedules on stages that sleep: what an order of work costs, beside DeepSpeed's 1F1B and DualPipeV ("stock"), torch's
-schedules, and DeepSeek's DualPipe if it is installed.
+schedules, DeepSeek's DualPipe if it is installed, and each plan without an engine ("bare": the machine's share).
 
 Every stage sleeps F in a forward, I and W in a backward; its tensors are real and travel over gloo between processes
 on this machine. So two cores are enough for eight ranks, and the times show the schedule and the engine's overhead.
@@ -61,7 +61,7 @@ def names() -> list[str]:
     from contestants import HAS_DEEPSEEK, TORCH
 
     others = [STOCK, "stock dualpipev", *([DEEPSEEK] if HAS_DEEPSEEK else []), *(f"torch {name}" for name in TORCH)]
-    return [*others, *(f"ours {name}" for name in OURS), f"ours {AUTO}"]
+    return [*others, *(f"{who} {name}" for name in OURS for who in ("bare", "ours")), f"ours {AUTO}"]
 
 
 def chosen(words: str, known: Sequence[str] | None = None) -> list[str]:
