@@ -252,7 +252,10 @@ class Executor:
             if state.rank_of(stage + 1, micro) == self._rank:
                 self._note_output(op, output)
                 # A copy: the next stage may work in place on what this stage's backward still needs.
-                state.inputs[stage + 1, micro] = pytree.tree_map_only(torch.Tensor, torch.clone, output)
+                alone = isinstance(output, torch.Tensor)  # the usual case, without the cost of a nest
+                state.inputs[stage + 1, micro] = (
+                    output.clone() if alone else pytree.tree_map_only(torch.Tensor, torch.clone, output)
+                )
             else:
                 state.outputs[stage, micro] = output
         elif state.train:
