@@ -76,8 +76,8 @@ class HeldBytes(TorchDispatchMode):
     def but(self, own: Sequence[Tensor]) -> int:
         """Bytes of all that lives, but for `own` and their gradients."""
         gc.collect(0)
-        tensors = [each for tensor in own for each in (tensor, tensor.grad) if each is not None]
-        others = {tensor.untyped_storage().data_ptr() for tensor in tensors}
+        grads = [tensor.grad for tensor in own if tensor.is_leaf]  # torch warns of those of others
+        others = {tensor.untyped_storage().data_ptr() for tensor in (*own, *grads) if tensor is not None}
         found = {place: storage for place, ref in self._alive.items() if (storage := ref()) is not None}
         self._alive = {place: self._alive[place] for place in found}
         return sum(storage.nbytes() for place, storage in found.items() if place not in others)

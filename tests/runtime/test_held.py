@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import warnings
+
 import torch
 
 from dualpipe_engine.runtime.held import HeldBytes
@@ -20,3 +22,12 @@ def test_what_lives_counts_once():
         assert held.but([weight]) == view.nbytes
         del view
         assert held.but([weight]) == 0
+
+
+def test_tensors_within_a_graph_are_no_leaves_and_count_as_ones_own():
+    weight = torch.ones(8, requires_grad=True)
+    with HeldBytes() as held, warnings.catch_warnings():
+        warnings.simplefilter("error")
+        inner = weight * 2
+        assert held.but([]) == inner.nbytes
+        assert held.but([inner]) == 0
