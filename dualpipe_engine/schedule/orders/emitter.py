@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Iterator, Sequence
-from itertools import chain, repeat
+from itertools import chain, islice, repeat, starmap
 
 from ..op import FB, B, F, I, Op, W
 
@@ -35,27 +35,30 @@ class Emitter:
     def repeat(self, times: int, *steps: tuple[str, int]) -> None:
         """Append the steps `times` times. A step is a kind and a phase: `(FB, p)` pairs F of p with B of the other
         phase, `(W, _)` runs the oldest queued W."""
-        for _ in range(times):
-            for kind, phase in steps:
-                op = self._next(kind, phase)
-                if op is not None:
-                    self.ops.append(op)
+        rounds = zip(*(self._next(kind, phase) for kind, phase in steps), strict=False)
+        self.ops += filter(None, chain.from_iterable(islice(rounds, times)))
 
-    def _next(self, kind: str, phase: int) -> Op | None:
+    def _next(self, kind: str, phase: int) -> Iterator[Op | None]:
+        """The next ones of a step."""
         if kind == W:
-            return self._pending.popleft()
+            return starmap(self._pending.popleft, repeat(()))
         if kind == F:
-            return next(self._forward[phase])
+            return self._forward[phase]
         if kind == B:
-            return next(self._backward[phase])
+            return self._backward[phase]
         if kind == I:
-            whole = next(self._backward[phase])
-            self._pending.append(whole and Op(W, whole.stage, whole.micro))
-            return whole and Op(I, whole.stage, whole.micro)
-        forward, backward = next(self._forward[phase]), next(self._backward[1 - phase])
-        if forward and backward:
-            return _new(Op, (FB, forward.stage, forward.micro, (forward, backward)))
-        return forward or backward
+            return map(self._split, self._backward[phase])
+        return map(_paired, self._forward[phase], self._backward[1 - phase])
+
+    def _split(self, whole: Op | None) -> Op | None:
+        self._pending.append(whole and Op(W, whole.stage, whole.micro))
+        return whole and Op(I, whole.stage, whole.micro)
+
+
+def _paired(forward: Op | None, backward: Op | None) -> Op | None:
+    if forward and backward:
+        return _new(Op, (FB, forward[1], forward[2], (forward, backward)))
+    return forward or backward
 
 
 def _numbered(kind: str, stage: int, micros: Sequence[int]) -> Iterator[Op | None]:

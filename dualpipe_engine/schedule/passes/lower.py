@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from itertools import chain
+from operator import itemgetter
 from typing import NamedTuple
 
 import numpy as np
@@ -39,13 +40,11 @@ class _Group(NamedTuple):
     """Ops that are put in order.
 
     Args:
-        ops: in any order.
-        found: their columns, `op` being the position in `ops`.
+        found: their columns.
         places: where each op stands, see `queues.PLACES`.
         turns: its turn there.
     """
 
-    ops: list[Op]
     found: Columns
     places: Ints
     turns: Ints
@@ -55,8 +54,7 @@ def _group(
     kinds: Ints | int, stages: Ints | int, micros: Ints | int, ranks: Ints, places: Ints, turns: Ints | int = 0
 ) -> _Group:
     kind, stage, micro, turn = (np.broadcast_to(each, ranks.shape) for each in (kinds, stages, micros, turns))
-    found = Columns(kind.astype(np.int8), stage, micro, ranks, np.arange(len(ranks)))
-    return _Group(make_ops(kind, stage, micro), found, places, turn)
+    return _Group(Columns(kind.astype(np.int8), stage, micro, ranks, np.arange(len(ranks))), places, turn)
 
 
 @collector_paused()
@@ -85,32 +83,31 @@ def lower(plan: Plan, *, train: bool = True) -> Plan:
     Raises:
         PlanError: the plan holds transfers or tail ops already (use `plan.unlowered()` to drop them).
     """
-    for rank, program in enumerate(plan.programs):
-        for op in program:
-            if op.kind not in STEPS:
-                raise PlanError(f"rank {rank}: {op} shows that the plan is lowered already; lower plan.unlowered()")
-
+    if not set(map(itemgetter(0), chain.from_iterable(plan.programs))) <= STEPS:
+        each = ((rank, op) for rank, program in enumerate(plan.programs) for op in program)
+        rank, op = next((rank, op) for rank, op in each if op.kind not in STEPS)
+        raise PlanError(f"rank {rank}: {op} shows that the plan is lowered already; lower plan.unlowered()")
     found = _columns(plan)
     usual = np.arange(plan.num_ops) * PLACES + OP
-    groups = [_Group(list(chain.from_iterable(plan.programs)), found, usual, np.zeros_like(usual))]
-    groups += _transfers(plan, found)
+    groups = [_Group(found, usual, np.zeros_like(usual)), *_transfers(plan, found)]
     if train:
         groups += [_reduces(plan, found), _steps(plan)]
     return _in_order(plan, groups)
 
 
 def _in_order(plan: Plan, groups: list[_Group]) -> Plan:
-    """The plan of all ops of groups, each where it stands."""
-    ops, columns, places, turns = zip(*groups, strict=True)
+    """The plan of all ops of groups, each where it stands; those of the first group are the plan's, in their order."""
+    columns, places, turns = zip(*groups, strict=True)
     *fields, op = (np.concatenate(each) for each in zip(*columns, strict=True))
-    op += np.repeat(np.cumsum([0, *map(len, ops[:-1])]), [len(each.op) for each in columns])
+    op += np.repeat(np.cumsum([0, *map(len, places[:-1])]), [len(each.op) for each in columns])
     place, turn = np.concatenate(places)[op], np.concatenate(turns)[op]
     order = np.lexsort((turn, place)) if turn.any() else np.argsort(place, kind="stable")
     kind, stage, micro, rank, op = (column[order] for column in (*fields, op))
-    first = np.diff(op, prepend=-1) != 0
-    every = list(chain.from_iterable(ops))
-    inorder = map(every.__getitem__, op[first].tolist())
-    return plan.with_ops(inorder, Columns(kind, stage, micro, rank, np.cumsum(first) - 1))
+    first, given = np.diff(op, prepend=-1) != 0, op < plan.num_ops
+    made = make_ops(kind[~given], stage[~given], micro[~given])
+    sources = iter(made), chain.from_iterable(plan.programs)
+    ops = map(next, map(sources.__getitem__, given[first].tolist()))
+    return plan.with_ops(ops, Columns(kind, stage, micro, rank, np.cumsum(first) - 1))
 
 
 def _columns(plan: Plan) -> Columns:
