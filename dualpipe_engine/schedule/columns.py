@@ -70,11 +70,12 @@ def columns(programs: Sequence[Sequence[Op]]) -> Columns:
     halves = list(chain.from_iterable(parts))
     if len(halves) != 2 * len(first):
         raise ValueError("a pair is one F and one B or I")
-    for place, half, allowed in ((first, halves[::2], (F_,)), (first + 1, halves[1::2], (B_, I_))):
-        kinds, stages, micros, _ = _fields(half)
-        found.kind[place], found.stage[place], found.micro[place] = _kinds(kinds), _numbers(stages), _numbers(micros)
-        if not np.isin(found.kind[place], allowed).all():
-            raise ValueError("a pair is one F and one B or I")
+    kinds, stages, micros, _ = _fields(halves)
+    of_halves = _kinds(kinds)
+    if (of_halves[::2] != F_).any() or not np.isin(of_halves[1::2], (B_, I_)).all():
+        raise ValueError("a pair is one F and one B or I")
+    place = np.stack([first, first + 1], 1).ravel()
+    found.kind[place], found.stage[place], found.micro[place] = of_halves, _numbers(stages), _numbers(micros)
     return found
 
 
