@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
+from collections.abc import Callable
 from dataclasses import replace
 from math import inf, log
 from random import Random
@@ -22,8 +23,9 @@ def shorten(plan: Plan, costs: CostModel, cap: int, tries: int, split: bool = Tr
     """Try changes one by one, and keep each that makes the plan no longer.
 
     An op moves by some places, a pair falls apart, two neighbours become a pair, a W leaves its I or comes back to it.
-    Where both directions of a `bidirectional` plan mirror each other, a change is made to both. The changes are drawn
-    from a generator with a fixed seed, so that all ranks find the same plan.
+    Where both directions of a `bidirectional` plan mirror each other, a change is made to both: half of the ranks are
+    searched, and the others do the same. The changes are drawn from a generator with a fixed seed, so that all ranks
+    find the same plan.
 
     Args:
         plan: compute ops that complete, W first in, first out.
@@ -35,22 +37,30 @@ def shorten(plan: Plan, costs: CostModel, cap: int, tries: int, split: bool = Tr
     search = _Search(plan, costs, cap, split)
     for left in range(tries, 0, -1):
         search.step(WARM * (left / tries) ** 2)
-    return replace(plan, programs=tuple(map(tuple, search.best)))
+    return replace(plan, programs=tuple(map(tuple, search.best())))
 
 
 class _Search:
-    """The best programs so far. Of equally long ones those are better whose ops start earlier."""
+    """The best programs so far. Of equally long ones those are better whose ops start earlier.
 
+    Of directions that mirror each other it holds one half of the ranks, with micro-batches 2n and 2n + 1 as n: what a
+    rank gets from its mirror image is there when its own is.
+    """
+
+    _best: list[list[Op]]
     _path: list[tuple[int, int]]  # rank and place of the ops of a critical path
 
     def __init__(self, plan: Plan, costs: CostModel, cap: int, split: bool) -> None:
-        self.programs = [list(program) for program in plan.programs]
         self._cap, self._split, self._random = cap, split, Random(0)
-        self._rows = Rows(plan.placement, plan.num_micro, costs)
-        self._timed = [[self._rows.of(op) for op in program] for program in self.programs]
         self._early = 1e-3 / plan.num_ops  # what starts count beside the makespan
-        mirrored = plan.placement.num_directions == 2 and plan.num_micro % 2 == 0
-        self._mirrored = mirrored and list(map(_mirror, self.programs)) == self.programs[::-1]
+        self.programs, num_micro = [list(program) for program in plan.programs], plan.num_micro
+        mirrored = plan.placement.num_directions == 2 and num_micro % 2 == 0
+        self._folded = mirrored and [_renumbered(program, _other) for program in self.programs] == self.programs[::-1]
+        if self._folded:
+            num_micro //= 2
+            self.programs = [_renumbered(program, _half) for program in self.programs[: len(self.programs) // 2]]
+        self._rows = Rows(plan.placement, num_micro, costs)
+        self._timed = [[self._rows.of(op) for op in program] for program in self.programs]
         self._cost = self._least = inf
         self._adopt(self.programs, self._timed, inf)
 
@@ -61,10 +71,16 @@ class _Search:
         if not self._change(program, at) or not self._settle(program):
             return
         programs, timed = self.programs.copy(), self._timed.copy()
-        for changed in (rank, len(programs) - 1 - rank)[: 1 + self._mirrored]:
-            programs[changed] = program if changed == rank else _mirror(program)
-            timed[changed] = list(map(self._rows.of, programs[changed]))
+        programs[rank], timed[rank] = program, list(map(self._rows.of, program))
         self._adopt(programs, timed, self._cost * (1 - slack * log(1 - self._random.random())))
+
+    def best(self) -> list[list[Op]]:
+        """The shortest programs that were found, of all ranks."""
+        if not self._folded:
+            return self._best
+        ranks = len(self._best)
+        here = [_renumbered(program, lambda op: 2 * op.micro + (op.stage >= ranks)) for program in self._best]
+        return here + [_renumbered(program, _other) for program in reversed(here)]
 
     def _adopt(self, programs: list[list[Op]], timed: list[list[Row]], limit: float) -> None:
         """Keep programs that complete and are no worse."""
@@ -74,7 +90,7 @@ class _Search:
             return
         cost = max(free) + self._early * sum(map(sum, starts))
         if max(free) < self._least:
-            self.best, self._least = programs, max(free)
+            self._best, self._least = programs, max(free)
         if cost <= limit:
             self.programs, self._timed, self._cost = programs, timed, cost
             self._path = _critical(timed, starts, arrivals, free)
@@ -137,14 +153,24 @@ class _Search:
         return True
 
 
-def _mirror(program: list[Op]) -> list[Op]:
-    """The same of the micro-batches of the other direction."""
+def _renumbered(program: list[Op], number: Callable[[Op], int]) -> list[Op]:
+    """The same with other numbers of micro-batches."""
     return [
-        pair(*(Op(part.kind, part.stage, part.micro ^ 1) for part in op.parts))
+        pair(*(Op(part.kind, part.stage, number(part)) for part in op.parts))
         if op.parts
-        else Op(op.kind, op.stage, op.micro ^ 1)
+        else Op(op.kind, op.stage, number(op))
         for op in program
     ]
+
+
+def _other(op: Op) -> int:
+    """The micro-batch of the other direction."""
+    return op.micro ^ 1
+
+
+def _half(op: Op) -> int:
+    """The number of the micro-batch among those of its direction."""
+    return op.micro // 2
 
 
 def _critical(
