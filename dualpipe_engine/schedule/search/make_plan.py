@@ -22,8 +22,8 @@ from .under_cap import LEAST_CAP, under_cap
 
 THETAS = (0.0, 0.3, 0.6)  #: how much of a W may delay the next op, see `wfill`
 MOST_PLANS = 8  #: plans that are shortened where transfers take time
-MOST_TRIES = 2000  #: changes that are tried on each, see `shorten`
-MOST_STARTS = 1_000_000  #: and the ops that all of these start, about
+MOST_TRIES = 4000  #: changes that are tried on each, see `shorten`
+MOST_STARTS = 2_000_000  #: and the ops that all of these start, about
 MANY_OPS = 20_000  #: plans with more ops try the first of THETAS and few orders, which keeps 140,000 ops within seconds
 
 
@@ -129,8 +129,9 @@ def _shortened(fitting: Iterable[Candidate], costs: CostModel, cap: int, split: 
     makespan, plan = ranked[0][0], safe_fuse(ranked[0][1].plan, costs)
     if plan.num_ops > MANY_OPS or makespan <= plan_bound(plan, costs, cap):
         return plan
-    tries = min(MOST_TRIES, MOST_STARTS // plan.num_ops)
-    starts = min(MOST_PLANS, MOST_STARTS // (tries * plan.num_ops))
+    ops = plan.num_ops // plan.placement.num_directions  # those of one direction, which the other mirrors
+    tries = min(MOST_TRIES, MOST_STARTS // ops)
+    starts = min(MOST_PLANS, MOST_STARTS // (tries * ops))
     others = (shorten(safe_fuse(start.plan, costs), costs, cap, tries, split) for _, start in ranked[:starts])
     return safe_fuse(_fastest(map(Candidate, others), costs).plan, costs)
 
