@@ -15,7 +15,7 @@ from dualpipe_engine.schedule.search.compare import best, compare
 from dualpipe_engine.schedule.search.make_plan import make_plan
 from dualpipe_engine.schedule.timing.bound import plan_bound
 from dualpipe_engine.schedule.timing.costs import CostModel
-from dualpipe_engine.schedule.timing.simulate import peak_activations, simulate
+from dualpipe_engine.schedule.timing.simulate import makespan_of, peak_activations, simulate
 
 # micro-batches, F&B, then the makespans of: 1F1B, ZB1P, DualPipe's reference order, DualPipe's best candidate. PP = 8.
 MAKESPANS = [
@@ -172,6 +172,15 @@ def test_within_2_percent_of_the_optimum_with_transfers(
     assert max(peak_activations(plan)) <= 5
     assert plan_bound(plan, costs, 5) <= optimum * (1 + 1e-9)
     assert simulate(plan, costs).makespan <= 1.02 * optimum
+
+
+@pytest.mark.parametrize("num_ranks", [4, 8, pytest.param(16, marks=pytest.mark.all)])
+@pytest.mark.parametrize(("i", "w", "fb", "comm"), [(1.4, 0.6, 2.1, 0.3), (1.0, 1.0, 2.55, 0.2)])
+def test_steady_state_is_that_of_alternating_pairs(num_ranks: int, i: float, w: float, fb: float, comm: float) -> None:
+    """No steady state with as many activations is shorter: tests/test_optima.py."""
+    costs = CostModel(i=i, w=w, fb=fb, comm=comm)
+    times = [makespan_of(make_plan("dualpipe", num_ranks, n * num_ranks, costs, True), costs) for n in (4, 8)]
+    assert times[1] - times[0] <= 1.01 * 4 * num_ranks * (fb + (num_ranks - 1) * comm / num_ranks)
 
 
 def test_odd_ranks() -> None:
