@@ -45,3 +45,9 @@ def test_no_steady_state_of_two_micro_batches_is_shorter_than_alternating_pairs(
         at_best = ceil(2 * optima.SCALE * optima.alternating(ranks, costs) - 1e-6)
         assert optima.period(ranks, 1, costs, ranks + 1, at_best - 1, 120) == "INFEASIBLE"
         assert optima.period(ranks, 1, costs, ranks + 1, at_best, 120) == "OPTIMAL"
+
+
+def test_more_activations_buy_little(optima) -> None:
+    costs = CostModel(fb=2.1, comm=0.2)  # alternating pairs: 4.5 for two micro-batches
+    assert optima.period(4, 1, costs, 6, 89, 60) == "INFEASIBLE"
+    assert optima.period(4, 1, costs, 8, 88, 60) == "OPTIMAL"
