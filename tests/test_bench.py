@@ -22,8 +22,7 @@ BENCH = Path(__file__).parent.parent / "examples" / "bench"
 def report():
     with pytest.MonkeyPatch.context() as patch:
         patch.syspath_prepend(BENCH)
-        ranks = SimpleNamespace(run_ranks=None, pin=None, cores_of=None)  # the tests' own `ranks` has another
-        patch.setitem(sys.modules, "ranks", ranks)
+        patch.setitem(sys.modules, "ranks", SimpleNamespace(run_ranks=None))  # the tests' own `ranks` has another
         yield importlib.import_module("report")
 
 

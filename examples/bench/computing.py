@@ -28,8 +28,9 @@ from unittest.mock import patch
 
 import torch
 import torch.distributed as dist
+from cores import cores_of, pin
 from deepspeed.pipe import LayerSpec
-from ranks import cores_of, pin, run_ranks
+from ranks import run_ranks
 from schedules import OURS, PAIRED, STOCK, chosen, once, plot
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))

@@ -117,12 +117,10 @@ def rungs(
 
 def measure(rank: int, sizes: Sizes, cases: list[Rung]) -> list[dict[str, Any]]:
     """Of each rung the bytes computed and measured on the fullest rank, the seconds of a step, and the losses."""
-    from ranks import pin
     from rich.progress import Progress
 
     from dualpipe_engine.comm.from_all import from_all
 
-    pin(rank, sizes.ranks)
     kept: dict[tuple[str, bool], CostModel] = {}
     rows = []
     with Progress(disable=rank != 0 or not sys.stderr.isatty(), transient=True) as progress:
@@ -135,6 +133,14 @@ def measure(rank: int, sizes: Sizes, cases: list[Rung]) -> list[dict[str, Any]]:
             rows.append(row)
             progress.advance(task)
     return rows
+
+
+def measure_pinned(rank: int, sizes: Sizes, cases: list[Rung]) -> list[dict[str, Any]]:
+    """`measure` on cores of its own."""
+    from cores import pin
+
+    pin(rank, sizes.ranks)
+    return measure(rank, sizes, cases)
 
 
 def _measure(sizes: Sizes, rung: Rung, kept: dict[tuple[str, bool], CostModel]) -> dict[str, Any]:
@@ -264,10 +270,11 @@ def main() -> int:
         parser.error(f"--only: there is no {', '.join(sorted(unknown))}; there are {', '.join(SCHEDULES)}")
     if args.steps < 1:
         parser.error("--steps: at least 1")
-    from ranks import cores_of, run_ranks
+    from cores import cores_of
+    from ranks import run_ranks
 
     sizes, cases = Sizes(steps=args.steps), rungs(only)
-    rows = run_ranks(measure, sizes.ranks, sizes, cases)
+    rows = run_ranks(measure_pinned, sizes.ranks, sizes, cases)
     found = [
         {"schedule": rung.name, "recompute": rung.recompute, "offload": rung.offload, "way": rung.way, **row}
         for rung, row in zip(cases, rows, strict=True)
