@@ -9,8 +9,7 @@ namespace dualpipe {
 
 namespace {
 
-constexpr auto kGrace = std::chrono::milliseconds(50);
-constexpr int64_t kHeld = 1 << 20;  // bytes of sends; those of one edge keep no more from being freed for kGrace
+constexpr auto kGrace = std::chrono::milliseconds(5);
 constexpr int kIdleLooks = 10;  // in a row with nothing to do, then the watcher sleeps until the next post
 constexpr auto kForever = std::chrono::hours(24 * 365);
 
@@ -57,30 +56,11 @@ Lane::~Lane() {
 void Lane::add(Shared ticket) {
   std::lock_guard<std::mutex> lock(mutex_);
   queue_.push_back(std::move(ticket));
-  if (queue_.back()->kind != kSend) return;
-  held_ += queue_.back()->bytes;
-  if (held_ > kHeld && !working_ && drop_taken()) work();
-}
-
-Shared Lane::next() {
-  auto ticket = std::move(queue_.front());
-  queue_.pop_front();
-  if (ticket->kind == kSend) held_ -= ticket->bytes;
-  return ticket;
 }
 
 bool Lane::drop_taken() {
-  while (!queue_.empty() && queue_.front()->taken()) next();
+  while (!queue_.empty() && queue_.front()->taken()) queue_.pop_front();
   return !queue_.empty();
-}
-
-void Lane::work() {
-  working_ = true;
-  if (thread_.joinable()) {
-    changed_.notify_one();
-  } else {
-    thread_ = std::thread([this] { run(); });
-  }
 }
 
 bool Lane::look_after() {
@@ -88,7 +68,12 @@ bool Lane::look_after() {
   if (working_) return true;
   if (!drop_taken()) return false;
   if (std::chrono::nanoseconds(now_ns() - queue_.front()->posted_ns) < kGrace) return true;
-  work();
+  working_ = true;
+  if (thread_.joinable()) {
+    changed_.notify_one();
+  } else {
+    thread_ = std::thread([this] { run(); });
+  }
   return true;
 }
 
@@ -97,7 +82,8 @@ void Lane::run() {
   while (true) {
     changed_.wait(lock, [this] { return closing_ || working_; });
     while (!closing_ && drop_taken()) {
-      current_ = next();
+      current_ = std::move(queue_.front());
+      queue_.pop_front();
       if (current_->take()) {
         auto ticket = current_;
         lock.unlock();

@@ -31,15 +31,12 @@ class Lane {
 
  private:
   void run();
-  void work();
-  Shared next();
   bool drop_taken();
 
   std::mutex mutex_;
   std::condition_variable changed_;
   std::deque<Shared> queue_;
   Shared current_;
-  int64_t held_ = 0;  // bytes of the sends in the queue
   bool working_ = false;
   bool closing_ = false;
   std::thread thread_;

@@ -15,8 +15,7 @@ import torch.distributed as dist
 from ..errors import PipelineRuntimeError
 from .device import EventMoment, on_stream
 
-GRACE_NS = 50_000_000  #: a caller that waits within this time does so itself; later the lane does
-_HELD = 1 << 20  #: bytes of sends; those of one edge keep no more from being freed for `GRACE_NS`
+GRACE_NS = 5_000_000  #: a caller that waits within this time does so itself; later the lane does
 _IDLE_LOOKS = 10  #: in a row with nothing to do, then the watcher sleeps until the next post
 _FOREVER = timedelta(days=365)
 _CLOSED = "the communication stream was closed"
@@ -152,15 +151,10 @@ class _Lane:
         self._current: PythonTicket | None = None
         self._thread: threading.Thread | None = None
         self._working = self._closing = False
-        self._held = 0  # bytes of the sends in the queue
 
     def add(self, ticket: PythonTicket) -> None:
         with self._changed:
             self._queue.append(ticket)
-            if ticket.kind == "send":
-                self._held += ticket.size
-                if self._held > _HELD and not self._working and self._drop_taken():
-                    self._work()
 
     def look_after(self) -> bool:
         """Set the thread to work where it is needed; returns whether anything is left to look after."""
@@ -171,21 +165,12 @@ class _Lane:
                 return False
             if time.monotonic_ns() - self._queue[0].posted_ns < GRACE_NS:
                 return True
-            self._work()
+            self._working = True
+            if self._thread is None:
+                self._thread = threading.Thread(target=self._run, daemon=True, name="dualpipe-lane")
+                self._thread.start()
+            self._changed.notify()
             return True
-
-    def _work(self) -> None:
-        self._working = True
-        if self._thread is None:
-            self._thread = threading.Thread(target=self._run, daemon=True, name="dualpipe-lane")
-            self._thread.start()
-        self._changed.notify()
-
-    def _next(self) -> PythonTicket:
-        ticket = self._queue.popleft()
-        if ticket.kind == "send":
-            self._held -= ticket.size
-        return ticket
 
     def close(self) -> None:
         with self._changed:
@@ -199,7 +184,7 @@ class _Lane:
 
     def _drop_taken(self) -> bool:
         while self._queue and self._queue[0].taken():
-            self._next()
+            self._queue.popleft()
         return bool(self._queue)
 
     def _run(self) -> None:
@@ -213,7 +198,7 @@ class _Lane:
                     return
                 if not self._drop_taken():
                     continue
-                self._current = ticket = self._next()
+                self._current = ticket = self._queue.popleft()
             if ticket.take():
                 ticket.finish(_FOREVER)
             del ticket

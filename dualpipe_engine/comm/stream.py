@@ -40,8 +40,7 @@ class StreamTicket(TimedTicket, Protocol):
         what: how errors call it, with the rank of the peer.
         size: bytes sent; of a receive the bytes received.
         posted_ns: nanoseconds of the monotonic clock.
-        finished_ns: the same, when it was seen to be done; 0 until then. On the CPU somebody has waited for it, at the
-            latest a thread that begins to some 50 ms after it was posted; on an accelerator see `moments`.
+        finished_ns: the same; 0 until it is done. On an accelerator: when it was seen to be done; see `moments`.
         waited_ns: how long `wait` held its callers.
     """
 
