@@ -17,7 +17,6 @@ from __future__ import annotations
 import argparse
 import contextlib
 import io
-import json
 import os
 import sys
 from collections.abc import Iterator, Sequence
@@ -30,6 +29,7 @@ import torch
 import torch.distributed as dist
 from cores import cores_of, pin
 from deepspeed.pipe import LayerSpec
+from output import write
 from ranks import run_ranks
 from schedules import OURS, PAIRED, STOCK, chosen, once, plot
 
@@ -241,9 +241,7 @@ def main() -> int:
     from rich.console import Console
 
     Console(width=130).print(table(found, title))
-    if args.out:
-        args.out.with_suffix(".json").write_text(json.dumps({"title": title, "rows": found}, indent=1))
-        plot(found, title, args.out.with_suffix(".png"))
+    write(args.out, title, found, plot)
     return 0
 
 

@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import argparse
 import io
-import json
 import sys
 from collections.abc import Callable
 from contextlib import redirect_stdout
@@ -271,6 +270,7 @@ def main() -> int:
     if args.steps < 1:
         parser.error("--steps: at least 1")
     from cores import cores_of
+    from output import write
     from ranks import run_ranks
 
     sizes, cases = Sizes(steps=args.steps), rungs(only)
@@ -285,9 +285,7 @@ def main() -> int:
     apart = max(abs(row["computed"] / row["measured"] - 1) for row in found)
     what = f"computed / measured bytes of the fullest rank, at most {apart:.1%} apart, and time of a step"
     print(title, what, "", *table(found), sep="\n")
-    if args.out:
-        args.out.with_suffix(".json").write_text(json.dumps({"title": title, "rows": found}, indent=1))
-        plot(found, title, args.out.with_suffix(".png"))
+    write(args.out, title, found, plot)
     return 0
 
 

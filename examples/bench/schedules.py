@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import argparse
 import gc
-import json
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -23,6 +22,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from output import write
 from ranks import run_ranks
 from sleeping import Times, lateness
 
@@ -174,9 +174,7 @@ def main() -> int:
     from rich.console import Console
 
     Console(width=110).print(table(found, title))
-    if args.out:
-        args.out.with_suffix(".json").write_text(json.dumps({"title": title, "rows": found}, indent=1))
-        plot(found, title, args.out.with_suffix(".png"))
+    write(args.out, title, found, plot)
     return 0
 
 
