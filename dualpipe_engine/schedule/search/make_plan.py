@@ -23,7 +23,7 @@ from .under_cap import LEAST_CAP, under_cap
 THETAS = (0.0, 0.3, 0.6)  #: how much of a W may delay the next op, see `wfill`
 MOST_PLANS = 8  #: plans that are shortened where transfers take time
 MOST_TRIES = 4000  #: changes that are tried on each, see `shorten`
-MOST_STARTS = 2_000_000  #: and the ops that all of these start, about
+MOST_STARTS = 3_000_000  #: and the ops that all of these start, about
 MANY_OPS = 20_000  #: plans with more ops try the first of THETAS and few orders, which keeps 140,000 ops within seconds
 
 
