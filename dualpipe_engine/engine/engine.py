@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable, Iterator
 
 import torch
@@ -13,9 +14,11 @@ from deepspeed.runtime.pipe.topology import PipelineParallelGrid
 from deepspeed.runtime.torch_autocast import autocast_if_enabled
 from deepspeed.utils import logger
 
+from ..comm.communicators import matches_by_tag
 from ..comm.device import side_stream
 from ..comm.nest import Nest
 from ..comm.p2p import Edges
+from ..comm.queues import VARIABLE, check_queues
 from ..comm.stream import StreamTicket
 from ..comm.tickets import Transfer
 from ..comm.transports import transport_of
@@ -190,6 +193,8 @@ class DualPipeEngine(
         self._additional = AdditionalLosses(module, self._pipeline_group, self._replica_group)
         self._chunks = {stage: self._make_chunk(stage, view) for stage, view in context.views.items()}
         self._transported: list[StreamTicket] = []  # of the last batch, between stages
+        if not matches_by_tag(self._pipeline_group):
+            check_queues(self.plan, module.dynamic_shape, self.device, os.environ.get(VARIABLE))
         with waiting():  # it connects the ends of its edges
             self._transport = transport = transport_of(self._pipeline_group)(
                 self.place.pipeline,

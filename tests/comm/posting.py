@@ -23,6 +23,7 @@ from typing import NamedTuple
 from dualpipe_engine.schedule.op import COMPUTE, FB, RECV_B, RECV_F, SEND_B, SEND_F, W, atoms
 
 POST, SEND, NEED = "post", "send", "need"
+FIRST, EACH = "first", "each"
 AHEAD = {SEND_F: 1, SEND_B: -1, RECV_F: -1, RECV_B: 1}  # from the stage of the op to the one at the other end
 
 
@@ -45,10 +46,10 @@ class _Message:
 class _Host:
     """Rules of `Edges`, on one rank: `ahead` messages of each source are posted before they are needed."""
 
-    def __init__(self, plan, rank, ahead, tensors, first):
-        self.plan, self.rank, self.ahead, self.tensors = plan, rank, ahead, tensors
-        self.sent_header = set() if first else None
-        self.known = set() if first else None
+    def __init__(self, plan, rank, ahead, tensors, headers):
+        self.plan, self.rank, self.ahead, self.tensors, self.headers = plan, rank, ahead, tensors, headers
+        self.sent_header = set()
+        self.known = set()
         self.forwarded = set()  # (stage, micro) whose output has left, which tells the shapes of its gradients
         self.steps = []
         self.messages = {}
@@ -63,8 +64,9 @@ class _Host:
         edge, header = (self.rank, self.other(op)), 0
         if op.kind == SEND_F:
             self.forwarded.add((op.stage, op.micro))
-        if op.kind == SEND_F and self.sent_header is not None and op.stage not in self.sent_header:
-            self.sent_header.add(op.stage)
+        if op.kind == SEND_F and self.headers is not None and op.stage not in self.sent_header:
+            if self.headers == FIRST:
+                self.sent_header.add(op.stage)
             header = 1
         self.steps += [Step(SEND, edge)] * (self.tensors + header)
 
@@ -78,7 +80,7 @@ class _Host:
     def is_known(self, message):
         if message.kind == RECV_B:
             return (message.stage, message.micro) in self.forwarded
-        return self.known is None or message.stage in self.known
+        return self.headers is None or message.stage in self.known
 
     def advance(self, edge):
         waiting = self.waiting[edge]
@@ -111,7 +113,8 @@ class _Host:
             first = self.waiting[edge].popleft()
             if not self.is_known(first):
                 self.post_header(first)
-                self.known.add(first.stage)
+                if self.headers == FIRST:
+                    self.known.add(first.stage)
                 self.steps.append(Step(NEED, edge, first.header))
             self.post(first)
         self.steps.append(Step(NEED, edge, message.last))
@@ -119,7 +122,7 @@ class _Host:
         self.advance(edge)
 
 
-def host_steps(plan, rank, ahead, tensors=1, first=False, overlapped=True):
+def host_steps(plan, rank, ahead, tensors=1, headers=None, overlapped=True):
     """The steps of one rank.
 
     Args:
@@ -127,10 +130,11 @@ def host_steps(plan, rank, ahead, tensors=1, first=False, overlapped=True):
         rank: which.
         ahead: messages of one source that are posted and not needed yet; None: any number.
         tensors: operations of a message, which is one where it travels whole.
-        first: whether it is the first step, in which headers tell the shapes.
+        headers: which forward messages of a stage come behind a header that tells their shapes: `FIRST`, as in the
+            first step, `EACH`, as where shapes change, or None, as in the steps after the first.
         overlapped: whether the halves of a pair run at once; else the forward's output leaves before the backward.
     """
-    host = _Host(plan, rank, ahead, tensors, first)
+    host = _Host(plan, rank, ahead, tensors, headers)
     left_early = set()
     program = plan.programs[rank]
     for op, following in zip(program, (*program[1:], None), strict=True):

@@ -6,12 +6,13 @@ import random
 
 import pytest
 import torch
-from posting import NEED, POST, SEND, host_steps, is_stuck
+from posting import EACH, FIRST, NEED, POST, SEND, host_steps, is_stuck
 
 from dualpipe_engine.comm.communicators import rounds_of
 from dualpipe_engine.comm.meta import HEADER_BYTES, encode, flatten
 from dualpipe_engine.comm.p2p import Edges
-from dualpipe_engine.errors import PlanError
+from dualpipe_engine.comm.queues import check_queues
+from dualpipe_engine.errors import ConfigError, PlanError
 from dualpipe_engine.schedule.op import COMPUTE, FB, RECV_B, RECV_F, SEND_B, SEND_F, W, atoms
 from dualpipe_engine.schedule.orders.registry import KNOWN, SCHEDULES, placement_of
 from dualpipe_engine.schedule.passes.lower import forward_only, lower
@@ -26,7 +27,7 @@ KINDS = {  # of steps, and the rules for each; what finishes with few hardware q
         {},
         {"one hardware queue": {"behind": 1}, "2 in flight": {"in_flight": 2}, "8 in flight": {"in_flight": 8}},
     ),
-    "the first step": ({"first": True}, {"one hardware queue": {"behind": 1}, "3 in flight": {"in_flight": 3}}),
+    "the first step": ({"headers": FIRST}, {"one hardware queue": {"behind": 1}, "3 in flight": {"in_flight": 3}}),
     "a step, pairs one after the other": ({"overlapped": False}, {"one hardware queue": {"behind": 1}}),
 }
 
@@ -61,10 +62,27 @@ def steps_of(plan, ahead=AHEAD, **kind):
     return [host_steps(plan, rank, ahead, **kind) for rank in range(len(plan.programs))]
 
 
+def kinds_of(plan):
+    """See `KINDS`. Where shapes change, as they may in evaluation, not every plan makes do with one queue."""
+    one_queue = {"one hardware queue": {"behind": 1}} if runs_on_one_queue(plan) else {}
+    return KINDS | {"a step of any shapes": ({"headers": EACH}, {**one_queue, "8 in flight": {"in_flight": 8}})}
+
+
+def runs_on_one_queue(plan):
+    """Whether a plan does so where shapes change: evaluation, and what `check_queues` lets pass."""
+    if all(op.is_forward for program in plan.programs for op in program if op.kind in COMPUTE):
+        return True
+    try:
+        check_queues(plan, True, torch.device("cuda"), "1")
+    except ConfigError:
+        return False
+    return True
+
+
 def check(found):
     for plan in found:
         pairs = any(op.kind == FB for program in plan.programs for op in program)
-        for name, (kind, rules) in KINDS.items():
+        for name, (kind, rules) in kinds_of(plan).items():
             if not kind.get("overlapped", True) and not pairs:
                 continue
             steps = steps_of(plan, **kind)
@@ -165,6 +183,18 @@ def test_the_model_sees_deadlocks():
     assert is_stuck(ahead, in_flight=1)
     assert is_stuck(steps_of(lower(make_plan("dualpipe", 2, 8)), None), in_flight=2)
     assert is_stuck(steps_of(plan, tensors=2), in_flight=2), "so messages of several tensors travel whole"
+    assert is_stuck(steps_of(plan, headers=EACH), behind=1), "so changing shapes are refused with one queue"
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES)
+def test_changing_shapes_are_refused_with_few_queues(schedule):
+    plan = lower(make_plan(schedule, 2, 4))
+    for device, changing, most in (("cuda", True, None), ("cuda", True, "8"), ("cuda", False, "1"), ("cpu", True, "1")):
+        check_queues(plan, changing, torch.device(device), most)
+    assert runs_on_one_queue(plan) == (schedule in ("1f1b", "zb1p"))
+    if schedule == "dualpipe":
+        with pytest.raises(ConfigError, match='"dualpipe" may wait for ever with CUDA_DEVICE_MAX_CONNECTIONS=1'):
+            check_queues(plan, True, torch.device("cuda"), "1")
 
 
 @pytest.mark.parametrize("pp", range(1, 17))
@@ -254,17 +284,18 @@ def run(edges, plan, rank, message):
 
 
 @pytest.mark.parametrize(("ahead", "tensors", "whole"), [(0, 1, True), (1, 1, True), (1, 2, True), (None, 2, False)])
+@pytest.mark.parametrize("changing", [False, True])
 @pytest.mark.parametrize("schedule", SCHEDULES)
-def test_edges_keep_to_the_model(schedule, ahead, tensors, whole):
+def test_edges_keep_to_the_model(schedule, changing, ahead, tensors, whole):
     """Of a message that does not travel whole every tensor is waited for, which the model does with the last."""
     plan = lower(make_plan(schedule, 4, 6))
     message = tuple(torch.ones(1) for _ in range(tensors))
     for rank in range(4):
         transport = Recorder(rank, ahead, whole, message)
-        edges = Edges(transport, torch.device("cpu"))
-        for first in (True, False):
+        edges = Edges(transport, torch.device("cpu"), dynamic_shape=changing)
+        for headers in (EACH, EACH) if changing else (FIRST, None):
             run(edges, plan, rank, message)
-            steps = host_steps(plan, rank, ahead, 1 if whole else tensors, first)
+            steps = host_steps(plan, rank, ahead, 1 if whole else tensors, headers)
             expected = [tuple(step) if step.act == NEED else step[:2] for step in steps]
             assert [step for step in transport.steps if step[0] != NEED] == [e for e in expected if e[0] != NEED]
             assert [step for step in transport.steps if step in expected] == expected

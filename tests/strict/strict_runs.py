@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import sys
 from datetime import timedelta
 from pathlib import Path
@@ -189,19 +190,23 @@ class Pair(torch.nn.Module):
         return x + torch.tanh(self.linear(x)) * mask, ~mask, extra * 0.5 + x[:, :3]
 
 
-def several_tensors(config, ranks):
-    """Losses of stages that pass on several tensors."""
+def several_tensors(config, ranks, lengths=(2,)):
+    """Losses of stages that pass on several tensors of so many rows, by micro-batch; then one of evaluation."""
     from deepspeed.pipe import LayerSpec, PipelineModule
 
     import dualpipe_engine
 
     torch.manual_seed(7)
-    layers = [LayerSpec(Pair) for _ in range(2 * ranks)]
-    module = PipelineModule(layers, num_stages=ranks, loss_fn=lambda out, y: (out[0] + y).pow(2).mean() + out[2].mean())
+    module = PipelineModule(
+        [LayerSpec(Pair) for _ in range(2 * ranks)],
+        num_stages=ranks,
+        loss_fn=lambda out, y: (out[0] + y).pow(2).mean() + out[2].mean(),
+        dynamic_shape=len(lengths) > 1,
+    )
     engine, *_ = dualpipe_engine.initialize(model=module, config=config)
     draw = torch.Generator().manual_seed(3)
-    data = iter([(torch.randn(2, 8, generator=draw), torch.randn(2, 8, generator=draw)) for _ in range(16)])
-    return [float(engine.train_batch(data)) for _ in range(2)]
+    data = (torch.randn(2, rows, 8, generator=draw).unbind() for rows in itertools.cycle(lengths))
+    return [float(engine.train_batch(data)) for _ in range(2)] + [float(engine.eval_batch(data))]
 
 
 def moe_gradients(**kwargs):

@@ -80,6 +80,20 @@ def test_stages_that_pass_on_several_tensors(ranks, on_twin):
     assert strict == ranks.run(4, strict_runs.several_tensors, **given)
 
 
+@pytest.mark.parametrize(
+    ("schedule", "pp", "eager"),
+    [
+        ("dualpipe", 4, True),
+        *(pytest.param(*each, False, marks=pytest.mark.all) for each in (("zbv", 3), ("interleaved", 4), ("zb1p", 4))),
+    ],
+)
+def test_shapes_that_change(ranks, on_twin, schedule, pp, eager):
+    """With the operations in flight that CUDA allows by default."""
+    given = {"config": training.settings(7, schedule=schedule), "ranks": pp, "lengths": (2, 5, 1)}
+    strict = on_twin(pp, strict_runs.several_tensors, eager, in_flight=8, **given)
+    assert strict == ranks.run(pp, strict_runs.several_tensors, **given)
+
+
 def test_groups_do_not_grow(on_twin):
     """Neither with steps nor with layers; an engine that ends gives its own back."""
     few, many = (on_twin(2, strict_runs.engine_groups, steps=2, blocks=blocks) for blocks in (2, 6))
