@@ -257,3 +257,10 @@ def part_gradients(**kwargs):
     import part_runs
 
     return part_runs.each(**kwargs)
+
+
+def survived(**kwargs):
+    sys.path.insert(0, str(Path(__file__).parents[1] / "faults"))
+    import failure_runs
+
+    return failure_runs.survived(**kwargs)
