@@ -39,6 +39,13 @@ def test_draw_of_a_trace(capsys, tmp_path):
     assert "--ranks, --costs: no effect" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("given", [[], ["--optimize"], ["--optimize", "--comm", "0.1", "--schedule", "1f1b"]])
+def test_tries(capsys, given):
+    assert main(["plan", "--schedule", "zb1p", "--ranks", "4", "--micro-batches", "6", "--tries", "9", *given]) == 2
+    shown = capsys.readouterr()
+    assert shown.out == "" and "tries=9 has no effect" in shown.err and shown.err.count("\n") == 1
+
+
 def test_a_cap_is_taken_where_it_applies(capsys):
     assert main(["compare", "--ranks", "4", "--micro-batches", "6", "--activation-cap", "2", "--format", "json"]) == 0
     rows = {row["schedule"]: row for row in json.loads(capsys.readouterr().out)["schedules"]}

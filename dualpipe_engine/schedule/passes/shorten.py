@@ -15,7 +15,8 @@ from ..timing.costs import CostModel
 from ..timing.times import Row, Rows, Unclear, run
 
 FAR = 10  #: places by which an op moves at most
-WARM = 1e-3  #: part by which a change may lengthen the plan at first
+WARM = 1e-3  #: part by which a change may lengthen the plan at first, for each `WARMS` tries; `MOST_WARM` at most
+WARMS, MOST_WARM = 4000, 5e-3
 
 
 @collector_paused()
@@ -35,8 +36,9 @@ def shorten(plan: Plan, costs: CostModel, cap: int, tries: int, split: bool = Tr
         split: False: full backwards only.
     """
     search = _Search(plan, costs, cap, split)
+    warm = min(MOST_WARM, WARM * max(1.0, tries / WARMS))
     for left in range(tries, 0, -1):
-        search.step(WARM * (left / tries) ** 2)
+        search.step(warm * (left / tries) ** 2)
     return replace(plan, programs=tuple(map(tuple, search.best())))
 
 

@@ -22,8 +22,8 @@ from .under_cap import LEAST_CAP, under_cap
 
 THETAS = (0.0, 0.3, 0.6)  #: how much of a W may delay the next op, see `wfill`
 MOST_PLANS = 8  #: plans that are shortened where transfers take time
-MOST_TRIES = 4000  #: changes that are tried on each, see `shorten`
-MOST_STARTS = 3_000_000  #: and the ops that all of these start, about
+TRIES = 4000  #: changes that are tried on each, see `shorten`
+MOST_STARTS = 750  #: ops that all of these start, about, for each of the tries that were asked for
 MANY_OPS = 20_000  #: plans with more ops try the first of THETAS and few orders, which keeps 140,000 ops within seconds
 
 
@@ -57,6 +57,7 @@ def make_plan(
     activation_cap: int | None = None,
     split_backward: bool = True,
     stages_per_rank: int | None = None,
+    tries: int | None = None,
 ) -> Plan:
     """Make the compute ops of a schedule.
 
@@ -74,10 +75,12 @@ def make_plan(
             cap from 2; with `optimize` a larger cap never makes it slower.
         split_backward: False: only full backwards, for models that cannot split them into I and W.
         stages_per_rank: stages that a rank holds, for "interleaved" and "interleaved_zb" (None: 2).
+        tries: small changes that `shorten` tries on each of up to 8 orders (None: 4000, within a second or two); the
+            more, the shorter the plan: 100,000 take half a minute.
 
     Raises:
         PlanError: the name is unknown, the rank count or the stages a rank do not fit the schedule, the costs are for
-            another number of stages, or no plan keeps within the cap.
+            another number of stages, no plan keeps within the cap, or there is nothing for `tries` to shorten.
     """
     known = known_schedule(schedule, stages_per_rank)
     placement = known.on(num_ranks)
@@ -86,10 +89,17 @@ def make_plan(
     reference = known.generate(num_ranks, num_micro)
     if not split_backward:
         reference = join(reference)
-    if not optimize and activation_cap is None:
-        return reference
     own = known.default_cap(num_ranks)
     cap = own if activation_cap is None else activation_cap
+    shortens = optimize and known.splits and costs.comm > 0 and cap >= own and not known.by_cap
+    if tries is not None and not (shortens and tries > 0 and reference.num_ops <= MANY_OPS):
+        raise PlanError(
+            f"tries={tries} has no effect on this plan: it is a positive number, for orders that optimize looks for "
+            f"where transfers take time, of up to {MANY_OPS:,} ops and without a cap below the schedule's own; the "
+            'schedules are "zb1p", "dualpipe", "dualpipev", "zbv" and "interleaved_zb"'
+        )
+    if not optimize and activation_cap is None:
+        return reference
     if known.by_cap:
         cap = min(cap, own)
     split = split_backward and known.splits
@@ -105,11 +115,11 @@ def make_plan(
             f"{schedule} on {num_ranks} ranks with {num_micro} micro-batches holds more than activation_cap = {cap} "
             f"activations on some rank: the smallest cap that works is {smallest}"
         )
-    if optimize and known.splits and costs.comm and cap >= own and not known.by_cap:
+    if shortens:
         if activation_cap is None:
-            return _shortened(fitting, costs, cap, split_backward)
+            return _shortened(fitting, costs, cap, split_backward, tries or TRIES)
         # More memory than it takes by itself makes it no slower.
-        own_way = make_plan(schedule, num_ranks, num_micro, costs, True, None, split_backward, stages_per_rank)
+        own_way = make_plan(schedule, num_ranks, num_micro, costs, True, None, split_backward, stages_per_rank, tries)
         fitting.append(Candidate(own_way))
     if len(fitting) == 1:
         return fitting[0].plan
@@ -117,7 +127,7 @@ def make_plan(
     return fastest.plan if fastest.plan is reference else safe_fuse(fastest.plan, costs, fastest.spans)
 
 
-def _shortened(fitting: Iterable[Candidate], costs: CostModel, cap: int, split: bool) -> Plan:
+def _shortened(fitting: Iterable[Candidate], costs: CostModel, cap: int, split: bool, tries: int) -> Plan:
     """The shortest plan that small changes make of the fastest candidates; the larger these, the fewer are tried.
 
     With transfers the order of a schedule is not the best one: each gap is too short for what the order has for it.
@@ -130,8 +140,9 @@ def _shortened(fitting: Iterable[Candidate], costs: CostModel, cap: int, split: 
     if plan.num_ops > MANY_OPS or makespan <= plan_bound(plan, costs, cap):
         return plan
     ops = plan.num_ops // plan.placement.num_directions  # those of one direction, which the other mirrors
-    tries = min(MOST_TRIES, MOST_STARTS // ops)
-    starts = min(MOST_PLANS, MOST_STARTS // (tries * ops))
+    most = MOST_STARTS * tries
+    tries = max(1, min(tries, most // ops))
+    starts = max(1, min(MOST_PLANS, most // (tries * ops)))
     others = (shorten(safe_fuse(start.plan, costs), costs, cap, tries, split) for _, start in ranked[:starts])
     return safe_fuse(_fastest(map(Candidate, others), costs).plan, costs)
 

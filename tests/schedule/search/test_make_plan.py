@@ -294,3 +294,51 @@ def test_optimize_takes_time_in_proportion_to_the_ops() -> None:
         least[micros] = min(seconds)
         assert simulate(plan, CostModel()).makespan < simulate(dualpipe.generate(8, micros), CostModel()).makespan
     assert least[128] < 2.5 * 4 * least[32]
+
+
+LARGER = [  # ranks, micro-batches, i, w, F&B, hop -> the makespan of the best plan that CP-SAT finds
+    (8, 12, 1.4, 0.6, 2.1, 0.3, 41.8),
+    (8, 16, 1.4, 0.6, 2.1, 0.3, 51.3),
+    (8, 16, 1.0, 1.0, 2.55, 0.2, 50.95),
+    (16, 16, 1.4, 0.6, 2.1, 0.3, 68.5),
+    (16, 16, 1.0, 1.0, 2.55, 0.2, 60.4),
+]
+
+
+@pytest.mark.all
+@pytest.mark.parametrize(("ranks", "micros", "i", "w", "fb", "comm", "best_known"), LARGER)
+def test_within_2_percent_of_what_is_known_of_larger_ones(
+    ranks: int, micros: int, i: float, w: float, fb: float, comm: float, best_known: float
+) -> None:
+    costs = CostModel(i=i, w=w, fb=fb, comm=comm)
+    plan = make_plan("dualpipe", ranks, micros, costs, optimize=True, tries=100_000)
+    check_plan(plan)
+    assert max(peak_activations(plan)) <= ranks + 1
+    assert simulate(plan, costs).makespan <= 1.02 * best_known
+
+
+def test_more_tries_make_shorter_plans() -> None:
+    costs = CostModel(i=1.4, w=0.6, fb=2.1, comm=0.3)
+    for cap in (None, 6):
+        plans = [make_plan("dualpipe", 4, 8, costs, True, cap, tries=tries) for tries in (1, 300, None, 20_000)]
+        times = [makespan_of(plan, costs) for plan in plans]
+        assert times == sorted(times, reverse=True) and times[-1] < times[1] < times[0]
+    assert plans[2] == make_plan("dualpipe", 4, 8, costs, True, 6, tries=4000)
+    check_plan(make_plan("dualpipe", 8, 200, costs, True, tries=1))  # less than one for each of its ops
+
+
+@pytest.mark.parametrize(
+    ("schedule", "costs", "optimize", "cap", "tries"),
+    [
+        ("dualpipe", CostModel(comm=0.1), True, None, 0),
+        ("dualpipe", CostModel(comm=0.1), False, None, 9),
+        ("dualpipe", CostModel(), True, None, 9),
+        ("zbv", CostModel(comm=0.1), True, 3, 9),
+        ("vhalf", CostModel(comm=0.1), True, None, 9),
+        ("1f1b", CostModel(comm=0.1), True, None, 9),
+        ("interleaved", CostModel(comm=0.1), True, None, 9),
+    ],
+)
+def test_tries_without_effect(schedule: str, costs: CostModel, optimize: bool, cap: int | None, tries: int) -> None:
+    with pytest.raises(PlanError, match=f"tries={tries} has no effect"):
+        make_plan(schedule, 4, 8, costs, optimize, cap, tries=tries)
