@@ -22,8 +22,8 @@ from .under_cap import LEAST_CAP, under_cap
 
 THETAS = (0.0, 0.3, 0.6)  #: how much of a W may delay the next op, see `wfill`
 MOST_PLANS = 8  #: plans that are shortened where transfers take time
-TRIES = 4000  #: changes that are tried on each, see `shorten`
-MOST_STARTS = 750  #: ops that all of these start, about, for each of the tries that were asked for
+MOST_TRIES = 4000  #: changes that are tried on each, see `shorten`, where no number is asked for
+MOST_STARTS = 3_000_000  #: and the ops that all of these start, about
 MANY_OPS = 20_000  #: plans with more ops try the first of THETAS and few orders, which keeps 140,000 ops within seconds
 
 
@@ -75,8 +75,8 @@ def make_plan(
             cap from 2; with `optimize` a larger cap never makes it slower.
         split_backward: False: only full backwards, for models that cannot split them into I and W.
         stages_per_rank: stages that a rank holds, for "interleaved" and "interleaved_zb" (None: 2).
-        tries: small changes that `shorten` tries on each of up to 8 orders (None: 4000, within a second or two); the
-            more, the shorter the plan: 100,000 take half a minute.
+        tries: small changes that `shorten` tries on each of up to 8 orders; 100,000 take half a minute for 8 ranks and
+            16 micro-batches. None: 4000 at most, within a second or two, and none in plans of more than `MANY_OPS`.
 
     Raises:
         PlanError: the name is unknown, the rank count or the stages a rank do not fit the schedule, the costs are for
@@ -92,11 +92,11 @@ def make_plan(
     own = known.default_cap(num_ranks)
     cap = own if activation_cap is None else activation_cap
     shortens = optimize and known.splits and costs.comm > 0 and cap >= own and not known.by_cap
-    if tries is not None and not (shortens and tries > 0 and reference.num_ops <= MANY_OPS):
+    if tries is not None and not (shortens and tries > 0):
         raise PlanError(
             f"tries={tries} has no effect on this plan: it is a positive number, for orders that optimize looks for "
-            f"where transfers take time, of up to {MANY_OPS:,} ops and without a cap below the schedule's own; the "
-            'schedules are "zb1p", "dualpipe", "dualpipev", "zbv" and "interleaved_zb"'
+            'where transfers take time, without a cap below the schedule\'s own; the schedules are "zb1p", '
+            '"dualpipe", "dualpipev", "zbv" and "interleaved_zb"'
         )
     if not optimize and activation_cap is None:
         return reference
@@ -117,7 +117,7 @@ def make_plan(
         )
     if shortens:
         if activation_cap is None:
-            return _shortened(fitting, costs, cap, split_backward, tries or TRIES)
+            return _shortened(fitting, costs, cap, split_backward, tries)
         # More memory than it takes by itself makes it no slower.
         own_way = make_plan(schedule, num_ranks, num_micro, costs, True, None, split_backward, stages_per_rank, tries)
         fitting.append(Candidate(own_way))
@@ -127,7 +127,7 @@ def make_plan(
     return fastest.plan if fastest.plan is reference else safe_fuse(fastest.plan, costs, fastest.spans)
 
 
-def _shortened(fitting: Iterable[Candidate], costs: CostModel, cap: int, split: bool, tries: int) -> Plan:
+def _shortened(fitting: Iterable[Candidate], costs: CostModel, cap: int, split: bool, tries: int | None) -> Plan:
     """The shortest plan that small changes make of the fastest candidates; the larger these, the fewer are tried.
 
     With transfers the order of a schedule is not the best one: each gap is too short for what the order has for it.
@@ -137,12 +137,13 @@ def _shortened(fitting: Iterable[Candidate], costs: CostModel, cap: int, split: 
         of_makespan.setdefault(each.makespan or makespan_of(each.plan, costs), each)
     ranked = sorted(of_makespan.items())
     makespan, plan = ranked[0][0], safe_fuse(ranked[0][1].plan, costs)
-    if plan.num_ops > MANY_OPS or makespan <= plan_bound(plan, costs, cap):
+    if (tries is None and plan.num_ops > MANY_OPS) or makespan <= plan_bound(plan, costs, cap):
         return plan
     ops = plan.num_ops // plan.placement.num_directions  # those of one direction, which the other mirrors
-    most = MOST_STARTS * tries
-    tries = max(1, min(tries, most // ops))
-    starts = max(1, min(MOST_PLANS, most // (tries * ops)))
+    starts = MOST_PLANS
+    if tries is None:
+        tries = min(MOST_TRIES, MOST_STARTS // ops)
+        starts = min(starts, MOST_STARTS // (tries * ops))
     others = (shorten(safe_fuse(start.plan, costs), costs, cap, tries, split) for _, start in ranked[:starts])
     return safe_fuse(_fastest(map(Candidate, others), costs).plan, costs)
 

@@ -323,8 +323,7 @@ def test_more_tries_make_shorter_plans() -> None:
         plans = [make_plan("dualpipe", 4, 8, costs, True, cap, tries=tries) for tries in (1, 300, None, 20_000)]
         times = [makespan_of(plan, costs) for plan in plans]
         assert times == sorted(times, reverse=True) and times[-1] < times[1] < times[0]
-    assert plans[2] == make_plan("dualpipe", 4, 8, costs, True, 6, tries=4000)
-    check_plan(make_plan("dualpipe", 8, 200, costs, True, tries=1))  # less than one for each of its ops
+    check_plan(make_plan("dualpipe", 8, 200, costs, True, tries=1))
 
 
 @pytest.mark.parametrize(
