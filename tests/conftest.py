@@ -15,18 +15,19 @@ settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "short"))
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--all", action="store_true", help="run the tests marked `all` too, which take long")
+    parser.addoption("--twin", action="store_true", help="let ranks talk by NCCL's rules (tests/strict), not over gloo")
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     # Files that start ranks take the longest: first, so that the last ones are short and both workers end together.
     start_ranks = {item.path for item in items if "ranks" in getattr(item, "fixturenames", ())}
     items.sort(key=lambda item: item.path not in start_ranks)
-    if config.getoption("--all"):
-        return
-    left_out = [item for item in items if item.get_closest_marker("all")]
+    marks = [] if config.getoption("--all") else ["all"]
+    marks += ["gloo"] if config.getoption("--twin") else []
+    left_out = [item for item in items if any(map(item.get_closest_marker, marks))]
     if left_out:
         config.hook.pytest_deselected(items=left_out)
-        items[:] = [item for item in items if not item.get_closest_marker("all")]
+        items[:] = [item for item in items if item not in left_out]
 
 
 def pytest_sessionstart(session: pytest.Session) -> None:
@@ -39,7 +40,12 @@ def pytest_sessionstart(session: pytest.Session) -> None:
 
 
 @pytest.fixture(scope="session")
-def ranks() -> Ranks:
-    found = Ranks()
+def ranks(pytestconfig: pytest.Config) -> Ranks:
+    if pytestconfig.getoption("--twin"):
+        from strict_ranks import TwinRanks
+
+        found: Ranks = TwinRanks()
+    else:
+        found = Ranks()
     found.run(1, os.getpid)  # the imports belong to no test
     return found

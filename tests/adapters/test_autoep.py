@@ -128,6 +128,7 @@ def test_layers_of_a_users_own(ranks):
         assert phased["unphased"] == {2: reason} and plain["unphased"] == {}
 
 
+@pytest.mark.gloo  # it is named
 def test_sizes_that_do_not_fit_are_refused_on_every_rank(ranks):
     cases = {
         "replicas": ({"section": {"autoep_size": 4}}, "does not divide the 2 replicas"),

@@ -13,6 +13,7 @@ from dualpipe_engine.engine.config import read_config
 from dualpipe_engine.errors import ConfigError
 
 
+@pytest.mark.gloo  # DeepSpeed's class sends in one order on both ranks of one group
 def test_without_a_schedule_deepspeeds_own_runs_with_the_same_losses(ranks):
     for theirs, ours in ranks.run(2, runs.both):
         assert (theirs[0], ours[0]) == ("DualPipeVEngine", "DualPipeEngine")

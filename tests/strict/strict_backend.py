@@ -118,7 +118,7 @@ class Line:
             with self._changed:
                 if what == DONE:
                     try:
-                        with torch.no_grad():
+                        with torch.inference_mode():  # what was made in that mode takes results too
                             self._open.pop(number)(value)
                     except Exception:
                         self._fault = traceback.format_exc()
