@@ -24,9 +24,9 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     items.sort(key=lambda item: item.path not in start_ranks)
     marks = [] if config.getoption("--all") else ["all"]
     marks += ["gloo"] if config.getoption("--twin") else []
-    left_out = [item for item in items if any(map(item.get_closest_marker, marks))]
+    left_out = {item for item in items if any(map(item.get_closest_marker, marks))}
     if left_out:
-        config.hook.pytest_deselected(items=left_out)
+        config.hook.pytest_deselected(items=list(left_out))
         items[:] = [item for item in items if item not in left_out]
 
 

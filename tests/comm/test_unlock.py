@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from posting import host_steps, is_stuck
+from posting import FIRST, host_steps, is_stuck
 from test_posting import drawn
 
 from dualpipe_engine.errors import PlanError
@@ -46,7 +46,7 @@ def test_the_proof_is_that_of_the_model(monkeypatch):
         lowered, messages = usual(plan, monkeypatch)
         each = []
         for early in (False, True):
-            steps = [host_steps(lowered, rank, 1, 1, True, not early) for rank in range(len(plan.programs))]
+            steps = [host_steps(lowered, rank, 1, 1, FIRST, not early) for rank in range(len(plan.programs))]
             each.append(finishes(plan, messages, early))
             assert each[-1] == (not is_stuck(steps, behind=1, in_flight=FEW))
         assert not finishes(plan, messages, None) or all(each)
@@ -83,8 +83,8 @@ def test_without_a_place_the_plan_is_refused(monkeypatch):
 def test_where_two_queues_are_too_few_eight_do(ranks):
     """Ranks that all run pairs feed both neighbours at once."""
     plan = lower(paired_plan(ranks, 16))
-    for first in (False, True):
+    for headers in (None, FIRST):
         for overlapped in (False, True):
-            steps = [host_steps(plan, rank, 1, 1, first, overlapped) for rank in range(ranks)]
+            steps = [host_steps(plan, rank, 1, 1, headers, overlapped) for rank in range(ranks)]
             for rule in ({"behind": 1}, {"in_flight": 8}):
                 assert not is_stuck(steps, **rule)

@@ -101,6 +101,9 @@ class AllReduce:
         for param in params:
             kinds.setdefault((self._group_of(param), param.dtype), []).append(param)
         for (group, _), members in kinds.items():
+            if dist.get_world_size(group) == 1:
+                self._scale(members)
+                continue
             for bucket in buckets(members):
                 self._start_bucket(group, bucket)
         self._side_stream.poll()
@@ -111,12 +114,29 @@ class AllReduce:
             return groups._get_expert_data_parallel_group(param.group_name)  # type: ignore[attr-defined]
         return self._context.groups.copies
 
+    def _dtype(self, grad: Tensor) -> torch.dtype:
+        """In which a gradient is reduced."""
+        return self._context.scaling.dtype if grad.dtype.itemsize <= 4 else grad.dtype
+
+    def _scale(self, params: list[nn.Parameter]) -> None:
+        """Reduce what nobody else has a copy of, as experts where each rank has its own: in place, to the same bits."""
+        factors = [factor for factor in (self._context.scaling.before, self._context.scaling.after) if factor != 1.0]
+        for param in params:
+            grad = self._take(param, keep=True)
+            dtype = self._dtype(grad)
+            if not factors and torch.promote_types(grad.dtype, dtype) == dtype:
+                continue
+            mean = grad.to(dtype)
+            for factor in factors:
+                mean.mul_(factor)
+            if mean is not grad:
+                self._put(param, mean)
+
     def _start_bucket(self, group: ProcessGroup, params: list[nn.Parameter]) -> None:
         scaling = self._context.scaling
         grads = [self._take(param) for param in params]
         with self._side_stream.behind(grads):
-            dtype = scaling.dtype if grads[0].dtype.itemsize <= 4 else grads[0].dtype
-            buffer = _flat(grads, dtype)
+            buffer = _flat(grads, self._dtype(grads[0]))
             if scaling.before != 1.0:
                 buffer.mul_(scaling.before)
             work = dist.all_reduce(buffer, group=group, async_op=True)

@@ -102,3 +102,34 @@ def stock_half(config, blocks, steps):
 
 def finite(found):
     return all(torch.isfinite(value).all() for rank in found for value in rank["weights"].values())
+
+
+def one_copy(dtype, travels, factors):
+    """Reduced gradients of parameters without another copy, whether they lie where they did, and the same by a
+    collective of one rank."""
+    from types import SimpleNamespace
+
+    import torch.distributed as dist
+
+    from dualpipe_engine.engine.context import Scaling
+    from dualpipe_engine.engine.reduction.all_reduce import AllReduce
+    from dualpipe_engine.engine.reduction.side_stream import SideStream
+    from dualpipe_engine.runtime.observer import Observer
+
+    cpu = torch.device("cpu")
+    found = []
+    for reduce in (AllReduce._start, lambda it, params: it._start_bucket(dist.group.WORLD, params)):
+        draw = torch.Generator().manual_seed(1)
+        params = [torch.nn.Parameter(torch.zeros(size, dtype=dtype)) for size in ((3, 5), (7,), (2,))]
+        for param in params[:2]:  # the third has had no backward
+            param.grad = torch.randn(param.shape, generator=draw).to(dtype)
+        places = [param.grad.data_ptr() for param in params[:2]]
+        reduction = AllReduce.__new__(AllReduce)
+        reduction._sums, reduction._side_stream = {}, SideStream(cpu, Observer(0, cpu))
+        groups = SimpleNamespace(copies=dist.group.WORLD)
+        reduction._context = SimpleNamespace(scaling=Scaling(travels, *factors), groups=groups)
+        reduce(reduction, params)
+        reduction._side_stream.drain()
+        stay = [param.grad.data_ptr() for param in params[:2]] == places
+        found.append(([param.grad.contiguous() for param in params], stay))
+    return found
