@@ -213,9 +213,9 @@ class Edges:
             self._post_send(tensor.contiguous(), dst, tag + index)
 
     def _post_send(self, tensor: torch.Tensor, dst: int, tag: int) -> None:
-        while self._outbound and self._outbound[0][0].done():
-            self._outbound.popleft()
         self._outbound.append((self._transport.send(tensor, dst, tag), tensor))
+        while len(self._outbound) > 1 and self._outbound[0][0].done():  # behind the send, for which the peer waits
+            self._outbound.popleft()
 
     def _ask(self, inbound: Inbound) -> None:
         self._inbound[inbound.kind, inbound.stage, inbound.micro] = inbound
