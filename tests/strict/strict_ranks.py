@@ -1,4 +1,4 @@
-"""Any test's ranks on the strict twin of NCCL: `pytest --twin`."""
+"""Ranks on the strict twin of NCCL: of its own tests, and with `pytest --twin` of any test."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ import os
 from collections.abc import Callable
 from typing import Any
 
-import strict_backend
 import strict_runs
 from ranks import Ranks, free_port
 from strict_hub import Hub
@@ -14,26 +13,45 @@ from strict_hub import Hub
 IN_FLIGHT = 8  #: what CUDA allows by default
 
 
+def run_on_twin(
+    run: Callable[..., list[Any]],
+    hub: Hub,
+    world: int,
+    function: Callable[..., Any],
+    eager: bool = True,
+    in_flight: int = IN_FLIGHT,
+    timeouts: bool = False,
+    **kwargs: Any,
+) -> list[Any]:
+    """What `function(**kwargs)` returns on each rank, which breaks no rule; closes the hub.
+
+    Args:
+        run: of `Ranks`.
+        hub: for as many ranks, eager or not.
+        world: ranks.
+        function: to be called.
+        eager, in_flight, timeouts: see `strict_backend.installed`.
+        kwargs: of the function.
+    """
+    rules = {"port": free_port(), "eager": eager, "in_flight": in_flight, "timeouts": timeouts}
+    try:
+        given = {"address": hub.address, "rules": rules, "call": function, "kwargs": kwargs}
+        found = run(world, strict_runs.on_twin, **given)
+        assert not hub.faults
+        return found
+    finally:
+        hub.close()
+
+
 class TwinRanks(Ranks):
     """As `Ranks`, on groups that keep NCCL's rules."""
 
     def run(self, world: int, function: Callable[..., Any], timeout: float = 300.0, **kwargs: Any) -> list[Any]:
+        run = super().run
         if world == 1 or function in (os.getpid, strict_runs.on_twin):
-            return super().run(world, function, timeout, **kwargs)
-        hub = Hub(world)
-        rules = {"port": free_port(), "eager": True, "in_flight": IN_FLIGHT, "timeouts": False}
-        given = {"address": hub.address, "rules": rules, "call": function, "given": kwargs}
-        try:
-            found = super().run(world, _on_twin, timeout, **given)
-            assert not hub.faults, hub.faults
-            return found
-        finally:
-            hub.close()
+            return run(world, function, timeout, **kwargs)
 
+        def limited(*args: Any, **given: Any) -> list[Any]:
+            return run(*args, timeout=timeout, **given)
 
-def _on_twin(address: str, rules: dict[str, Any], call: Callable[..., Any], given: dict[str, Any]) -> Any:
-    with strict_backend.installed(address, **rules):
-        from deepspeed.accelerator import get_accelerator
-
-        get_accelerator().set_device(0)  # a test's own calls come before the engine's
-        return call(**given)
+        return run_on_twin(limited, Hub(world), world, strict_runs.on_device, call=function, given=kwargs)

@@ -31,6 +31,12 @@ def _ready():
     get_accelerator().set_device(0)
 
 
+def on_device(call, given):
+    """Call a function that may use groups before the engine sets the device."""
+    _ready()
+    return call(**given)
+
+
 def local_synchronization():
     """Edge groups made by their two ends alone, in the order of the edges."""
     rank, size = dist.get_rank(), dist.get_world_size()
