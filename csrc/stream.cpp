@@ -9,7 +9,9 @@ namespace dualpipe {
 
 namespace {
 
-constexpr auto kGrace = std::chrono::milliseconds(5);
+constexpr auto kLook = std::chrono::milliseconds(40);  // a send that is older is late: its memory could be free
+constexpr int64_t kHeld = 8 << 20;                     // or where those of one edge hold more bytes
+constexpr auto kUnasked = std::chrono::seconds(1);     // a receive is late only if nobody seems to want it
 constexpr int kIdleLooks = 10;  // in a row with nothing to do, then the watcher sleeps until the next post
 constexpr auto kForever = std::chrono::hours(24 * 365);
 
@@ -55,26 +57,42 @@ Lane::~Lane() {
 
 void Lane::add(Shared ticket) {
   std::lock_guard<std::mutex> lock(mutex_);
+  held_ += ticket->bytes;
   queue_.push_back(std::move(ticket));
+  start_if_late();
+}
+
+Shared Lane::pop() {
+  auto ticket = std::move(queue_.front());
+  queue_.pop_front();
+  held_ -= ticket->bytes;
+  return ticket;
 }
 
 bool Lane::drop_taken() {
-  while (!queue_.empty() && queue_.front()->taken()) queue_.pop_front();
+  while (!queue_.empty() && queue_.front()->taken()) pop();
   return !queue_.empty();
+}
+
+bool Lane::late() const {
+  const std::chrono::nanoseconds age(now_ns() - queue_.front()->posted_ns);
+  return queue_.front()->kind == kRecv ? age > kUnasked : held_ > kHeld || age > kLook;
 }
 
 bool Lane::look_after() {
   std::lock_guard<std::mutex> lock(mutex_);
-  if (working_) return true;
-  if (!drop_taken()) return false;
-  if (std::chrono::nanoseconds(now_ns() - queue_.front()->posted_ns) < kGrace) return true;
+  start_if_late();
+  return working_ || !queue_.empty();
+}
+
+void Lane::start_if_late() {
+  if (working_ || !drop_taken() || !late()) return;
   working_ = true;
   if (thread_.joinable()) {
     changed_.notify_one();
   } else {
     thread_ = std::thread([this] { run(); });
   }
-  return true;
 }
 
 void Lane::run() {
@@ -82,8 +100,7 @@ void Lane::run() {
   while (true) {
     changed_.wait(lock, [this] { return closing_ || working_; });
     while (!closing_ && drop_taken()) {
-      current_ = std::move(queue_.front());
-      queue_.pop_front();
+      current_ = pop();
       if (current_->take()) {
         auto ticket = current_;
         lock.unlock();
@@ -125,7 +142,7 @@ void CommStream::watch() {
     for (const auto& entry : lanes_) busy = entry.second->look_after() || busy;
     idle = busy ? 0 : idle + 1;
     if (idle < kIdleLooks) {
-      changed_.wait_for(lock, kGrace, [this] { return closed_; });
+      changed_.wait_for(lock, kLook, [this] { return closed_; });
     } else {
       watching_ = false;
       changed_.wait(lock, [this] { return closed_ || watching_; });

@@ -19,9 +19,9 @@ namespace dualpipe {
 using Group = c10::intrusive_ptr<c10d::ProcessGroup>;
 using Shared = std::shared_ptr<Ticket>;
 
-// Waits for the transfers of one directed edge in their order, on a thread of its own, since nothing but a blocking wait
-// tells when gloo has finished one. Only for those that no caller has taken within kGrace: a caller that waits soon does
-// so itself, which saves the changes of thread.
+// Waits for the transfers of one kind over one directed edge in their order, on a thread of its own, since nothing but a
+// blocking wait tells when gloo has finished one. Only for those that are late, which no caller has waited for: who waits
+// for the process group itself runs on one change of threads earlier, and a thread that wakes up takes a core from others.
 class Lane {
  public:
   ~Lane();
@@ -31,11 +31,15 @@ class Lane {
 
  private:
   void run();
+  void start_if_late();
+  bool late() const;
   bool drop_taken();
+  Shared pop();
 
   std::mutex mutex_;
   std::condition_variable changed_;
   std::deque<Shared> queue_;
+  int64_t held_ = 0;  // bytes in the queue
   Shared current_;
   bool working_ = false;
   bool closing_ = false;
@@ -75,7 +79,7 @@ class CommStream {
   std::condition_variable changed_;
   bool closed_ = false;
   bool watching_ = false;
-  std::thread watcher_;  // looks after the lanes every kGrace while there are transfers; posting wakes nobody
+  std::thread watcher_;  // looks after the lanes every kLook while there are transfers
   std::map<std::tuple<Kind, void*, int>, std::unique_ptr<Lane>> lanes_;
   std::deque<Shared> native_;  // kept until the accelerator is done with their tensors
 };

@@ -15,7 +15,9 @@ import torch.distributed as dist
 from ..errors import PipelineRuntimeError
 from .device import EventMoment, on_stream
 
-GRACE_NS = 5_000_000  #: a caller that waits within this time does so itself; later the lane does
+LOOK_NS = 40_000_000  #: a send that is older is late: its memory could be free
+_HELD = 8 << 20  #: or where those of one edge hold more bytes
+_UNASKED_NS = 1_000_000_000  #: a receive is late only if nobody seems to want it
 _IDLE_LOOKS = 10  #: in a row with nothing to do, then the watcher sleeps until the next post
 _FOREVER = timedelta(days=365)
 _CLOSED = "the communication stream was closed"
@@ -143,10 +145,11 @@ class PythonTicket:
 
 
 class _Lane:
-    """Waits for the transfers of one directed edge that no caller took; see `Lane` in csrc/stream.h."""
+    """Waits for the transfers of one kind over one directed edge that are late; see `Lane` in csrc/stream.h."""
 
     def __init__(self) -> None:
         self._queue: deque[PythonTicket] = deque()
+        self._held = 0  # bytes in the queue
         self._changed = threading.Condition()
         self._current: PythonTicket | None = None
         self._thread: threading.Thread | None = None
@@ -154,23 +157,29 @@ class _Lane:
 
     def add(self, ticket: PythonTicket) -> None:
         with self._changed:
+            self._held += ticket.size
             self._queue.append(ticket)
+            self._start_if_late()
 
     def look_after(self) -> bool:
         """Set the thread to work where it is needed; returns whether anything is left to look after."""
         with self._changed:
-            if self._working:
-                return True
-            if not self._drop_taken():
-                return False
-            if time.monotonic_ns() - self._queue[0].posted_ns < GRACE_NS:
-                return True
-            self._working = True
-            if self._thread is None:
-                self._thread = threading.Thread(target=self._run, daemon=True, name="dualpipe-lane")
-                self._thread.start()
-            self._changed.notify()
-            return True
+            self._start_if_late()
+            return self._working or bool(self._queue)
+
+    def _start_if_late(self) -> None:
+        if self._working or not self._drop_taken() or not self._late():
+            return
+        self._working = True
+        if self._thread is None:
+            self._thread = threading.Thread(target=self._run, daemon=True, name="dualpipe-lane")
+            self._thread.start()
+        self._changed.notify()
+
+    def _late(self) -> bool:
+        first = self._queue[0]
+        age = time.monotonic_ns() - first.posted_ns
+        return age > _UNASKED_NS if first.kind == "recv" else self._held > _HELD or age > LOOK_NS
 
     def close(self) -> None:
         with self._changed:
@@ -184,8 +193,13 @@ class _Lane:
 
     def _drop_taken(self) -> bool:
         while self._queue and self._queue[0].taken():
-            self._queue.popleft()
+            self._pop()
         return bool(self._queue)
+
+    def _pop(self) -> PythonTicket:
+        ticket = self._queue.popleft()
+        self._held -= ticket.size
+        return ticket
 
     def _run(self) -> None:
         while True:
@@ -198,7 +212,7 @@ class _Lane:
                     return
                 if not self._drop_taken():
                     continue
-                self._current = ticket = self._queue.popleft()
+                self._current = ticket = self._pop()
             if ticket.take():
                 ticket.finish(_FOREVER)
             del ticket
@@ -312,7 +326,7 @@ class CommStream:
                 busy = [lane.look_after() for lane in self._lanes.values()]
                 idle = 0 if any(busy) else idle + 1
                 if idle < _IDLE_LOOKS:
-                    self._changed.wait_for(lambda: self._closed, GRACE_NS * 1e-9)
+                    self._changed.wait_for(lambda: self._closed, LOOK_NS * 1e-9)
                 else:
                     self._watching = False
                     self._changed.wait_for(lambda: self._closed or self._watching)
