@@ -7,3 +7,8 @@ from typing import Any, TypeAlias
 Nest: TypeAlias = Any
 """A tensor, or any nest of tensors and plain values that torch knows: tuples, named tuples, lists, dicts, and classes
 that are registered with `torch.utils._pytree`. What it is the user's model decides, so that no type can say more."""
+
+
+def as_it_is(value: Nest) -> Nest:
+    """The value itself: for who may do something with one."""
+    return value

@@ -13,6 +13,7 @@ floating-point tensors that went forward, so it needs no header.
 from __future__ import annotations
 
 from collections import defaultdict, deque
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import torch
@@ -20,7 +21,7 @@ import torch
 from ..errors import OutputError
 from ..schedule.progress import Position
 from .meta import HEADER_BYTES, MessageMeta, TensorMeta, block_of, decode, encode, flatten
-from .nest import Nest
+from .nest import Nest, as_it_is
 from .tickets import Ticket
 from .transport import Transport
 
@@ -90,7 +91,7 @@ class Edges:
         self._known.clear()
 
     def send_forward(self, stage: int, micro: int, output: Nest, dst: int) -> None:
-        """Send the output of `stage` for `micro` (any nest, see `meta`) to pipeline rank `dst`.
+        """Send the output of `stage` for `micro` (any nest, see `meta`; cut off from autograd) to pipeline rank `dst`.
 
         Raises:
             OutputError: shapes, dtypes or constants differ from the first message without `dynamic_shape`.
@@ -99,11 +100,11 @@ class Edges:
         tag = _tag(FORWARD, stage, micro, 0)
         if before is not None and not self._dynamic and before.is_of(output):
             self._owed[stage, micro] = before.differentiable
-            self._post_send(output.detach().contiguous(), dst, tag)
+            self._post_send(output.contiguous(), dst, tag)
             return
         tensors = self._announce(stage, micro, output, dst)
         self._owed[stage, micro] = self._sent[stage].differentiable
-        self._send_all([tensor.detach() for tensor in tensors], dst, tag)
+        self._send_all(tensors, dst, tag)
 
     def _announce(self, stage: int, micro: int, output: Nest, dst: int) -> list[torch.Tensor]:
         """The tensors of an output, after a header where the receiver cannot know them."""
@@ -168,11 +169,23 @@ class Edges:
         """Ask for the output gradients of `stage` for `micro` from pipeline rank `src`."""
         self._ask(Inbound(BACKWARD, stage, micro, src, stage + 1))
 
-    def wait_forward(self, stage: int, micro: int) -> Nest:
-        """The input of `stage` for `micro`, in the sender's nest."""
-        inbound = self._finish((FORWARD, stage, micro))
+    def wait_forward(self, stage: int, micro: int, enter: Callable[[Nest], Nest] = as_it_is) -> Nest:
+        """The input of `stage` for `micro`, in the sender's nest, as `enter` makes it ready.
+
+        Args:
+            enter: gets the tensors before the message is there, unless their shapes are still to come, so that what it
+                does costs no time. It must neither read nor write to their memory, or take it away.
+        """
+        key = (FORWARD, stage, micro)
+        inbound = self._inbound[key]
+        entered = None
+        if inbound.message is not None and inbound.tickets is not None:
+            entered = enter(inbound.message.build(inbound.tensors))
+        self._finish(key)
+        if entered is not None:
+            return entered
         assert inbound.message is not None
-        return inbound.message.build(inbound.tensors)
+        return enter(inbound.message.build(inbound.tensors))
 
     def wait_backward(self, stage: int, micro: int) -> list[torch.Tensor]:
         """The output gradients of `stage` for `micro`, one for each floating-point tensor that was sent forward."""

@@ -50,7 +50,7 @@ class PairedChunk(StageChunk):
         self.returned: dict[int, tuple[Nest, ...]] = {}
 
     def forward(self, micro: int, inputs: Nest, labels: Nest = None) -> Nest:
-        inputs, leaves = self._enter(micro, inputs)
+        inputs, leaves = self._entered(micro, inputs)
         outputs = self.module(*inputs)  # type: ignore[call-arg]
         outputs = _as_tuple(outputs)
         loss = self.loss_fn(*outputs, *labels) if self.is_last and self.loss_fn is not None else None
@@ -66,7 +66,7 @@ class PairedChunk(StageChunk):
         grads: list[torch.Tensor] | None,
         scale: float,
     ) -> tuple[Nest, list[torch.Tensor]]:
-        inputs, leaves = self._enter(micro, inputs)
+        inputs, leaves = self._entered(micro, inputs)
         kept = other._alive.pop(back)
         outgoing = zip(kept.outputs, grads or (), strict=True) if kept.loss is None else ()
         pairs = [(output, grad) for output, grad in outgoing if output.requires_grad]

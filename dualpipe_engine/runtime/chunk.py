@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from typing import TypedDict
 
 import torch
+from torch.autograd.function import BackwardCFunction
 from torch.autograd.graph import GradientEdge, _engine_run_backward
 from torch.utils import _pytree as pytree
 
@@ -43,8 +44,24 @@ def empty(leaf: torch.Tensor) -> None:
 
 
 def _edge(output: torch.Tensor) -> GradientEdge:
-    """Where the gradient of an output goes in. A view's node keeps the graph alive even if the output's is Python's."""
-    return GradientEdge(output.view_as(output).grad_fn, 0)  # type: ignore[arg-type]
+    """Where the gradient of an output goes in. A node of Python's keeps no graph alive, a view's does."""
+    node = output.grad_fn
+    if node is None or isinstance(node, BackwardCFunction):
+        return GradientEdge(output.view_as(output).grad_fn, 0)  # type: ignore[arg-type]
+    return GradientEdge(node, output.output_nr)
+
+
+@dataclass(slots=True)
+class Entered:
+    """What a stage takes in a micro-batch, made ready by its chunk.
+
+    Args:
+        inputs: what its layers get.
+        leaves: tensors that collect the gradients of `inputs`.
+    """
+
+    inputs: Nest
+    leaves: list[torch.Tensor]
 
 
 @dataclass(slots=True)
@@ -52,7 +69,7 @@ class Activation:
     """What a stage keeps of one micro-batch from the start of F to the end of W."""
 
     leaves: list[torch.Tensor]
-    edges: Sequence[torch.Tensor | GradientEdge | None]  # where the gradients of the outputs go in
+    edges: Sequence[torch.Tensor | GradientEdge | None]  # where the gradients go in; outputs until they are let go
     loss: torch.Tensor | None = None
     outputs: list[torch.Tensor] = field(default_factory=list)
 
@@ -114,19 +131,52 @@ class StageChunk:
         """Activations held: micro-batches between F and W."""
         return len(self._alive.keys() | self._pending.keys())
 
+    def enter(self, inputs: Nest) -> Entered:
+        """Make ready what the stage takes; reads none of it, so that it may still be on its way.
+
+        Args:
+            inputs: what the stage before has passed on, whose floating-point tensors become leaves that collect a
+                gradient, or what the data loader has given to the first stage, where that is up to the user.
+        """
+        leaves: list[torch.Tensor] = []
+
+        def enter(value: Nest) -> Nest:
+            if not isinstance(value, torch.Tensor):
+                return value
+            if self.stage > 0 and (value.is_floating_point() or value.is_complex()):
+                value.requires_grad_()
+            if not value.requires_grad:
+                return value
+            leaves.append(value)
+            return _inside(value)
+
+        # A tensor is the usual case, without the cost of a nest.
+        entered = enter(inputs) if isinstance(inputs, torch.Tensor) else pytree.tree_map(enter, inputs)
+        return Entered(entered, leaves)
+
     def forward(self, micro: int, inputs: Nest, labels: Nest = None) -> Nest:
         """Run F.
 
+        Args:
+            inputs: what the stage takes, or what `enter` has made of it.
+
         Returns:
-            The stage's output, cut off from autograd; for the last stage the loss (scalar, cut off as well).
+            The stage's output, cut off from autograd; for the last stage the loss (scalar, cut off as well). Call
+            `let_go` when it has been passed on.
         """
-        inputs, leaves = self._enter(micro, inputs)
+        inputs, leaves = self._entered(micro, inputs)
         with self._saving(micro):
             output = self.module(inputs)
             if not self.is_last:
                 return self._keep(micro, leaves, output)
             loss = self.loss_fn(output, labels) if self.loss_fn is not None else output
             return self._keep_loss(micro, leaves, loss)
+
+    def let_go(self, micro: int) -> None:
+        """Keep of the outputs of F only where their gradients go in; their memory is up to who has taken them."""
+        kept = self._alive.get(micro)
+        if kept is not None and not kept.outputs:
+            kept.edges = [_edge(edge) if isinstance(edge, torch.Tensor) else edge for edge in kept.edges]
 
     def infer(self, inputs: Nest) -> Nest:
         """Run F without keeping anything; the last stage returns its output, not the loss."""
@@ -178,7 +228,7 @@ class StageChunk:
         Returns:
             What `forward` returns, and what `backward` returns.
         """
-        inputs, leaves = self._enter(micro, inputs)
+        inputs, leaves = self._entered(micro, inputs)
         kept = other._alive.pop(back)
         loss = None if kept.loss is None else kept.loss * scale
         flat = [inputs] if isinstance(inputs, torch.Tensor) else pytree.tree_leaves(inputs)
@@ -214,28 +264,18 @@ class StageChunk:
         """Context of what runs for F of a micro-batch, in which its activation may be one that leaves."""
         return nullcontext() if self._offload is None else self._offload.saving(self.stage, micro)
 
-    def _enter(self, micro: int, inputs: Nest) -> tuple[Nest, list[torch.Tensor]]:
-        """What the stage takes, and the leaves that collect its gradients: without memory where the activation leaves,
+    def _entered(self, micro: int, inputs: Nest) -> tuple[Nest, list[torch.Tensor]]:
+        """What the layers get, and the leaves that collect its gradients: without memory where the activation leaves,
         but for what the user's data loader has given."""
-        leaves: list[torch.Tensor] = []
-        lets_go = self._offload is not None and self.stage > 0 and self._offload.leaves(self.stage, micro)
-
-        def enter(value: Nest) -> Nest:
-            if not isinstance(value, torch.Tensor) or not value.requires_grad:
-                return value
-            leaves.append(value)
-            inside = _inside(value)
-            if lets_go:
-                empty(value)
-            return inside
-
-        # A tensor is the usual case, without the cost of a nest.
-        return enter(inputs) if isinstance(inputs, torch.Tensor) else pytree.tree_map(enter, inputs), leaves
+        entered = inputs if isinstance(inputs, Entered) else self.enter(inputs)
+        if self._offload is not None and self.stage > 0 and self._offload.leaves(self.stage, micro):
+            for leaf in entered.leaves:
+                empty(leaf)
+        return entered.inputs, entered.leaves
 
     def _keep(self, micro: int, leaves: list[torch.Tensor], output: Nest) -> Nest:
         if isinstance(output, torch.Tensor) and output.requires_grad:  # the usual case
-            outputs = [output] if self._keeps_outputs else []
-            self._alive[micro] = Activation(leaves, [*outputs] or [_edge(output)], outputs=outputs)
+            self._alive[micro] = Activation(leaves, [output], outputs=[output] if self._keeps_outputs else [])
             return output.detach()
         tensors, meta = flatten(output)
         if not tensors:
@@ -244,8 +284,8 @@ class StageChunk:
                 f"{type(output).__name__}: its last layer must return a tensor, or a tuple, list or dict of tensors"
             )
         differentiable = [tensor for tensor in tensors if tensor.is_floating_point() or tensor.is_complex()]
-        edges = [_edge(tensor) if tensor.requires_grad else None for tensor in differentiable]
-        if not any(edges) and any(param.requires_grad for param in self._params):
+        edges = [tensor if tensor.requires_grad else None for tensor in differentiable]
+        if all(edge is None for edge in edges) and any(param.requires_grad for param in self._params):
             raise ConfigError(
                 f"the output of stage {self.stage} needs no gradient in micro-batch {micro}, so that its parameters "
                 'would not be trained: if layers are checkpointed, set "pipeline": {"use_reentrant": false}; else look '
@@ -291,14 +331,3 @@ def _no_loss(loss: object) -> str | None:
     if loss.numel() != 1 or not loss.is_floating_point():
         return f"a tensor {list(loss.shape)} of {loss.dtype}"
     return None if loss.requires_grad else "a tensor that needs no gradient"
-
-
-def as_leaves(value: Nest) -> Nest:
-    """Mark every received floating-point tensor of a nest as a leaf that collects a gradient."""
-
-    def mark(leaf: Nest) -> Nest:
-        if isinstance(leaf, torch.Tensor) and (leaf.is_floating_point() or leaf.is_complex()):
-            leaf.requires_grad_()
-        return leaf
-
-    return mark(value) if isinstance(value, torch.Tensor) else pytree.tree_map(mark, value)

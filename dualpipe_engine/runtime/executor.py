@@ -8,7 +8,7 @@ from typing import Protocol
 import torch
 from torch.utils import _pytree as pytree
 
-from ..comm.nest import Nest
+from ..comm.nest import Nest, as_it_is
 from ..comm.p2p import Edges
 from ..errors import DualPipeError
 from ..schedule.op import FB, OFFLOAD, RECV_B, RECV_F, REDUCE, RELOAD, SEND_B, SEND_F, SENDS, STEP, B, F, I, Op, W
@@ -16,7 +16,7 @@ from ..schedule.plan import Plan
 from ..schedule.progress import blame_transfer, waiting
 from ..schedule.records import DATA, FLUSH, RECEIVE, SEND
 from .borders import Borders
-from .chunk import StageChunk, as_leaves
+from .chunk import StageChunk
 from .drain import BatchFailed, Drain, Failing
 from .observer import Observer
 from .offload import Offload
@@ -121,8 +121,8 @@ class Executor:
                         continue
                     if self._failures:
                         self._stop_if_failed()
-                    if state.unnoted and op.kind not in SENDS:
-                        self._note()
+                    if state.behind and op.kind not in SENDS:
+                        self._catch_up()
                     self._handlers[op.kind](op)
                 except Exception as error:
                     if drain is not None or state.in_tail:
@@ -187,23 +187,24 @@ class Executor:
             self._tail.accumulate(stage)
 
     def _take_inputs(self, op: Op) -> Nest:
+        """What the stage of a forward takes: in training, what its chunk has made of it."""
         stage, micro = op.stage, op.micro
+        enter = self._chunks[stage].enter if self._state.train else as_it_is
         if stage == 0:
             with self._observer.waiting(DATA, op):
                 inputs = self._state.feed.inputs(micro)
             if self._borders is not None:
                 self._borders.data(micro, inputs)
-            return inputs
+            return enter(inputs)
         key, state = (stage, micro), self._state
         if key in state.inputs:
-            inputs = state.inputs.pop(key)
-        else:
-            start = self._observer.now()
-            inputs = self._edges.wait_forward(stage, micro)
-            self._observer.waited(RECEIVE, op, start)
-            if self._failures:
-                self._stop_if_failed()
-        return as_leaves(inputs) if state.train else inputs
+            return enter(state.inputs.pop(key))
+        start = self._observer.now()
+        inputs = self._edges.wait_forward(stage, micro, enter)
+        self._observer.waited(RECEIVE, op, start)
+        if self._failures:
+            self._stop_if_failed()
+        return inputs
 
     def _take_grads(self, op: Op) -> list[torch.Tensor] | None:
         stage, micro = op.stage, op.micro
@@ -239,12 +240,14 @@ class Executor:
 
     def _forward(self, op: Op) -> None:
         inputs, labels = self._prepare(op)
+        chunk, train = self._chunks[op.stage], self._state.train
         with self._observer.span(op):
-            chunk = self._chunks[op.stage]
-            output = chunk.forward(op.micro, inputs, labels) if self._state.train else chunk.infer(inputs)
+            output = chunk.forward(op.micro, inputs, labels) if train else chunk.infer(inputs)
             if self._offload is not None:
                 self._offload.leave(op.stage, op.micro)
         self._pass_on(op, output, labels)
+        if train:
+            self._state.behind.append((chunk.let_go, (op.micro,)))
 
     def _pass_on(self, op: Op, output: Nest, labels: Nest) -> None:
         stage, micro, state = op.stage, op.micro, self._state
@@ -267,7 +270,7 @@ class Executor:
 
     def _note_output(self, op: Op, output: Nest) -> None:
         if self._borders is not None:
-            self._state.unnoted.append((self._borders.output, op, output))
+            self._state.behind.append((self._borders.output, (op.stage, op.micro, output)))
 
     def _backward(self, op: Op) -> None:
         grads = self._take_grads(op)
@@ -294,14 +297,14 @@ class Executor:
 
     def _note_grads(self, op: Op, grads: list[torch.Tensor]) -> None:
         if self._borders is not None:
-            self._state.unnoted.append((self._borders.back, op, grads))
+            self._state.behind.append((self._borders.back, (op.stage, op.micro, grads)))
 
-    def _note(self) -> None:
-        """Note what the last op has passed on. Sends come first, since a neighbour may wait for them."""
-        unnoted = self._state.unnoted
-        for note, op, value in unnoted:
-            note(op.stage, op.micro, value)
-        unnoted.clear()
+    def _catch_up(self) -> None:
+        """Do what the last op has left until its sends are under way, since a neighbour may wait for them."""
+        behind = self._state.behind
+        for do, arguments in behind:
+            do(*arguments)
+        behind.clear()
 
     def _weight(self, op: Op) -> None:
         with self._observer.span(op):
@@ -323,6 +326,7 @@ class Executor:
                 self._accumulate(backward)
             self._pass_on(forward, output, labels)
             self._pass_back(backward, back)
+            self._state.behind.append((chunk.let_go, (forward.micro,)))
             return
         self._forward(forward)
         # Nothing of the pair runs together, so the next stage need not wait for the backward half. A send that the plan
@@ -330,6 +334,7 @@ class Executor:
         if self._state.following == forward.send():
             self._send_forward(forward)
             self._state.sent.add((forward.stage, forward.micro))
+        self._catch_up()
         self._backward(backward)
 
     def _send_forward(self, op: Op) -> None:

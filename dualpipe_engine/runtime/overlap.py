@@ -24,7 +24,7 @@ from torch.autograd.graph import GradientEdge, get_gradient_edge
 from torch.utils import _pytree as pytree
 from torch.utils.checkpoint import checkpoint
 
-from ..comm.nest import Nest
+from ..comm.nest import Nest, as_it_is
 from ..comm.tickets import Tickets, Transfer
 from .chunk import ChunkOptions, StageChunk, _inside, empty
 from .filling import Filling, Weights
@@ -120,7 +120,7 @@ class PhasedChunk(StageChunk):
     ) -> None:
         super().__init__(module, stage, **options)
         # The last phase hands over to the next stage or to the loss, so it computes.
-        self._phases = [*phases, Phase("out", COMPUTE, _same)] if phases[-1].kind == COMM else list(phases)
+        self._phases = [*phases, Phase("out", COMPUTE, as_it_is)] if phases[-1].kind == COMM else list(phases)
         self._timeout_s = timeout_s
         self._segments: dict[int, list[_Segment]] = {}
         self._log = log
@@ -184,7 +184,7 @@ class PhasedChunk(StageChunk):
 
     def _forward_steps(self, micro: int, inputs: Nest, labels: Nest) -> Steps[Nest]:
         segments: list[_Segment] = []
-        entered, leaves = self._enter(micro, inputs)  # leaves that collect what goes back to the stage before
+        entered, leaves = self._entered(micro, inputs)  # leaves that collect what goes back to the stage before
         for phase, following in pairwise(self._phases):
             travels = phase.kind == COMM
             tickets = Tickets(phase.name, self._log, leads_on=following.kind == COMM)
@@ -320,10 +320,6 @@ def _next_posted(steps: Steps[Result]) -> Tickets:
 def _run_all(weights: Weights) -> None:
     while weights:
         weights.popleft()()
-
-
-def _same(state: Nest) -> Nest:
-    return state
 
 
 def _cut(state: Nest) -> tuple[Nest, list[torch.Tensor]]:

@@ -46,7 +46,7 @@ class RunState:
         outputs: until they are sent.
         grads: of the outputs of a stage, from a stage after it on this rank; of the inputs of a stage, until they are
             sent.
-        unnoted: what the finite check has yet to look at: (note, op, value).
+        behind: what is done behind the sends, for which neighbours may wait: a function and its arguments.
         sent: outputs that have gone before their SEND_F.
         following: the op behind the one that runs, None behind the last.
         in_tail: whether the tail is at work, all of whose errors end the job.
@@ -59,7 +59,7 @@ class RunState:
         self.inputs: dict[tuple[int, int], Nest] = {}
         self.outputs: dict[tuple[int, int], Nest] = {}
         self.grads: dict[tuple[int, int], list[torch.Tensor]] = {}
-        self.unnoted: list[tuple[Callable[[int, int, Nest], None], Op, Nest]] = []
+        self.behind: list[tuple[Callable[..., None], tuple[object, ...]]] = []
         self.sent: set[tuple[int, int]] = set()
         self.following: Op | None = None
         self.in_tail = False
@@ -72,5 +72,5 @@ class RunState:
 
     def clear(self) -> None:
         """Drop all values."""
-        for values in (self.inputs, self.outputs, self.grads, self.unnoted):
+        for values in (self.inputs, self.outputs, self.grads, self.behind):
             values.clear()
