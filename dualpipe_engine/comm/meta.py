@@ -44,9 +44,6 @@ class TensorMeta:
         """Bytes."""
         return math.prod(self.shape) * self.dtype.itemsize
 
-    def empty(self, device: torch.device) -> torch.Tensor:
-        return torch.empty(self.shape, dtype=self.dtype, device=device)
-
     def zeros(self, device: torch.device) -> torch.Tensor:
         return torch.zeros(self.shape, dtype=self.dtype, device=device)
 

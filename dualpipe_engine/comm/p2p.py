@@ -267,10 +267,13 @@ class Edges:
             block, inbound.tensors = block_of(inbound.metas, self._device)
             blocks = [block]
         else:
-            blocks = inbound.tensors = [meta.empty(self._device) for meta in inbound.metas]
+            blocks = inbound.tensors = []
+            for meta in inbound.metas:
+                blocks.append(torch.empty(meta.shape, dtype=meta.dtype, device=self._device))
         inbound.tickets = []
-        for index, block in enumerate(blocks):
-            inbound.tickets.append(self._transport.recv(block, inbound.src, tag + index))
+        for block in blocks:
+            inbound.tickets.append(self._transport.recv(block, inbound.src, tag))
+            tag += 1
 
     def _post_header(self, inbound: Inbound) -> None:
         if inbound.header is None:

@@ -58,7 +58,7 @@ from .placing.module import PlacedModule
 from .placing.param_groups import GroupMap
 from .placing.sequences import Sharing
 from .placing.shared_blocks import SharingExperts
-from .placing.stages import has_phases, make_chunk, params_of, stage_views
+from .placing.stages import has_phases, make_chunk, params_of, reads_micro_offset, stage_views
 from .plan import StageCosts, make_lowered_plan
 from .reduction.after_schedule import AfterSchedule
 from .reduction.averaging import Averaging
@@ -213,13 +213,14 @@ class DualPipeEngine(
         self._written = WrittenBuffers(module, placement, self._pipeline_group, replicas)
         self.finite = self._make_finite_check()
         self._tail = GradientTail(context, self._trained, self.finite, self.watch)
+        on_micro = self._before_forward if reads_micro_offset(module) else None
         self._executor = Executor(
             self.place.rank,
             self._chunks,
             self._edges,
             self._observer,
             self._tail,
-            self._before_forward,
+            on_micro,
             self.finite.borders,
             self.watch,
             self._offload,
@@ -231,7 +232,7 @@ class DualPipeEngine(
             self._chunks,
             Edges(transport, self.device, timeout, True, self.watch.position),
             Observer(self.place.rank, self.device),
-            on_micro=self._before_forward,
+            on_micro=on_micro,
             failing=self.watch,
         )
 

@@ -85,8 +85,9 @@ class Borders:
 
     def weights(self, stage: int, micro: int) -> None:
         """A backward has added to the weight gradients of a stage."""
-        grads = [param.grad for param in self._params.get(stage, ()) if param.grad is not None]
-        for grad in grads:
+        for param in self._params.get(stage, ()):
+            if (grad := param.grad) is None:
+                continue
             values = grad.coalesce().values() if grad.is_sparse else grad
             self._notes.append((_WEIGHTS, stage, micro, _sum(values)))
 

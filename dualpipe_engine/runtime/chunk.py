@@ -23,6 +23,7 @@ from ..errors import ConfigError
 from .offload import Offload
 from .weight_grad import DeferredWeightGrads
 
+_NOTHING = nullcontext()
 _unsafe_view = torch.ops.aten._unsafe_view.default
 
 
@@ -176,7 +177,10 @@ class StageChunk:
         """Keep of the outputs of F only where their gradients go in; their memory is up to who has taken them."""
         kept = self._alive.get(micro)
         if kept is not None and not kept.outputs:
-            kept.edges = [_edge(edge) if isinstance(edge, torch.Tensor) else edge for edge in kept.edges]
+            edges: list[torch.Tensor | GradientEdge | None] = []
+            for edge in kept.edges:
+                edges.append(_edge(edge) if isinstance(edge, torch.Tensor) else edge)
+            kept.edges = edges
 
     def infer(self, inputs: Nest) -> Nest:
         """Run F without keeping anything; the last stage returns its output, not the loss."""
@@ -262,7 +266,7 @@ class StageChunk:
 
     def _saving(self, micro: int) -> AbstractContextManager[object]:
         """Context of what runs for F of a micro-batch, in which its activation may be one that leaves."""
-        return nullcontext() if self._offload is None else self._offload.saving(self.stage, micro)
+        return _NOTHING if self._offload is None else self._offload.saving(self.stage, micro)
 
     def _entered(self, micro: int, inputs: Nest) -> tuple[Nest, list[torch.Tensor]]:
         """What the layers get, and the leaves that collect its gradients: without memory where the activation leaves,
@@ -321,7 +325,10 @@ class StageChunk:
 
     @staticmethod
     def _input_grads(kept: Activation) -> list[torch.Tensor]:
-        return [torch.zeros_like(leaf) if leaf.grad is None else leaf.grad for leaf in kept.leaves]
+        grads = []
+        for leaf in kept.leaves:
+            grads.append(torch.zeros_like(leaf) if leaf.grad is None else leaf.grad)
+        return grads
 
 
 def _no_loss(loss: object) -> str | None:

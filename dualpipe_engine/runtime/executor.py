@@ -283,7 +283,8 @@ class Executor:
                 self._accumulate(op)
             else:
                 back = chunk.input_backward(op.micro, grads, self.scale)
-                self._note_weights(op)  # those that are not deferred
+                if self._borders is not None:  # those that are not deferred
+                    self._borders.weights(op.stage, op.micro)
         self._pass_back(op, back)
 
     def _pass_back(self, op: Op, grads: list[torch.Tensor]) -> None:
@@ -331,9 +332,10 @@ class Executor:
         self._forward(forward)
         # Nothing of the pair runs together, so the next stage need not wait for the backward half. A send that the plan
         # has moved stays where it is.
-        if self._state.following == forward.send():
-            self._send_forward(forward)
-            self._state.sent.add((forward.stage, forward.micro))
+        key, following = (forward.stage, forward.micro), self._state.following
+        if following is not None and following.kind == SEND_F and (following.stage, following.micro) == key:
+            self._send_forward(following)
+            self._state.sent.add(key)
         self._catch_up()
         self._backward(backward)
 
@@ -341,7 +343,7 @@ class Executor:
         if (output := self._state.outputs.pop((op.stage, op.micro), None)) is not None:
             start = self._observer.now()
             self._edges.send_forward(op.stage, op.micro, output, self._state.rank_of(op.stage + 1, op.micro))
-            self._observer.waited(SEND, op if op.kind == SEND_F else op.send(), start)
+            self._observer.waited(SEND, op, start)
             self._note_output(op, output)
 
     def _send_backward(self, op: Op) -> None:
@@ -370,15 +372,12 @@ class Executor:
         return self._offload
 
     def _accumulate(self, op: Op) -> None:
-        self._note_weights(op)
+        if self._borders is not None:
+            self._borders.weights(op.stage, op.micro)
         if self._tail is not None:
             self._state.in_tail = True
             self._tail.accumulate(op.stage)
             self._state.in_tail = False
-
-    def _note_weights(self, op: Op) -> None:
-        if self._borders is not None:
-            self._borders.weights(op.stage, op.micro)
 
     def _reduce(self, op: Op) -> None:
         if self._tail is not None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any, TypeAlias
 
 import torch
@@ -40,6 +41,8 @@ class Observer:
         #: now: seconds, or an event that has been recorded on the current stream
         self.now: Callable[[], Instant] = time.monotonic if self._on_host else self._event
         self.nvtx = False
+        #: context manager of an op: the body is it
+        self.span: Callable[[Op], Stretch] = partial(Stretch, self, OP)
         self._profiled = False  # by torch.profiler or emit_nvtx, in this batch
         self._current: Op | None = None
         self._batch = Batch(None)
@@ -71,10 +74,6 @@ class Observer:
         """Transfers of the last batch with all times in seconds of the host's monotonic clock; waits for the
         accelerator."""
         return self._batch.on_clock(transfers)
-
-    def span(self, op: Op) -> Stretch:
-        """Context manager: the body is `op`."""
-        return Stretch(self, OP, op)
 
     def waiting(self, kind: str, op: Op = _NO_OP) -> Stretch:
         """Context manager: in the body the rank does something for `op` that is no computation.

@@ -11,8 +11,8 @@ where `grad` is still None or old. So reduce gradients after the last W, not fro
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 
 import torch
 from torch import Tensor, nn
@@ -43,14 +43,9 @@ class DeferredWeightGrads:
         self.split_params: set[nn.Parameter] = set()
         self._waiting: list[Contribution | Callable[[], None]] = []
 
-    @contextmanager
-    def defer(self) -> Iterator[None]:
+    def defer(self) -> AbstractContextManager[None]:
         """Keep the weight gradients of the backward passes in the body for `take`."""
-        before, self.deferring = self.deferring, True
-        try:
-            yield
-        finally:
-            self.deferring = before
+        return _Deferring(self)
 
     def put(self, deferred: Contribution | Callable[[], None]) -> None:
         """Add a closure that a backward leaves for W. CUDA's backward threads may call it."""
@@ -86,10 +81,27 @@ class DeferredWeightGrads:
         return closures
 
 
+class _Deferring:
+    """A store defers in the body. A generator would do; there is one in every I."""
+
+    def __init__(self, store: DeferredWeightGrads) -> None:
+        self._store = store
+
+    def __enter__(self) -> None:
+        self._before, self._store.deferring = self._store.deferring, True
+
+    def __exit__(self, *error: object) -> None:
+        self._store.deferring = self._before
+
+
 def _without_grad(closure: Callable[[], None]) -> None:
-    """As in a backward."""
-    with torch.no_grad():
+    """As in a backward. `torch.no_grad` takes longer than a small product."""
+    before = torch.is_grad_enabled()
+    torch._C._set_grad_enabled(False)
+    try:
         closure()
+    finally:
+        torch._C._set_grad_enabled(before)
 
 
 def _run_once(contributions: list[Contribution], fused: FusedWgrad | None) -> None:

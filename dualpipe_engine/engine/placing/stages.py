@@ -115,8 +115,12 @@ def make_chunk(
 def has_phases(module: PipelineModule) -> bool:
     """Whether any layer of this rank offers phases and nothing stands against running the layers one by one: a
     PipelineModule with a forward of its own, or with `seed_layers`, whose seeds belong to whole layers."""
-    own = getattr(type(module), "forward", None) is not PipelineModule.forward
-    return not own and not module.seed_layers and any(isinstance(layer, Phased) for layer in module.forward_funcs)
+    return not reads_micro_offset(module) and any(isinstance(layer, Phased) for layer in module.forward_funcs)
+
+
+def reads_micro_offset(module: PipelineModule) -> bool:
+    """Whether a forward of the module may ask which micro-batch it is: one of its own, or `seed_layers`."""
+    return getattr(type(module), "forward", None) is not PipelineModule.forward or module.seed_layers
 
 
 def _runnable(view: PipelineModule) -> LayerFunction:
@@ -125,8 +129,7 @@ def _runnable(view: PipelineModule) -> LayerFunction:
     functions = view.forward_funcs
     if len(functions) == 1 and hasattr(type(functions[0]), _OVERLAPPED):
         return functions[0]
-    own = type(view).forward is not PipelineModule.forward
-    return view if own or view.seed_layers or view.activation_checkpoint_interval > 0 else _Layers(view)
+    return view if reads_micro_offset(view) or view.activation_checkpoint_interval > 0 else _Layers(view)
 
 
 class _Layers:
