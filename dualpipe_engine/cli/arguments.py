@@ -164,6 +164,8 @@ def work(args: argparse.Namespace) -> tuple[CostModel, Measurement | None]:
 
 def make(args: argparse.Namespace) -> tuple[Plan, CostModel]:
     """The verified plan that the arguments ask for, and the costs of its stages."""
+    from ..viz.terminal import spinning
+
     costs, _ = work(args)
     if args.copy is not None:
         if not args.offload_activations:
@@ -194,7 +196,8 @@ def make(args: argparse.Namespace) -> tuple[Plan, CostModel]:
         costs = costs.for_placement(placement_of(args.schedule, args.ranks, stages))
         shape = args.ranks, args.micro_batches
         searched = {"activation_cap": args.activation_cap, "stages_per_rank": stages, "tries": args.tries}
-        plan = make_plan(args.schedule, *shape, costs, args.optimize, **searched)
+        with spinning(f"looking for {'the fastest order of ' if args.optimize else ''}{args.schedule}"):
+            plan = make_plan(args.schedule, *shape, costs, args.optimize, **searched)
     plan = offload(plan.unlowered() if args.offload_activations else plan, args.offload_activations, costs)
     verify(plan, activation_cap=args.activation_cap)
     return plan, costs

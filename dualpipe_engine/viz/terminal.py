@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterable
+from contextlib import AbstractContextManager, nullcontext
 from itertools import groupby
 from typing import TYPE_CHECKING, TypeVar
 
@@ -36,6 +37,13 @@ def tracked(items: Iterable[Item], total: int, what: str) -> list[Item]:
 
     with Progress(console=Console(stderr=True), transient=True, disable=not sys.stderr.isatty()) as progress:
         return list(progress.track(items, total, description=what))
+
+
+def spinning(what: str) -> AbstractContextManager[object]:
+    """Context of work that takes who knows how long: a spinner on stderr, where that is a terminal."""
+    from rich.console import Console
+
+    return Console(stderr=True).status(what) if sys.stderr.isatty() else nullcontext()
 
 
 def draw_terminal(timeline: Timeline, console: Console, title: str = "", unit: str = "") -> None:

@@ -1,6 +1,8 @@
 """Terminal drawings: the letters of known schedules, and any width."""
 
 import io
+import sys
+import time
 
 import pytest
 from rich.console import Console
@@ -10,7 +12,7 @@ from dualpipe_engine.schedule.search.make_plan import make_plan
 from dualpipe_engine.schedule.timeline import Span, Timeline
 from dualpipe_engine.schedule.timing.costs import CostModel
 from dualpipe_engine.schedule.timing.simulate import simulate
-from dualpipe_engine.viz.terminal import draw_terminal
+from dualpipe_engine.viz.terminal import draw_terminal, spinning
 
 
 def drawn(timeline, width, unit="", **console):
@@ -76,3 +78,17 @@ def test_thousands_of_ops_stay_one_line_a_rank():
     lines = drawn(timeline, 80)
     assert len(lines) < 20
     assert lines[1].count("&") > 50
+
+
+class _Terminal(io.StringIO):
+    def isatty(self):
+        return True
+
+
+def test_long_work_shows_that_it_goes_on(monkeypatch):
+    for stream, shown in ((_Terminal(), True), (io.StringIO(), False)):
+        monkeypatch.setattr(sys, "stderr", stream)
+        monkeypatch.setenv("TERM", "xterm")
+        with spinning("looking for an order"):
+            time.sleep(0.2)
+        assert ("looking for an order" in stream.getvalue()) == shown
