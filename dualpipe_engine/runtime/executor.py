@@ -191,8 +191,9 @@ class Executor:
         stage, micro = op.stage, op.micro
         enter = self._chunks[stage].enter if self._state.train else as_it_is
         if stage == 0:
-            with self._observer.waiting(DATA, op):
-                inputs = self._state.feed.inputs(micro)
+            start = self._observer.now()
+            inputs = self._state.feed.inputs(micro)
+            self._observer.waited(DATA, op, start)
             if self._borders is not None:
                 self._borders.data(micro, inputs)
             return enter(inputs)
@@ -224,8 +225,10 @@ class Executor:
     def _labels(self, op: Op) -> Nest:
         if op.stage != self._state.last:
             return None
-        with self._observer.waiting(DATA, op):
-            return self._state.feed.labels(op.micro)
+        start = self._observer.now()
+        labels = self._state.feed.labels(op.micro)
+        self._observer.waited(DATA, op, start)
+        return labels
 
     def _prepare(self, op: Op) -> tuple[Nest, Nest]:
         if self._on_micro is not None:

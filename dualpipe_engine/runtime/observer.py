@@ -75,17 +75,21 @@ class Observer:
         accelerator."""
         return self._batch.on_clock(transfers)
 
-    def waiting(self, kind: str, op: Op = _NO_OP) -> Stretch:
-        """Context manager: in the body the rank does something for `op` that is no computation.
+    def waiting(self, kind: str) -> Stretch:
+        """Context manager: in the body the rank does something that is no computation, and belongs to no op.
 
         Args:
             kind: one of the kinds of `schedule.records`.
-            op: whose input or output it is.
         """
-        return Stretch(self, kind, op)
+        return Stretch(self, kind, _NO_OP)
 
     def waited(self, kind: str, op: Op, start: Instant) -> None:
-        """As `waiting`, for what began at `start` (a `now()`) and ends now; it costs less."""
+        """The rank has done something for `op` that is no computation, from `start` (a `now()`) until now.
+
+        Args:
+            kind: one of the kinds of `schedule.records`.
+            op: whose input or output it was.
+        """
         self._batch.stretches.append((kind, op, start, self.now()))
 
     def reducing(self) -> Stretch:

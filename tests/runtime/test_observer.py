@@ -8,7 +8,7 @@ from dualpipe_engine.errors import ProfileError
 from dualpipe_engine.profiling.profiler import enable_profiling
 from dualpipe_engine.runtime.observer import Observer
 from dualpipe_engine.schedule.op import Op
-from dualpipe_engine.schedule.records import OP, PHASE, RECEIVE, REDUCTION
+from dualpipe_engine.schedule.records import FLUSH, OP, PHASE, RECEIVE, REDUCTION
 
 
 @pytest.fixture
@@ -20,8 +20,7 @@ def observer():
 
 def test_marks_of_a_batch(observer):
     op, reduce = Op.parse("3F7"), Op.parse("3REDUCE")
-    with observer.waiting(RECEIVE, op):
-        pass
+    observer.waited(RECEIVE, op, observer.now())
     with observer.span(op):
         pass
     with observer.span(reduce):
@@ -50,7 +49,7 @@ def test_ops_are_nvtx_ranges_when_asked(observer, monkeypatch):
     observer.nvtx = True
     with observer.span(Op.parse("3F7")):
         calls.append("body")
-    with observer.waiting(RECEIVE, Op.parse("3F7")):
+    with observer.waiting(FLUSH):
         pass
     assert calls == ["dualpipe 3F7", "body", "pop"]
 
