@@ -330,6 +330,11 @@ class Lifeline:
         reports = {peer.rank: peer.report for peer in peers if peer.report}
         settled = len(reports) == len(peers) and all(each["waiting"] for each in reports.values())
         if now - self._caused > SETTLE_S or (self._rank == 0 and settled and now - self._caused > ASK_S):
+            # Who has answered no question is not one of those that wait for somebody.
+            mute = [peer for peer in peers if peer.heard < self._caused]
+            if cause["rank"] is None and mute:
+                stopped = min(mute, key=lambda peer: peer.heard)
+                cause = {"kind": SILENT, "rank": stopped.rank, "at": stopped.at}
             if cause["rank"] != self._rank and own:
                 reports[self._rank] = own
             text = self._guarded(self._verdict, cause, reports) or f"rank {cause['rank']} is lost: {cause['kind']}"

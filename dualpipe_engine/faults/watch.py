@@ -255,7 +255,10 @@ class Watch:
 
     def _abort(self) -> None:
         self._aborted = True
-        threading.Thread(target=abort_groups, daemon=True).start()  # which may wait for a device that hangs
+        aborting = threading.Thread(target=abort_groups, daemon=True)  # it may wait for a device that hangs
+        aborting.start()
+        # A thread that comes out of a wait of torch's while Python ends takes the process down with SIGABRT.
+        Finalize(None, aborting.join, (self._grace,), exitpriority=0)
 
     def _break_out(self, text: str) -> None:
         """Nothing here may last: the deadline holds for a rank whose device, output or interpreter hangs, too."""

@@ -26,11 +26,10 @@ STARTS = {
     ],
     "deepspeed": ["deepspeed", "--num_gpus=2", "--master_port=PORT", PROGRAM, "x"],
 }
+ALL = [pytest.mark.all, pytest.mark.faults_all]
 
 
-@pytest.mark.all
-@pytest.mark.faults_all
-@pytest.mark.parametrize("how", STARTS)
+@pytest.mark.parametrize("how", [how if how == "torchrun" else pytest.param(how, marks=ALL) for how in STARTS])
 def test_however_ranks_are_started(tmp_path, how):
     port = str(free_port())
     env = os.environ | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}

@@ -222,6 +222,20 @@ def test_a_rank_that_sends_half_a_message_does_not_end_the_thread(job, line, cap
     assert {line.text for line in job.lines.values()} == {"failed 2"}
 
 
+def test_a_rank_that_answers_no_question_is_the_one_that_others_are_late_for(job, monkeypatch):
+    """A stopped process keeps its connection; who waits for it may notice sooner than its silence is long enough."""
+    monkeypatch.setattr(lifeline, "SETTLE_S", 0.3)
+    stopped = door.knock(["127.0.0.1"], job.port, job.shared[2], 2, patience_s=5)
+    deadline = time.monotonic() + 5
+    while job.lines[0]._missing and time.monotonic() < deadline:
+        time.sleep(0.01)
+    line = job.lines[1]
+    line._send(line._peers[0], {"cause": {"kind": lifeline.LATE, "rank": None, "at": {}}})
+    assert job.lines[0].decided.wait(5) and line.decided.wait(5)
+    assert job.told == {0: f"{lifeline.SILENT} 2", 1: f"{lifeline.SILENT} 2"}
+    stopped.close()
+
+
 def test_an_error_of_the_thread_is_its_own_fault_and_ends_nothing(job, capfd):
     def broken():
         raise KeyError("planted")
