@@ -41,9 +41,11 @@ def tracked(items: Iterable[Item], total: int, what: str) -> list[Item]:
 
 def spinning(what: str) -> AbstractContextManager[object]:
     """Context of work that takes who knows how long: a spinner on stderr, where that is a terminal."""
+    if not sys.stderr.isatty():
+        return nullcontext()
     from rich.console import Console
 
-    return Console(stderr=True).status(what) if sys.stderr.isatty() else nullcontext()
+    return Console(stderr=True).status(what)
 
 
 def draw_terminal(timeline: Timeline, console: Console, title: str = "", unit: str = "") -> None:
