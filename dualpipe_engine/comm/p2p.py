@@ -178,14 +178,13 @@ class Edges:
         """
         key = (FORWARD, stage, micro)
         inbound = self._inbound[key]
-        entered = None
-        if inbound.message is not None and inbound.tickets is not None:
-            entered = enter(inbound.message.build(inbound.tensors))
+        if inbound.message is None or inbound.tickets is None:
+            self._finish(key)
+            assert inbound.message is not None
+            return enter(inbound.message.build(inbound.tensors))
+        entered = enter(inbound.message.build(inbound.tensors))
         self._finish(key)
-        if entered is not None:
-            return entered
-        assert inbound.message is not None
-        return enter(inbound.message.build(inbound.tensors))
+        return entered
 
     def wait_backward(self, stage: int, micro: int) -> list[torch.Tensor]:
         """The output gradients of `stage` for `micro`, one for each floating-point tensor that was sent forward."""

@@ -8,7 +8,7 @@ as it has been sent.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from typing import TypedDict
 
@@ -20,10 +20,9 @@ from torch.utils import _pytree as pytree
 from ..comm.meta import flatten
 from ..comm.nest import Nest
 from ..errors import ConfigError
-from .offload import Offload
+from .offload import NOTHING, Offload
 from .weight_grad import DeferredWeightGrads
 
-_NOTHING = nullcontext()
 _unsafe_view = torch.ops.aten._unsafe_view.default
 
 
@@ -163,7 +162,7 @@ class StageChunk:
 
         Returns:
             The stage's output, cut off from autograd; for the last stage the loss (scalar, cut off as well). Call
-            `let_go` when it has been passed on.
+            `release_outputs` when it has been passed on.
         """
         inputs, leaves = self._entered(micro, inputs)
         with self._saving(micro):
@@ -173,7 +172,7 @@ class StageChunk:
             loss = self.loss_fn(output, labels) if self.loss_fn is not None else output
             return self._keep_loss(micro, leaves, loss)
 
-    def let_go(self, micro: int) -> None:
+    def release_outputs(self, micro: int) -> None:
         """Keep of the outputs of F only where their gradients go in; their memory is up to who has taken them."""
         kept = self._alive.get(micro)
         if kept is not None and not kept.outputs:
@@ -266,7 +265,7 @@ class StageChunk:
 
     def _saving(self, micro: int) -> AbstractContextManager[object]:
         """Context of what runs for F of a micro-batch, in which its activation may be one that leaves."""
-        return _NOTHING if self._offload is None else self._offload.saving(self.stage, micro)
+        return NOTHING if self._offload is None else self._offload.saving(self.stage, micro)
 
     def _entered(self, micro: int, inputs: Nest) -> tuple[Nest, list[torch.Tensor]]:
         """What the layers get, and the leaves that collect its gradients: without memory where the activation leaves,

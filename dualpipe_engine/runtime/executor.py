@@ -250,7 +250,7 @@ class Executor:
                 self._offload.leave(op.stage, op.micro)
         self._pass_on(op, output, labels)
         if train:
-            self._state.behind.append((chunk.let_go, (op.micro,)))
+            self._state.behind.append((chunk.release_outputs, (op.micro,)))
 
     def _pass_on(self, op: Op, output: Nest, labels: Nest) -> None:
         stage, micro, state = op.stage, op.micro, self._state
@@ -330,7 +330,7 @@ class Executor:
                 self._accumulate(backward)
             self._pass_on(forward, output, labels)
             self._pass_back(backward, back)
-            self._state.behind.append((chunk.let_go, (forward.micro,)))
+            self._state.behind.append((chunk.release_outputs, (forward.micro,)))
             return
         self._forward(forward)
         # Nothing of the pair runs together, so the next stage need not wait for the backward half. A send that the plan

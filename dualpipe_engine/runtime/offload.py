@@ -31,7 +31,7 @@ Key: TypeAlias = tuple[int, int]
 """Stage and micro-batch."""
 
 LEAST = 1 << 14  #: bytes of the smallest storage that leaves: below, a copy costs more than the memory is worth
-_NOTHING = nullcontext()
+NOTHING = nullcontext()
 
 
 class Offload:
@@ -69,7 +69,7 @@ class Offload:
         """Context of the forward, or of a part of it."""
         key = stage, micro
         if key not in self._leaves:
-            return _NOTHING
+            return NOTHING
         saved = self._saved.get(key)
         if saved is None:
             saved = self._saved[key] = _Saved(self, key)

@@ -39,12 +39,17 @@ def closed(sock):
     return True
 
 
-def test_every_rank_comes_in_and_the_door_closes(job):
-    port = job.port
-    job.start(2)
+def all_in(job):
+    """Wait until every rank has come in."""
     deadline = time.monotonic() + 10
     while job.lines[0]._missing and time.monotonic() < deadline:
         time.sleep(0.01)
+
+
+def test_every_rank_comes_in_and_the_door_closes(job):
+    port = job.port
+    job.start(2)
+    all_in(job)
     with pytest.raises(ConnectionRefusedError):
         socket.create_connection(("127.0.0.1", port), timeout=5)
     assert job.passes()
@@ -226,9 +231,7 @@ def test_a_rank_that_answers_no_question_is_the_one_that_others_are_late_for(job
     """A stopped process keeps its connection; who waits for it may notice sooner than its silence is long enough."""
     monkeypatch.setattr(lifeline, "SETTLE_S", 0.3)
     stopped = door.knock(["127.0.0.1"], job.port, job.shared[2], 2, patience_s=5)
-    deadline = time.monotonic() + 5
-    while job.lines[0]._missing and time.monotonic() < deadline:
-        time.sleep(0.01)
+    all_in(job)
     line = job.lines[1]
     line._send(line._peers[0], {"cause": {"kind": lifeline.LATE, "rank": None, "at": {}}})
     assert job.lines[0].decided.wait(5) and line.decided.wait(5)

@@ -75,8 +75,8 @@ def make_plan(
             cap from 2; with `optimize` a larger cap never makes it slower.
         split_backward: False: only full backwards, for models that cannot split them into I and W.
         stages_per_rank: stages that a rank holds, for "interleaved" and "interleaved_zb" (None: 2).
-        tries: small changes that `shorten` tries on each of up to 8 orders; 100,000 take half a minute for 8 ranks and
-            16 micro-batches. None: 4000 at most, within a second or two, and none in plans of more than `MANY_OPS`.
+        tries: small changes that `shorten` tries on each of up to 8 orders. None: 4000 at most, within a second or
+            two, and none in plans of more than `MANY_OPS`.
 
     Raises:
         PlanError: the name is unknown, the rank count or the stages a rank do not fit the schedule, the costs are for
