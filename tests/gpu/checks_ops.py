@@ -238,6 +238,7 @@ def memory(run: Run) -> Facts:
         held = [before]
         for micro in range(8):
             chunk.forward(micro, inputs.detach().requires_grad_())
+            chunk.release_outputs(micro)
             held.append(_allocated())
         for micro in range(8):
             turn(micro)
@@ -306,6 +307,7 @@ def _walk(block: nn.Module, plan: Plan, shape: tuple[int, ...]) -> dict[str, Any
             generator = torch.Generator(DEVICE).manual_seed(op.micro)
             x = torch.randn(shape, device=DEVICE, dtype=next(block.parameters()).dtype, generator=generator)
             made.append(chunk.forward(op.micro, x.requires_grad_()).sum())
+            chunk.release_outputs(op.micro)
             moved.leave(1, op.micro)
             del x
         elif op.kind == "OFFLOAD":

@@ -62,6 +62,7 @@ def alive_after_forward():
             leaves = torch.utils._pytree.tree_map(lambda value: value.detach().clone().requires_grad_(), inputs)
             with Made(whole) as made:
                 chunk.forward(0, leaves)
+                chunk.release_outputs(0)
             held = found.setdefault(name, [])
             held.append(made.alive(held[0] + LEAVES if held else math.inf))
             grads = [torch.ones_like(leaf) for leaf in tree_leaves(leaves)]
