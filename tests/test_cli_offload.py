@@ -66,9 +66,7 @@ def test_memory(capsys, tmp_path):
         given = ("memory", "--config", str(path), "--ranks", "4", "--params-per-stage", "1000")
         if away == 0 and away is not False:
             assert main([*given]) == 2
-            assert (
-                '"offload_activations" must be true, false or a whole number above 0, got 0' in capsys.readouterr().err
-            )
+            assert '"offload_activations": ...}: Input should be' in capsys.readouterr().err
             continue
         rows = answer(capsys, *given, "--activation-bytes", "80")["schedules"]
         found[str(away)] = {row["schedule"]: [rank["activations"] for rank in row["ranks"]] for row in rows}

@@ -117,7 +117,7 @@ def test_adding_a_model_family(monkeypatch):
 def test_adding_a_key():
     from pydantic import Field, ValidationError
 
-    from dualpipe_engine.engine.config import DualPipeConfig
+    from dualpipe_engine.engine.section import DualPipeConfig
 
     (code,) = blocks("A key of the JSON")
     names = {"DualPipeConfig": DualPipeConfig, "Field": Field}

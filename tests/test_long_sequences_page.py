@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -13,8 +14,24 @@ import pytest
 import torch
 import transformers
 
+from dualpipe_engine.cli.main import main
+
 PAGE = (Path(__file__).parents[1] / "docs" / "long_sequences.md").read_text()
 VOCABULARY, LENGTH, RANKS, SHARED, MICROS = 61, 32, 2, 2, 4
+
+
+def test_its_bytes_are_those_of_its_keys(tmp_path, capsys):
+    """A row that has no ranks, stock DeepSpeed's, is in the table, too."""
+    (settings,) = re.findall(r"```json\n({.*?})\n```", PAGE, re.S)
+    (command,) = (line for line in PAGE.splitlines() if line.startswith("dualpipe memory"))
+    (tmp_path / "long.json").write_text(settings)
+    command = command.replace("long.json", str(tmp_path / "long.json"))
+    assert main(shlex.split(command)[1:]) == 0
+    shown = capsys.readouterr().out
+    assert "1f1b-deepspeed: DeepSpeed's own pipeline engine shares no sequences" in shown
+    assert main([*shlex.split(command)[1:], "--format", "json"]) == 0
+    rows = {row["schedule"]: row["ranks"] for row in json.loads(capsys.readouterr().out)["schedules"]}
+    assert not rows["1f1b-deepspeed"] and max(rank["total"] for rank in rows["interleaved"]) < 80e9
 
 
 @pytest.mark.all

@@ -64,6 +64,7 @@ ROOMS = [
     "profiling",
     "page",
     "models",
+    "engine.section",
     "engine.given",
     "engine.keys",
     "engine.methods",

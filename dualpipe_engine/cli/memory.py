@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import argparse
 import json
-import re
 import sys
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+from ..engine.section import PAIRS, check_keys, parse_keys
 from ..errors import ConfigError
-from ..schedule.jobs.flows import OWN_RECOMPUTED
+from ..schedule.cuts.counts import parse_counts
+from ..schedule.jobs.asked import Asked
+from ..schedule.jobs.flows import OWN_RECOMPUTED, WHOLE, Tiles
 from ..schedule.jobs.memory import MemoryRow, compare_memory, training_of
 from ..schedule.jobs.model_memory import Parts, Shape, model_memory, parts_of
 from ..schedule.jobs.model_shape import load_shape
@@ -19,22 +21,27 @@ from ..schedule.placement import MOST_RANKS
 from ..schedule.plain_json import parse
 from .arguments import Commands, add_length, add_stages, finite, refuse, whole
 
+#: Keys of the "pipeline" section that change what a layer keeps.
+_OF_LAYERS = ("recompute", "activation_checkpoint_interval", "tiled_loss", "tiled_mlp")
+
 _DESCRIPTION = """\
 Bytes of weights, gradients, optimizer state and activations on each rank for every schedule, beside stock 1F1B
 (1f1b-deepspeed), computed from a DeepSpeed configuration without running anything.
 
-Precision, ZeRO stage, gradient accumulation dtype, optimizer and "offload_activations" are read from the
-configuration. dualpipe holds every stage on two ranks: weights and gradients double, but ZeRO-1 divides the optimizer
-state among both, and ZeRO-2 the gradients as well. Stock 1F1B has no ZeRO-2, so its row shows ZeRO-1 then. Not
-counted: what lives for one op only (a fresh gradient, buffers of transfers), and what the allocator wastes. With
-"offload_optimizer" the optimizer state is in host memory, in a column of its own.
+Precision, ZeRO stage, gradient accumulation dtype and optimizer are read from the configuration, and of its
+"pipeline" section "stages_per_rank", "activation_cap", "split_backward" and "offload_activations". dualpipe holds
+every stage on two ranks: weights and gradients double, but ZeRO-1 divides the optimizer state among both, and ZeRO-2
+the gradients as well. Stock 1F1B has no ZeRO-2, so its row shows ZeRO-1 then. Not counted: what lives for one op only
+(a fresh gradient, buffers of transfers, a tile), and what the allocator wastes. With "offload_optimizer" the optimizer
+state is in host memory, in a column of its own.
 
 --model takes the parameters and activations of a transformer from its config.json, its stages cut so that ranks have
-equal work. Experts, and their optimizer state, are divided by the ranks that share them: the "autoep_size" of the
-configuration, or --expert-parallel. Of ranks that share sequences (the "sequence_parallel_size", or
---sequence-parallel) each has a part of the activations. These are those of transformers' layers, or with --own-layers
-of those of dualpipe_engine.models, less what the "recompute" of the configuration names; a second table shows what the
-largest layer keeps, by parts.
+equal work, or by the "partition_method" where that counts layers. Experts, and their optimizer state, are divided by
+the ranks that share them: the "autoep_size" of the configuration, or --expert-parallel. Of ranks that share sequences
+(the "sequence_parallel_size", or --sequence-parallel) each has a part of the activations. These are those of
+transformers' layers, or with --own-layers of those of dualpipe_engine.models, less what "tiled_loss", "tiled_mlp",
+"activation_checkpoint_interval" and the names of "recompute" leave to be computed again, with the largest group of
+checkpointed layers, as while its backward runs; a second table shows what the largest layer keeps, by parts.
 """
 
 
@@ -122,28 +129,20 @@ def _run(given: list[argparse.Action], modelled: list[argparse.Action], args: ar
 
 
 def _of_stages(args: argparse.Namespace, config: dict[str, Any], micro: int) -> list[MemoryRow]:
-    params, section = args.params_per_stage, config.get("pipeline")
-    if isinstance(section, dict) and section.get("recompute"):
+    params, (asked, _) = args.params_per_stage, _asked(args, config)
+    section = config.get("pipeline", {})
+    if key := next((key for key in _OF_LAYERS if section.get(key)), None):
         raise ConfigError(
-            '"recompute" changes what a layer keeps, which --activation-bytes has to say: take the key out, or --model'
+            f'"{key}" changes what a layer keeps, which --activation-bytes has to say: take the key out, or --model'
         )
     if params is None:
         raise ConfigError("say what a stage holds: --params-per-stage P, or --model with a config.json")
     params = params * args.ranks if len(params) == 1 else params
-    return compare_memory(
-        training_of(config),
-        args.ranks,
-        micro,
-        params,
-        args.activation_bytes,
-        args.replicas,
-        args.stages_per_rank,
-        offload_activations=_offloaded(config),
-    )
+    return compare_memory(training_of(config), args.ranks, micro, params, args.activation_bytes, args.replicas, asked)
 
 
 def _of_model(args: argparse.Namespace, config: dict[str, Any], micro: int) -> tuple[list[MemoryRow], Parts]:
-    """Rows, and what a layer keeps under each name of "recompute" and under all."""
+    """Rows, and what a layer keeps under each name of "recompute" and under all, of what tiles leave."""
     experts, sequences = args.expert_parallel, args.micro_batch_size
     section = config.get("expert_parallel") or {}
     if experts is None:
@@ -157,35 +156,38 @@ def _of_model(args: argparse.Namespace, config: dict[str, Any], micro: int) -> t
             raise ConfigError(f"{args.config}: {name} must be a whole number above 0, got {value!r}")
     length = 4096 if args.sequence_length is None else args.sequence_length
     shape = Shape(args.ranks, micro, args.replicas, experts, sequences, length, parts)
-    model, training = load_shape(args.model, args.own_layers, parts), training_of(config)
-    names = _recomputed(config, args.own_layers)
-    rows = model_memory(model, training, shape, args.stages_per_rank, _offloaded(config), names)
+    (asked, tiles), training = _asked(args, config), training_of(config)
+    model, tiled = (load_shape(args.model, args.own_layers, parts, each) for each in (WHOLE, tiles))
+    rows, names = model_memory(model, training, shape, asked, tiled), asked.recompute
     each = [(), *((name,) for name in names), *([names] if len(names) > 1 else [])]
-    return rows, {again: parts_of(model, shape, training.weights, again) for again in each}
+    return rows, {again: parts_of(tiled, shape, training.weights, again) for again in each}
 
 
-def _recomputed(config: dict[str, Any], own: bool) -> tuple[str, ...]:
-    pipeline = config.get("pipeline")
-    names = pipeline.get("recompute", False) if isinstance(pipeline, dict) else False
-    if isinstance(names, bool):
-        if names and not own:
-            raise ConfigError(
-                '"recompute": true stands for what layers list, and transformers\' list nothing: give names'
-            )
-        return OWN_RECOMPUTED if names else ()
-    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
-        raise ConfigError(f'"recompute" must be true, false or a list of names, got {names!r}')
-    try:
-        for name in names:
-            re.compile(name)
-    except re.error as error:
-        raise ConfigError(f'"recompute": {name!r} is no regular expression: {error}') from None
-    return tuple(names)
-
-
-def _offloaded(config: dict[str, Any]) -> bool | int:
-    pipeline = config.get("pipeline")
-    away = pipeline.get("offload_activations", False) if isinstance(pipeline, dict) else False
-    if not isinstance(away, bool) and (not isinstance(away, int) or away < 1):
-        raise ConfigError(f'"offload_activations" must be true, false or a whole number above 0, got {away!r}')
-    return away
+def _asked(args: argparse.Namespace, config: dict[str, Any]) -> tuple[Asked, Tiles]:
+    """What the "pipeline" section asks of schedules, and what it lets run in pieces."""
+    section = config.get("pipeline", {})
+    if not isinstance(section, dict):
+        raise ConfigError(f'"pipeline" must be a section {{...}} of keys, got {section!r}')
+    keys = parse_keys(check_keys(section))
+    interval = section.get("activation_checkpoint_interval", 0)
+    if type(interval) is not int or interval < 0:
+        raise ConfigError(f'"activation_checkpoint_interval" must be a whole number from 0, got {interval!r}')
+    cut = parse_counts(keys.partition_method)
+    if args.model is not None and cut is None and keys.partition_method not in (None, PAIRS):
+        raise ConfigError(
+            f'"partition_method": "{keys.partition_method}" needs the layers themselves: leave it out for stages of '
+            'equal work, or give the number of layers of each, such as "6,6,5,5"'
+        )
+    names = keys.recompute
+    if args.model is not None and names is True and not args.own_layers:
+        raise ConfigError('"recompute": true stands for what layers list, and transformers\' list nothing: give names')
+    asked = Asked(
+        keys.stages_per_rank if args.stages_per_rank is None else args.stages_per_rank,
+        keys.activation_cap,
+        keys.split_backward is not False,
+        keys.offload_activations,
+        tuple(names) if isinstance(names, list) else OWN_RECOMPUTED if names else (),
+        interval,
+        cut,
+    )
+    return asked, Tiles(keys.tiled_loss is not None, keys.tiled_mlp is not None)

@@ -47,7 +47,6 @@ from .checkpoint.save_load import Checkpoints
 from .checks.finite import FiniteCheck
 from .checks.token_mixing import TokenMixing
 from .checks.written_buffers import WrittenBuffers
-from .config import DualPipeConfig
 from .context import Context, Groups, Steps
 from .given import Optimizer, ParamEntry, Settings
 from .life_cycle import LifeCycle
@@ -65,6 +64,7 @@ from .reduction.averaging import Averaging
 from .reduction.freezing import TrainedParams
 from .reduction.tail import GradientTail
 from .reporting import Reporting
+from .section import DualPipeConfig
 from .surface import Surface
 from .timelines import Measuring
 

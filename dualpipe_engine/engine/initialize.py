@@ -29,7 +29,7 @@ from .auto.choose import choose, job_costs, print_choice
 from .batches.shards import shard_batches
 from .checks.agreement import agree_on_copies, agree_on_job, agree_on_schedule
 from .checks.written_buffers import check_statistics
-from .config import AUTO, STOCK, DualPipeConfig, check_zero, find_config, micro_batches, read_config
+from .config import check_zero, find_config, micro_batches, read_config
 from .engine import DualPipeEngine
 from .given import Collate, Dataset, Loader, Optimizer, ParamEntry, Scheduler, Settings
 from .load_report import check_load_report
@@ -45,6 +45,7 @@ from .placing.shared_blocks import check_blocks, connect_blocks, overlap_blocks,
 from .placing.stages import set_activation_checkpointing
 from .placing.tiled import tile
 from .plan import StageCosts, agree, costs_of_stages, lowered_plan, make_lowered_plan
+from .section import AUTO, STOCK, DualPipeConfig
 
 _stock_initialize = deepspeed.initialize  # before `dualpipe_engine.run` puts ours in its place
 

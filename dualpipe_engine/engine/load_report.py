@@ -15,12 +15,12 @@ from ..models.autoep.layer import SharedMoE
 from ..models.block import MoEBlock
 from ..models.counting import Counting
 from ..profiling.expert_load import LayerLoad, LoadReport
-from .config import DualPipeConfig
 from .context import Context
 from .given import LayerFunction
 from .placing.module import PlacedModule
 from .placing.partition import stage_of_layer
 from .placing.stages import params_of
+from .section import DualPipeConfig
 
 
 class _Block(NamedTuple):

@@ -19,7 +19,7 @@ from ..schedule.plan import Plan
 from ..schedule.search.job_costs import Measurement
 from ..schedule.search.make_plan import make_plan
 from ..schedule.timing.costs import UNIT, CostModel
-from .config import DualPipeConfig
+from .section import DualPipeConfig
 
 OVERLAPPED = CostModel(fb=2.25)
 """Where pairs overlap and nothing was measured: a pair takes three quarters of its halves one after the other."""

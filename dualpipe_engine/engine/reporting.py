@@ -8,9 +8,9 @@ from deepspeed.utils import logger
 from ..comm.from_all import from_all
 from ..profiling.expert_load import LoadReport
 from ..schedule.progress import waiting
-from .config import DualPipeConfig
 from .load_report import LoadReporter
 from .placing.grid import Place
+from .section import DualPipeConfig
 
 
 class Reporting(PipelineEngine):

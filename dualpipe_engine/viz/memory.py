@@ -6,7 +6,8 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
-from ..schedule.jobs.memory import STOCK, Memory, MemoryRow
+from ..schedule.jobs.asked import STOCK
+from ..schedule.jobs.memory import MemoryRow
 from ..schedule.jobs.model_memory import Parts
 from ..schedule.search.job_costs import gib
 
@@ -26,7 +27,7 @@ def memory_table(rows: Sequence[MemoryRow], title: str = "") -> Table:
     host = any(row.ranks and row.fullest.host for row in rows)
     for kind in (*KINDS, "total", "of stock", *(["on the host"] if host else [])):
         table.add_column(kind, justify="right")
-    stock = _stock(rows).total
+    stock = next((row.fullest.total for row in rows if row.schedule == STOCK and row.ranks), 0)
     for row in rows:
         if not row.ranks:
             table.add_row(row.schedule, *["-"] * (6 + host), style="dim")
@@ -37,7 +38,12 @@ def memory_table(rows: Sequence[MemoryRow], title: str = "") -> Table:
         there = [gib(fullest.host)] if host else []
         table.add_row(row.schedule, *sizes, gib(fullest.total), share, *there)
     notes = ["on the fullest rank; activations: at the peak of the schedule's reference order"]
-    table.caption = Text("\n".join(notes + [row.reason for row in rows if row.reason]))
+    reasons: dict[str, list[str]] = {}
+    for row in rows:
+        if row.reason:
+            reasons.setdefault(row.reason, []).append(row.schedule)
+    notes += [f"{', '.join(names)}: {reason}" for reason, names in reasons.items()]
+    table.caption = Text("\n".join(notes))
     return table
 
 
@@ -73,7 +79,3 @@ def parts_data(parts: Parts) -> dict[str, Any]:
     """The same for JSON; empty where nothing is known."""
     found = [{"recompute": list(names), "bytes": left} for names, left in parts.items()]
     return {"layer_activations": found} if found else {}
-
-
-def _stock(rows: Sequence[MemoryRow]) -> Memory:
-    return next(row for row in rows if row.schedule == STOCK).fullest

@@ -98,7 +98,7 @@ def chosen(folder):
 
     import dualpipe_engine
     from dualpipe_engine.engine.auto.choose import choose
-    from dualpipe_engine.engine.config import DualPipeConfig
+    from dualpipe_engine.engine.section import DualPipeConfig
     from dualpipe_engine.errors import PlanError
     from dualpipe_engine.schedule.search.job_costs import Measurement
     from dualpipe_engine.schedule.timing.costs import CostModel

@@ -7,7 +7,8 @@ import json
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dualpipe_engine.engine.config import DEEPSPEED_KEYS, DualPipeConfig, check_zero, micro_batches, read_config
+from dualpipe_engine.engine.config import check_zero, micro_batches, read_config
+from dualpipe_engine.engine.section import DEEPSPEED_KEYS, DualPipeConfig
 from dualpipe_engine.errors import ConfigError, DualPipeError
 from dualpipe_engine.schedule.orders.registry import SCHEDULES
 

@@ -8,8 +8,9 @@ import offload_runs
 import pytest
 from ranks import RankError
 
-from dualpipe_engine.engine.config import DualPipeConfig, read_config
+from dualpipe_engine.engine.config import read_config
 from dualpipe_engine.engine.plan import make_lowered_plan
+from dualpipe_engine.engine.section import DualPipeConfig
 from dualpipe_engine.errors import ConfigError, PlanError
 from dualpipe_engine.schedule.orders.registry import KNOWN, SCHEDULES
 from dualpipe_engine.schedule.passes.lower import lower

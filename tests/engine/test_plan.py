@@ -6,8 +6,8 @@ import pytest
 from deepspeed.pipe import LayerSpec
 from torch import nn
 
-from dualpipe_engine.engine.config import DualPipeConfig
 from dualpipe_engine.engine.plan import OVERLAPPED, make_lowered_plan, unmeasured_costs
+from dualpipe_engine.engine.section import DualPipeConfig
 from dualpipe_engine.schedule.timing.costs import UNIT
 
 

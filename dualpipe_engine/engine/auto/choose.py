@@ -35,7 +35,6 @@ from ...schedule.search.job_costs import Measurement
 from ...schedule.search.layer_costs import LayerCosts
 from ...schedule.timing.costs import CostModel, PerStage
 from ..batches.shards import Shards
-from ..config import DualPipeConfig
 from ..given import Collate, Dataset, Settings
 from ..placing.balance import of_all_layers
 from ..placing.experts import numel_by_sharing
@@ -45,6 +44,7 @@ from ..placing.recomputed import recomputed_modules
 from ..placing.sequences import BatchView, Sharing
 from ..placing.stages import set_activation_checkpointing
 from ..placing.tiled import tiled
+from ..section import DualPipeConfig
 from .in_parts import in_parts
 from .layer_probe import probe_layers
 from .link_probe import reduction_seconds

@@ -16,7 +16,7 @@ from ...schedule.cuts.fastest import best_cut
 from ...schedule.cuts.layer_times import read_layer_costs
 from ...schedule.plan import Plan
 from ...schedule.timing.costs import UNIT, CostModel, PerStage
-from ..config import PAIRS, DualPipeConfig
+from ..section import PAIRS, DualPipeConfig
 from .partition import check_layers, cut_layers, kept_together
 
 Gathered = TypeVar("Gathered")

@@ -12,6 +12,7 @@ from ...errors import PlanError
 from ..orders.registry import with_stages
 from ..search.make_plan import make_plan
 from ..timing.simulate import peak_bytes, simulate
+from .checkpointed import Keeping
 from .hardware import Hardware
 from .job import Job
 from .model_memory import TRAINING, fullest, with_bytes
@@ -54,7 +55,7 @@ def estimate(model: ModelShape, job: Job, hardware: Hardware, stages_per_rank: i
             bounds = job_bounds(model, placement, job, hardware)
             seconds = stage_costs(model, bounds, job, hardware)
             fp8 = in_fp8(job, hardware)
-            costs = with_bytes(seconds, model, bounds, job.tokens, TRAINING.weights, fp8=fp8)
+            costs = with_bytes(seconds, model, bounds, job.tokens, Keeping(TRAINING.weights, fp8=fp8))
             plan = make_plan(schedule, job.ranks, job.micro_batches, costs, optimize=True, stages_per_rank=stages)
         except PlanError as error:
             found.append(Estimate(schedule, str(error)))

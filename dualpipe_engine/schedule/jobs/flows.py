@@ -17,8 +17,26 @@ OWN_RECOMPUTED = ("norm", "activation", r"attention\.(expand|turn|query\.[12])")
 TRANSFORMERS_RECOMPUTED = ("norm", "act_fn", "(q|kv)_b_proj")
 
 
+OF_LOSS = "loss"  #: the part that the loss keeps: logits, or with tiles what is projected to them
+
 #: Models whose queries and keys have norms of their own.
 NORMED = ("qwen3", "qwen3_moe")
+
+
+class Tiles(NamedTuple):
+    """What runs a piece of the sequence at a time, and is computed again: of each piece only the input is kept, and W
+    has nothing left to do (`runtime.tiles`).
+
+    Args:
+        loss: the projection to the vocabulary, with the loss.
+        mlp: feed-forward layers that send no tokens to experts.
+    """
+
+    loss: bool = False
+    mlp: bool = False
+
+
+WHOLE = Tiles()
 
 
 class Names(NamedTuple):
@@ -43,7 +61,9 @@ TRANSFORMERS = Names(
 OWN = Names(("norm1", "norm2"), "attention", "mlp", "experts", "shared", "router")
 
 
-def block_flow(config: Mapping[str, Any], experts: int, own: bool, width: int, shared: int = 1) -> Flow:
+def block_flow(
+    config: Mapping[str, Any], experts: int, own: bool, width: int, shared: int = 1, tiles: Tiles = WHOLE
+) -> Flow:
     """A block.
 
     Args:
@@ -52,19 +72,20 @@ def block_flow(config: Mapping[str, Any], experts: int, own: bool, width: int, s
         own: a block of `dualpipe_engine.models`.
         width: bytes of an element of the weights; fp32 makes no copies for norms.
         shared: ranks that share each sequence; a token is then one of the rank's part.
+        tiles: what runs in pieces.
     """
     names, hidden = OWN if own else TRANSFORMERS, int(config["hidden_size"])
     attention = _latent if config.get("kv_lora_rank") else _grouped
     first, second = names.norms
     entries = names.attention, *(f"{names.attention}.{each}" for each in _ENTRIES[own])
-    feed = _experts(config, experts, names, own, width) if experts else _feed(config, names, own)
+    feed = _experts(config, experts, names, own, width, tiles) if experts else _feed(config, names, own, tiles)
     stream = [Made("stream", hidden, into=(name,), saved=width == 4) for name in names.norms]
     inner = attention(config, names, own, width, shared)
     return Flow(
         (
             *stream,
             *norm(first, hidden, entries, own, width),
-            *norm(second, hidden, _into(names, experts, own), own, width),
+            *norm(second, hidden, _into(names, experts, own), own, width, product=bool(experts) or not tiles.mlp),
             *inner.made,
             *feed.made,
         ),
@@ -73,20 +94,20 @@ def block_flow(config: Mapping[str, Any], experts: int, own: bool, width: int, s
     )
 
 
-def norm_flow(hidden: int, own: bool, width: int) -> Flow:
-    """A norm that is a layer; the arguments are those of `block_flow`."""
+def norm_flow(hidden: int, own: bool, width: int, tiles: Tiles = WHOLE) -> Flow:
+    """The norm before the head as a layer; the arguments are those of `block_flow`."""
     stream = Made("stream", hidden, into=("norm",), saved=width == 4)
-    return Flow((stream, *norm("norm", hidden, (), own, width)), (_norm_module("norm"),))
+    return Flow((stream, *norm("norm", hidden, (), own, width, product=not tiles.loss)), (_norm_module("norm"),))
 
 
-def head_flow(hidden: int, vocabulary: int, depth: int, own: bool, width: int) -> Flow:
+def head_flow(hidden: int, vocabulary: int, depth: int, own: bool, width: int, tiles: Tiles = WHOLE) -> Flow:
     """The head and the loss, with `depth` of multi-token prediction, where the norm is a layer before it."""
-    logits = Made("logits", (1 + depth) * vocabulary, width=4)
-    if depth:
-        inputs = Made("stream", depth * hidden, product=True)
-        return Flow((inputs, logits), (), (1 + depth) * vocabulary)
-    before = norm_flow(hidden, own, width)
-    return Flow((*before.made, logits), before.modules, vocabulary)
+    count = (1 + depth) * vocabulary
+    before = Flow((Made("stream", depth * hidden, product=True),)) if depth else norm_flow(hidden, own, width)
+    if not tiles.loss:
+        return Flow((*before.made, Made(OF_LOSS, count, width=4)), before.modules, count)
+    *made, out = before.made
+    return Flow((*made, Made(OF_LOSS, out.elements)), before.modules)
 
 
 def mtp_flow(block: Flow, hidden: int, width: int) -> Flow:
@@ -114,12 +135,12 @@ def _into(names: Names, experts: int, own: bool) -> tuple[str, ...]:
     return *whole, names.router, names.shared, *(f"{names.shared}.{each}" for each in inner)
 
 
-def norm(name: str, size: int, into: tuple[str, ...], own: bool, width: int) -> tuple[Made, ...]:
+def norm(name: str, size: int, into: tuple[str, ...], own: bool, width: int, product: bool = True) -> tuple[Made, ...]:
     """What a norm keeps beside its input, and its output, which a matrix product takes."""
     return (
         Made("norm", (size if width != 4 else 0) + 1, name, width=4),
         Made("norm", size, name, width=4 if own else 0),
-        Made("norm", size, name, into, product=True),
+        Made("norm", size, name, into, product=product),
     )
 
 
@@ -221,13 +242,15 @@ def _latent(config: Mapping[str, Any], names: Names, own: bool, width: int, shar
     return Flow(tuple(made), tuple(modules), queries + query_rank + rank + rope + expanded + hidden)
 
 
-def _feed(config: Mapping[str, Any], names: Names, own: bool) -> Flow:
+def _feed(config: Mapping[str, Any], names: Names, own: bool, tiles: Tiles) -> Flow:
     hidden, inner = int(config["hidden_size"]), int(config.get("intermediate_size") or 0)
-    return _gated(names.feed, hidden, inner, own, "feed-forward")
+    return _gated(names.feed, hidden, inner, own, "feed-forward", tiles)
 
 
-def _gated(at: str, hidden: int, inner: int, own: bool, part: str) -> Flow:
+def _gated(at: str, hidden: int, inner: int, own: bool, part: str, tiles: Tiles) -> Flow:
     """A SwiGLU layer: gate and value, the activation function, and its product with the value."""
+    if tiles.mlp:
+        return Flow(modules=_gated(at, hidden, inner, own, part, WHOLE).modules)
     module = Module(at, "FeedForward")
     if own:
         up, activation, down = f"{at}.up", f"{at}.activation", f"{at}.down"
@@ -249,7 +272,7 @@ def _gated(at: str, hidden: int, inner: int, own: bool, part: str) -> Flow:
     return Flow(apart, (module, *linear, Module(activation, "SiLUActivation")), 2 * inner + hidden)
 
 
-def _experts(config: Mapping[str, Any], experts: int, names: Names, own: bool, width: int) -> Flow:
+def _experts(config: Mapping[str, Any], experts: int, names: Names, own: bool, width: int, tiles: Tiles) -> Flow:
     """Router, rows to experts and back, and what experts and shared ones keep."""
     hidden, top_k = int(config["hidden_size"]), int(config["num_experts_per_tok"])
     own_width = config.get("moe_intermediate_size") if config.get("model_type") != "mixtral" else None
@@ -277,6 +300,6 @@ def _experts(config: Mapping[str, Any], experts: int, names: Names, own: bool, w
         modules.append(Module(names.feed, "MoE"))
     gradients = top_k * (2 * inner + hidden) + experts
     if shared := int(config.get("n_shared_experts") or 0):
-        both = _gated(names.shared, hidden, shared * inner, own, "feed-forward")
+        both = _gated(names.shared, hidden, shared * inner, own, "feed-forward", tiles)
         made, modules, gradients = made + list(both.made), modules + list(both.modules), gradients + both.gradients
     return Flow(tuple(made), tuple(modules), gradients)

@@ -12,7 +12,6 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
-from itertools import pairwise
 from typing import NamedTuple
 
 from ...errors import PlanError
@@ -21,12 +20,13 @@ from ..passes.offload import least_that_fits, offload
 from ..plan import Plan
 from ..search.make_plan import make_plan
 from ..timing.costs import CostModel
-from ..timing.simulate import makespan_of, peak_activations, peak_bytes
+from ..timing.simulate import makespan_of, peak_activations
 from .activations import Names, unknown_names
+from .checkpointed import Keeping
 from .flows import OWN_RECOMPUTED, TRANSFORMERS_RECOMPUTED
 from .hardware import Hardware
 from .job import Job
-from .model_memory import TRAINING, fullest, layer_activations, with_bytes
+from .model_memory import TRAINING, at_peak, fullest, with_bytes
 from .model_shape import LayerShape, ModelShape
 from .stage_times import in_fp8, job_cuts, layer_seconds, product_rate, reduction_seconds, stage_costs
 
@@ -222,27 +222,19 @@ class Ladder:
         model, work = self.work.model, self.work
         repeated = [repeated_seconds(layer, rung, work) for layer in model.layers]
         costs = stage_costs(model, bounds, work.job, work.hardware, repeated, rung.whole)
-        costs = with_bytes(costs, model, bounds, work.job.tokens, WIDTH, rung.names, work.fp8)
-        if rung.whole:
-            sizes = [work.job.tokens * layer_bytes(layer, rung, work) for layer in model.layers]
-            kept = tuple(sum(sizes[start:stop]) for start, stop in pairwise(bounds))
-            costs = replace(costs, activation_bytes=kept)
+        costs = with_bytes(costs, model, bounds, work.job.tokens, self._keeping(rung))
         assert isinstance(costs.activation_bytes, tuple)
         link = work.hardware.pcie * work.hardware.network_efficiency
         return replace(costs, copy=tuple(size / link for size in costs.activation_bytes))
 
     def _bytes(self, plan: Plan, bounds: tuple[int, ...], rung: Rung) -> int:
         """Of the fullest rank."""
-        peaks = peak_bytes(plan, self._costs[bounds, rung])
-        if rung.whole:
-            peaks = [peak + self._one_layer(rank, bounds) for rank, peak in enumerate(peaks)]
-        return fullest(self.work.model, bounds, self._placement, self.work.job, peaks)
+        work, costs = self.work, self._costs[bounds, rung]
+        peaks = at_peak(plan, costs, work.model, bounds, work.job.tokens, self._keeping(rung))
+        return fullest(work.model, bounds, self._placement, work.job, peaks)
 
-    def _one_layer(self, rank: int, bounds: Sequence[int]) -> int:
-        """Bytes of all that the largest layer of a rank keeps, once it is computed again."""
-        spans = [(bounds[stage], bounds[stage + 1]) for stage in self._placement.stages_of(rank)]
-        held = [layer for start, stop in spans for layer in self.work.model.layers[start:stop]]
-        return self.work.job.tokens * max(layer_bytes(layer, PLAIN, self.work) for layer in held)
+    def _keeping(self, rung: Rung) -> Keeping:
+        return Keeping(WIDTH, rung.names, int(rung.whole), self.work.fp8)
 
 
 def climb(work: Work, stages_per_rank: int | None = None) -> Iterator[Ladder]:
@@ -269,16 +261,3 @@ def repeated_seconds(layer: LayerShape, rung: Rung, work: Work) -> float:
     products, moved = layer.flow(WIDTH).repeated(rung.names, WIDTH, work.fp8)
     seconds = 2 * products / product_rate(layer, job, hardware)
     return job.tokens * (seconds + moved / (hardware.bandwidth * hardware.memory_efficiency))
-
-
-def layer_bytes(layer: LayerShape, rung: Rung, work: Work) -> int:
-    """Bytes of a token that a layer keeps on a rung.
-
-    Of a whole layer that is its input, and with experts what transfers deliver: rows that are dispatched, with the
-    residual and the normed stream, and rows that are combined, with the residual. Of layers of ours also what ranks
-    that share sequences exchange; of others that is repeated.
-    """
-    kept = layer_activations(layer, WIDTH, rung.names, work.fp8)
-    entered = 4 + 2 * layer.top_k if layer.rows else 1
-    delivered = layer.exchanged if work.model.own else 0
-    return min(kept, WIDTH * (work.model.hidden * entered + delivered)) if rung.whole else kept

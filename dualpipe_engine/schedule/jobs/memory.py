@@ -25,14 +25,12 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from ...errors import ConfigError, PlanError
-from ..orders.registry import SCHEDULES, with_stages
-from ..passes.offload import offload
+from ..orders.registry import SCHEDULES
 from ..placement import Placement
-from ..search.make_plan import make_plan
 from ..timing.costs import CostModel
 from ..timing.simulate import peak_bytes
+from .asked import NOTHING, STOCK, Asked
 
-STOCK = "1f1b-deepspeed"
 _STATE = {"adam": 8, "adamw": 8, "fusedadam": 8, "lamb": 8, "adagrad": 4, "lion": 4}
 _WIDTHS = {"fp32": 4, "fp16": 2, "bf16": 2}
 
@@ -182,8 +180,7 @@ def compare_memory(
     params: Sequence[int],
     activation_bytes: int = 0,
     replicas: int = 1,
-    stages_per_rank: int | None = None,
-    offload_activations: bool | int = False,
+    asked: Asked = NOTHING,
 ) -> list[MemoryRow]:
     """Stock 1F1B, then every schedule in its reference order.
 
@@ -194,8 +191,7 @@ def compare_memory(
         params: parameters of each 1/PP of the model; placements with more stages a rank cut each into parts.
         activation_bytes: what one micro-batch keeps alive on 1/PP of the model.
         replicas: data-parallel replicas of the pipeline.
-        stages_per_rank: of the schedules that take any number; None: their own.
-        offload_activations: see `passes.offload`; stock 1F1B does not.
+        asked: what the configuration asks of them; what changes the bytes of a layer is in `activation_bytes`.
 
     Raises:
         ConfigError: `params` are for another number of ranks.
@@ -204,20 +200,15 @@ def compare_memory(
         raise ConfigError(f"parameters of {len(params)} stages were given for {num_ranks} pipeline ranks")
     costs = CostModel(activation_bytes=activation_bytes)
     rows = []
-    known = with_stages(stages_per_rank)
     for name in (STOCK, *SCHEDULES):
-        schedule = "1f1b" if name == STOCK else name
+        here, kept = (asked.stock, training.stock) if name == STOCK else (asked, training)
         try:
-            stages = known[schedule].stages_per_rank
-            placement = known[schedule].on(num_ranks)
+            placement = here.placement(name, num_ranks)
             placed = costs.for_placement(placement)
-            plan = make_plan(schedule, num_ranks, num_micro, placed, stages_per_rank=stages)
-            plan = offload(plan, name != STOCK and offload_activations, placed)
-            peaks = peak_bytes(plan, placed)
+            peaks = peak_bytes(here.plan(name, num_ranks, num_micro, placed), placed)
         except PlanError as error:
             rows.append(MemoryRow(name, reason=str(error)))
             continue
-        kept = training.stock if name == STOCK else training
         rows.append(MemoryRow(name, rank_memory(placement, kept, _of_stages(params, placement), replicas, peaks)))
     return rows
 

@@ -2,8 +2,8 @@
 
 Experts are divided by the ranks that share them, and their gradients and optimizer state by the copies of a share.
 Activations are what autograd keeps of layers with memory-efficient attention and even loads of experts, less what is
-computed again by name; from I to W the inputs of matrix products and their gradients. Stages are cut so that ranks have
-equal work.
+computed again; from I to W the inputs of matrix products and their gradients. Stages are cut so that ranks have equal
+work, or as the configuration says.
 """
 
 from __future__ import annotations
@@ -13,16 +13,18 @@ from dataclasses import dataclass, replace
 from itertools import pairwise
 
 from ...errors import ConfigError, PlanError
-from ..orders.registry import SCHEDULES, with_stages
-from ..passes.offload import offload
+from ..cuts.counts import bounds_of_counts
+from ..orders.registry import SCHEDULES
 from ..placement import Placement
-from ..search.make_plan import make_plan
+from ..plan import Plan
 from ..timing.costs import UNIT, CostModel
 from ..timing.simulate import peak_bytes
 from .activations import Names, unknown_names
+from .asked import NOTHING, STOCK, Asked
+from .checkpointed import Keeping, has_phases, layer_activations
 from .job import Job, check_heads, check_parts, check_shared
-from .memory import STOCK, Memory, MemoryRow, Training, state_of
-from .model_shape import LayerShape, ModelShape
+from .memory import Memory, MemoryRow, Training, state_of
+from .model_shape import ModelShape
 from .stage_times import cut_model, held_by
 
 TRAINING = Training(2, 4, 12, True, False, 6)
@@ -73,27 +75,7 @@ class Shape:
         return self.sequences * self.length // self.sequence_parallel
 
 
-def layer_activations(layer: LayerShape, width: int, recompute: Names = (), fp8: bool = False) -> int:
-    """Bytes of a token that autograd keeps from a layer's forward to its backward.
-
-    Args:
-        layer: the layer.
-        width: bytes of an element of the weights.
-        recompute: names of modules that are computed again.
-        fp8: see `Flow.kept`.
-    """
-    return sum(layer.flow(width).kept(recompute, width, fp8).values())
-
-
-def with_bytes(
-    costs: CostModel,
-    model: ModelShape,
-    bounds: Sequence[int],
-    tokens: int,
-    width: int,
-    recompute: Names = (),
-    fp8: bool = False,
-) -> CostModel:
+def with_bytes(costs: CostModel, model: ModelShape, bounds: Sequence[int], tokens: int, keeping: Keeping) -> CostModel:
     """The costs with the bytes of activations of the stages of a cut, from F to I and from I to W.
 
     Args:
@@ -101,17 +83,32 @@ def with_bytes(
         model: what is trained.
         bounds: of the stages.
         tokens: of a micro-batch.
-        width: see `layer_activations`.
-        recompute: see `layer_activations`.
-        fp8: see `layer_activations`.
+        keeping: how they are kept.
     """
+    kept, pending = [], []
+    for start, stop in pairwise(bounds):
+        layers = model.layers[start:stop]
+        kept.append(tokens * keeping.of_stage(model, layers))
+        pending.append(tokens * sum(layer.flow(keeping.width).pending(keeping.width, keeping.fp8) for layer in layers))
+    return replace(costs, activation_bytes=tuple(kept), pending_bytes=tuple(pending))
 
-    def of_stages(of_token: Sequence[int]) -> tuple[int, ...]:
-        return tuple(tokens * sum(of_token[start:stop]) for start, stop in pairwise(bounds))
 
-    kept = of_stages([layer_activations(layer, width, recompute, fp8) for layer in model.layers])
-    pending = of_stages([layer.flow(width).pending(width, fp8) for layer in model.layers])
-    return replace(costs, activation_bytes=kept, pending_bytes=pending)
+def at_peak(
+    plan: Plan, costs: CostModel, model: ModelShape, bounds: Sequence[int], tokens: int, keeping: Keeping
+) -> list[int]:
+    """Bytes of activations on each rank at its peak, with the largest group of layers that is computed again.
+
+    Args:
+        plan: what runs.
+        costs: with the bytes of its stages.
+        model: what is trained.
+        bounds: of the stages.
+        tokens: of a micro-batch.
+        keeping: how activations are kept.
+    """
+    again = [keeping.again(model, model.layers[start:stop]) for start, stop in pairwise(bounds)]
+    placement, peaks = plan.placement, peak_bytes(plan, costs)
+    return [peak + tokens * max(again[stage] for stage in placement.stages_of(rank)) for rank, peak in enumerate(peaks)]
 
 
 def check_names(model: ModelShape, recompute: Names) -> None:
@@ -148,9 +145,8 @@ def model_memory(
     model: ModelShape,
     training: Training,
     shape: Shape,
-    stages_per_rank: int | None = None,
-    offload_activations: bool | int = False,
-    recompute: Names = (),
+    asked: Asked = NOTHING,
+    tiled: ModelShape | None = None,
 ) -> list[MemoryRow]:
     """Stock 1F1B, then every schedule in its reference order.
 
@@ -158,39 +154,58 @@ def model_memory(
         model: what is trained.
         training: what is kept for a parameter.
         shape: ranks and batch.
-        stages_per_rank: of the schedules that take any number; None: their own.
-        offload_activations: see `passes.offload`; stock 1F1B does not.
-        recompute: names of modules that are computed again; stock 1F1B does not.
+        asked: what the configuration asks of them.
+        tiled: the model as all but stock 1F1B run it, see `flows.Tiles`; None: as it is.
 
     Raises:
-        ConfigError: the model's experts or sequences cannot be shared so, or a name matches nothing.
+        ConfigError: the model's experts or sequences cannot be shared so, a name matches nothing, or activations shall
+            leave that DeepSpeed's activation checkpointing keeps.
     """
     check_shared(model, shape.experts)
     check_heads(model)
-    check_names(model, recompute)
-    rows, known = [], with_stages(stages_per_rank)
+    check_names(model, asked.recompute)
+    if asked.checkpoint_interval and asked.offload_activations and not has_phases(model):
+        raise ConfigError(
+            '"offload_activations" moves nothing of layers under "activation_checkpoint_interval": leave one out'
+        )
+    rows = []
     for name in (STOCK, *SCHEDULES):
-        schedule = "1f1b" if name == STOCK else name
         if name == STOCK and shape.sequence_parallel > 1:
             rows.append(MemoryRow(name, reason="DeepSpeed's own pipeline engine shares no sequences"))
             continue
+        here, run, kept = asked, tiled or model, training
+        if name == STOCK:
+            here, run, kept = asked.stock, model, training.stock
         try:
-            placement, stages = known[schedule].on(shape.ranks), known[schedule].stages_per_rank
-            bounds = bounds_of(model, placement, shape)
-            again = () if name == STOCK else recompute
-            costs = with_bytes(UNIT, model, bounds, shape.tokens, training.weights, again)
-            plan = make_plan(schedule, shape.ranks, shape.micro_batches, costs, stages_per_rank=stages)
-            peaks = peak_bytes(offload(plan, name != STOCK and offload_activations, costs), costs)
-        except PlanError as error:
+            placement = here.placement(name, shape.ranks)
+            bounds = bounds_of(run, placement, shape, here.cut)
+            keeping = Keeping(kept.weights, here.recompute, here.checkpoint_interval)
+            costs = with_bytes(UNIT, run, bounds, shape.tokens, keeping)
+            plan = here.plan(name, shape.ranks, shape.micro_batches, costs)
+            peaks = at_peak(plan, costs, run, bounds, shape.tokens, keeping)
+        except (PlanError, ConfigError) as error:
             rows.append(MemoryRow(name, reason=str(error)))
             continue
-        kept = training.stock if name == STOCK else training
-        rows.append(MemoryRow(name, stages_memory(model, bounds, placement, kept, shape, peaks)))
+        rows.append(MemoryRow(name, stages_memory(run, bounds, placement, kept, shape, peaks)))
     return rows
 
 
-def bounds_of(model: ModelShape, placement: Placement, shape: Shape) -> list[int]:
-    """Bounds of the stages: stage s has layers bounds[s] to bounds[s + 1] - 1."""
+def bounds_of(
+    model: ModelShape, placement: Placement, shape: Shape, cut: tuple[int, ...] | None = None
+) -> Sequence[int]:
+    """Bounds of the stages: stage s has layers bounds[s] to bounds[s + 1] - 1.
+
+    Args:
+        model: what is cut.
+        placement: of the stages.
+        shape: ranks and batch.
+        cut: layers of each stage; None: so that ranks have equal work.
+
+    Raises:
+        ConfigError: the cut is for other layers or stages.
+    """
+    if cut is not None:
+        return bounds_of_counts(cut, len(model.layers), placement)
     work = [float(each.dense + each.routed + each.context * shape.length // 2) for each in model.layers]
     return cut_model(model, placement, work)
 

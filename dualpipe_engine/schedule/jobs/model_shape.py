@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 from ...errors import ConfigError
 from ..plain_json import parse
 from .activations import Flow
-from .flows import NORMED, block_flow, head_flow, mtp_flow, norm_flow
+from .flows import NORMED, WHOLE, Tiles, block_flow, head_flow, mtp_flow, norm_flow
 
 #: Fields of the models' published configurations.
 KNOWN: dict[str, dict[str, Any]] = {
@@ -125,7 +125,7 @@ def held_params(layers: Sequence[LayerShape]) -> int:
     return own + (max(tied) if tied and all(layer.name != "embedding" for layer in layers) else 0)
 
 
-def load_shape(model: str, own: bool = False, shared: int = 1) -> ModelShape:
+def load_shape(model: str, own: bool = False, shared: int = 1, tiles: Tiles = WHOLE) -> ModelShape:
     """The shape of a built-in model, or of a Hugging Face `config.json` or the folder that has one.
 
     Args:
@@ -133,6 +133,7 @@ def load_shape(model: str, own: bool = False, shared: int = 1) -> ModelShape:
         own: with the layers of `dualpipe_engine.models`, not those of transformers.
         shared: ranks that share each sequence. Layers of multi-token prediction, which look beyond the part of a rank,
             are left out then.
+        tiles: what runs a piece of the sequence at a time.
 
     Raises:
         ConfigError: the name is unknown, the file is no such configuration, or `shared` is below 1.
@@ -140,7 +141,7 @@ def load_shape(model: str, own: bool = False, shared: int = 1) -> ModelShape:
     if shared < 1:
         raise ConfigError(f"sequences are shared by 1 rank or more, not {shared}: choose --sequence-parallel")
     if model in KNOWN:
-        return shape_of(model, KNOWN[model], own, shared)
+        return shape_of(model, KNOWN[model], own, shared, tiles)
     if Path(model).is_dir():
         model = str(Path(model) / "config.json")
     if not model.endswith(".json"):
@@ -151,17 +152,19 @@ def load_shape(model: str, own: bool = False, shared: int = 1) -> ModelShape:
         )
     try:
         config = parse(Path(model).read_text())
-        return shape_of(Path(model).parent.name or model, config, own, shared)
+        return shape_of(Path(model).parent.name or model, config, own, shared, tiles)
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise ConfigError(f"{model} is no configuration of a transformer: {type(error).__name__} {error}") from None
 
 
-def shape_of(name: str, config: Mapping[str, Any], own: bool = False, shared: int = 1) -> ModelShape:
-    """The shape that the fields of a Hugging Face configuration describe; `own` and `shared`: see `load_shape`."""
+def shape_of(
+    name: str, config: Mapping[str, Any], own: bool = False, shared: int = 1, tiles: Tiles = WHOLE
+) -> ModelShape:
+    """The shape that the fields of a Hugging Face configuration describe; for the rest see `load_shape`."""
     if shared > 1:
         config = {**config, **dict.fromkeys(_AHEAD, 0)}
     hidden, count = int(config["hidden_size"]), int(config["num_hidden_layers"])
-    dense, moe = _dense_block(config, own, shared), _moe_block(config, own, shared)
+    dense, moe = _dense_block(config, own, shared, tiles), _moe_block(config, own, shared, tiles)
     blocks = [moe if moe is not None and _has_experts(config, number) else dense for number in range(count)]
     size = int(config["vocab_size"])
     table = size * hidden
@@ -173,12 +176,17 @@ def shape_of(name: str, config: Mapping[str, Any], own: bool = False, shared: in
         tied=tied,
         dense=(1 + depth) * table,
         moved=(1 + depth) * 2 * size,
-        flows=(head_flow(hidden, size, depth, own, 2), head_flow(hidden, size, depth, own, 4)),
+        flows=(head_flow(hidden, size, depth, own, 2, tiles), head_flow(hidden, size, depth, own, 4, tiles)),
     )
     further: list[LayerShape] = []
     if depth:
         further.append(
-            LayerShape("norm", hidden, flows=(norm_flow(hidden, own, 2), norm_flow(hidden, own, 4)), with_next=True)
+            LayerShape(
+                "norm",
+                hidden,
+                flows=(norm_flow(hidden, own, 2, tiles), norm_flow(hidden, own, 4, tiles)),
+                with_next=True,
+            )
         )
         further.append(LayerShape("ahead", table, tied=table, moved=2 * depth * hidden, with_next=True))
         further += [_mtp_block(blocks[-1], hidden)] * depth
@@ -190,7 +198,7 @@ def shape_of(name: str, config: Mapping[str, Any], own: bool = False, shared: in
 _AHEAD = ("num_mtp_layers", "num_nextn_predict_layers")
 
 
-def _dense_block(config: Mapping[str, Any], own: bool, shared: int) -> LayerShape:
+def _dense_block(config: Mapping[str, Any], own: bool, shared: int, tiles: Tiles) -> LayerShape:
     hidden, width = int(config["hidden_size"]), int(config.get("intermediate_size") or 0)
     attention = _attention(config, own, shared)
     product = 3 * hidden * width
@@ -200,13 +208,13 @@ def _dense_block(config: Mapping[str, Any], own: bool, shared: int) -> LayerShap
         dense=attention.matrices + product,
         context=attention.context,
         moved=10 * hidden + attention.moved + 4 * width,
-        flows=(block_flow(config, 0, own, 2, shared), block_flow(config, 0, own, 4, shared)),
+        flows=(block_flow(config, 0, own, 2, shared, tiles), block_flow(config, 0, own, 4, shared, tiles)),
         heads=attention.heads,
         exchanged=attention.exchanged,
     )
 
 
-def _moe_block(config: Mapping[str, Any], own: bool, shared: int) -> LayerShape | None:
+def _moe_block(config: Mapping[str, Any], own: bool, shared: int, tiles: Tiles) -> LayerShape | None:
     """A block with experts; None: the model has none."""
     hidden = int(config["hidden_size"])
     experts = _first(config, "n_routed_experts", "num_local_experts", "num_experts")
@@ -226,7 +234,10 @@ def _moe_block(config: Mapping[str, Any], own: bool, shared: int) -> LayerShape 
         routed=top_k * expert,
         context=attention.context,
         moved=10 * hidden + attention.moved + 4 * top_k * hidden + 4 * (top_k + common) * width,
-        flows=(block_flow(config, experts, own, 2, shared), block_flow(config, experts, own, 4, shared)),
+        flows=(
+            block_flow(config, experts, own, 2, shared, tiles),
+            block_flow(config, experts, own, 4, shared, tiles),
+        ),
         heads=attention.heads,
         exchanged=attention.exchanged,
         rows=hidden,

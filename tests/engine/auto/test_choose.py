@@ -8,7 +8,7 @@ from ranks import RankError
 
 from dualpipe_engine.cli import main
 from dualpipe_engine.engine.auto.choose import choose
-from dualpipe_engine.engine.config import DualPipeConfig
+from dualpipe_engine.engine.section import DualPipeConfig
 from dualpipe_engine.errors import PlanError
 from dualpipe_engine.schedule.orders.registry import tried
 from dualpipe_engine.schedule.search.compare import best_of

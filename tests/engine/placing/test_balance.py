@@ -12,9 +12,10 @@ import torch
 import training
 from ranks import RankError
 
-from dualpipe_engine.engine.config import DualPipeConfig, read_config
+from dualpipe_engine.engine.config import read_config
 from dualpipe_engine.engine.placing import balance
 from dualpipe_engine.engine.plan import OVERLAPPED, make_lowered_plan
+from dualpipe_engine.engine.section import DualPipeConfig
 from dualpipe_engine.errors import ConfigError
 from dualpipe_engine.schedule.cuts.balanced import rank_loads
 from dualpipe_engine.schedule.cuts.fastest import costs_of_cut

@@ -3,6 +3,7 @@ from itertools import accumulate
 
 import pytest
 
+from dualpipe_engine.schedule.jobs.checkpointed import Keeping
 from dualpipe_engine.schedule.jobs.hardware import Hardware, load_hardware
 from dualpipe_engine.schedule.jobs.job import Job, make_job
 from dualpipe_engine.schedule.jobs.ladder import (
@@ -12,7 +13,6 @@ from dualpipe_engine.schedule.jobs.ladder import (
     Work,
     chosen,
     climb,
-    layer_bytes,
     repeated_seconds,
 )
 from dualpipe_engine.schedule.jobs.model_shape import load_shape, shape_of
@@ -162,11 +162,12 @@ def test_up_projections_cost_their_products():
 
 
 def test_of_a_whole_layer_its_input_is_kept_and_what_transfers_deliver():
-    work = Work(V3, make_job(V3, 2048), load_hardware("h800"), ROOM, own=True)
+    whole = Keeping(2, interval=1)
     dense, moe = V3.layers[1], V3.layers[10]
-    assert layer_bytes(dense, WHOLE, work) == 2 * 7168
-    assert layer_bytes(moe, WHOLE, work) == 2 * 7168 * (1 + 2 * 8 + 3)
-    assert layer_bytes(V3.layers[0], WHOLE, work) == 0, "an embedding keeps tokens"
+    assert whole.of_stage(V3, [dense]) == 2 * 7168
+    assert whole.of_stage(V3, [moe]) == 2 * 7168 * (1 + 2 * 8 + 3)
+    assert whole.of_stage(V3, [dense, moe]) == 2 * 7168 * (2 + 2 * 8 + 3)
+    assert whole.of_stage(V3, V3.layers[:1]) == 0, "an embedding keeps tokens"
 
 
 def test_the_reason_names_what_is_changed_what_it_costs_and_what_is_next():

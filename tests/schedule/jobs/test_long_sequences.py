@@ -7,11 +7,13 @@ import pytest
 
 from dualpipe_engine.cli.main import main
 from dualpipe_engine.errors import ConfigError
+from dualpipe_engine.schedule.jobs.asked import STOCK
+from dualpipe_engine.schedule.jobs.checkpointed import Keeping
 from dualpipe_engine.schedule.jobs.estimate import estimate
 from dualpipe_engine.schedule.jobs.hardware import load_hardware
 from dualpipe_engine.schedule.jobs.job import Job, check_heads, make_job
-from dualpipe_engine.schedule.jobs.ladder import PLAIN, WHOLE, Work, layer_bytes, repeated_seconds
-from dualpipe_engine.schedule.jobs.memory import STOCK, training_of
+from dualpipe_engine.schedule.jobs.ladder import WHOLE, Work, repeated_seconds
+from dualpipe_engine.schedule.jobs.memory import training_of
 from dualpipe_engine.schedule.jobs.model_memory import Shape, model_memory
 from dualpipe_engine.schedule.jobs.model_shape import load_shape
 from dualpipe_engine.schedule.jobs.stage_times import heads_bytes, job_bounds, layer_seconds, stage_costs
@@ -94,8 +96,8 @@ def test_whole_layers_repeat_the_exchanges_or_keep_what_they_deliver():
     for own in (True, False):
         shape = load_shape("llama-3-70b", own, 8)
         work, layer = Work(shape, job, H100, 80e9, own), shape.layers[5]
-        kept, seconds = layer_bytes(layer, WHOLE, work), layer_seconds(layer, job, H100)
-        assert kept == 2 * (8192 + (layer.exchanged if own else 0)) < layer_bytes(layer, PLAIN, work)
+        kept, seconds = Keeping(2, interval=1).of_stage(shape, [layer]), layer_seconds(layer, job, H100)
+        assert kept == 2 * (8192 + (layer.exchanged if own else 0)) < Keeping(2).of_stage(shape, [layer])
         assert repeated_seconds(layer, WHOLE, work) == pytest.approx(seconds.f + (0 if own else seconds.heads))
 
 

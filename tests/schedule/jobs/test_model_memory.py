@@ -4,9 +4,11 @@ import pytest
 
 from dualpipe_engine.cli.main import main
 from dualpipe_engine.errors import ConfigError
-from dualpipe_engine.schedule.jobs.memory import STOCK, training_of
+from dualpipe_engine.schedule.jobs.asked import STOCK
+from dualpipe_engine.schedule.jobs.memory import training_of
 from dualpipe_engine.schedule.jobs.model_memory import Shape, model_memory, stages_memory
 from dualpipe_engine.schedule.jobs.model_shape import KNOWN, held_params, load_shape
+from dualpipe_engine.schedule.orders.registry import SCHEDULES
 from dualpipe_engine.schedule.placement import BIDIRECTIONAL, LINEAR, Placement
 
 MIXTRAL = load_shape("mixtral-8x7b")
@@ -56,6 +58,61 @@ def test_the_command_reads_the_configurations_of_both(tmp_path, capsys):
     assert rows[STOCK][0]["activations"] < rows["interleaved"][0]["activations"]
     assert main(base) == 0
     assert "on the host" in capsys.readouterr().out
+
+
+def rows_of(tmp_path, capsys, section, *more):
+    """Bytes of activations on each rank, by schedule, of the command with a "pipeline" section."""
+    config = tmp_path / "ds.json"
+    config.write_text(json.dumps(BF16 | {"gradient_accumulation_steps": 8, "pipeline": section}))
+    base = ["memory", "--config", str(config), "--ranks", "4", "--model", "llama-3-70b", "--length", "512"]
+    assert main([*base, *more, "--format", "json"]) == 0
+    rows = json.loads(capsys.readouterr().out)["schedules"]
+    return {row["schedule"]: [rank["activations"] for rank in row["ranks"]] for row in rows}
+
+
+def test_each_key_of_the_section_has_its_effect(tmp_path, capsys):
+    """Each changes the schedules that it is for, and stock 1F1B by what DeepSpeed reads itself."""
+    plain = rows_of(tmp_path, capsys, {})
+    changed = {
+        "stages_per_rank": (4, {"interleaved", "interleaved_zb"}),
+        "activation_cap": (3, {"zbv", "vhalf", "vmin"}),
+        "split_backward": (False, {"zb1p"}),
+        "offload_activations": (1, set(SCHEDULES)),
+        "recompute": (["mlp"], set(SCHEDULES)),
+        "tiled_mlp": (4, set(SCHEDULES)),
+        "tiled_loss": (4, {"1f1b", "zb1p", "dualpipe"}),
+        "activation_checkpoint_interval": (1, {*SCHEDULES, STOCK}),
+        "partition_method": ("25,20,20,17", {"1f1b", "zb1p", "dualpipe", STOCK}),
+    }
+    for key, (value, wanted) in changed.items():
+        found = rows_of(tmp_path, capsys, {key: value})
+        assert wanted <= {name for name in plain if found[name] != plain[name]}, key
+        assert STOCK in wanted or found[STOCK] == plain[STOCK], key
+        if key not in ("stages_per_rank", "partition_method"):
+            feasible = [name for name in wanted if found[name]]
+            assert all(sum(found[name]) < sum(plain[name]) for name in feasible), key
+    by_option = rows_of(tmp_path, capsys, {}, "--stages-per-rank", "4")
+    assert by_option == rows_of(tmp_path, capsys, {"stages_per_rank": 4})
+
+
+@pytest.mark.parametrize(
+    ("section", "reason"),
+    [
+        ({"recompute": ["norm"]}, '"recompute" changes what a layer keeps, which --activation-bytes has to say'),
+        ({"activation_checkpoint_interval": 1}, '"activation_checkpoint_interval" changes what a layer keeps'),
+        ({"tiled_mlp": 4}, '"tiled_mlp" changes what a layer keeps'),
+        ({"tiled_mpl": 4}, 'did you mean "tiled_mlp"?'),
+        ({"activation_checkpoint_interval": -1}, "a whole number from 0, got -1"),
+        ({"partition_method": "uniform"}, '"uniform" needs the layers themselves'),
+        ({"activation_checkpoint_interval": 1, "offload_activations": 1}, "leave one out"),
+    ],
+)
+def test_a_section_that_cannot_be_counted_is_one_sentence(tmp_path, capsys, section, reason):
+    config = tmp_path / "ds.json"
+    config.write_text(json.dumps(BF16 | {"gradient_accumulation_steps": 8, "pipeline": section}))
+    given = ["--params-per-stage", "1e9"] if "changes what a layer keeps" in reason else ["--model", "llama-3-70b"]
+    assert main(["memory", "--config", str(config), "--ranks", "4", *given]) == 2
+    assert reason in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
