@@ -42,7 +42,8 @@ def memory_table(rows: Sequence[MemoryRow], title: str = "") -> Table:
     for row in rows:
         if row.reason:
             reasons.setdefault(row.reason, []).append(row.schedule)
-    notes += [f"{', '.join(names)}: {reason}" for reason, names in reasons.items()]
+    for reason, names in reasons.items():
+        notes.append(reason if reason.startswith(names[0]) else f"{', '.join(names)}: {reason}")
     table.caption = Text("\n".join(notes))
     return table
 
