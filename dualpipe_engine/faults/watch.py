@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import signal
 import sys
@@ -280,7 +281,9 @@ _LIFELINES: weakref.WeakSet[Lifeline] = weakref.WeakSet()
 
 
 def _forget() -> None:
-    """In a forked process: numbers of files that were ours may soon be those of others."""
+    """In a forked process, such as a worker of a DataLoader: numbers of files that were ours may soon be those of
+    others, and what waits to be collected may be a process group, which would wait for threads that are not here."""
+    gc.freeze()
     lines = list(_LIFELINES)
     for line in lines:
         line.close_in_child()

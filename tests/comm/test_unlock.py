@@ -15,10 +15,16 @@ from dualpipe_engine.schedule.passes import unlock as unlocking
 from dualpipe_engine.schedule.passes.lower import lower
 from dualpipe_engine.schedule.passes.queues import FEW, Events, Queues
 from dualpipe_engine.schedule.passes.verify import verify
+from dualpipe_engine.schedule.plan import Plan
 from dualpipe_engine.schedule.search.make_plan import make_plan
 
 #: Seeds of plans whose ranks would wait for each other.
 STUCK = [76, 99, 308, 321, 573]
+
+OUT_OF_ORDER = """\
+0F2,0F0,1F1,1B1,(1F3;0B0)FB,0F4,1B3,1F5,(0F6;1B5)FB,0I2,0W2,0B4,0I6,0W6
+0F1,0F3,1F0,1I0,1F2,0B1,(0F5;1B2)FB,1F4,0B3,1B4,1F6,1B6,0B5,1W0
+"""
 
 
 def usual(plan, monkeypatch):
@@ -54,6 +60,16 @@ def test_the_proof_is_that_of_the_model(monkeypatch):
         if each[-1]:
             assert lower(plan) == lowered
     assert not any(verdicts[: len(STUCK)]) and any(verdicts)
+
+
+def test_messages_that_are_not_taken_in_their_order():
+    """Rank 1 takes the second message of an edge before the first, whose header it has asked for early."""
+    plan = Plan.from_csv(OUT_OF_ORDER)
+    found = lower(plan)
+    verify(found)
+    for early in (False, True):
+        steps = [host_steps(found, rank, 1, 1, FIRST, not early) for rank in range(2)]
+        assert not is_stuck(steps, behind=1, in_flight=FEW)
 
 
 @pytest.mark.parametrize("seed", STUCK)

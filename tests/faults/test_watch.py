@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
+
 import pytest
 
 from dualpipe_engine.faults.lifeline import GONE, SILENT
@@ -39,3 +42,36 @@ def test_waiting_ranks_are_listed_up_to_a_limit():
     text = describe({"kind": SILENT, "rank": 0, "at": report()}, reports)
     assert "Waiting: rank 1 in train_batch for 1F3 of rank 0; rank 2 " in text
     assert text.endswith("and 3 more")
+
+
+LOADER = """
+import gc
+from datetime import timedelta
+
+import torch.distributed as dist
+from torch.utils.data import DataLoader
+
+import dualpipe_engine.faults.watch
+
+
+class Dataset:
+    def __len__(self):
+        return 2
+
+    def __getitem__(self, index):
+        gc.collect()
+        return index
+
+
+gc.disable()
+cycle = [dist.ProcessGroupGloo(dist.HashStore(), 0, 1, timedelta(seconds=30))]
+cycle.append(cycle)
+del cycle
+print([batch.item() for batch in DataLoader(Dataset(), num_workers=1, timeout=20)], flush=True)
+"""
+
+
+def test_workers_of_a_data_loader_do_not_collect_process_groups():
+    """One that waits to be collected in the process that they are forked from has threads that they do not have."""
+    done = subprocess.run([sys.executable, "-c", LOADER], capture_output=True, text=True, timeout=120)
+    assert done.stdout == "[0, 1]\n", done.stderr[-2000:]

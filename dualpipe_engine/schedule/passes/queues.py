@@ -115,7 +115,7 @@ class Events:
             (sends, number, np.where(leaves, RESERVED, STARTS) if may else STARTS, went),
             (sends[heads], head, STARTS, went[heads]),
             (usual[ready] + EARLY, number[ready], RESERVES, 0),
-            (np.where(messages.first, needed + FORCED, posted), number, STARTS, asked),
+            (np.where(messages.first, needed + FORCED, posted), number, STARTS, np.where(messages.first, 0, asked)),
             (posted[heads], head, STARTS, asked[heads]),
             (used + NEED, number, NEEDS, 0),
             (needed[heads] + FORCED, head, NEEDS, 0),
