@@ -11,10 +11,10 @@ from deepspeed.runtime.tensor_parallel.init_utils import load_ds_config
 from ..errors import ConfigError, PlanError
 from ..models.autoep import section as expert_parallel
 from ..schedule.cuts.counts import parse_counts
-from ..schedule.orders.registry import KNOWN, known_schedule
+from ..schedule.orders.registry import KNOWN, STOCK, known_schedule
 from .given import Settings
 from .keys import refuse_keys
-from .section import AUTO, PAIRS, STOCK, DualPipeConfig, check_keys, parse_keys
+from .section import AUTO, PAIRS, DualPipeConfig, check_keys, parse_keys
 
 #: Keys of ours that somebody relies on: they are not to be passed over.
 _PROMISES = (

@@ -21,6 +21,7 @@ from ..errors import ConfigError, DualPipeError
 from ..faults.watch import Watch
 from ..models.autoep import section as expert_parallel
 from ..schedule.jobs.under_memory import Fitted
+from ..schedule.orders.registry import STOCK
 from ..schedule.plan import Plan
 from ..schedule.progress import Position
 from ..schedule.search.compare import best_of
@@ -45,7 +46,7 @@ from .placing.shared_blocks import check_blocks, connect_blocks, overlap_blocks,
 from .placing.stages import set_activation_checkpointing
 from .placing.tiled import tile
 from .plan import StageCosts, agree, costs_of_stages, lowered_plan, make_lowered_plan
-from .section import AUTO, STOCK, DualPipeConfig
+from .section import AUTO, DualPipeConfig
 
 _stock_initialize = deepspeed.initialize  # before `dualpipe_engine.run` puts ours in its place
 

@@ -11,8 +11,8 @@ from typing import Annotated, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from ..errors import ConfigError
+from ..schedule.orders.registry import STOCK
 
-STOCK = "1f1b-deepspeed"
 PAIRS = "pairs"  #: the partition method that is ours
 AUTO = "auto"
 #: What DeepSpeed 0.19.8 itself reads from the section.

@@ -6,9 +6,9 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
-from ..schedule.jobs.asked import STOCK
 from ..schedule.jobs.memory import MemoryRow
 from ..schedule.jobs.model_memory import Parts
+from ..schedule.orders.registry import STOCK
 from ..schedule.search.job_costs import gib
 
 if TYPE_CHECKING:

@@ -4,15 +4,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from ..orders.registry import Schedule, known_schedule, with_stages
+from ..orders.registry import STOCK, Schedule, known_schedule, with_stages
 from ..passes.offload import offload
 from ..placement import Placement
 from ..plan import Plan
 from ..search.make_plan import make_plan
 from ..timing.costs import CostModel
 from .activations import Names
-
-STOCK = "1f1b-deepspeed"  #: DeepSpeed's own pipeline engine
 
 
 @dataclass(frozen=True)

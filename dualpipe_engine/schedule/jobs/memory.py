@@ -25,11 +25,11 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from ...errors import ConfigError, PlanError
-from ..orders.registry import SCHEDULES
+from ..orders.registry import SCHEDULES, STOCK
 from ..placement import Placement
 from ..timing.costs import CostModel
 from ..timing.simulate import peak_bytes
-from .asked import NOTHING, STOCK, Asked
+from .asked import NOTHING, Asked
 
 _STATE = {"adam": 8, "adamw": 8, "fusedadam": 8, "lamb": 8, "adagrad": 4, "lion": 4}
 _WIDTHS = {"fp32": 4, "fp16": 2, "bf16": 2}

@@ -14,13 +14,13 @@ from itertools import pairwise
 
 from ...errors import ConfigError, PlanError
 from ..cuts.counts import bounds_of_counts
-from ..orders.registry import SCHEDULES
+from ..orders.registry import SCHEDULES, STOCK
 from ..placement import Placement
 from ..plan import Plan
 from ..timing.costs import UNIT, CostModel
 from ..timing.simulate import peak_bytes
 from .activations import Names, unknown_names
-from .asked import NOTHING, STOCK, Asked
+from .asked import NOTHING, Asked
 from .checkpointed import Keeping, has_phases, layer_activations
 from .job import Job, check_heads, check_parts, check_shared
 from .memory import Memory, MemoryRow, Training, state_of

@@ -81,6 +81,7 @@ KNOWN = {
     "interleaved_zb": interleaved_zb_of(interleaved.STAGES),
 }
 SCHEDULES = tuple(KNOWN)  #: those of the package
+STOCK = "1f1b-deepspeed"  #: in the place of one: DeepSpeed's own pipeline engine
 TRIED = (2, 4)  #: stages a rank that are tried where the schedule takes any number
 
 

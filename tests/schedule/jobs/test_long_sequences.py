@@ -7,7 +7,6 @@ import pytest
 
 from dualpipe_engine.cli.main import main
 from dualpipe_engine.errors import ConfigError
-from dualpipe_engine.schedule.jobs.asked import STOCK
 from dualpipe_engine.schedule.jobs.checkpointed import Keeping
 from dualpipe_engine.schedule.jobs.estimate import estimate
 from dualpipe_engine.schedule.jobs.hardware import load_hardware
@@ -17,6 +16,7 @@ from dualpipe_engine.schedule.jobs.memory import training_of
 from dualpipe_engine.schedule.jobs.model_memory import Shape, model_memory
 from dualpipe_engine.schedule.jobs.model_shape import load_shape
 from dualpipe_engine.schedule.jobs.stage_times import heads_bytes, job_bounds, layer_seconds, stage_costs
+from dualpipe_engine.schedule.orders.registry import STOCK
 from dualpipe_engine.schedule.placement import LINEAR, Placement
 
 H100 = load_hardware("h100")

@@ -5,11 +5,10 @@ import pytest
 from dualpipe_engine.cli.main import main
 from dualpipe_engine.engine.section import DualPipeConfig
 from dualpipe_engine.errors import ConfigError
-from dualpipe_engine.schedule.jobs.asked import STOCK
 from dualpipe_engine.schedule.jobs.memory import training_of
 from dualpipe_engine.schedule.jobs.model_memory import Shape, model_memory, stages_memory
 from dualpipe_engine.schedule.jobs.model_shape import KNOWN, held_params, load_shape
-from dualpipe_engine.schedule.orders.registry import SCHEDULES
+from dualpipe_engine.schedule.orders.registry import SCHEDULES, STOCK
 from dualpipe_engine.schedule.placement import BIDIRECTIONAL, LINEAR, Placement
 
 MIXTRAL = load_shape("mixtral-8x7b")
