@@ -44,6 +44,7 @@ from .batches.loss_sums import Totals
 from .batches.shards import Shards
 from .batches.steps import WHOLE, PartOfStep, StepsApart
 from .checkpoint.save_load import Checkpoints
+from .checks.agreement import refused_everywhere
 from .checks.finite import FiniteCheck
 from .checks.token_mixing import TokenMixing
 from .checks.written_buffers import WrittenBuffers
@@ -191,7 +192,8 @@ class DualPipeEngine(
         offloads = self.dualpipe_config.offload_activations or self.plan.has_copies()
         self._offload = Offload(module, self.device, timeout, self._transfers) if offloads else None
         self._additional = AdditionalLosses(module, self._pipeline_group, self._replica_group)
-        self._chunks = {stage: self._make_chunk(stage, view) for stage, view in context.views.items()}
+        with refused_everywhere():
+            self._chunks = {stage: self._make_chunk(stage, view) for stage, view in context.views.items()}
         self._transported: list[StreamTicket] = []  # of the last batch, between stages
         if not matches_by_tag(self._pipeline_group):
             check_queues(self.plan, module.dynamic_shape, self.device, os.environ.get(VARIABLE))

@@ -77,6 +77,11 @@ def _train(ranks, replicas, zero, schedule, model=None, micros=6, steps=2, preci
     return found
 
 
+def refused(**case):
+    """Type and sentence of the error on this rank."""
+    return training.refusals(_train, {"": {"replicas": 1, **case}})[""]
+
+
 def small(late_s=0.0, folder=None, **pipeline):
     """One step of a small model, whose copies back are late, and what the profile shows of the first rank."""
     from deepspeed.pipe import PipelineModule

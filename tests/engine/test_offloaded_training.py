@@ -98,6 +98,15 @@ def test_inputs_that_checkpointing_keeps_are_refused(ranks, reentrant):
         ranks.run(2, offload_runs.train, cases={"": case | {"overlap": False, "offload_activations": True}}, ranks=2)
 
 
+def test_what_one_rank_refuses_all_refuse_by_its_sentence(ranks):
+    """Layers of the first rank alone are run without phases."""
+    layers = {"dense_blocks": 4, "blocks": 6}
+    case = {"schedule": "zb1p", "zero": 0, "activation_checkpoint_interval": 1, "use_reentrant": False}
+    found = ranks.run(2, offload_runs.refused, model=layers, ranks=2, offload_activations=True, **case)
+    assert found[0] == found[1]
+    assert found[0][0] == "ConfigError" and found[0][1].startswith('"offload_activations" moves nothing of layers')
+
+
 def test_a_late_copy_is_exposed_in_the_profile(ranks, tmp_path):
     plain, late = (
         ranks.run(2, offload_runs.small, offload_activations=wanted, late_s=late, folder=str(tmp_path))

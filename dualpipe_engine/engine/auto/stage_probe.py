@@ -38,6 +38,7 @@ from ...schedule.timing.costs import CostModel
 from ...schedule.timing.from_timelines import measured_costs
 from ..batches.feed import BatchFeed
 from ..batches.shards import Shards
+from ..checks.agreement import refused_everywhere
 from ..placing.experts import connected_experts
 from ..placing.grid import Place
 from ..placing.partition import same_random_state
@@ -89,17 +90,18 @@ def probe_stages(
         recompute = Recompute(recomputed) if recomputed else None
         if recompute is not None:
             recompute.install()
-        chunk = make_chunk(
-            view,
-            stage,
-            by_phases=overlap and has_phases(module),
-            timeout_s=timeout_s,
-            recompute=recompute,
-            is_last=stage == ranks - 1,
-            loss_fn=module.loss_fn if stage == ranks - 1 else None,
-            store=store,
-            overlap=overlap,
-        )
+        with refused_everywhere():
+            chunk = make_chunk(
+                view,
+                stage,
+                by_phases=overlap and has_phases(module),
+                timeout_s=timeout_s,
+                recompute=recompute,
+                is_last=stage == ranks - 1,
+                loss_fn=module.loss_fn if stage == ranks - 1 else None,
+                store=store,
+                overlap=overlap,
+            )
         with waiting():
             group, edges_of = module._grid.pp_proc_group, place.placement.edges()
             transport = transport_of(group)(place.pipeline, stage, group, device, edges=edges_of, timeout_s=timeout_s)

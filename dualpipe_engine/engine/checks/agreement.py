@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import zlib
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
 from deepspeed.pipe import LayerSpec, PipelineModule, TiedLayerSpec
 from deepspeed.runtime.pipe.topology import PipelineParallelGrid
@@ -139,6 +140,21 @@ def raise_everywhere(wrong: list[str], remedy: str = "") -> None:
     if texts:
         more = f"; and {len(texts) - 3} more" if len(texts) > 3 else ""
         raise ConfigError(f"{'; '.join(texts[:3])}{more}{remedy}", everywhere=True)
+
+
+@contextmanager
+def refused_everywhere() -> Iterator[None]:
+    """What the body refuses on any rank is refused on all. Collective over all ranks, behind the body.
+
+    Raises:
+        ConfigError: of a rank; the same on every rank.
+    """
+    wrong = []
+    try:
+        yield
+    except ConfigError as error:
+        wrong.append(str(error))
+    raise_everywhere(wrong)
 
 
 def _slice(grid: PipelineParallelGrid) -> str:

@@ -18,7 +18,7 @@ from torch import nn
 
 from ...errors import ConfigError
 from ...schedule.placement import Placement
-from ..checks.agreement import raise_everywhere
+from ..checks.agreement import refused_everywhere
 from ..checks.fingerprint import difference, fingerprint
 from ..given import CheckpointEngine, LayerFunction
 from .carry import Layer, carry
@@ -106,12 +106,8 @@ def place(module: PipelineModule, placement: Placement, bounds: Sequence[int]) -
 
     held = carry(module, placed, before, bounds)
     module.parts = list(bounds)
-    wrong, functions = [], []
-    try:
+    with refused_everywhere():
         functions = _register(module, {layer: held[layer] for layer in layers})
-    except ConfigError as error:
-        wrong.append(str(error))
-    raise_everywhere(wrong)
     del held
     module.to(get_accelerator().device_name(module.local_rank))
 

@@ -14,7 +14,7 @@ from deepspeed.runtime.pipe.topology import PipelineParallelGrid
 
 from ...comm.from_all import from_all
 from ...errors import ConfigError
-from ..checks.agreement import raise_everywhere
+from ..checks.agreement import refused_everywhere
 from ..checks.token_mixing import knows_parts, mixing_modules, refusal
 from ..given import Settings
 from .module import numbered_layers
@@ -149,13 +149,11 @@ def share_sequences(module: PipelineModule, own: Sharing) -> Sharing:
     if own.size == 1:
         return own
     sharing = [part for part in module.modules() if knows_parts(part)]
-    wrong = [refusal(name) for name in mixing_modules(module)[:1]]
-    try:
+    with refused_everywhere():
+        for name in mixing_modules(module)[:1]:
+            raise ConfigError(refusal(name))
         for part in sharing:
             part.share_sequences(own.group)
-    except ConfigError as error:
-        wrong.append(str(error))
-    raise_everywhere(wrong)
     if not any(from_all(bool(sharing))):
         raise ConfigError(
             f'"{SIZE}": {own.size} needs layers whose attention knows parts of sequences, and the model has none: take '
