@@ -2,10 +2,8 @@
 
 `install` makes the modules of a stage put their weight gradients into a `DeferredWeightGrads` while that is deferring;
 zero bubble schedules (arXiv 2401.10241; DeepSeek-V3 report, section 3.2.1) run them later. Biases, norms and embeddings
-belong to I, as does what no split operation covers.
-
-Post-accumulate-grad hooks of a deferred parameter run in W, after its gradient is there; autograd also runs them in I,
-where `grad` is still None or old. So reduce gradients after the last W, not from such hooks.
+belong to I, as does what no split operation covers, and a parameter with hooks: autograd would run those of a deferred
+one in I, too, while its `grad` is still None or old.
 """
 
 from __future__ import annotations
@@ -20,7 +18,7 @@ from torch import Tensor, nn
 from ..comm.nest import Nest
 from .weight_grad_mode import SplitMode
 from .weight_grad_ops import FusedWgrad, Linear
-from .weight_grad_split import Contribution, accumulate, split
+from .weight_grad_split import Contribution, accumulate, has_hooks, split
 
 _OWN = "weight_grad_store"
 BATCH_BYTES = 1 << 20  #: weight gradients of one call of the autograd engine, whose cost shows in small layers only
@@ -174,7 +172,8 @@ class DeferReport:
         """(parameter name, reason) of each trained parameter whose gradient belongs to I."""
         opaque = {param for part in _opaque(self._module) for param in part.parameters(recurse=False)}
         tiled = {param for part in _unsplit(self._module) for param in part.parameters(recurse=False)}
-        tables = {part.weight for part in self._module.modules() if isinstance(part, (nn.Embedding, nn.EmbeddingBag))}
+        embeddings = [part for part in self._module.modules() if isinstance(part, (nn.Embedding, nn.EmbeddingBag))]
+        tables = {param for part in embeddings for param in part.parameters(recurse=False)}
         found = []
         for name, param in self._trained():
             if param in self._store.split_params:
@@ -183,7 +182,7 @@ class DeferReport:
                 reason = "compiled or scripted module"
             elif param in tiled:
                 reason = "tiled module"
-            elif param._backward_hooks:
+            elif has_hooks(param):
                 reason = "hook on the parameter"
             elif param in tables:
                 reason = "embedding"
@@ -243,12 +242,12 @@ class _LinearForward(Forward):
         self._store = store
 
     def __call__(self, input: Tensor) -> Tensor:
-        if not torch.compiler.is_compiling():
-            out = split(self._store, Linear(), input, self._linear.weight, self._linear.bias)
-            if out is not None:
-                return out
-        result: Tensor = self._plain(input)
-        return result
+        if torch.compiler.is_compiling():
+            result: Tensor = self._plain(input)
+            return result
+        weight, bias = self._linear.weight, self._linear.bias  # once: a parametrization may change each time
+        out = split(self._store, Linear(), input, weight, bias)
+        return nn.functional.linear(input, weight, bias) if out is None else out
 
 
 class _ScopedForward(Forward):

@@ -162,10 +162,15 @@ def split(sink: Sink, op: SplitOp, x: Tensor, weight: Tensor, bias: Tensor | Non
 
 
 def _splittable(weight: Tensor) -> nn.Parameter | None:
-    if weight._backward_hooks:
+    if has_hooks(weight):
         return None
     param = weight if weight.grad_fn is None else _source(weight.grad_fn)
-    return param if type(param) is nn.Parameter and not param._backward_hooks else None
+    return param if type(param) is nn.Parameter and not has_hooks(param) else None
+
+
+def has_hooks(tensor: Tensor) -> bool:
+    """Whether a tensor has hooks for its gradient, which run once a backward."""
+    return bool(tensor._backward_hooks or tensor._post_accumulate_grad_hooks)
 
 
 def _source(node: Node | None) -> Tensor | None:

@@ -185,13 +185,27 @@ def test_gradient_takes_over_or_adds_as_autograd_does() -> None:
     assert layer.weight.grad is first and torch.equal(first, 2 * (grad.t() @ x))
 
 
-def test_post_accumulate_hooks_see_the_gradient_in_w() -> None:
+def test_post_accumulate_hooks_run_once_on_the_gradient() -> None:
+    """Their parameter belongs to I, as long as it has them."""
     layer, store = nn.Linear(8, 6, bias=False), DeferredWeightGrads()
-    seen = []
-    layer.weight.register_post_accumulate_grad_hook(lambda param: seen.append(param.grad is not None))
-    install(layer, store)
-    step(layer, store, torch.randn(3, 8), torch.randn(3, 6))
-    assert seen[-1] is True and seen.count(True) == 1
+
+    def halve(param: Tensor) -> None:
+        assert param.grad is not None
+        param.grad.mul_(0.5)
+
+    hook = layer.weight.register_post_accumulate_grad_hook(halve)
+    report = install(layer, store)
+    x, grad = torch.randn(3, 8), torch.randn(3, 6)
+    for _ in range(2):
+        with store.defer():
+            layer(x).backward(grad)
+        assert not store.take()
+    torch.testing.assert_close(layer.weight.grad, 0.75 * (grad.t() @ x))
+    assert report.not_deferred == [("weight", "hook on the parameter")]
+    hook.remove()
+    step(layer, store, x, grad)
+    torch.testing.assert_close(layer.weight.grad, 1.75 * (grad.t() @ x))
+    assert report.share == 1
 
 
 def test_hooks_run_for_each_gradient_that_is_added() -> None:
@@ -199,7 +213,6 @@ def test_hooks_run_for_each_gradient_that_is_added() -> None:
     layer, store = nn.Linear(8, 6, bias=False), DeferredWeightGrads()
     sums: list[Tensor | None] = []
     added: list[Tensor] = []
-    layer.weight.register_post_accumulate_grad_hook(lambda param: sums.append(param.grad))
     node = layer.weight.view_as(layer.weight).grad_fn.next_functions[0][0]
     install(layer, store)
     given = [(torch.randn(3, 8), torch.randn(3, 6)) for _ in range(3)]
@@ -207,11 +220,12 @@ def test_hooks_run_for_each_gradient_that_is_added() -> None:
         out = layer(x)
         with store.defer():
             out.backward(grad)
-        sums.clear()
+        hook = layer.weight.register_post_accumulate_grad_hook(lambda param: sums.append(param.grad))
         with node.register_prehook(lambda grads: added.append(grads[0])):  # the backward of I runs the node on nothing
             for closure in store.take():
                 closure()
-        assert len(sums) == 1 and sums[0] is layer.weight.grad
+        hook.remove()
+        assert sums.pop() is layer.weight.grad and not sums
     assert all(torch.equal(one, grad.t() @ x) for one, (x, grad) in zip(added, given, strict=True))
 
 

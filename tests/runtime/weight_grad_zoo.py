@@ -172,4 +172,8 @@ ZOO: dict[str, tuple[Callable[[], nn.Module], set[str]]] = {
         lambda: nn.Sequential(nn.utils.parametrizations.weight_norm(nn.Linear(HIDDEN, 5)), nn.Linear(5, 4)),
         {"1.weight"},
     ),
+    "spectral norm": (  # each look at its weight is a power iteration
+        lambda: nn.Sequential(nn.utils.parametrizations.spectral_norm(nn.Linear(HIDDEN, 5)), nn.Linear(5, 4)),
+        {"1.weight"},
+    ),
 }

@@ -34,6 +34,9 @@ class AllReduce:
         self._sums: dict[nn.Parameter, Tensor] = {}
         if context.sums_in_fp32:
             optimizer = context.optimizer
+            for hook in optimizer._grad_acc_hooks:  # of "immediate_grad_update", which `accumulate` does, too
+                hook.remove()
+            optimizer._grad_acc_hooks.clear()
             for params, sums in zip(optimizer.bf16_groups, optimizer.fp32_groups_gradients, strict=True):
                 self._sums.update(zip(params, sums, strict=True))
 

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from deepspeed.runtime.fp16.unfused_optimizer import FP16_UnfusedOptimizer
 from deepspeed.runtime.pipe.engine import PipelineEngine
 
 from ..context import Context, Scaling
+from ..given import Settings
 
 
 class Averaging(PipelineEngine):
@@ -25,5 +27,13 @@ class Averaging(PipelineEngine):
         """Factor on each loss before its backward, so that DeepSpeed's mean (or sum) over all copies of a stage comes
         out as the mean over micro-batches and the mean (or sum) over replicas."""
         copies = self._context.plan.placement.num_directions if self.gradient_average else 1
-        scale = self._get_optimizer_loss_scale() if self.fp16_enabled() else 1.0
-        return copies / self.micro_batches * float(scale)
+        return copies / self.micro_batches * self._loss_scale()
+
+    def _loss_scale(self) -> float:
+        return float(self._get_optimizer_loss_scale()) if self.fp16_enabled() else 1.0
+
+    def _exec_optimizer_step(self, lr_kwargs: Settings | None = None) -> None:
+        scale = self._loss_scale()  # a step may change it
+        super()._exec_optimizer_step(lr_kwargs)
+        if isinstance(self.optimizer, FP16_UnfusedOptimizer):  # its norm is that of scaled gradients
+            self._global_grad_norm /= scale

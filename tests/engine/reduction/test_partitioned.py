@@ -93,7 +93,7 @@ def halves(ranks):
         config = training.settings(4, 1, 1, "fp16", schedule)
         config["fp16"] |= {"initial_scale_power": 18, "hysteresis": 1, "loss_scale_window": 2}
         cases["scale", schedule] = {"config": config, "ranks": 4, "steps": 8}
-    for zero in (1, 2):
+    for zero in (0, 1, 2):
         config = training.settings(8, 1, zero, "fp16", "dualpipe")
         cases["like stock", zero] = {"config": config, "ranks": 4, "steps": STEPS}
     found = ranks.run(4, training.each, call=zero_runs.half, cases=cases)
@@ -187,7 +187,9 @@ def test_dynamic_loss_scale(halves, schedule):
 
 def test_fp16_follows_stock(ranks, halves):
     stock = ranks.run(1, zero_runs.stock_half, config=training.settings(8, 1, 1, "fp16"), blocks=8, steps=STEPS)
-    for zero in (1, 2):
+    for zero in (0, 1, 2):
         ours = halves(("like stock", zero))
         assert ours[0]["skipped"][-1] == 0
-        assert ours[0]["losses"] == pytest.approx(stock[0]["losses"], rel=0.01)
+        rel = 0.01 if zero else 0.05  # without ZeRO DeepSpeed's fp16 counts a step of Adam before the first one
+        assert ours[0]["losses"] == pytest.approx(stock[0]["losses"], rel=rel)
+        assert ours[0]["norms"][0] == pytest.approx(stock[0]["norms"][0], rel=0.01)

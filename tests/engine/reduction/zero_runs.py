@@ -74,7 +74,7 @@ def half(config, ranks, steps, poisoned=None):
     module = training.make_module(ranks, 2 * ranks, tied=False)
     engine, *_ = dualpipe_engine.initialize(model=module, config=copy.deepcopy(config))
     accumulate, data = engine._tail.accumulate if poisoned else None, training.stream(0)
-    found = {"losses": [], "scales": [], "skipped": [], "digests": []}
+    found = {"losses": [], "norms": [], "scales": [], "skipped": [], "digests": []}
     for step in range(steps):
 
         def poison(stage, step=step):
@@ -85,6 +85,7 @@ def half(config, ranks, steps, poisoned=None):
         if poisoned:
             engine._tail.accumulate = poison
         found["losses"].append(float(engine.train_batch(data)))
+        found["norms"].append(float(engine.get_global_grad_norm()))
         found["scales"].append(float(engine._get_optimizer_loss_scale()))
         found["skipped"].append(engine.skipped_steps)
         digests = {name: training.digest(value) for name, value in training.weights(engine).items()}
