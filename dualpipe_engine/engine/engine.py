@@ -7,6 +7,7 @@ from collections.abc import Iterable, Iterator
 
 import torch
 from deepspeed.pipe import PipelineModule
+from deepspeed.runtime import lr_schedules
 from deepspeed.runtime.bf16_optimizer import BF16_Optimizer
 from deepspeed.runtime.engine import DeepSpeedEngine
 from deepspeed.runtime.pipe.engine import TRAIN_BATCH_TIMER
@@ -49,7 +50,7 @@ from .checks.finite import FiniteCheck
 from .checks.token_mixing import TokenMixing
 from .checks.written_buffers import WrittenBuffers
 from .context import Context, Groups, Steps
-from .given import Optimizer, ParamEntry, Settings
+from .given import Optimizer, ParamEntry, Scheduler, Settings
 from .life_cycle import LifeCycle
 from .load_report import LoadReporter
 from .placing.experts import has_experts
@@ -148,6 +149,11 @@ class DualPipeEngine(
             self._context.optimizer = self.optimizer
             self._trained.restart()
             self._tail.renew()
+
+    def _scheduler_from_config(self, optimizer: Optimizer) -> Scheduler:
+        """Schedulers of torch take the optimizer of torch that DeepSpeed's has within."""
+        known = hasattr(lr_schedules, self.scheduler_name() or "")
+        return super()._scheduler_from_config(optimizer if known else self.basic_optimizer)
 
     def _make_context(self, plan: Plan) -> Context:
         return Context(

@@ -29,6 +29,7 @@ from ..schedule.timing.costs import CostModel
 from .auto.choose import choose, job_costs, print_choice
 from .batches.shards import shard_batches
 from .checks.agreement import agree_on_copies, agree_on_job, agree_on_schedule
+from .checks.optimizers import check_optimizer
 from .checks.written_buffers import check_statistics
 from .config import check_zero, find_config, micro_batches, read_config
 from .engine import DualPipeEngine
@@ -153,6 +154,7 @@ def _under_schedule(
         optimizer, given = groups.apply()
         config_class = DeepSpeedConfig(settings, BatchView(readers))
         check_dtypes(model, optimizer, given, config_class)
+        check_optimizer(model, optimizer, config_class)
         deepspeed.set_optimizer_flags(config_class, model)
         engine = _with_methods_of(engine_class)(
             dualpipe=dualpipe,

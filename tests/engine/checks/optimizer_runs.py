@@ -1,0 +1,43 @@
+"""Runs of optimizers and schedulers, started on pooled ranks."""
+
+from __future__ import annotations
+
+import torch
+import training
+from deepspeed.pipe import LayerSpec, PipelineModule
+from torch import nn
+
+
+def refused(cases):
+    return training.refusals(_start, cases)
+
+
+def _start(config, client=False, sparse=False):
+    import dualpipe_engine
+
+    layers = [
+        LayerSpec(nn.Embedding, training.VOCABULARY, training.WIDTH, sparse=sparse),
+        *[LayerSpec(training.Block) for _ in range(4)],
+        LayerSpec(nn.Linear, training.WIDTH, training.VOCABULARY),
+    ]
+    module = PipelineModule(layers, num_stages=2, loss_fn=training.cross_entropy)
+    optimizer = torch.optim.LBFGS(module.parameters()) if client else None
+    engine, *_ = dualpipe_engine.initialize(model=module, optimizer=optimizer, config=config)
+    return engine
+
+
+def rates(schedulers, zero, precision="fp32"):
+    """Losses of three steps and the learning rate behind each, under each scheduler."""
+    import dualpipe_engine
+
+    found = {}
+    for name, scheduler in schedulers.items():
+        config = training.settings(4, zero=zero, schedule="dualpipe", precision=precision) | {"scheduler": scheduler}
+        module = training.make_module(2, 4)
+        engine, _, _, made = dualpipe_engine.initialize(model=module, config=config)
+        data, steps = training.stream(0), []
+        for _ in range(3):
+            steps.append((float(engine.train_batch(data)), engine.get_lr()[0], made.get_last_lr()[0]))
+        engine.destroy()
+        found[name] = steps
+    return found
