@@ -1,5 +1,6 @@
 """The `dualpipe` command: outputs, exit codes, errors on one line, no torch, wide plans in time."""
 
+import base64
 import json
 import os
 import resource
@@ -310,6 +311,10 @@ def test_memory(tmp_path, capsys):
     }
     assert main(base) == 0
     assert "dualpipe" in capsys.readouterr().out
+    config.write_text("{ # HJSON\n  gradient_accumulation_steps: 8\n}")
+    for given in (str(config), base64.urlsafe_b64encode(config.read_bytes()).decode()):
+        assert main(["memory", "--config", given, *base[3:]]) == 0
+        assert "8 micro-batches" in capsys.readouterr().out
     config.write_text('{"zero_optimization": {"stage": 3}}')
     assert main([*base, "--micro-batches", "8"]) == 2
     assert "ZeRO 0, 1 or 2" in capsys.readouterr().err
