@@ -90,3 +90,9 @@ def test_memory_of_a_model(capsys, tmp_path, settings, said):
     path.write_text(json.dumps({"gradient_accumulation_steps": 8} | settings))
     assert main(["memory", "--config", str(path), "--ranks", "4", "--model", "mixtral-8x7b"]) == 2
     assert said in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("argv", [["plan", "--schedule", "plan.svg"], ["draw", "plan.svg"]])
+def test_a_file_that_is_no_plan(capsys, argv):
+    assert main(argv) == 2
+    assert "unknown schedule 'plan.svg'" in (shown := capsys.readouterr().err) and ".csv or .json" in shown
