@@ -9,6 +9,7 @@ from rich.measure import Measurement
 from rich.table import Table
 
 _WIDEST = 10_000  #: columns; more than any table takes
+_TIGHTER = ((1, "maximum"), (0, "maximum"), (0, "minimum"))  #: padding; a number beside its unit, or above it
 
 
 class WholeTables(Console):
@@ -23,8 +24,8 @@ class WholeTables(Console):
 
     def _fit(self, table: Table) -> None:
         """Keep names and numbers whole; headings and prose have what is left, and each word of theirs."""
-        table.padding = 0  # type: ignore[assignment]
-        for of_cell in ("maximum", "minimum"):  # a number with its unit; each on a line
+        for padding, of_cell in _TIGHTER:
+            table.padding = (0, padding)  # type: ignore[assignment]
             for column in table.columns:
                 if column.no_wrap or column.justify == "right":
                     kind = "maximum" if column.no_wrap else of_cell

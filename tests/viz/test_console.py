@@ -31,6 +31,7 @@ def test_tables_come_closer_before_lines_break():
     cells = ("interleaved x2", "196.9 GB", "2,437,131", "norms again")
     roomy = shown(80, *cells).splitlines()
     assert " interleaved x2 " in roomy[3] and len(roomy) == 5
+    assert " interleaved x2 " in shown(54, *cells) and shown(54, *cells).count("norms") == 1, "prose breaks first"
     for width, cell in ((42, "│196.9 GB│"), (41, "│  196.9│")):
         lines = shown(width, *cells).splitlines()
         assert max(map(len, lines)) <= width and any(f"interleaved x2{cell}" in line for line in lines), lines
