@@ -23,6 +23,7 @@ from text import Windows, read_folder
 from torch.utils.data import DataLoader
 
 import dualpipe_engine
+from dualpipe_engine.schedule.plain_json import read_settings
 
 LENGTH = 32
 
@@ -35,7 +36,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--lose-rank", type=int, default=-1, help="kill this rank, unless the run goes on from before")
     parser.add_argument("--lose-at", type=int, default=0, help="after so many steps")
     parser.add_argument("--local_rank", type=int, default=-1, help="set by the launcher")
-    parser.add_argument("--deepspeed_config", type=Path, required=True, help="DeepSpeed JSON")
+    parser.add_argument("--deepspeed_config", required=True, help="DeepSpeed JSON")
     return parser.parse_args()
 
 
@@ -49,7 +50,7 @@ def batch_of_step(text: np.ndarray, step: int, engine: Any) -> Iterator[Any]:
 def main() -> None:
     args = parse_arguments()
     logger.setLevel("ERROR")
-    settings = json.loads(args.deepspeed_config.read_text())
+    settings = read_settings(args.deepspeed_config)
     settings["steps_per_print"] = None
     deepspeed.init_distributed(verbose=False)
     torch.manual_seed(1)

@@ -24,6 +24,7 @@ import dualpipe_engine
 from dualpipe_engine.page.html import save_page
 from dualpipe_engine.page.run import PROFILE, read_run
 from dualpipe_engine.schedule.op import COMPUTE
+from dualpipe_engine.schedule.plain_json import read_settings
 from dualpipe_engine.schedule.timeline import Timeline
 from dualpipe_engine.schedule.timing.costs import UNIT
 from dualpipe_engine.schedule.timing.simulate import simulate
@@ -163,7 +164,7 @@ def run(
         rows: more rows for the table; called on every rank.
     """
     logger.setLevel("ERROR")
-    settings = json.loads(Path(args.deepspeed_config).read_text())
+    settings = read_settings(args.deepspeed_config)
     if args.schedule:
         settings.setdefault("pipeline", {})["schedule"] = args.schedule
         if args.schedule == "1f1b-deepspeed":

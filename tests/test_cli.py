@@ -1,5 +1,6 @@
 """The `dualpipe` command: outputs, exit codes, errors on one line, no torch, wide plans in time."""
 
+import base64
 import json
 import os
 import resource
@@ -238,6 +239,15 @@ def test_a_reader_that_goes_away_is_quiet(argv, read):
     assert process.wait(60) in ((0, 1) if read else (1,))
 
 
+@pytest.mark.parametrize("ending", ["csv", "table"])
+def test_a_full_disk_is_one_sentence(ending):
+    command = [sys.executable, "-m", "dualpipe_engine.cli", "plan", *PAPER, "--format", ending]
+    with open("/dev/full", "w") as full:
+        done = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True, timeout=120)
+    assert done.returncode == 2
+    assert done.stderr.startswith("error: ") and "No space left" in done.stderr and done.stderr.count("\n") == 1
+
+
 def test_whole_jobs_are_estimated_without_torch():
     result = run("compare", "--model", "deepseek-v3", "--gpus", "2048", "--hardware", "h800")
     assert result.returncode == 0, result.stderr
@@ -310,6 +320,10 @@ def test_memory(tmp_path, capsys):
     }
     assert main(base) == 0
     assert "dualpipe" in capsys.readouterr().out
+    config.write_text("{ # HJSON\n  gradient_accumulation_steps: 8\n}")
+    for given in (str(config), base64.urlsafe_b64encode(config.read_bytes()).decode()):
+        assert main(["memory", "--config", given, *base[3:]]) == 0
+        assert "8 micro-batches" in capsys.readouterr().out
     config.write_text('{"zero_optimization": {"stage": 3}}')
     assert main([*base, "--micro-batches", "8"]) == 2
     assert "ZeRO 0, 1 or 2" in capsys.readouterr().err

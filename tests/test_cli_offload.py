@@ -30,6 +30,7 @@ def test_plan(capsys, tmp_path):
     path = tmp_path / "plan.json"
     path.write_text(json.dumps(one))
     assert answer(capsys, "plan", "--schedule", str(path))["peak_activations"] == peaks[1]
+    assert answer(capsys, "plan", "--schedule", str(path), "--copy", "9")["makespan"] > one["makespan"]
     assert main(["plan", "--schedule", str(path), "--offload-activations", "1"]) == 2
     assert "says itself which activations are offloaded" in capsys.readouterr().err
 

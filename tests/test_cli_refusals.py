@@ -51,3 +51,48 @@ def test_a_cap_is_taken_where_it_applies(capsys):
     rows = {row["schedule"]: row for row in json.loads(capsys.readouterr().out)["schedules"]}
     assert rows["vmin"]["feasible"] and rows["vmin"]["peak_activations"] <= 2
     assert not rows["1f1b"]["feasible"]
+
+
+BF16 = {"enabled": True, "bf16_master_weights_and_grads": True}
+
+
+@pytest.mark.parametrize(
+    ("settings", "given", "said"),
+    [
+        ({}, ["--micro-batches", "0"], "above 0, got 0: say --micro-batches M"),
+        ({"gradient_accumulation_steps": True}, [], "got True: say --micro-batches M"),
+        ({"zero_optimization": True}, [], '"zero_optimization" must be a section'),
+        ({"optimizer": "Adam"}, [], '"optimizer" must be a section'),
+        ({"zero_optimization": {"stage": 1, "offload_optimizer": "cpu"}}, [], '"offload_optimizer" must be a section'),
+        ({"bf16": {"enabled": "auto"}}, [], "must be true or false here, got 'auto'"),
+        ({"bf16": BF16, "zero_optimization": {"stage": 1}}, [], "bf16_master_weights_and_grads"),
+    ],
+)
+def test_memory_of_a_configuration(capsys, tmp_path, settings, given, said):
+    path = tmp_path / "ds.json"
+    path.write_text(json.dumps({"gradient_accumulation_steps": 8} | settings))
+    assert main(["memory", "--config", str(path), "--ranks", "4", "--params-per-stage", "1e3", *given]) == 2
+    shown = capsys.readouterr()
+    assert shown.out == "" and said in shown.err and shown.err.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        ({"train_micro_batch_size_per_gpu": "auto"}, "say --micro-batch-size N"),
+        ({"expert_parallel": {"enabled": True, "autoep_size": 0}}, "say --expert-parallel N"),
+        ({"expert_parallel": True}, '"expert_parallel" must be a section'),
+        ({"torch_autocast": {"enabled": True}}, '"torch_autocast" keeps activations in two widths'),
+    ],
+)
+def test_memory_of_a_model(capsys, tmp_path, settings, said):
+    path = tmp_path / "ds.json"
+    path.write_text(json.dumps({"gradient_accumulation_steps": 8} | settings))
+    assert main(["memory", "--config", str(path), "--ranks", "4", "--model", "mixtral-8x7b"]) == 2
+    assert said in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("argv", [["plan", "--schedule", "plan.svg"], ["draw", "plan.svg"]])
+def test_a_file_that_is_no_plan(capsys, argv):
+    assert main(argv) == 2
+    assert "unknown schedule 'plan.svg'" in (shown := capsys.readouterr().err) and ".csv or .json" in shown

@@ -98,6 +98,7 @@ OPTIONAL = {
     ("deepspeed_schedule.py", "deepspeed"),
     ("profiler.py", "torch"),  # collects on the ranks; the rest of profiling reads files without torch
     ("clocks.py", "torch"),
+    ("plain_json.py", "hjson"),  # reads configurations of DeepSpeed, which brings it
 }
 
 

@@ -12,7 +12,7 @@ from typing import Any, TypeAlias
 from ..errors import ConfigError
 from ..schedule.cuts.layer_times import parse_layer_costs
 from ..schedule.orders.interleaved import STAGES
-from ..schedule.orders.registry import KNOWN, SCHEDULES, placement_of
+from ..schedule.orders.registry import KNOWN, SCHEDULES, known_schedule, placement_of
 from ..schedule.passes.offload import offload
 from ..schedule.passes.verify import verify
 from ..schedule.plan import Plan
@@ -167,14 +167,15 @@ def make(args: argparse.Namespace) -> tuple[Plan, CostModel]:
     from ..viz.terminal import spinning
 
     costs, _ = work(args)
-    if args.copy is not None:
-        if not args.offload_activations:
-            raise ConfigError("--copy is for --offload-activations: add it, or leave --copy out")
-        costs = replace(costs, copy=args.copy)
     if args.schedule is None:
         raise ConfigError(f"say which schedule: --schedule with {', '.join(SCHEDULES)} or a plan file")
-    if args.schedule.endswith(_FILES):
-        plan = Plan.load(args.schedule)
+    finished = Plan.load(args.schedule) if args.schedule.endswith(_FILES) else None
+    if args.copy is not None:
+        if not (args.offload_activations or (finished and finished.has_copies())):
+            raise ConfigError("--copy is for --offload-activations: add it, or leave --copy out")
+        costs = replace(costs, copy=args.copy)
+    if finished:
+        plan = finished
         for option, asked, found in (
             ("--ranks", args.ranks, plan.placement.num_ranks),
             ("--micro-batches", args.micro_batches, plan.num_micro),
@@ -190,9 +191,10 @@ def make(args: argparse.Namespace) -> tuple[Plan, CostModel]:
                 raise ConfigError(f"{args.schedule} is a finished plan: leave {option} out")
         costs = costs.for_placement(plan.placement)
     else:
+        stages = args.stages_per_rank
+        known_schedule(args.schedule, stages)
         if args.ranks is None or args.micro_batches is None:
             raise ConfigError(f"schedule {args.schedule!r} needs --ranks N and --micro-batches M")
-        stages = args.stages_per_rank
         costs = costs.for_placement(placement_of(args.schedule, args.ranks, stages))
         shape = args.ranks, args.micro_batches
         searched = {"activation_cap": args.activation_cap, "stages_per_rank": stages, "tries": args.tries}

@@ -58,12 +58,19 @@ def main(argv: Sequence[str] | None = None) -> int:
             args.run(args)
         sys.stdout.flush()
     except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # so that the interpreter's last flush is quiet
+        _drop_output()
         return 1
-    except DualPipeError as error:
+    except (DualPipeError, OSError) as error:
+        if isinstance(error, OSError):  # a full disk
+            _drop_output()
         print(f"error: {error}", file=sys.stderr)
         return 2
     return 0
+
+
+def _drop_output() -> None:
+    """What is not written yet goes nowhere, so that the interpreter's last flush is quiet."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _parser() -> argparse.ArgumentParser:

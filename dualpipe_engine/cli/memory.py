@@ -6,7 +6,6 @@ import argparse
 import json
 import sys
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 from ..engine.section import PAIRS, check_keys, parse_keys
@@ -14,11 +13,11 @@ from ..errors import ConfigError
 from ..schedule.cuts.counts import parse_counts
 from ..schedule.jobs.asked import Asked
 from ..schedule.jobs.flows import OWN_RECOMPUTED, WHOLE, Tiles
-from ..schedule.jobs.memory import MemoryRow, compare_memory, training_of
+from ..schedule.jobs.memory import MemoryRow, compare_memory, is_on, section_of, training_of
 from ..schedule.jobs.model_memory import Parts, Shape, model_memory, parts_of
 from ..schedule.jobs.model_shape import load_shape
 from ..schedule.placement import MOST_RANKS
-from ..schedule.plain_json import parse
+from ..schedule.plain_json import read_settings
 from .arguments import Commands, add_length, add_stages, finite, refuse, whole
 
 #: Keys of the "pipeline" section that change what a layer keeps.
@@ -49,7 +48,7 @@ def add_memory(commands: Commands, shape: dict[str, Any]) -> None:
     """Add the subcommand to `commands`, with the parser settings `shape`."""
     about = "bytes on each rank for a DeepSpeed configuration, every schedule beside stock 1F1B"
     parser = commands.add_parser("memory", help=about, description=_DESCRIPTION, **shape)
-    parser.add_argument("--config", metavar="FILE", required=True, help="DeepSpeed configuration (JSON)")
+    parser.add_argument("--config", metavar="FILE", required=True, help="DeepSpeed configuration (JSON, HJSON, base64)")
     parser.add_argument("--ranks", type=whole, metavar="N", required=True, help="pipeline ranks")
     params = (
         "trained parameters of 1/N of the model, such as 8.75e8, or one number for each of the N parts, with commas; "
@@ -58,7 +57,7 @@ def add_memory(commands: Commands, shape: dict[str, Any]) -> None:
     alive = "bytes that one micro-batch keeps from its forward to its backward on 1/N of the model (default: 0)"
     given = [
         parser.add_argument("--params-per-stage", type=_counts, metavar="P[,P..]", help=params),
-        parser.add_argument("--activation-bytes", type=_count, default=0, metavar="B", help=alive),
+        parser.add_argument("--activation-bytes", type=count, default=0, metavar="B", help=alive),
     ]
     whole_model = "deepseek-v3, ..., or a Hugging Face config.json, or its folder, in place of --params-per-stage"
     parser.add_argument("--model", metavar="NAME", help=whole_model)
@@ -82,7 +81,8 @@ def add_memory(commands: Commands, shape: dict[str, Any]) -> None:
     parser.set_defaults(run=partial(_run, given, modelled))
 
 
-def _count(text: str) -> int:
+def count(text: str) -> int:
+    """A number from 0, such as 6e8."""
     number = finite(text)
     if number < 0:
         raise ValueError
@@ -91,7 +91,7 @@ def _count(text: str) -> int:
 
 def _counts(text: str) -> list[int]:
     try:
-        return [_count(part) for part in text.split(",")]
+        return [count(part) for part in text.split(",")]
     except ValueError:
         raise argparse.ArgumentTypeError(f"{text!r} is no number of parameters, nor such numbers with commas") from None
 
@@ -101,14 +101,14 @@ def _run(given: list[argparse.Action], modelled: list[argparse.Action], args: ar
     from ..viz.terminal import wide_console
 
     try:
-        config = parse(Path(args.config).read_text())
+        config = read_settings(args.config)
     except (OSError, ValueError) as error:
         raise ConfigError(f"cannot read the DeepSpeed configuration {args.config}: {error}") from None
-    if not isinstance(config, dict):
-        raise ConfigError(f"{args.config} holds no JSON object")
-    micro = args.micro_batches or config.get("gradient_accumulation_steps")
-    if not isinstance(micro, int):
-        raise ConfigError(f"{args.config} has no gradient_accumulation_steps: say --micro-batches M")
+    micro = config.get("gradient_accumulation_steps") if args.micro_batches is None else args.micro_batches
+    if type(micro) is not int or micro < 1:
+        raise ConfigError(
+            f"gradient_accumulation_steps must be a whole number above 0, got {micro!r}: say --micro-batches M"
+        )
     if not (1 <= args.ranks <= MOST_RANKS and args.replicas >= 1):
         raise ConfigError(f"--ranks and --replicas start at 1, and a pipeline has at most {MOST_RANKS:,} ranks")
     if args.model is not None:
@@ -121,7 +121,7 @@ def _run(given: list[argparse.Action], modelled: list[argparse.Action], args: ar
         shape = {"ranks": args.ranks, "micro_batches": micro, "replicas": args.replicas}
         sys.stdout.write(json.dumps({**shape, "schedules": memory_data(rows), **parts_data(parts)}) + "\n")
         return
-    stage = config.get("zero_optimization", {}).get("stage", 0)
+    stage = section_of(config, "zero_optimization").get("stage", 0)
     title = f"ZeRO-{stage}, {args.ranks} ranks x {args.replicas} replicas, {micro} micro-batches"
     wide_console().print(memory_table(rows, title))
     if parts:
@@ -144,16 +144,24 @@ def _of_stages(args: argparse.Namespace, config: dict[str, Any], micro: int) -> 
 def _of_model(args: argparse.Namespace, config: dict[str, Any], micro: int) -> tuple[list[MemoryRow], Parts]:
     """Rows, and what a layer keeps under each name of "recompute" and under all, of what tiles leave."""
     experts, sequences = args.expert_parallel, args.micro_batch_size
-    section = config.get("expert_parallel") or {}
+    section = section_of(config, "expert_parallel")
     if experts is None:
         experts = section.get("autoep_size", 1) if section.get("enabled") else 1
     if sequences is None:
         sequences = config.get("train_micro_batch_size_per_gpu", 1)
     parts = config.get("sequence_parallel_size", 1) if args.sequence_parallel is None else args.sequence_parallel
-    read = {"autoep_size": experts, "train_micro_batch_size_per_gpu": sequences, "sequence_parallel_size": parts}
-    for name, value in read.items():
+    for name, option, value in (
+        ("autoep_size", "--expert-parallel", experts),
+        ("train_micro_batch_size_per_gpu", "--micro-batch-size", sequences),
+        ("sequence_parallel_size", "--sequence-parallel", parts),
+    ):
         if type(value) is not int or value < 1:
-            raise ConfigError(f"{args.config}: {name} must be a whole number above 0, got {value!r}")
+            raise ConfigError(f"{name} must be a whole number above 0, got {value!r}: say {option} N")
+    if is_on(config, "torch_autocast"):
+        raise ConfigError(
+            '"torch_autocast" keeps activations in two widths, of which --model knows one: take bf16, or '
+            "--params-per-stage with --activation-bytes"
+        )
     length = 4096 if args.sequence_length is None else args.sequence_length
     shape = Shape(args.ranks, micro, args.replicas, experts, sequences, length, parts)
     (asked, tiles), training = _asked(args, config), training_of(config)

@@ -6,12 +6,12 @@ import signal
 from difflib import get_close_matches
 
 from deepspeed.runtime.config import DeepSpeedConfig
-from deepspeed.runtime.tensor_parallel.init_utils import load_ds_config
 
 from ..errors import ConfigError, PlanError
 from ..models.autoep import section as expert_parallel
 from ..schedule.cuts.counts import parse_counts
 from ..schedule.orders.registry import KNOWN, STOCK, known_schedule
+from ..schedule.plain_json import read_settings
 from .given import Settings
 from .keys import refuse_keys
 from .section import AUTO, PAIRS, DualPipeConfig, check_keys, parse_keys
@@ -79,18 +79,15 @@ def find_config(args: object, config: object, config_params: object) -> object:
 
 
 def _load(config: object) -> Settings:
-    """A dict, a `DeepSpeedConfig`, the path of a file in HJSON, of which JSON is a part, or base64 of such text."""
+    """A dict, a `DeepSpeedConfig`, or what `read_settings` takes."""
     if isinstance(config, DeepSpeedConfig):
         config = config._param_dict
     if isinstance(config, dict):
         return config
     try:
-        data = load_ds_config(str(config))
+        return read_settings(str(config))
     except (OSError, ValueError) as error:
         raise ConfigError(f"cannot read the DeepSpeed configuration {config}: {error}") from None
-    if not isinstance(data, dict):
-        raise ConfigError(f"the DeepSpeed configuration {config} holds no keys")
-    return data
 
 
 def _check_async(config: Settings, schedule: object) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import csv
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,7 +10,7 @@ from typing import Any
 
 from ..errors import PlanError, ProfileError
 from ..profiling.profile import Profile, read_profile
-from ..schedule.plain_json import parse
+from ..schedule.plain_json import parse, read_settings
 from ..schedule.timeline import Timeline
 from ..viz.chrome import read_chrome
 
@@ -117,9 +116,6 @@ def _config(folder: Path) -> dict[str, Any]:
     if not file.exists():
         return {}
     try:
-        config: Any = json.loads(file.read_text())
+        return read_settings(str(file))
     except (OSError, ValueError) as error:
-        raise ProfileError(f"{file}: {error}") from None
-    if not isinstance(config, dict):
-        raise ProfileError(f"{file}: is no JSON object")
-    return config
+        raise ProfileError(f"cannot read the DeepSpeed configuration {file}: {error}") from None

@@ -1,8 +1,12 @@
-"""JSON from files that anybody may have written."""
+"""JSON from files that anybody may have written, and configurations of DeepSpeed."""
 
 from __future__ import annotations
 
+import base64
 import json
+import os
+from collections.abc import Sequence
+from pathlib import Path
 from typing import Any, TypeAlias
 
 Json: TypeAlias = Any
@@ -19,3 +23,38 @@ def parse(text: str) -> Json:
         return json.loads(text)
     except RecursionError:
         raise ValueError("it is nested too deeply") from None
+
+
+def read_settings(given: str) -> dict[str, Json]:
+    """A configuration of DeepSpeed, in any form that its command line takes.
+
+    Args:
+        given: the path of a file in HJSON, of which JSON is a part, or base64 of such text.
+
+    Raises:
+        ValueError: it is neither, holds no keys, or one of them twice.
+        OSError: the file cannot be read.
+    """
+    import hjson
+
+    there = os.path.exists(given)  # of text in base64, which may be longer than names of files are, it says no
+    try:
+        text = Path(given).read_text() if there else base64.urlsafe_b64decode(given).decode()
+    except ValueError:
+        raise ValueError("it is neither an existing file of text nor base64 of one") from None
+    try:
+        data = hjson.loads(text, object_pairs_hook=_each_once)
+    except RecursionError:
+        raise ValueError("it is nested too deeply") from None
+    if not isinstance(data, dict):
+        raise ValueError("it holds no keys")
+    return data
+
+
+def _each_once(pairs: Sequence[tuple[str, Json]]) -> dict[str, Json]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        names = [name for name, _ in pairs]
+        twice = sorted({name for name in names if names.count(name) > 1})
+        raise ValueError(f"it has the key {', '.join(twice)} more than once")
+    return found

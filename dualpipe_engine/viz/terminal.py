@@ -23,11 +23,11 @@ PLAIN_WIDTH = 120  #: columns where the output is no terminal
 
 
 def wide_console() -> Console:
-    """A console that keeps tables whole in logs and pipes, where rich would assume 80 columns."""
-    from rich.console import Console
+    """A console that keeps tables whole, in logs and pipes too, where rich would assume 80 columns."""
+    from .console import WholeTables
 
-    console = Console()
-    return console if console.is_terminal else Console(width=max(PLAIN_WIDTH, console.width))
+    console = WholeTables()
+    return console if console.is_terminal else WholeTables(width=max(PLAIN_WIDTH, console.width))
 
 
 def tracked(items: Iterable[Item], total: int, what: str) -> list[Item]:

@@ -46,9 +46,9 @@ def test_deepspeed_config():
 @pytest.mark.parametrize(
     ("content", "text"),
     [
-        ('{"train_batch_size": 4, "train_batch_size": 8}', "Duplicate keys"),
+        ('{"train_batch_size": 4, "train_batch_size": 8}', "more than once"),
         ("[1, 2]", "holds no keys"),
-        (None, "existing deepspeed config"),
+        (None, "neither an existing file"),
     ],
 )
 def test_what_cannot_be_read(tmp_path, content, text):

@@ -132,6 +132,8 @@ def test_what_cannot_be_shown_is_one_sentence(tmp_path, monkeypatch, capsys):
         assert main(["report", str(tmp_path), "--out", str(tmp_path / "x.html")]) == 2
         assert name in capsys.readouterr().err
         (tmp_path / name).unlink()
+    (tmp_path / "ds_config.json").write_text("# HJSON\ntrain_batch_size: 4\n")
+    assert read_run(tmp_path).config == {"train_batch_size": 4}
     assert main(["report", str(tmp_path / PROFILE), "--out", str(tmp_path / "nowhere" / "x.html")]) == 2
     assert "No such file" in capsys.readouterr().err
     monkeypatch.setitem(sys.modules, "plotly.offline", None)

@@ -91,6 +91,30 @@ class MemoryRow:
         return max(self.ranks, key=lambda memory: memory.total)
 
 
+def section_of(config: Mapping[str, Any], name: str) -> Mapping[str, Any]:
+    """A section of a DeepSpeed configuration, empty where there is none.
+
+    Raises:
+        ConfigError: it is no section.
+    """
+    found = config.get(name)
+    if found is not None and not isinstance(found, Mapping):
+        raise ConfigError(f'"{name}" must be a section {{...}} of keys, got {found!r}')
+    return found or {}
+
+
+def is_on(config: Mapping[str, Any], name: str) -> bool:
+    """Whether a section is there and enabled.
+
+    Raises:
+        ConfigError: it is left to the Trainer ("auto"), or says neither yes nor no.
+    """
+    value = section_of(config, name).get("enabled", False)
+    if not isinstance(value, bool):
+        raise ConfigError(f'"{name}": {{"enabled": ...}} must be true or false here, got {value!r}')
+    return value
+
+
 def training_of(config: Mapping[str, Any]) -> Training:
     """Read a DeepSpeed configuration.
 
@@ -98,26 +122,25 @@ def training_of(config: Mapping[str, Any]) -> Training:
         ConfigError: its optimizer, ZeRO stage or number format is not known here.
     """
 
-    def section(name: str) -> Mapping[str, Any]:
-        found = config.get(name)
-        return found if isinstance(found, Mapping) else {}
-
-    on = [name for name in ("bf16", "fp16", "bfloat16") if section(name).get("enabled")]
+    on = [name for name in ("bf16", "fp16", "bfloat16") if is_on(config, name)]
+    for name in on:
+        if section_of(config, name).get(key := f"{name.replace('bfloat', 'bf')}_master_weights_and_grads"):
+            raise ConfigError(f'the bytes under "{name}": {{"{key}": true}} are not known here: leave it out')
     kind = "fp32" if not on else "fp16" if on[0] == "fp16" else "bf16"
-    zero = section("zero_optimization").get("stage", 0)
+    sharing = section_of(config, "zero_optimization")
+    zero = sharing.get("stage", 0)
     if zero not in (0, 1, 2):
         raise ConfigError(f"a pipeline runs under ZeRO 0, 1 or 2, not {zero!r}")
-    accumulation = section("data_types").get("grad_accum_dtype") or kind
+    accumulation = section_of(config, "data_types").get("grad_accum_dtype") or kind
     if accumulation not in _WIDTHS:
         raise ConfigError(f'"grad_accum_dtype" must be one of {", ".join(_WIDTHS)}, got {accumulation!r}')
-    low, state = _WIDTHS[kind], _state_bytes(section("optimizer"))
+    low, state = _WIDTHS[kind], _state_bytes(section_of(config, "optimizer"))
     if zero == 0:
         master, beside = 0 if kind == "fp32" else 4, low if kind == "bf16" else 0
         return Training(low, low, state + master, kind == "bf16", False, low + beside)
     gradients = _WIDTHS[accumulation]
     beside = low if kind == "bf16" and gradients == 4 else 0
-    offload = section("zero_optimization").get("offload_optimizer") or {}
-    on_host = bool(section("zero_optimization").get("cpu_offload")) or offload.get("device", "none") == "cpu"
+    on_host = bool(sharing.get("cpu_offload")) or section_of(sharing, "offload_optimizer").get("device") == "cpu"
     return Training(low, 4 if zero == 2 else gradients, state + 4, True, zero == 2, gradients + beside, on_host)
 
 

@@ -111,7 +111,10 @@ def known_schedule(schedule: str, stages_per_rank: int | None = None) -> Schedul
     """
     if schedule not in KNOWN:
         near = get_close_matches(schedule, KNOWN, n=1, cutoff=0.0)[0]
-        raise PlanError(f"unknown schedule {schedule!r}: did you mean {near!r}? There are {', '.join(KNOWN)}")
+        raise PlanError(
+            f"unknown schedule {schedule!r}: did you mean {near!r}? There are {', '.join(KNOWN)}, and plan files, "
+            "whose names end in .csv or .json"
+        )
     known = KNOWN[schedule]
     if stages_per_rank is None:
         return known
