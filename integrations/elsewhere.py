@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shutil
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch.distributed as dist
 
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 CONVERTED = ".universal"  #: ending of the folder beside a checkpoint's, while other ranks load it
 
 
-def load_from(engine: DualPipeEngine, folder: Path, elsewhere: bool, argument: str) -> None:
+def load_from(engine: DualPipeEngine, folder: Path, elsewhere: bool, argument: str) -> dict[str, Any]:
     """Load weights, optimizer and random states. Collective over all ranks.
 
     Args:
@@ -27,11 +27,14 @@ def load_from(engine: DualPipeEngine, folder: Path, elsewhere: bool, argument: s
             loading, which takes as much room on the disk again.
         argument: how the user says so.
 
+    Returns:
+        The `client_state`, empty where others have saved it.
+
     Raises:
         CheckpointError: it is not there, not whole, or of others and `elsewhere` is false.
     """
     try:
-        path, _ = engine.load_checkpoint(str(folder.parent), tag=folder.name)
+        path, state = engine.load_checkpoint(str(folder.parent), tag=folder.name)
     except OtherRanksError:
         if not elsewhere:
             raise OtherRanksError(
@@ -40,9 +43,10 @@ def load_from(engine: DualPipeEngine, folder: Path, elsewhere: bool, argument: s
                 everywhere=True,
             ) from None
         _load_converted(engine, folder)
-        return
+        return {}
     if path is None:
         raise CheckpointError(f"{folder} holds no state of an engine")
+    return state or {}
 
 
 def load_weights(engine: DualPipeEngine, folder: Path) -> None:

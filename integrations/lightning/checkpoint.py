@@ -8,14 +8,17 @@ from typing import TYPE_CHECKING
 
 import torch.distributed as dist
 
+from dualpipe_engine.comm.from_all import from_all
 from dualpipe_engine.errors import CheckpointError
 
 from ..elsewhere import load_from
+from ..random_streams import host_state, set_host_state
 
 if TYPE_CHECKING:
-    from dualpipe_engine.engine.engine import DualPipeEngine
+    from .pipeline import Pipeline
 
 ENDING = ".engine"  #: of the folder, after the name of the file
+BATCHES = "random states of batches"  #: of all ranks, in the engine's part
 
 
 def engine_folder(file: Path) -> Path:
@@ -23,9 +26,11 @@ def engine_folder(file: Path) -> Path:
     return file.with_name(file.name + ENDING)
 
 
-def save_engine(engine: DualPipeEngine, file: Path) -> None:
+def save_engine(pipeline: Pipeline, file: Path) -> None:
     """Save what the file does not hold: optimizer, masters, random states. Collective over all ranks."""
-    engine.save_checkpoint(str(file.parent), tag=engine_folder(file).name, save_latest=False)
+    state = {BATCHES: from_all(host_state())}
+    with pipeline.randomness():
+        pipeline.made.save_checkpoint(str(file.parent), engine_folder(file).name, state, save_latest=False)
 
 
 def remove_engine(file: Path) -> None:
@@ -33,7 +38,7 @@ def remove_engine(file: Path) -> None:
     shutil.rmtree(engine_folder(file), ignore_errors=True)
 
 
-def load_engine(engine: DualPipeEngine, file: Path, elsewhere: bool) -> None:
+def load_engine(pipeline: Pipeline, file: Path, elsewhere: bool) -> None:
     """Load the folder of a file; see `load_from`. Collective over all ranks.
 
     Raises:
@@ -46,4 +51,8 @@ def load_engine(engine: DualPipeEngine, file: Path, elsewhere: bool) -> None:
             f"{engine_folder(file)} is not there, which holds the optimizer's state of {file.name}: copy it too, or "
             "train from the weights alone by load_from_checkpoint"
         )
-    load_from(engine, engine_folder(file), elsewhere, "DualPipeStrategy(resume_elsewhere=True)")
+    with pipeline.randomness():
+        state = load_from(pipeline.made, engine_folder(file), elsewhere, "DualPipeStrategy(resume_elsewhere=True)")
+    drawn = state.get(BATCHES, ())
+    if len(drawn) == dist.get_world_size():
+        set_host_state(drawn[dist.get_rank()])

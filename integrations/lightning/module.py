@@ -129,6 +129,19 @@ class DualPipeLightningModule(LightningModule):
         with torch.inference_mode(False):
             return self.dualpipe_wrapper.predict(split(inputs, targets, self.num_chunks))
 
+    def log(self, name: str, *args: Any, **kwargs: Any) -> None:
+        """As Lightning's.
+
+        Raises:
+            ConfigError: the stages run, so that it is one micro-batch's, on some of the devices.
+        """
+        if hasattr(self, "dualpipe_wrapper") and self.dualpipe_wrapper.runs:
+            raise ConfigError(
+                f"{name!r} is logged within the stages, of a micro-batch on some of the devices: log in "
+                "training_step what pipeline_step returns, or in validation_step what predict_step returns"
+            )
+        super().log(name, *args, **kwargs)
+
     def _rows(self, batch: Nest) -> int:
         return rows_of(inputs_and_targets(batch, self._targets)[0])
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -14,6 +15,7 @@ from dualpipe_engine.comm.nest import Nest
 from dualpipe_engine.engine.placing.param_groups import PLACEHOLDER
 
 from ..outputs import collect, of_whole_sequences, share
+from ..random_streams import StageRandomness
 from .batches import Micro, StageLoss, none_counts
 
 if TYPE_CHECKING:
@@ -33,6 +35,8 @@ class Pipeline(nn.Module):
     Attributes:
         local_module: its parameters are those of this rank.
         engine: None until it is made, and in copies.
+        runs: whether the stages run.
+        randomness: from which stages draw, apart from the batches, which are the same on all ranks of a pipeline.
     """
 
     engine: DualPipeEngine | None
@@ -42,6 +46,7 @@ class Pipeline(nn.Module):
         self.local_module = local_module
         self._names, self._loss = names, loss
         vars(self)["engine"] = None  # a module too, whose weights are these
+        self.runs, self.randomness = False, StageRandomness()
 
     def start(self, engine: DualPipeEngine) -> None:
         vars(self)["engine"] = engine
@@ -51,31 +56,43 @@ class Pipeline(nn.Module):
     def train_step(self, micros: list[Micro], batches: int, last: bool) -> torch.Tensor:
         """The mean loss; gradients are added to those that wait for the step. Collective over all ranks."""
         engine = self._sized(micros)
-        loss: torch.Tensor = engine.forward_backward(iter(micros), batches=batches, last=last)
+        with self._running():
+            loss: torch.Tensor = engine.forward_backward(iter(micros), batches=batches, last=last)
         return loss.detach().clone()
 
     def evaluate(self, micros: list[Micro]) -> torch.Tensor:
         """The mean loss, without gradients. Collective over all ranks."""
-        loss: torch.Tensor = self._made.eval_batch(iter(micros), num_micro_batches=len(micros))
+        with self._running():
+            loss: torch.Tensor = self.made.eval_batch(iter(micros), num_micro_batches=len(micros))
         return loss.detach().clone()
 
     def predict(self, micros: list[Micro]) -> Nest:
         """The outputs of a batch, on all ranks of the pipeline. Collective over all ranks."""
-        engine = self._made
+        engine = self.made
         micros = micros if engine.sharing.group is None else none_counts(micros)
-        with self._loss.keeping() as kept:
+        with self._loss.keeping() as kept, self._running():
             engine.eval_batch(iter(micros), num_micro_batches=len(micros))
         return share(of_whole_sequences(collect(kept, engine), engine), engine)
 
+    @contextmanager
+    def _running(self) -> Iterator[None]:
+        self.runs = True
+        try:
+            with self.randomness():
+                yield
+        finally:
+            self.runs = False
+
     def _sized(self, micros: list[Micro]) -> DualPipeEngine:
-        engine = self._made
+        engine = self.made
         if engine.gradient_accumulation_steps() != len(micros):
             rows = engine.train_micro_batch_size_per_gpu() * engine.data_replicas
             engine.set_train_batch_size(len(micros) * rows)
         return engine
 
     @property
-    def _made(self) -> DualPipeEngine:
+    def made(self) -> DualPipeEngine:
+        """The engine, which is there."""
         assert self.engine is not None
         return self.engine
 

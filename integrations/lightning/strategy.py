@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from lightning.fabric.strategies.registry import _StrategyRegistry
+from lightning.fabric.utilities.data import _auto_add_worker_init_fn
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.core.optimizer import _init_optimizers_and_lr_schedulers
 from lightning.pytorch.plugins.precision import HalfPrecision
@@ -15,12 +16,13 @@ from lightning.pytorch.strategies import DDPStrategy, StrategyRegistry
 from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor, nn
 from torch.optim import Optimizer
-from torch.utils.data import RandomSampler
+from torchmetrics import Metric
 
 from dualpipe_engine.comm.nest import Nest
 from dualpipe_engine.engine.placing.sequences import read_sizes, readers_of
 from dualpipe_engine.errors import ConfigError
 
+from ..random_streams import follow_first
 from .checkpoint import load_engine, remove_engine, save_engine
 from .engine import configuration, make_engine, make_module
 from .layers import Chain, LayerEntry, refill, release, share_start
@@ -120,16 +122,23 @@ class DualPipeStrategy(DDPStrategy):
 
     @property
     def distributed_sampler_kwargs(self) -> dict[str, Any]:
+        return {"num_replicas": self.readers, "rank": self._reader}
+
+    @property
+    def _reader(self) -> int:
         replicas = self.world_size // self.num_stages
-        reader = self.global_rank % replicas * self.readers // replicas  # as in DeepSpeed's topology
-        return {"num_replicas": self.readers, "rank": reader}
+        return self.global_rank % replicas * self.readers // replicas  # as in DeepSpeed's topology
+
+    @property
+    def _reads_first(self) -> bool:
+        """Whether this is the first device of those that read the same samples."""
+        replicas = self.world_size // self.num_stages
+        return self.global_rank < replicas and self.global_rank % (replicas // self.readers) == 0
 
     def process_dataloader(self, dataloader: object) -> object:
-        """All devices of a pipeline, and of those that share sequences, read the same samples: a loader that shuffles
-        gets one seed for all of them."""
-        sampler = getattr(dataloader, "sampler", None)
-        if isinstance(sampler, RandomSampler) and sampler.generator is None:
-            sampler.generator = torch.Generator().manual_seed(self.broadcast(torch.initial_seed()))
+        """All devices of a pipeline, and of those that share sequences, read the same samples: so their workers draw
+        the same random numbers."""
+        _auto_add_worker_init_fn(dataloader, self._reader)
         return dataloader
 
     # -- setting up ----------------------------------------------------------------------------------------------
@@ -160,7 +169,8 @@ class DualPipeStrategy(DDPStrategy):
         if fitting:
             optimizers, schedulers = _init_optimizers_and_lr_schedulers(module)
             refuse_optimizers(optimizers, settings)
-        make_engine(module.dualpipe_wrapper, settings, optimizers, [each.scheduler for each in schedulers])
+        with module.dualpipe_wrapper.randomness():
+            make_engine(module.dualpipe_wrapper, settings, optimizers, [each.scheduler for each in schedulers])
         self._mine = optimizers, schedulers
         del module.chain
         release(layers.values(), set(module.dualpipe_wrapper.parameters()))
@@ -185,6 +195,11 @@ class DualPipeStrategy(DDPStrategy):
         if trainer.state.fn == TrainerFn.FITTING:
             self.optimizers, self.lr_scheduler_configs = self._mine
         self.setup_precision_plugin()
+        engine = self.lightning_module.dualpipe_wrapper.made
+        follow_first(engine)
+        for part in self.lightning_module.modules():
+            if isinstance(part, Metric) and part.process_group is None:
+                part.process_group = engine._replica_group  # devices of a pipeline have seen the same samples
         self.barrier()
 
     def teardown(self) -> None:
@@ -196,6 +211,12 @@ class DualPipeStrategy(DDPStrategy):
 
     def _setup_model(self, model: nn.Module) -> nn.Module:
         return model
+
+    def reduce(self, tensor: Nest, group: Any = None, reduce_op: Any = "mean") -> Nest:  # noqa: ANN401
+        """As DDPStrategy's; in a "sum" devices that read the same samples count once."""
+        if reduce_op == "sum" and group is None and isinstance(tensor, Tensor) and not self._reads_first:
+            tensor = torch.zeros_like(tensor)
+        return super().reduce(tensor, group, reduce_op)
 
     # -- training ------------------------------------------------------------------------------------------------
 
@@ -237,7 +258,7 @@ class DualPipeStrategy(DDPStrategy):
 
     def save_checkpoint(self, checkpoint: dict[str, Any], filepath: Any, storage_options: Any = None) -> None:  # noqa: ANN401
         if "optimizer_states" in checkpoint:
-            save_engine(self.lightning_module.dualpipe_wrapper.engine, Path(filepath))
+            save_engine(self.lightning_module.dualpipe_wrapper, Path(filepath))
         super().save_checkpoint(checkpoint, filepath, storage_options)
 
     def remove_checkpoint(self, filepath: Any) -> None:  # noqa: ANN401
@@ -246,12 +267,12 @@ class DualPipeStrategy(DDPStrategy):
             remove_engine(Path(filepath))
 
     def load_checkpoint(self, checkpoint_path: Any, *args: Any, **kwargs: Any) -> dict[str, Any]:  # noqa: ANN401
-        self._loaded = Path(checkpoint_path)
+        self._loaded = Path(checkpoint_path).resolve()  # of ModelCheckpoint(save_last="link")
         return super().load_checkpoint(checkpoint_path, *args, **kwargs)
 
     def load_optimizer_state_dict(self, checkpoint: Mapping[str, Any]) -> None:
         assert self._loaded is not None
-        load_engine(self.lightning_module.dualpipe_wrapper.engine, self._loaded, self._resume_elsewhere)
+        load_engine(self.lightning_module.dualpipe_wrapper, self._loaded, self._resume_elsewhere)
 
     def lightning_module_state_dict(self) -> dict[str, Any]:
         assert self.lightning_module is not None

@@ -31,12 +31,17 @@ def rows_of(batch: Mapping[str, Any]) -> int:
     return next(iter(rows.values()))
 
 
+def is_column(value: object) -> bool:
+    """Whether it is a list of something else than tensors, such as names of samples."""
+    return isinstance(value, list) and not any(isinstance(each, torch.Tensor) for each in value)
+
+
 def split_batch(batch: Mapping[str, Any], num_micro: int) -> list[dict[str, Any]]:
     """Cut a batch into micro-batches.
 
     Args:
-        batch: tensors [rows, ...]; padding-free batches of one row cannot be cut. Position ids may be [1, ...],
-            those of all rows.
+        batch: tensors [rows, ...] and lists of as many strings or numbers; padding-free batches of one row cannot be
+            cut. Position ids may be [1, ...], those of all rows.
         num_micro: micro-batches, fewer where there are fewer rows. Sizes differ by at most one row.
 
     Raises:
@@ -45,7 +50,12 @@ def split_batch(batch: Mapping[str, Any], num_micro: int) -> list[dict[str, Any]
     shared = {"position_ids", "cache_position"}
     tensors = {name: value for name, value in batch.items() if isinstance(value, torch.Tensor) and value.dim()}
     alike = {name for name, value in tensors.items() if name in shared and len(value) == 1}
-    count = min(num_micro, rows_of({name: value for name, value in tensors.items() if name not in alike}))
-    parts = {name: value.tensor_split(count) for name, value in tensors.items() if name not in alike}
+    total = rows_of({name: value for name, value in tensors.items() if name not in alike})
+    count = min(num_micro, total)
+    parts: dict[str, Any] = {name: value.tensor_split(count) for name, value in tensors.items() if name not in alike}
+    rows = [each.tolist() for each in torch.arange(total).tensor_split(count)]
+    for name, value in batch.items():
+        if is_column(value) and len(value) == total:
+            parts[name] = [value[each[0] : each[-1] + 1] for each in rows]
     rest = {name: value for name, value in batch.items() if name not in parts and value is not None}
     return [{name: pieces[index] for name, pieces in parts.items()} | rest for index in range(count)]

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from inspect import signature
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -25,6 +26,7 @@ from ..random_streams import StageRandomness, follow
 from .batches import Batch, Model, rows_of, split_batch
 from .loss import TrainerLoss, with_weights
 from .shared_loss import SharedLoss
+from .whole_model import base_model
 
 if TYPE_CHECKING:
     from dualpipe_engine.engine.engine import DualPipeEngine
@@ -37,6 +39,7 @@ class PipelineEvaluation(Trainer):
     """The part of `DualPipeTrainer` that evaluates. Every pipeline sees all of the data."""
 
     _num_chunks: int
+    _example: Batch | None
     _stage_randomness: StageRandomness
     _loss: TrainerLoss
     compute_metrics: Any
@@ -75,7 +78,14 @@ class PipelineEvaluation(Trainer):
         parts = self._split(inputs)
         if isinstance(self._loss, SharedLoss):
             return self._loss.micros(parts, items, readers, labelled)
-        return with_weights(parts, items, readers, self._shifted(), self._for_the_loss)
+        return with_weights(parts, items, readers, self._shifted(), self._names_for_the_loss(inputs))
+
+    def _names_for_the_loss(self, inputs: Batch) -> tuple[str, ...]:
+        """Of what the stages do not need; all that the model does not name is for a `compute_loss` of the user's."""
+        if type(self).compute_loss is self._stock.compute_loss:
+            return self._for_the_loss
+        named = {*signature(base_model(self.model).forward).parameters, *(self._example or {})}
+        return (*self._for_the_loss, *(name for name in inputs if name not in named))
 
     def _rows_of(self, inputs: Batch) -> int:
         return rows_of(inputs)

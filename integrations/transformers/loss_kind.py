@@ -6,7 +6,7 @@ other, such as one with weights of classes or a contrast between rows, is anothe
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -15,6 +15,8 @@ from torch.utils._pytree import tree_map
 from dualpipe_engine.comm.nest import Nest
 from dualpipe_engine.engine.batches.shards import IGNORED
 from dualpipe_engine.errors import ConfigError
+
+from .batches import is_column
 
 CHECKED = 8  #: micro-batches on each rank
 
@@ -110,9 +112,9 @@ def _rows(piece: Piece, which: slice, blocks: int = 1) -> Piece:
 
     def cut(leaf: Any) -> Any:  # noqa: ANN401
         found = _in_blocks(leaf, rows, blocks)
-        return torch.cat([block[which] for block in found]) if found else leaf
+        return _cat([block[which] for block in found]) if found else leaf
 
-    return tree_map(cut, piece)
+    return tree_map(cut, piece, is_leaf=is_column)
 
 
 def _joined(first: Piece, second: Piece, blocks: int = 1) -> Piece:
@@ -121,16 +123,24 @@ def _joined(first: Piece, second: Piece, blocks: int = 1) -> Piece:
     def join(one: Any, other: Any) -> Any:  # noqa: ANN401
         pairs = zip(_in_blocks(one, rows, blocks), _in_blocks(other, more, blocks), strict=True)
         found = [block for pair in pairs for block in pair]
-        return torch.cat(found) if found else one
+        return _cat(found) if found else one
 
-    return tree_map(join, first, second)
+    return tree_map(join, first, second, is_leaf=is_column)
 
 
-def _in_blocks(leaf: Any, rows: int, blocks: int) -> tuple[torch.Tensor, ...]:  # noqa: ANN401
-    """A tensor of all rows, or of those of one block; none: it has nothing to do with rows."""
-    if not isinstance(leaf, torch.Tensor) or not leaf.dim() or len(leaf) * blocks not in (rows, rows * blocks):
+def _cat(blocks: Sequence[Any]) -> Any:  # noqa: ANN401
+    return (
+        torch.cat(list(blocks)) if isinstance(blocks[0], torch.Tensor) else [each for block in blocks for each in block]
+    )
+
+
+def _in_blocks(leaf: Any, rows: int, blocks: int) -> tuple[Any, ...]:  # noqa: ANN401
+    """A tensor or a list of all rows, or of those of one block; none: it has nothing to do with rows."""
+    has_rows = leaf.dim() > 0 if isinstance(leaf, torch.Tensor) else is_column(leaf)
+    if not has_rows or len(leaf) * blocks not in (rows, rows * blocks):
         return ()
-    return leaf.chunk(blocks) if len(leaf) == rows else (leaf,)
+    size = rows // blocks
+    return tuple(leaf[at : at + size] for at in range(0, len(leaf), size))
 
 
 def _shapes(piece: Piece) -> list[tuple[int, ...]]:

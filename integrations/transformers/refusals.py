@@ -40,6 +40,11 @@ def refuse_arguments(args: TrainingArguments, replicas: int = 1) -> None:
             raise ConfigError(f"TrainingArguments({name}=...) {reason}; leave it out")
     if args.gradient_accumulation_steps != 1:
         raise ConfigError("gradient_accumulation_steps must be 1: raise num_chunks and per_device_train_batch_size")
+    if args.save_only_model and args.load_best_model_at_end:
+        raise ConfigError(
+            "save_only_model=True leaves out the state of the engine, from which load_best_model_at_end=True loads: "
+            "leave one of them out"
+        )
     if args.train_sampling_strategy == "batch_rebalance":
         raise ConfigError(
             'train_sampling_strategy="batch_rebalance" deals rows out to ranks that read the same batch here: use '

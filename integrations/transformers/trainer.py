@@ -98,6 +98,7 @@ class DualPipeTrainer(PipelineEvaluation):
         **options: Any,
     ) -> None:
         self._engine: DualPipeEngine | None = None
+        self._is_alone = False
         self._stage_randomness = StageRandomness()
         self._num_chunks, self._schedule, self._example = num_chunks, schedule, example_inputs
         self._extra = dict(deepspeed_config or {})
@@ -280,7 +281,16 @@ class DualPipeTrainer(PipelineEvaluation):
         return total * self._readers / self._replicas
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
-        """As the Trainer's; beside the loss stands how evenly experts were used in the step last reported."""
+        """As the Trainer's; beside the loss stands how evenly experts were used in the step last reported.
+
+        Raises:
+            ConfigError: `compute_loss` logs, of a micro-batch and on the ranks of the last stage.
+        """
+        if self._is_alone:
+            raise ConfigError(
+                f"compute_loss logs {', '.join(logs)} of one micro-batch, on the ranks that run the last stage: return "
+                "tensors with a row for each sample beside the loss, which compute_metrics gets in an evaluation"
+            )
         report = None if self._engine is None else self._engine.expert_load
         if report is not None and "loss" in logs:
             logs = logs | report.values()
@@ -344,13 +354,13 @@ class DualPipeTrainer(PipelineEvaluation):
     def _alone(self) -> Iterator[None]:
         """Let the Trainer, and its `compute_loss`, count for one process: the ranks that run the last stage are few."""
         averaging, gathers = self.args.average_tokens_across_devices, ("gather", "gather_for_metrics")
-        self.args.average_tokens_across_devices = False
+        self.args.average_tokens_across_devices, self._is_alone = False, True
         for name in gathers:
             setattr(self.accelerator, name, lambda value, *args, **kwargs: value)
         try:
             yield
         finally:
-            self.args.average_tokens_across_devices = averaging
+            self.args.average_tokens_across_devices, self._is_alone = averaging, False
             for name in gathers:
                 delattr(self.accelerator, name)
 

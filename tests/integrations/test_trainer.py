@@ -206,6 +206,7 @@ def test_every_argument_is_in_the_table_of_the_docs():
     [
         ({"train_sampling_strategy": "batch_rebalance"}, 1, "group_by_length"),
         ({"average_tokens_across_devices": False}, 2, "2 replicas"),
+        ({"save_only_model": True, "load_best_model_at_end": True}, 1, "the state of the engine"),
         ({"accelerator_config": SimpleNamespace(split_batches=True)}, 1, "split_batches"),
         ({"accelerator_config": SimpleNamespace(dispatch_batches=True)}, 1, "dispatch_batches"),
     ],

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pytest
 import trainer_hook_runs as runs
 
 
@@ -18,8 +19,15 @@ def test_a_callback_sees_what_a_trainer_shows_it(ranks, tmp_path):
 
 
 def test_what_would_come_too_late_or_call_a_part_of_the_model_is_refused(ranks, tmp_path):
-    for calling, stepping, early, added, other in ranks.run(2, runs.refused, folder=str(tmp_path)):
+    for calling, stepping, logging, early, added, other in ranks.run(2, runs.refused, folder=str(tmp_path)):
         assert "compute_loss is given a model to call" in calling
         assert "override compute_loss" in stepping
+        assert "compute_loss logs mine of one micro-batch" in logging
         assert early == added and early.startswith("Early.on_pre_optimizer_step would see no gradients")
         assert other is None
+
+
+def test_a_loss_reads_columns_that_the_model_does_not(ranks, tmp_path):
+    [theirs] = ranks.run(1, runs.weighed, folder=str(tmp_path), stock=True)
+    for ours in ranks.run(2, runs.weighed, folder=str(tmp_path)):
+        assert ours == pytest.approx(theirs, abs=1e-5)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 import transformers
 from trainer_runs import Sentences, make_model, pad
 from trainer_start import trainer_class
@@ -44,16 +45,48 @@ def stepping_itself(base):
     return Stepping
 
 
+def logging_itself(base):
+    class Logging(base):
+        def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+            self.log({"mine": 1.0})
+            return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+
+    return Logging
+
+
+def named(rows):
+    """A batch with what only a loss reads: a name and a weight for each row."""
+    batch = pad(rows)
+    lengths = batch["attention_mask"].sum(1)
+    return batch | {"weights": lengths / 8, "names": [f"of {length}" for length in lengths.tolist()]}
+
+
+def weighing(base):
+    class Weighing(base):
+        def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+            labels, weights, names = (inputs.pop(name) for name in ("labels", "weights", "names"))
+            outputs = model(**inputs)
+            logs = outputs.logits[:, :-1].float().log_softmax(-1)
+            safe = labels[:, 1:].clamp(min=0).unsqueeze(-1)
+            rows = -(logs.gather(-1, safe).squeeze(-1) * (labels[:, 1:] != -100)).sum(1)
+            scales = torch.tensor([1.0 / int(name.removeprefix("of ")) for name in names])
+            loss = (rows * weights * scales).mean()
+            return (loss, outputs) if return_outputs else loss
+
+    return Weighing
+
+
 def make(folder, stock=False, change=None, **options):
     kind = trainer_class(stock)
     if not stock:
         options |= {"schedule": "zb1p", "num_chunks": 4}
     arguments = transformers.TrainingArguments(
-        output_dir=folder, max_steps=2, per_device_train_batch_size=8, report_to=[], use_cpu=True, disable_tqdm=True,
+        output_dir=folder, max_steps=2, logging_steps=1, remove_unused_columns=False,
+        per_device_train_batch_size=8, report_to=[], use_cpu=True, disable_tqdm=True,
         dataloader_pin_memory=False, save_strategy="no", optim="adamw_torch",
     )  # fmt: skip
     return (change(kind) if change else kind)(
-        model=make_model(), args=arguments, train_dataset=Sentences(24), data_collator=pad, **options
+        model=make_model(), args=arguments, train_dataset=Sentences(24), **{"data_collator": pad} | options
     )
 
 
@@ -88,7 +121,19 @@ def refused(folder):
     found = [
         told(make(folder, change=calling_itself).train),
         told(make(folder, change=stepping_itself).train),
+        told(make(folder, change=logging_itself).train),
         told(lambda: make(folder, callbacks=[Early()])),
     ]
     trainer = make(folder)
     return [*found, told(lambda: trainer.add_callback(Early)), trainer.add_callback(Watching)]
+
+
+def weighed(folder, stock=False):
+    """Losses of two steps, of a loss with weights of rows, and that of an evaluation."""
+    trainer = make(folder, stock, change=weighing, data_collator=named, eval_dataset=Sentences(6, seed=2))
+    trainer.train()
+    losses = [row["loss"] for row in trainer.state.log_history if "loss" in row]
+    losses.append(trainer.evaluate()["eval_loss"])
+    if not stock:
+        trainer._engine.destroy()
+    return losses
