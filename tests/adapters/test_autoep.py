@@ -18,6 +18,7 @@ from transformers import AutoModelForCausalLM
 from dualpipe_engine.cli import main
 from dualpipe_engine.engine.config import read_config
 from dualpipe_engine.errors import ConfigError
+from dualpipe_engine.models.autoep.alike import difference
 from dualpipe_engine.models.autoep.section import KEYS, REFUSED, read_section
 
 ROUTERS = models.ROUTERS
@@ -140,6 +141,10 @@ def test_sizes_that_do_not_fit_are_refused_on_every_rank(ranks):
         "tensor parallelism": (
             {"model_parallel": 2, "section": {"autoep_size": 1}},
             "and tensor parallelism do not go",
+        ),
+        "preset": (
+            {"name": "deepseek_v3", "section": {"preset_model": "qwen3_moe"}},
+            "has no place for the weights shared_experts.down_proj.weight",
         ),
         "DeepEP": (
             {"libraries": ["deep_ep"], "section": {"comm_backend": "deepep", "comm_max_tokens_per_rank": 64}},
@@ -312,6 +317,68 @@ def test_every_key_reaches_the_layers(monkeypatch):
     assert not layer_of(disable_triton_grouped_mm=True)[0].experts.use_triton_grouped_mm
     tried = {key for keys, _ in REACH for key in keys} | CUSTOM.keys() | REFUSED.keys() | DEEP_EP.keys()
     assert set(KEYS) - tried == {"enabled", "disable_triton_grouped_mm"}
+
+
+#: Name of a model, changes of its configuration, keys -> what is said of its block, or that it is done alike.
+ALIKE = [
+    ("mixtral", {}, {}, None),
+    ("mixtral", {}, {"preset_model": "qwen3_moe"}, None),
+    ("mixtral", {"router_jitter_noise": 0.1}, {}, "in training: set its router_jitter_noise to 0"),
+    ("mixtral", {}, {"preset_model": "deepseek_v3"}, "routes otherwise than MixtralSparseMoeBlock"),
+    ("mixtral", {}, {"preset_model": "deepseek_v3", "score_func": "sigmoid"}, None),  # as the user says
+    ("qwen3_moe", {}, {}, None),
+    ("qwen3_moe", {"norm_topk_prob": True}, {}, None),
+    ("qwen3_moe", {"routed_scaling_factor": 2.0}, {}, "routes otherwise than Qwen3MoeSparseMoeBlock"),
+    ("deepseek_v3", {}, {}, None),
+    ("deepseek_v3", {"routed_scaling_factor": 1.5, "norm_topk_prob": False}, {}, None),
+    ("deepseek_v3", {}, {"preset_model": "qwen3_moe"}, "has no place for the weights shared_experts.down_proj.weight"),
+    ("deepseek_v3", {}, {"preset_model": "qwen3_moe", "top_k": 1}, "has no place for the weights"),
+    ("deepseek_v3", {}, {"preset_model": "deepseek_v2"}, "DeepseekV3MoE"),
+]
+
+
+@pytest.mark.parametrize(("name", "changes", "keys", "said"), ALIKE)
+def test_a_block_that_the_layer_does_not_replace_is_told(name, changes, keys, said):
+    block = models.model_of(autoep_runs.config_of(name, **changes)).model.layers[-1]
+    source = block.mlp
+    before = {key: value.clone() for key, value in source.state_dict().items()}
+    layer, _ = layer_of(block, **keys)
+    found = difference(source, layer, read_section({"enabled": True, **keys}))
+    assert found is None if said is None else said in found
+    assert before.keys() == source.state_dict().keys()
+    assert all(torch.equal(value, source.state_dict()[key]) for key, value in before.items())
+
+
+class Looped(torch.nn.Module):
+    """A block with a list of experts, which chooses the worst where it is told to."""
+
+    def __init__(self, worst):
+        super().__init__()
+        self.gate, self.worst = torch.nn.Linear(8, 4, bias=False), worst
+        names = ("gate_proj", "down_proj", "up_proj")
+        linear = {name: torch.nn.Linear(8, 8, bias=False) for name in names}
+        self.experts = torch.nn.ModuleList(torch.nn.ModuleDict(copy.deepcopy(linear)) for _ in range(4))
+
+    def forward(self, hidden):
+        x = hidden.view(-1, 8)
+        weights, chosen = self.gate(x).softmax(-1).topk(2, largest=not self.worst)
+        weights = weights / weights.sum(-1, keepdim=True)
+        out = torch.zeros_like(x)
+        for number, expert in enumerate(self.experts):
+            out = out + expert(x) * (weights * (chosen == number)).sum(-1, keepdim=True)
+        return out.view_as(hidden)
+
+
+@pytest.mark.parametrize("worst", [False, True])
+def test_a_list_of_experts_is_tried_too(worst):
+    block = torch.nn.Module()
+    block.mlp = Looped(worst)
+    block.config = type("Config", (), {"model_type": "mine", "num_experts": 4, "num_experts_per_tok": 2})()
+    keys = {"preset_model": "qwen3_moe"}
+    keys |= {"expert_w1": "gate_proj", "expert_w2": "down_proj", "expert_w3": "up_proj"}
+    layer, _ = layer_of(block, **keys)
+    found = difference(block.mlp, layer, read_section({"enabled": True, **keys}))
+    assert (found is not None and "routes otherwise than Looped" in found) if worst else found is None
 
 
 def test_state_dicts_have_the_names_of_the_block():

@@ -15,6 +15,7 @@ from torch import nn
 
 from ...comm.from_all import from_all
 from ...errors import ConfigError
+from ...models.autoep.alike import difference
 from ...models.autoep.decoder import offer_phases
 from ...models.autoep.find import Found, find_blocks
 from ...models.autoep.layer import SharedMoE
@@ -87,7 +88,11 @@ def share_blocks(module: PipelineModule, config: AutoEPConfig) -> None:
     Args:
         module: as its constructor left it; parameters know their names. Layers go to ranks with the same share.
         config: the "expert_parallel" section.
+
+    Raises:
+        ConfigError: one of them does not do what its block does; the same on every rank.
     """
+    wrong = []
     rank = module._grid.data_parallel_id % config.autoep_size
     device = get_accelerator().device_name(module.local_rank)
     for number, (_, layer) in layers_of(module).items():
@@ -95,6 +100,12 @@ def share_blocks(module: PipelineModule, config: AutoEPConfig) -> None:
             assert layer is not None
             source = layer.get_submodule(path)
             made = SharedMoE(spec, source, config.autoep_size, rank, completed).train(source.training)
+            if (why := difference(source, made, config)) is not None:
+                wrong.append(
+                    f'"expert_parallel": layer {number}: DeepSpeed\'s layer by the preset {spec.model_family} {why}: '
+                    "take another preset_model, say by the keys of the section what it should do, or leave "
+                    "expert_parallel out"
+                )
             if isinstance(layer, Unread) and f"{path}.{spec.experts_name}" in layer.unread:
                 made.take(layer, f"{path}.{spec.experts_name}")
             made.to(device)
@@ -105,6 +116,7 @@ def share_blocks(module: PipelineModule, config: AutoEPConfig) -> None:
                     take_name(param, of[0])
             parent, _, name = path.rpartition(".")
             setattr(layer.get_submodule(parent), name, made)
+    raise_everywhere(wrong)
 
 
 def read_rest(module: PipelineModule) -> None:

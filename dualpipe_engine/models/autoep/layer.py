@@ -9,7 +9,7 @@ nothing is waited for where somebody else will (`comm.all_to_all`). With "comm_b
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
@@ -170,6 +170,14 @@ class SharedMoE(Counting, AutoEPMoELayer):
         into.update(own)
         return into  # type: ignore[no-any-return]
 
+    def names_in_source(self) -> set[str]:
+        """Entries of a state dict of the block that was replaced."""
+        own = dict(super().state_dict())
+        for name, param in self.experts.named_parameters():
+            own[f"experts.{name}"] = torch.empty(self.num_experts, *param.shape[1:], device="meta")
+        self.form.to_source(own, "")
+        return set(own)
+
     def _load_from_state_dict(self, state_dict: dict[str, Tensor], prefix: str, *args: Any) -> None:
         self.form.from_source(state_dict, prefix)
         for name, _ in self.experts.named_parameters():
@@ -179,6 +187,20 @@ class SharedMoE(Counting, AutoEPMoELayer):
                     : self.num_local_experts
                 ]
         super()._load_from_state_dict(state_dict, prefix, *args)
+
+    def with_experts(
+        self, hidden: Tensor, run: Callable[[Tensor, Tensor], Tensor]
+    ) -> Tensor | tuple[Tensor, Tensor | None]:
+        """What the block returns with other experts than its own, on this rank alone.
+
+        Args:
+            hidden: [batch, length, hidden].
+            run: from rows `[rows, hidden]`, and the expert of each, to what it makes of them.
+        """
+        state = self.route(hidden)
+        experts = torch.arange(self.num_experts, device=hidden.device).repeat_interleave(state["counts"])
+        state = state | {"rows": run(state["rows"], experts)}
+        return self.finish(state | ({} if self.shared_experts is None else {"shared": self._shared(state)}))
 
     # -- steps ---------------------------------------------------------------------------------------------------
 
