@@ -64,6 +64,7 @@ from .plan import StageCosts, make_lowered_plan
 from .reduction.after_schedule import AfterSchedule
 from .reduction.averaging import Averaging
 from .reduction.freezing import TrainedParams
+from .reduction.masters import Masters
 from .reduction.tail import GradientTail
 from .reporting import Reporting
 from .section import DualPipeConfig
@@ -111,6 +112,7 @@ class DualPipeEngine(
         **deepspeed: object,
     ) -> None:
         self.dualpipe_config, self.place, self.sharing, self._shards = dualpipe, place, sharing, shards
+        self.masters = Masters()
         self._init_saving()
         # DeepSpeed's own pipeline set-up (buffers, blocking p2p, ZeRO assertion) does not apply, hence not super().
         DeepSpeedEngine.__init__(self, **deepspeed)

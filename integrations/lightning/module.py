@@ -156,10 +156,7 @@ class DualPipeLightningModule(LightningModule):
             self.clip_gradients(optimizer, gradient_clip_val, gradient_clip_algorithm)
 
     def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:  # noqa: ANN401
-        found = super().load_state_dict(dict(state_dict), strict, assign)
-        if hasattr(self, "dualpipe_wrapper"):
-            self.dualpipe_wrapper.weights_have_changed()
-        return found
+        return super().load_state_dict(dict(state_dict), strict, assign)
 
     def __getstate__(self) -> dict[str, Any]:
         """Of a copy or a pickle: without the layers as they were given, which stages may have left."""

@@ -127,12 +127,6 @@ class Pipeline(nn.Module):
             return gather_named(mine)
         return {name: tensor for part in from_all(mine) for name, tensor in part.items()}
 
-    def weights_have_changed(self) -> None:
-        """What the optimizer keeps of the weights follows them."""
-        optimizer: Any = None if self.engine is None else self.engine.optimizer
-        if hasattr(optimizer, "refresh_fp32_params"):
-            optimizer.refresh_fp32_params()
-
     def __deepcopy__(self, memo: dict[int, Any]) -> Pipeline:
         """A copy of the weights of this rank, for callbacks that average them; it runs nothing."""
         copied = Pipeline(_weights_alone(self.local_module), self._names, self._loss)

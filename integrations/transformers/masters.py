@@ -25,6 +25,7 @@ def masters(engine: DualPipeEngine) -> Iterator[None]:
         engine: with ZeRO-1 or ZeRO-2, or bf16; without, and in fp32, parameters stay as they are.
     """
     optimizer, low = engine.optimizer, []
+    engine.masters.follow(optimizer)
     groups = getattr(optimizer, "bf16_groups", None) or getattr(optimizer, "bit16_groups", None) or []
     try:
         for param in (param for group in groups for param in group if param.dtype in (torch.bfloat16, torch.float16)):

@@ -177,3 +177,46 @@ def expected_of_trained_loss():
     loss_fn.scale.data.copy_(torch.randn(WIDTH, generator=generator) * 0.3)
     losses = by_itself(net, torch.optim.SGD(both.parameters(), lr=0.1), loss_fn=loss_fn)
     return losses, dict(net.named_parameters()) | {"loss_fn.scale": loss_fn.scale}
+
+
+def clip(net, how):
+    """Change some of the weights, as a callback may."""
+    with torch.no_grad():
+        for name, param in net.named_parameters():
+            if name.endswith("a.weight"):
+                (param if how == "in place" else param.data).clamp_(-0.2, 0.1)
+
+
+def clipped(ways, folder):
+    """Losses of three steps, with weights that are changed behind each; the last one goes on from a checkpoint."""
+    import dualpipe_engine
+
+    found = {}
+    for number, (how, config) in enumerate(ways):
+        steps, stream = [], data(dtype=torch.float16 if "fp16" in config else torch.float32)
+        if "bf16" in config:
+            stream = data(dtype=torch.bfloat16)
+        for saved in (False, True):
+            net = built()
+            fill(net)
+            engine, *_ = dualpipe_engine.initialize(model=net, config=settings("dualpipe", **config))
+            if saved:
+                engine.load_checkpoint(f"{folder}/{number}")
+            for _ in range(1 if saved else 2):
+                steps.append(float(engine.train_batch(stream)))
+                clip(engine.module, how)
+            if not saved:
+                engine.save_checkpoint(f"{folder}/{number}")
+            found[number] = steps, {n: value.float() for n, value in weights(engine).items()}
+            engine.destroy()
+    return found
+
+
+def expected_of_clipped():
+    net = Numbered([Block() for _ in range(BLOCKS)])
+    fill(net)
+    optimizer, stream, losses = optimizer_of("sgd", net.parameters()), data(), []
+    for _ in range(3):
+        losses += by_itself(net, optimizer, 1, stream)
+        clip(net, "in place")
+    return losses, {name: param.detach() for name, param in net.named_parameters()}

@@ -1,12 +1,15 @@
-"""Freezing between steps, buffers that forwards write, losses with parameters."""
+"""Freezing and changes of weights between steps, buffers that forwards write, losses with parameters."""
 
 from __future__ import annotations
 
 import between_steps_runs as runs
 import pytest
 import torch
+from deepspeed.runtime.fp16.unfused_optimizer import FP16_UnfusedOptimizer
 from ranks import RankError
 from test_changed import same
+
+from dualpipe_engine.engine.reduction import masters
 
 
 @pytest.mark.parametrize("schedule", ["dualpipe", "zb1p"])
@@ -77,3 +80,39 @@ def test_a_loss_with_parameters_trains_them(ranks, schedule, zero):
         if not last:
             del weights["loss_fn.scale"]
     same(found, runs.expected_of_trained_loss())
+
+
+HOST = {"stage": 1, "offload_optimizer": {"device": "cpu"}}
+EXACT = [
+    *[(how, {"zero_optimization": {"stage": zero}}) for how in ("in place", "data") for zero in (0, 1, 2)],
+    ("in place", {"zero_optimization": HOST, "zero_force_ds_cpu_optimizer": False}),
+]
+ROUNDED = [
+    *[("data", {"bf16": {"enabled": True}, "zero_optimization": {"stage": zero}}) for zero in (0, 1, 2)],
+    *[("data", {"fp16": {"enabled": True, "loss_scale": 64}, "zero_optimization": {"stage": zero}}) for zero in (0, 1)],
+]
+
+
+def test_weights_that_are_changed_between_steps(ranks, tmp_path):
+    found = ranks.run(2, runs.clipped, ways=[*EXACT, *ROUNDED], folder=str(tmp_path))
+    losses, weights = runs.expected_of_clipped()
+    for number in range(len(EXACT)):
+        same([rank[number] for rank in found], (losses, weights))
+    for rank in found:
+        for number in range(len(EXACT), len(EXACT) + len(ROUNDED)):
+            assert rank[number][0] == pytest.approx(losses, rel=0.02), number
+            for name, value in rank[number][1].items():
+                torch.testing.assert_close(value, weights[name], rtol=0.02, atol=0.01, msg=name)
+
+
+@pytest.mark.parametrize("pieces", [1 << 24, 3])
+def test_masters_that_are_their_weights_stay_precise(pieces, monkeypatch):
+    monkeypatch.setattr(masters, "_PIECE", pieces)
+    optimizer = FP16_UnfusedOptimizer.__new__(FP16_UnfusedOptimizer)
+    kept = torch.tensor([[1.00001, 2.0, 3.00002, float("nan")], [4.0, 65520.0, 1e-9, -1.0]])
+    low = kept.half()
+    optimizer.fp32_groups, optimizer.fp16_groups = [[kept.clone().requires_grad_()]], [[low.clone()]]
+    optimizer.fp16_groups[0][0][0, 1] = 0.5
+    masters.Masters().follow(optimizer)
+    kept[0, 1] = 0.5
+    torch.testing.assert_close(optimizer.fp32_groups[0][0].detach(), kept, rtol=0, atol=0, equal_nan=True)

@@ -138,6 +138,9 @@ class Steps:
 
     def on_train_batch_end(self, outputs, batch, batch_idx):
         self.trainer.losses.append(float(outputs["loss"]) * self.trainer.accumulate_grad_batches)
+        if self.kind == "clips":
+            for param in self.parameters():
+                param.data.clamp_(-0.25, 0.2)
 
     def optimizer_step(self, epoch, batch_idx, optimizer, optimizer_closure=None):
         if self.kind == "skips" and batch_idx == 1:
@@ -205,6 +208,7 @@ CASES = {
     "phases": ("phases", {}, {}),
     "skips": ("skips", {}, {}),
     "ema": ("ema", {}, {}),
+    "clips": ("clips", {}, {}),
     "bf16-mixed": ("zero", {"precision": "bf16-mixed"}, {}),
 }
 

@@ -125,6 +125,7 @@ class Checkpoints(UniversalLoading):
         checked_tag(tag)
         self._save_folder = str(save_dir)
         self._follow_save(wait=True)
+        self.masters.follow(self.optimizer)
         if not hasattr(self.module, "universal_checkpoint_info"):
             self.module.universal_checkpoint_info = universal_info(self.module)
         background = self._saves_in_background()

@@ -7,12 +7,14 @@ from deepspeed.runtime.pipe.engine import PipelineEngine
 
 from ..context import Context, Scaling
 from ..given import Settings
+from .masters import Masters
 
 
 class Averaging(PipelineEngine):
     """The part of `DualPipeEngine` that scales losses and gradients."""
 
     _context: Context
+    masters: Masters
 
     def _scaling(self) -> Scaling:
         dtype, copies = self.communication_data_type, self.mpu.get_data_parallel_world_size()
@@ -33,6 +35,7 @@ class Averaging(PipelineEngine):
         return float(self._get_optimizer_loss_scale()) if self.fp16_enabled() else 1.0
 
     def _exec_optimizer_step(self, lr_kwargs: Settings | None = None) -> None:
+        self.masters.follow(self.optimizer)
         scale = self._loss_scale()  # a step may change it
         super()._exec_optimizer_step(lr_kwargs)
         if isinstance(self.optimizer, FP16_UnfusedOptimizer):  # its norm is that of scaled gradients
