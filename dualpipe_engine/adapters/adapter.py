@@ -14,12 +14,12 @@ from torch import nn
 from ..comm.nest import Nest
 from ..errors import ConfigError
 from .chain import Chain, ancestors, find_chain
-from .families import family_of, own_loss
+from .families import family_of, makes_loss_itself, own_loss
 from .loading import Weights, empty_model
 from .losses import LossFn, ModelConfig
 from .messages import Inputs
 from .registry import Adapter, added_adapter, refuse_unfit
-from .result_check import check_result
+from .result_check import check_result, has_loss
 from .routed import RoutedRunner, RouterLoss
 from .runner import BlockRange, Runner
 from .sequences import unshare_attention
@@ -100,6 +100,7 @@ class ModelAdapter:
         self._routing = RouterLoss(model) if routed else None
         probe = _probe(model, self._inputs, example_inputs)
         self.chain = chain or find_chain(model, probe)
+        self._loss_known = True
         self._shadows: dict[str, nn.Module] = {}
         above = ancestors((*self.chain.prologue, *self.chain.blocks, *self.chain.epilogue))
         self._kept, self._unused = self._rest(above)
@@ -117,6 +118,10 @@ class ModelAdapter:
                 raise
             self._inputs = self._inputs.with_ids()
             check_result(self.model, self._inputs, probe, self._parts, forwards)
+        if makes_loss_itself(self.model):
+            self._loss_known = has_loss(
+                self.model, self._inputs, probe, forwards, lambda output, labels: own_loss(self.model)(output, labels)
+            )
 
     def _parts(self) -> list[Stage]:
         """Prologue, each block and epilogue as stages of their own, not filled."""
@@ -140,8 +145,14 @@ class ModelAdapter:
         """The same without the auxiliary loss over routers, of the logits alone.
 
         Raises:
-            ConfigError: its class has none that is known.
+            ConfigError: its class has none that is known, or its forward makes another one.
         """
+        if not self._loss_known:
+            raise ConfigError(
+                f"{type(self.model).__name__} makes another loss of its logits than models of such names do, such as "
+                "one of labels that have been shifted before: give the PipelineModule a loss_fn(output, labels) of "
+                "your own"
+            )
         return own_loss(self.model)
 
     @property

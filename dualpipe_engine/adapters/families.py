@@ -56,6 +56,12 @@ def family_of(model: nn.Module) -> Family | None:
     return next((family for family in FAMILIES if name.endswith(family.endings)), None)
 
 
+def makes_loss_itself(model: nn.Module) -> bool:
+    """Whether its class is one of transformers whose forward computes the loss of its family, or another."""
+    family, config = family_of(model), getattr(model, "config", None)
+    return family is not None and family.loss in (of_tokens, of_rows, of_classes) and hasattr(config, "problem_type")
+
+
 def own_loss(model: nn.Module) -> LossFn:
     """The loss that the model's forward computes from its logits.
 

@@ -12,6 +12,7 @@ from torch.utils import _pytree as pytree
 
 from ..comm.nest import Nest
 from ..errors import ConfigError
+from ..models.trial import having
 from .messages import Inputs
 from .sketch import Forwards, in_place
 from .stage import Stage
@@ -60,6 +61,35 @@ def check_result(
             )
 
 
+def has_loss(
+    model: nn.Module, inputs: Inputs, probe: Mapping[str, Any], forwards: Forwards, loss: Callable[..., torch.Tensor]
+) -> bool:
+    """Whether a model's forward makes of its logits the loss that is expected of its class; of one that makes none from
+    one label for each row of its logits it is not known, and taken to be so.
+
+    Args:
+        model: the whole model; it keeps its mode and the random state.
+        inputs: reads its output.
+        probe: keyword arguments of a small forward.
+        forwards: of a model on the meta device what runs in place of its modules; else none.
+        loss: of logits and labels.
+    """
+    config: Any = model.config
+    kept = having(config, "problem_type", config.problem_type)  # a forward notes there what its first labels are of
+    with _evaluated(model), torch.no_grad(), in_place(model, forwards), kept:
+        for given in (_others(model, inputs, probe), probe):
+            try:
+                logits = _seeded(_whole, model, inputs, given)
+                labels = torch.arange(logits.shape[:-1].numel(), device=logits.device) % logits.shape[-1]
+                labels = labels.view(logits.shape[:-1])
+                theirs = _seeded(model, **given, labels=labels).loss
+                ours = loss(logits, labels)
+            except Exception:  # inputs or labels that are not for this model
+                continue
+            return theirs is None or torch.allclose(ours.float(), theirs.float(), rtol=1e-5, atol=0.0, equal_nan=True)
+    return True
+
+
 def _failed(name: str, what: str, error: Exception) -> ConfigError:
     first = (str(error).splitlines() or [""])[0]
     return ConfigError(
@@ -106,10 +136,10 @@ def _tensors(value: Nest) -> list[torch.Tensor]:
     return [leaf for leaf in pytree.tree_leaves(value) if isinstance(leaf, torch.Tensor)]
 
 
-def _seeded(run: Callable[..., Nest], *args: object) -> Nest:
+def _seeded(run: Callable[..., Any], *args: object, **kwargs: object) -> Any:  # noqa: ANN401
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        return run(*args)
+        return run(*args, **kwargs)
 
 
 @contextmanager

@@ -158,6 +158,31 @@ def test_layerdrop_is_refused_with_its_remedy():
     get_model_adapter(config=config)
 
 
+DECODER = {key: value for key, value in kinds.BART.items() if not key.startswith("encoder")}
+
+
+@pytest.mark.parametrize("name", ["Bart", "Marian", "TrOCR"])
+@pytest.mark.parametrize("weights", [True, False])
+def test_the_loss_of_a_model_that_makes_another_one_is_refused(name, weights):
+    """Decoders that stand alone take labels that have been shifted before."""
+    settings = DECODER | {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0, "decoder_start_token_id": 1}
+    config = getattr(transformers, f"{name}Config")(**settings, architectures=[f"{name}ForCausalLM"])
+    adapter = get_model_adapter(models.model_of(config)) if weights else get_model_adapter(config=config)
+    with pytest.raises(
+        ConfigError, match=rf"{name}ForCausalLM makes another loss.*loss_fn\(output, labels\) of your own"
+    ):
+        adapter.loss_fn  # noqa: B018
+
+
+def test_a_trial_of_the_loss_leaves_the_kind_of_labels_open():
+    model = models.model_of(kinds.config_of("llama_classes"))
+    adapter = get_model_adapter(model)
+    assert model.config.problem_type is None
+    logits, several = torch.randn(2, 3), torch.tensor([[1.0, 0.0, 1.0], [0.0, 0.0, 1.0]])
+    expected = torch.nn.functional.binary_cross_entropy_with_logits(logits, several)
+    assert torch.equal(adapter.loss_fn(logits, several), expected)
+
+
 def test_a_configuration_that_does_not_name_its_model():
     with pytest.raises(ConfigError, match=r"config.architectures"):
         get_model_adapter(config=transformers.ModernBertConfig())
