@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import sys
 from collections import defaultdict
@@ -23,7 +24,9 @@ def read_losses(file: Path) -> dict[int, list[float]]:
 
 
 def main() -> None:
-    folder = Path(sys.argv[1])
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("folder", type=Path, help="of the runs")
+    folder = parser.parse_args().folder
     losses = {run: read_losses(folder / run / "losses.jsonl") for run in RUNS}
     expected = losses[RUNS[0]]
     same = True

@@ -58,6 +58,9 @@ def estimate_job(args: argparse.Namespace) -> None:
 
     if args.gpus is None:
         raise ConfigError(f"say how many GPUs train {args.model}: --gpus N")
+    for option in ("gpus", "ranks", "expert_parallel", "micro_batches", "micro_batch_size", "sequence_parallel"):
+        if (value := getattr(args, option)) is not None and value < 1:
+            raise ConfigError(f"--{option.replace('_', '-')} must be at least 1, got {value}")
     model = load_shape(args.model, args.own_layers, 1 if args.sequence_parallel is None else args.sequence_parallel)
     hardware = load_hardware(args.hardware or "h800")
     sequences = 1 if args.micro_batch_size is None else args.micro_batch_size

@@ -9,6 +9,7 @@ of the fullest rank; gradients are the most that it holds between ops, optimizer
 
 from __future__ import annotations
 
+import argparse
 from dataclasses import replace
 from typing import Any
 
@@ -62,6 +63,7 @@ def _fullest(schedule: str, precision: str, zero: int) -> tuple[int, int, int]:
 
 
 def main() -> None:
+    argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
     cases = [
         (schedule, precision, zero)
         for precision in ("fp32", "bf16")

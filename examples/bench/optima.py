@@ -18,14 +18,17 @@ from math import ceil
 from statistics import mean
 from typing import Any, NamedTuple
 
-from ortools.sat.python import cp_model
-
 from dualpipe_engine.schedule.op import FB, F, atoms
 from dualpipe_engine.schedule.plan import Plan
 from dualpipe_engine.schedule.search.make_plan import make_plan
 from dualpipe_engine.schedule.timing.bound import lower_bound
 from dualpipe_engine.schedule.timing.costs import CostModel
 from dualpipe_engine.schedule.timing.simulate import makespan_of, simulate
+
+try:
+    from ortools.sat.python import cp_model
+except ImportError:
+    cp_model = None
 
 SCALE = 20  #: whole numbers in a second
 SIZES = ((4, 12), (4, 16), (8, 8), (8, 12), (8, 16), (8, 32), (16, 16))  #: ranks and micro-batches
@@ -227,6 +230,8 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=60.0, help="how long CP-SAT may search for one row")
     parser.add_argument("--models", action="store_true", help="60 cost models beside the lower bound")
     arguments = parser.parse_args()
+    if cp_model is None and not arguments.models:
+        parser.error("CP-SAT is not here: pip install ortools")
     if arguments.models:
         print("| PP | M | mean | most |\n|" + "---|" * 4)
         for ranks, micros in SWEPT:
