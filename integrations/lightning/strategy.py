@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+import torch.distributed as dist
 from lightning.fabric.strategies.registry import _StrategyRegistry
 from lightning.fabric.utilities.data import _auto_add_worker_init_fn
 from lightning.pytorch import LightningModule, Trainer
@@ -135,6 +136,22 @@ class DualPipeStrategy(DDPStrategy):
         replicas = self.world_size // self.num_stages
         return self.global_rank < replicas and self.global_rank % (replicas // self.readers) == 0
 
+    def _counting_group(self) -> dist.ProcessGroup:
+        """Devices at this position of their pipelines that have seen each sample once. Collective over all ranks."""
+        engine = self.lightning_module.dualpipe_wrapper.made
+        if (shared := engine.sharing.size) == 1:
+            return engine._replica_group
+        replicas = self.world_size // self.num_stages
+        for first in range(self.world_size):
+            position, replica = divmod(first, replicas)
+            if replica < shared:
+                ranks = range(first, (position + 1) * replicas, shared)
+                group = dist.new_group(list(ranks))
+                if self.global_rank in ranks:
+                    own = group
+        engine.own_groups = [*engine.own_groups, own]
+        return own
+
     def process_dataloader(self, dataloader: object) -> object:
         """All devices of a pipeline, and of those that share sequences, read the same samples: so their workers draw
         the same random numbers."""
@@ -195,11 +212,12 @@ class DualPipeStrategy(DDPStrategy):
         if trainer.state.fn == TrainerFn.FITTING:
             self.optimizers, self.lr_scheduler_configs = self._mine
         self.setup_precision_plugin()
-        engine = self.lightning_module.dualpipe_wrapper.made
-        follow_first(engine)
-        for part in self.lightning_module.modules():
-            if isinstance(part, Metric) and part.process_group is None:
-                part.process_group = engine._replica_group  # devices of a pipeline have seen the same samples
+        follow_first(self.lightning_module.dualpipe_wrapper.made)
+        metrics = [part for part in self.lightning_module.modules() if isinstance(part, Metric)]
+        if alone := [part for part in metrics if part.process_group is None]:
+            group = self._counting_group()
+            for part in alone:
+                part.process_group = group
         self.barrier()
 
     def teardown(self) -> None:

@@ -12,6 +12,7 @@ from dualpipe_engine.integrations.lightning import DualPipeStrategy
 from lightning.pytorch import LightningModule, Trainer
 from torch import nn
 from torch.utils.data import DataLoader
+from torchmetrics import SumMetric
 
 from dualpipe_engine.compat import DualPipeLightningModule
 from dualpipe_engine.errors import ConfigError
@@ -50,6 +51,9 @@ class Rows(torch.utils.data.Dataset):
 
 
 class Losses:
+    def on_validation_batch_end(self, outputs, batch, batch_idx):
+        self.rows.update(len(batch[0]))
+
     def on_train_batch_end(self, outputs, batch, batch_idx):
         self.trainer.losses.append(float(outputs["loss"]))
 
@@ -63,7 +67,7 @@ class Losses:
 class Stock(Losses, LightningModule):
     def __init__(self, model):
         super().__init__()
-        self.model = model
+        self.model, self.rows = model, SumMetric()
 
     def loss(self, batch):
         """The mean over as many micro-batches."""
@@ -83,6 +87,7 @@ class Stock(Losses, LightningModule):
 class Piped(Losses, DualPipeLightningModule):
     def __init__(self, model):
         super().__init__(model, num_chunks=CHUNKS)
+        self.rows = SumMetric()
 
 
 def train(folder, size=0, steps=5, resume=None):
@@ -98,11 +103,13 @@ def train(folder, size=0, steps=5, resume=None):
     rows = DataLoader(Rows(), batch_size=ROWS)
     trainer.fit(module, rows, rows, ckpt_path=resume)
     evaluated = float(trainer.callback_metrics["val_loss"])
+    counted = int(module.rows.compute())
     trainer.save_checkpoint(Path(folder) / f"{steps}.ckpt")
     predicted = [trainer.predict(module, each) for each in (rows, DataLoader(Rows(labels=False), ROWS))]
     return {
         "losses": trainer.losses,
         "val": evaluated,
+        "rows": counted,
         "predicted": [torch.cat(each) for each in predicted],
     }
 

@@ -19,6 +19,7 @@ def check(found, expected):
     for rank in found:
         assert rank["losses"] == pytest.approx(expected["losses"], rel=1e-6)
         assert rank["val"] == pytest.approx(expected["val"], rel=1e-6)
+        assert rank["rows"] == expected["rows"]
         for mine, theirs in zip(rank["predicted"], expected["predicted"], strict=True):
             torch.testing.assert_close(mine, theirs, rtol=0, atol=5e-5)
 
