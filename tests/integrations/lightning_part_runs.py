@@ -51,6 +51,9 @@ class Rows(torch.utils.data.Dataset):
 
 
 class Losses:
+    def on_validation_start(self):
+        self.rows.reset()
+
     def on_validation_batch_end(self, outputs, batch, batch_idx):
         self.rows.update(len(batch[0]))
 

@@ -32,8 +32,8 @@ class AllReduce:
         self._params = StageParams(context, trained)
         self._side_stream = SideStream(context.device, context.observer)
         self._sums: dict[nn.Parameter, Tensor] = {}
-        if context.sums_in_fp32:
-            optimizer = context.optimizer
+        optimizer = context.optimizer
+        if context.sums_in_fp32 and optimizer.using_real_optimizer:  # not in an engine that only evaluates
             for hook in optimizer._grad_acc_hooks:  # of "immediate_grad_update", which `accumulate` does, too
                 hook.remove()
             optimizer._grad_acc_hooks.clear()

@@ -52,6 +52,8 @@ def _take(master: Tensor, weight: Tensor) -> None:
 
 def _pairs(optimizer: Optimizer) -> Iterator[tuple[Tensor, Tensor]]:
     """Of each part that this rank steps: the master, and the weight that is made from it."""
+    if isinstance(optimizer, BF16_Optimizer) and not optimizer.using_real_optimizer:
+        return  # of an engine that only evaluates
     if isinstance(optimizer, (DeepSpeedZeroOptimizer, BF16_Optimizer)):
         flat = (
             (optimizer.fp32_groups_flat_partition, optimizer.bf16_partitioned_groups)

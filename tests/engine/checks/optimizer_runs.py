@@ -41,3 +41,17 @@ def rates(schedulers, zero, precision="fp32"):
         engine.destroy()
         found[name] = steps
     return found
+
+
+def without_optimizer(precisions):
+    """The evaluated loss of an engine that has none."""
+    import dualpipe_engine
+
+    found = {}
+    for precision in precisions:
+        config = training.settings(4, zero=0, schedule="dualpipe", precision=precision)
+        del config["optimizer"], config["scheduler"]
+        engine, *_ = dualpipe_engine.initialize(model=training.make_module(2, 4), config=config)
+        found[precision] = float(engine.eval_batch(training.stream(0)))
+        engine.destroy()
+    return found

@@ -41,3 +41,9 @@ def test_schedulers_of_torch(ranks, zero, precision):
         assert all(used == told for _, used, told in steps) and len({rate for _, rate, _ in steps}) == 3
         if precision == "fp32":
             assert [loss for loss, *_ in steps] == pytest.approx([loss for loss, *_ in plain[name]], rel=1e-4), name
+
+
+def test_an_engine_without_optimizer_evaluates(ranks):
+    found = ranks.run(2, optimizer_runs.without_optimizer, precisions=["fp32", "bf16"])
+    assert found[0] == found[1]
+    assert found[0]["bf16"] == pytest.approx(found[0]["fp32"], rel=0.02)
