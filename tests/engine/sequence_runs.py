@@ -235,7 +235,7 @@ def auto(path, data=True, **model):
     import dualpipe_engine
     from dualpipe_engine.engine.auto import choose
 
-    config = settings(2, 1, "auto", pipeline={"costs": str(path)})
+    config = settings(2, 1, "auto", pipeline={"costs": str(path), "optimize": False})
     module = moe_runs.make_module(moe_runs.config(bias_rate=0.0, **model), 2, 2).double()
     with mock.patch.object(choose, "probe_stages", wraps=choose.probe_stages) as probe:
         engine, *_ = dualpipe_engine.initialize(model=module, config=config, training_data=Data() if data else None)

@@ -147,7 +147,7 @@ def test_bytes_are_those_of_a_part():
 
 
 def test_the_commands_know_lengths_and_parts(tmp_path, capsys):
-    base = ["compare", "--model", "llama-3-70b", "--gpus", "256", "--ranks", "8", "--micro-batches", "16", "--no-fp8"]
+    base = ["compare", "--model", "llama-3-70b", "--gpus", "128", "--ranks", "4", "--micro-batches", "8", "--no-fp8"]
     slow, steps = tmp_path / "slow.json", []
     slow.write_text(json.dumps({"like": "h100", "network": 5e9}))
     base += ["--hardware", str(slow)]
