@@ -142,7 +142,19 @@ class GradientTail:
                 before.catch_up()
 
     def clip(self, max_norm: float) -> torch.Tensor:
-        """Clip all gradients by their global 2-norm; returns the norm before clipping (scalar).
+        """Clip all gradients by their global 2-norm; returns the norm before clipping (scalar)."""
+        norm = self.norm()
+        factor = torch.clamp(max_norm / (norm + 1e-6), max=1.0)
+        by_dtype: dict[torch.dtype, list[torch.Tensor]] = {}
+        for param in self._context.module.parameters():
+            if param.grad is not None:
+                by_dtype.setdefault(param.grad.dtype, []).append(param.grad)
+        for dtype, grads in by_dtype.items():
+            torch._foreach_mul_(grads, factor.to(dtype))
+        return norm
+
+    def norm(self) -> torch.Tensor:
+        """The global 2-norm of all gradients (scalar).
 
         Gradients are reduced already, so the copies of a stage hold the same values: the squares are added up over one
         copy of each stage, and tied and replicated parameters count on one rank only.
@@ -156,11 +168,4 @@ class GradientTail:
             square += sum_of_squares(param.grad)
         sum_over_experts(square, params)
         dist.all_reduce(square, group=self._context.groups.model)
-        norm = square.sqrt().float()
-        factor = torch.clamp(max_norm / (norm + 1e-6), max=1.0)
-        by_dtype: dict[torch.dtype, list[torch.Tensor]] = {}
-        for param in params:
-            by_dtype.setdefault(param.grad.dtype, []).append(param.grad)
-        for dtype, grads in by_dtype.items():
-            torch._foreach_mul_(grads, factor.to(dtype))
-        return norm
+        return square.sqrt().float()

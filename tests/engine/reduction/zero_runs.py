@@ -67,11 +67,11 @@ def both_ways(config, ranks, replicas=1, steps=2, tied=True):
     return found
 
 
-def half(config, ranks, steps, poisoned=None):
+def half(config, ranks, steps, poisoned=None, tied=False):
     """fp16 training; `poisoned`: (step, rank) whose gradient overflows."""
     import dualpipe_engine
 
-    module = training.make_module(ranks, 2 * ranks, tied=False)
+    module = training.make_module(ranks, 2 * ranks, tied=tied)
     engine, *_ = dualpipe_engine.initialize(model=module, config=copy.deepcopy(config))
     accumulate, data = engine._tail.accumulate if poisoned else None, training.stream(0)
     found = {"losses": [], "norms": [], "scales": [], "skipped": [], "digests": []}
@@ -98,7 +98,7 @@ def half(config, ranks, steps, poisoned=None):
 
 def stock_half(config, blocks, steps):
     """Stock DeepSpeed with all stages on one rank."""
-    return training.train(config, 1, blocks=blocks, steps=steps, tied=False)
+    return training.train(config, 1, blocks=blocks, steps=steps)
 
 
 def finite(found):
