@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 
 import torch
 from deepspeed.pipe import PipelineModule
-from deepspeed.runtime import lr_schedules
-from deepspeed.runtime.bf16_optimizer import BF16_Optimizer
 from deepspeed.runtime.engine import DeepSpeedEngine
 from deepspeed.runtime.pipe.engine import TRAIN_BATCH_TIMER
 from deepspeed.runtime.pipe.topology import PipelineParallelGrid
@@ -50,13 +48,12 @@ from .checks.finite import FiniteCheck
 from .checks.token_mixing import TokenMixing
 from .checks.written_buffers import WrittenBuffers
 from .context import Context, Groups, Steps
-from .given import Optimizer, ParamEntry, Scheduler, Settings
+from .given import Settings
 from .life_cycle import LifeCycle
 from .load_report import LoadReporter
 from .placing.experts import has_experts
 from .placing.grid import Place
 from .placing.module import PlacedModule
-from .placing.param_groups import GroupMap
 from .placing.sequences import Sharing
 from .placing.shared_blocks import SharingExperts
 from .placing.stages import has_phases, make_chunk, params_of, reads_micro_offset, stage_views
@@ -65,6 +62,7 @@ from .reduction.after_schedule import AfterSchedule
 from .reduction.averaging import Averaging
 from .reduction.freezing import TrainedParams
 from .reduction.masters import Masters
+from .reduction.optimizers import Optimizers
 from .reduction.tail import GradientTail
 from .reporting import Reporting
 from .section import DualPipeConfig
@@ -73,7 +71,17 @@ from .timelines import Measuring
 
 
 class DualPipeEngine(
-    LifeCycle, Averaging, StepsApart, Evaluation, Measuring, Reporting, Checkpoints, Loading, SharingExperts, Surface
+    LifeCycle,
+    Averaging,
+    Optimizers,
+    StepsApart,
+    Evaluation,
+    Measuring,
+    Reporting,
+    Checkpoints,
+    Loading,
+    SharingExperts,
+    Surface,
 ):
     """What `dualpipe_engine.initialize` returns.
 
@@ -95,8 +103,6 @@ class DualPipeEngine(
         place: stages, pipeline rank and replica of this process.
         finite: reports NaN and inf.
     """
-
-    has_moe_layers: bool
 
     def __init__(
         self,
@@ -132,30 +138,6 @@ class DualPipeEngine(
         self._init_recovery(bound or isinstance(self._tail.reduction, AfterSchedule))
         if self.training_data:
             self._build_data_iter(self.training_data)
-
-    def _configure_optimizer(self, client_optimizer: Optimizer, model_parameters: Iterable[ParamEntry] | None) -> None:
-        """DeepSpeed's optimizers learn of experts from this flag, which it sets for layers of its own only; elsewhere
-        the flag would mean checkpoint files of such layers. A client that calls this after `initialize` may give
-        parameters that it has listed before."""
-        again = "_tail" in vars(self)
-        if again:
-            groups = GroupMap(self.module, model_parameters, client_optimizer, self._pipeline_group)
-            client_optimizer, mapped = groups.apply()
-            model_parameters = list(self.module.parameters()) if mapped is None else mapped
-        before = self.has_moe_layers
-        self.has_moe_layers = has_experts(self.module)
-        super()._configure_optimizer(client_optimizer, model_parameters)
-        self.has_moe_layers = before
-        if again:
-            self.using_bf16_optimizer = type(self.optimizer) is BF16_Optimizer
-            self._context.optimizer = self.optimizer
-            self._trained.restart()
-            self._tail.renew()
-
-    def _scheduler_from_config(self, optimizer: Optimizer) -> Scheduler:
-        """Schedulers of torch take the optimizer of torch that DeepSpeed's has within."""
-        known = hasattr(lr_schedules, self.scheduler_name() or "")
-        return super()._scheduler_from_config(optimizer if known else self.basic_optimizer)
 
     def _make_context(self, plan: Plan) -> Context:
         return Context(

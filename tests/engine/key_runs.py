@@ -10,7 +10,7 @@ import logging
 import torch
 from changed_runs import STEPS, Block, built, data, fill, mse, settings, weights
 from deepspeed.pipe import LayerSpec, PipelineModule
-from deepspeed.utils import logger
+from deepspeed.utils import logger, safe_get_full_fp32_param
 
 ADAM = {"type": "Adam", "params": {"lr": 0.01, "torch_adam": True}}
 
@@ -61,6 +61,17 @@ def trained(schedule, variants, **more):
         losses = [float(engine.train_batch(stream)) for _ in range(STEPS)]
         dtypes = {buffer.dtype for buffer in engine.module.buffers()}
         found[name] = losses, {name: value.float() for name, value in weights(engine).items()}, dtypes
+    return found
+
+
+def fragments(variants):
+    """For each set of keys, by how much what DeepSpeed finds of a parameter in its optimizer differs from it."""
+    found = {}
+    for name, keys in variants.items():
+        engine = started("dualpipe", keys)
+        engine.train_batch(stream_of(engine))
+        pairs = [(safe_get_full_fp32_param(param), param) for param in engine.module.parameters()]
+        found[name] = max(float((master - param).abs().max()) for master, param in pairs)
     return found
 
 

@@ -118,6 +118,13 @@ def test_keys_that_do_not_change_the_training(ranks):
     same(ranks.run(2, key_runs.trained, schedule="dualpipe", variants=variants, optimizer=key_runs.ADAM), "plain")
 
 
+def test_deepspeed_finds_its_fragments(ranks):
+    orders = {"aligned": ["parameter_alignment"], "in turns": ["round_robin_gradients"]}
+    orders["both"] = [key for keys in orders.values() for key in keys]
+    variants = {name: {ZERO + "stage": 2} | {ZERO + key: True for key in keys} for name, keys in orders.items()}
+    assert ranks.run(2, key_runs.fragments, variants=variants) == [dict.fromkeys(variants, 0.0)] * 2
+
+
 def test_how_gradients_are_reduced(ranks):
     """The sum over two replicas, at half the rate, is the mean."""
     half, one = {"optimizer.params": {"lr": 0.05}, "gradient_allreduce_op": "sum"}, {ZERO + "stage": 1}

@@ -165,6 +165,8 @@ class CheckpointChecks(PipelineEngine):
                 why = f"its optimizer state is cut among {copies} copies of each stage, not {self.seq_dp_world_size}"
             elif same and layout is not None:
                 why = ""
+            elif layout and _in_order(layout) == _in_order(self._layout()):
+                why = 'its optimizer state has another order of parameters, which "round_robin_gradients" changes'
         if reason := next(filter(None, from_all(why)), None):
             raise OtherRanksError(
                 f"{folder} was saved by another schedule or other ranks: {reason}. Pass load_optimizer_states=False to "
@@ -178,6 +180,10 @@ class CheckpointChecks(PipelineEngine):
 def _is_whole(saved: SavedState) -> bool:
     """Whether the file of a pipe position has the optimizer's state, which no copies have cut."""
     return saved.get("optimizer") is not None and "base_optimizer_state" not in saved["optimizer"]
+
+
+def _in_order(layout: Layout) -> list[list[str]]:
+    return [sorted(str(tuple(each)) for each in group) for group in layout]
 
 
 def _same(saved: Layout, own: Layout) -> bool:

@@ -2,21 +2,18 @@
 
 from __future__ import annotations
 
-import torch
 from deepspeed.runtime.fp16.unfused_optimizer import FP16_UnfusedOptimizer
 from deepspeed.runtime.pipe.engine import PipelineEngine
 
 from ..context import Context, Scaling
 from ..given import Settings
 from .masters import Masters
-from .tail import GradientTail
 
 
 class Averaging(PipelineEngine):
     """The part of `DualPipeEngine` that scales losses and gradients."""
 
     _context: Context
-    _tail: GradientTail
     masters: Masters
 
     def _scaling(self) -> Scaling:
@@ -36,20 +33,6 @@ class Averaging(PipelineEngine):
 
     def _loss_scale(self) -> float:
         return float(self._get_optimizer_loss_scale()) if self.fp16_enabled() else 1.0
-
-    def _configure_fp16_optimizer(self, optimizer: torch.optim.Optimizer, low_precision_dtype: torch.dtype) -> object:
-        """DeepSpeed's for any optimizer of torch takes gradients without what marks their parameters, so that its norm
-        would count tied weights on each of their ranks, and neither experts nor slices of tensor parallelism."""
-        found = super()._configure_fp16_optimizer(optimizer, low_precision_dtype)
-        if isinstance(found, FP16_UnfusedOptimizer):
-            plain = found.unscale_and_clip_grads
-
-            def with_norm(_: float, apply_scale: bool = True) -> float:
-                found._global_grad_norm = float(self._tail.norm())
-                return plain(found._global_grad_norm, apply_scale)
-
-            found.unscale_and_clip_grads = with_norm
-        return found
 
     def _exec_optimizer_step(self, lr_kwargs: Settings | None = None) -> None:
         self.masters.follow(self.optimizer)

@@ -122,6 +122,8 @@ def test_the_optimizer_moves_through_universal_checkpoints(ranks, tmp_path):
     def link(number, precision):
         schedule, pp = chain[number]
         universal = {"checkpoint": {"load_universal": True}} if number else {}
+        if schedule == "dualpipe":
+            universal["zero_optimization"] = {"stage": 1, "round_robin_gradients": True}
         job = {"config": config(schedule, 1, precision, **universal), "ranks": pp, "folder": str(tmp_path / precision)}
         job |= {"load": f"{number}u"} if number else {}
         return job | {"save": str(number + 1), "steps": 2, "skip": 2 * number, "universal": number < 3}
@@ -142,6 +144,14 @@ def test_the_optimizer_moves_through_universal_checkpoints(ranks, tmp_path):
             assert after["before"] == pytest.approx(before["after"], rel=1e-6)
         losses = [loss for part in parts for loss in part["losses"]]
         assert losses == pytest.approx(expected["losses"], rel=limit)
+
+
+def test_another_order_of_parameters_is_refused(ranks, tmp_path):
+    job = {"folder": str(tmp_path), "ranks": 2}
+    in_turns = {"zero_optimization": {"stage": 1, "round_robin_gradients": True}}
+    ranks.run(2, runs.hop, config=config("dualpipe", **in_turns), save="1", **job)
+    with pytest.raises(RankError, match='another order of parameters, which "round_robin_gradients" changes'):
+        ranks.run(2, runs.hop, config=config("dualpipe"), load="1", **job)
 
 
 def test_a_function_as_second_layer_does_not_stop_the_conversion(ranks, tmp_path):
