@@ -146,6 +146,7 @@ class DualPipeEngine(
         self.has_moe_layers = has_experts(self.module)
         super()._configure_optimizer(client_optimizer, model_parameters)
         self.has_moe_layers = before
+        self.masters.link(self.optimizer, self.module)
         if again:
             self.using_bf16_optimizer = type(self.optimizer) is BF16_Optimizer
             self._context.optimizer = self.optimizer
