@@ -102,7 +102,8 @@ class Evaluation(Recovery, Loading):
         feed, losses, loss_fn = self._no_feed(), {}, self.module.loss_fn
         train_iterator = self.data_iterator
         try:
-            self.set_dataiterator(data_iter)
+            if self.place.feeds:
+                self.data_iterator = data_iter
             feed = self._feed(num_micro)
         except Exception as error:
             self.watch.fail_batch(error, "eval_batch")

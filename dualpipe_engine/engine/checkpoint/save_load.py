@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
@@ -15,13 +15,12 @@ import torch.distributed as dist
 from deepspeed.utils import groups, logger
 
 from ...comm.from_all import from_all
-from ...comm.nest import Nest
 from ...errors import CheckpointError, ConfigError
 from ..given import CheckpointEngine, ClientState
 from ..placing.experts import block_forms, expert_shares, has_experts, told_universal_loader
-from ..placing.partition import same_random_state
 from .checks import LAYOUT
 from .convert import SHARES
+from .data_position import DataPosition
 from .description import description
 from .files import (
     DESCRIPTION,
@@ -42,10 +41,9 @@ from .unpartitioned import experts_of, file_of_experts
 WAIT_S = 60.0  #: at most, for another job that saves into the same folder
 
 
-class Checkpoints(UniversalLoading):
+class Checkpoints(UniversalLoading, DataPosition):
     """The part of `DualPipeEngine` that saves and loads."""
 
-    _data_state: dict[str, object] | None = None  # of the loader, until there is one
     checkpoint_engine: CheckpointEngine
     _pending: Save | None = None  # what is being written in the background
     #: Gives the `client_state` of a checkpoint that a signal asks for.
@@ -266,10 +264,6 @@ class Checkpoints(UniversalLoading):
                 'experts: set "zero_optimization": {"stage": 1} to save checkpoints'
             )
 
-    def set_dataiterator(self, iterator: Iterator[Nest]) -> None:
-        super().set_dataiterator(iterator)
-        self._resume_data()
-
     @staticmethod
     def _agree(job: str, folder: str, tag: str | None, client_state: object = None) -> str:
         """Look at what the ranks were given, and compare it. Collective over all ranks.
@@ -309,7 +303,7 @@ class Checkpoints(UniversalLoading):
             "random": random_state(self.device),
             "micro_offset": self.module.micro_offset,
             "replicas": self.place.replicas,
-            "data": self.data_iterator.state_dict() if hasattr(self.data_iterator, "state_dict") else None,
+            "data": self._data_position(),
             SHARES: {
                 "position": self.checkpoint_mp_rank,
                 "copy": groups._get_data_parallel_rank(),
@@ -358,12 +352,3 @@ class Checkpoints(UniversalLoading):
                 self._resume_data()
             elif dist.get_rank() == 0:
                 logger.warning(f"{folder} was saved by {data['replicas']} replicas: the data starts anew")
-
-    def _resume_data(self) -> None:
-        if self._data_state is not None and self.data_iterator is not None:
-            if hasattr(self.data_iterator, "load_state_dict"):
-                with same_random_state():  # loaders draw a seed for their workers
-                    self.data_iterator.load_state_dict(self._data_state)
-            else:
-                logger.warning("the data iterator has no load_state_dict: its position is not resumed")
-            self._data_state = None
