@@ -84,15 +84,14 @@ class CheckpointChecks(PipelineEngine):
         models = [Path(name) for name in self._get_all_ckpt_names(str(folder.parent), folder.name)]
         files = models or [folder / "mp_rank_00_model_states.pt"]
         if self.load_universal_checkpoint():
-            there = sorted(
-                [*folder.glob("zero/**/*.pt"), *folder.glob("layer_*.pt"), *folder.glob("dualpipe_rank_*.pt")]
-            )
+            there = sorted([*folder.glob("zero/**/*.pt"), *folder.glob("layer_*.pt"), *folder.glob("dualpipe_*.pt")])
             return files + there[dist.get_rank() :: dist.get_world_size()]
         for index, layer in enumerate(self.module.forward_funcs):
             if hasattr(layer, "load_state_dict"):
                 paths = self.module.ckpt_layer_path_list(str(folder), index)
                 number = self.module.dualpipe_layers[index]
                 files += map(Path, paths or [f"{folder}/layer_{number:02d}-model_states.pt"])
+        files += (folder / own.name for own in self.module.own_files() if (folder / own.name).is_file())
         if states and self.cuts_states:
             files += self._needed_optimizer_files(folder)
         elif states and (experts := self._experts_file(folder)) is not None:

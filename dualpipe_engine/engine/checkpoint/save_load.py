@@ -34,7 +34,7 @@ from .files import (
 from .on_signal import SaveOnSignal
 from .save import Save
 from .state import check_ties, random_state, set_random_state, universal_info
-from .ties import named_as_saved
+from .ties import named_as_saved, names_of_layers
 from .universal import UniversalLoading
 from .unpartitioned import experts_of, file_of_experts
 
@@ -235,8 +235,8 @@ class Checkpoints(UniversalLoading, DataPosition):
             stack.enter_context(told_universal_loader(self.module))
             if universal and tag is not None:
                 stack.enter_context(named_as_saved(self.module, self.param_names, Path(load_dir, tag)))
-            if universal and tag is not None and next(folder.glob("layer_*"), None) is not None:
-                # buffers and what is not trained; the optimizer's own copies of weights follow
+            by_layer = universal and tag is not None and next(folder.glob("layer_*"), None) is not None
+            if by_layer:  # buffers and what is not trained; the optimizer's own copies of weights follow
                 self.module.load_state_dir(str(folder), self.checkpoint_engine, load_module_strict)
             options = load_module_strict, load_optimizer_states, load_lr_scheduler_states, load_module_only
             if self.zero_optimization() or tag is None or not (universal or self.using_bf16_optimizer):
@@ -245,6 +245,8 @@ class Checkpoints(UniversalLoading, DataPosition):
                     self._set_options(folder)
             else:
                 path, client_state = self._load_without_zero(folder, states, *options, custom_load_fn)
+            if by_layer:  # where the optimizer's copies may be those of another layer of a tie
+                self.module.load_own_files(str(folder), self.checkpoint_engine)
         if path is not None and client_state is not None:
             client_state.pop(LAYOUT, None)
             if not load_module_only:
@@ -309,6 +311,8 @@ class Checkpoints(UniversalLoading, DataPosition):
                 "copy": groups._get_data_parallel_rank(),
                 "experts": expert_shares(self.module),
                 "forms": block_forms(self.module),
+                "loss": self.place.reads_labels,
+                "names": names_of_layers(self.module),
             },
         }
         save.writer.save(state, str(self._own_file(save.folder, dist.get_rank())))

@@ -14,7 +14,7 @@ from ..placing.experts import expert_shares
 from ..placing.param_groups import origins
 from .checks import CheckpointChecks
 from .files import peek
-from .ties import name_in_tie
+from .ties import name_in_tie, names_of_layers
 from .unpartitioned import load_universal
 
 PLAIN = "dualpipe_groups"  #: in a Universal Checkpoint: how many groups of parameters the user has
@@ -53,9 +53,9 @@ class UniversalLoading(CheckpointChecks):
     def _missing(self, folder: Path) -> list[str]:
         """Names of parameters that are trained, and that a Universal Checkpoint does not have."""
         trained = {name for name, param in self.module.named_parameters() if param.requires_grad}
-        found = []
+        found, of_layers = [], names_of_layers(self.module)
         for name in trained.intersection(name for group in self._layout() for name, _ in group if name is not None):
-            names = [name, name_in_tie(self.module, name) or name]
+            names = [name, name_in_tie(self.module, name) or name, of_layers.get(name, name)]
             if not any((folder / "zero" / each).is_dir() for each in names):
                 found.append(name)
         return sorted(found)
