@@ -107,8 +107,17 @@ class Loading(PipelineEngine):
 
         Args:
             options: `collate_fn` and `num_local_io_workers`, as DeepSpeed's.
+
+        Raises:
+            ConfigError: the dataset has no samples by number.
         """
-        if data_sampler is None and not isinstance(dataset, IterableDataset):
+        if isinstance(dataset, IterableDataset) or not hasattr(dataset, "__len__"):
+            raise ConfigError(
+                f"each replica reads its share of a dataset by number, and {type(dataset).__name__} has no numbers: "
+                "give train_batch an iterator over part engine.data_rank of engine.data_replicas",
+                everywhere=True,
+            )
+        if data_sampler is None:
             data_sampler = DistributedSampler(dataset, self.data_replicas, self.data_rank, shuffle=route == ROUTE_TRAIN)
         return super().deepspeed_io(dataset, batch_size, route, pin_memory, data_sampler, **options)
 

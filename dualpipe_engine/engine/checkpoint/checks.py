@@ -107,7 +107,8 @@ class CheckpointChecks(PipelineEngine):
         there = [name for name in names if Path(name).exists()]
         if not there:
             model = Path(self._get_ckpt_name(str(folder.parent), folder.name))
-            if damage(model) or peek(model).get("dp_world_size", 0) <= rank or _is_whole(peek(model)):
+            saved = {} if damage(model) else peek(model)
+            if saved.get("dp_world_size", 0) <= rank or _is_whole(saved) or _has_none(saved):
                 return []  # said elsewhere, or saved by fewer copies or without ZeRO, as `_check_layout` will say
         return [Path(there[0] if there else names[0])]
 
@@ -144,6 +145,18 @@ class CheckpointChecks(PipelineEngine):
             return {**saved, "optimizer": with_own(self.module, saved["optimizer"], self._layout())}
         return saved
 
+    def _check_scheduler(self, folder: Path) -> None:
+        """Raises:
+        CheckpointError: the checkpoint has no state for the scheduler of learning rates.
+        """
+        files = self._get_all_ckpt_names(str(folder.parent), folder.name)
+        if any(from_all(self.lr_scheduler is not None and peek(Path(files[0])).get("lr_scheduler") is None)):
+            raise CheckpointError(
+                f"{folder} was saved without a scheduler of learning rates: pass load_lr_scheduler_states=False to let "
+                "that of this run begin anew",
+                everywhere=True,
+            )
+
     def _check_layout(self, folder: Path) -> None:
         """The optimizer's state must be that of the same parameters, cut among as many copies, or by none.
 
@@ -151,9 +164,10 @@ class CheckpointChecks(PipelineEngine):
             CheckpointError: it is not.
         """
         path = Path(self._get_ckpt_name(str(folder.parent), folder.name))
-        why = "its optimizer state is cut for other pipeline ranks"
+        why, lacks = "its optimizer state is cut for other pipeline ranks", False
         if path.exists():
             saved = peek(path)
+            lacks = _has_none(saved)
             shapes = saved.get("param_shapes")
             layout = saved.get(LAYOUT) or (shapes and [list(group.items()) for group in shapes])
             same = layout is None or _same(layout, self._layout()) or self._lacks_own_of_ties(layout)
@@ -164,6 +178,9 @@ class CheckpointChecks(PipelineEngine):
                 why = f"its optimizer state is cut among {copies} copies of each stage, not {self.seq_dp_world_size}"
             elif same and layout is not None:
                 why = ""
+        if any(from_all(lacks)):
+            text = f"{folder} was saved without an optimizer: pass load_optimizer_states=False to load the weights"
+            raise CheckpointError(text, everywhere=True)
         if reason := next(filter(None, from_all(why)), None):
             raise OtherRanksError(
                 f"{folder} was saved by another schedule or other ranks: {reason}. Pass load_optimizer_states=False to "
@@ -177,6 +194,11 @@ class CheckpointChecks(PipelineEngine):
 def _is_whole(saved: SavedState) -> bool:
     """Whether the file of a pipe position has the optimizer's state, which no copies have cut."""
     return saved.get("optimizer") is not None and "base_optimizer_state" not in saved["optimizer"]
+
+
+def _has_none(saved: SavedState) -> bool:
+    """Whether it was saved without an optimizer."""
+    return saved.get("optimizer") is None and saved.get("param_shapes") is None
 
 
 def _same(saved: Layout, own: Layout) -> bool:

@@ -38,6 +38,12 @@ from .ties import named_as_saved, names_of_layers
 from .universal import UniversalLoading
 from .unpartitioned import experts_of, file_of_experts
 
+CLIENT = "dualpipe_client_state"  #: in the saved state: what has names there that DeepSpeed takes
+_DEEPSPEEDS = (
+    "module buffer_names optimizer param_shapes frozen_param_shapes shared_params frozen_param_fragments lr_scheduler "
+    "data_sampler random_ltd skipped_steps global_steps global_samples dp_world_size mp_world_size num_experts "
+    "ds_config ds_version checkpoint_parallel_dimensions"
+)
 WAIT_S = 60.0  #: at most, for another job that saves into the same folder
 
 
@@ -142,7 +148,7 @@ class Checkpoints(UniversalLoading, DataPosition):
             super().save_checkpoint(
                 save_dir,
                 str(save.folder.relative_to(save_dir)),
-                {**(client_state or {}), LAYOUT: self._layout()},
+                {**_apart(client_state or {}), LAYOUT: self._layout()},
                 save_latest=False,
                 exclude_frozen_parameters=exclude_frozen_parameters,
             )
@@ -207,9 +213,17 @@ class Checkpoints(UniversalLoading, DataPosition):
             (path of the loaded file, `client_state`); (None, None) when `load_dir` holds no latest checkpoint.
 
         Raises:
-            CheckpointError: a file is missing or cut off, or the optimizer's state belongs to other ranks; the same on
-                every rank, before anything is loaded.
+            CheckpointError: a file is missing or cut off, the optimizer's state belongs to other ranks, or there is no
+                state of the optimizer or the scheduler; before anything is loaded. Or a file does not fit a layer. The
+                same on every rank.
+            ConfigError: there is a `custom_load_fn`.
         """
+        if custom_load_fn is not None:
+            raise ConfigError(
+                "custom_load_fn would get no state dict of the model, as each layer has a file: change the weights of "
+                "engine.module after load_checkpoint, by name",
+                everywhere=True,
+            )
         universal = self.load_universal_checkpoint()
         tag = None if tag is None else str(tag)
         self._agree(self._job, load_dir, tag)
@@ -219,7 +233,7 @@ class Checkpoints(UniversalLoading, DataPosition):
             tag = self._latest(Path(load_dir, "latest_universal" if universal else "latest"))
         else:
             checked_tag(tag)
-        states = load_optimizer_states and not load_module_only
+        states = load_optimizer_states and not load_module_only and self.optimizer is not None
         if tag is not None:
             folder = standing(Path(load_dir, tag))
             tag = str(folder.relative_to(load_dir))
@@ -228,6 +242,8 @@ class Checkpoints(UniversalLoading, DataPosition):
                 self._check_groups(folder)
             elif states:
                 self._check_layout(folder)
+            if load_lr_scheduler_states and not load_module_only:
+                self._check_scheduler(folder)
         with ExitStack() as stack:
             as_saved = tag is not None and states and not universal
             fitted = partial(self._for_own_layout, folder=folder if as_saved else None)
@@ -239,7 +255,8 @@ class Checkpoints(UniversalLoading, DataPosition):
             if by_layer:  # buffers and what is not trained; the optimizer's own copies of weights follow
                 self.module.load_state_dir(str(folder), self.checkpoint_engine, load_module_strict)
             options = load_module_strict, load_optimizer_states, load_lr_scheduler_states, load_module_only
-            if self.zero_optimization() or tag is None or not (universal or self.using_bf16_optimizer):
+            by_deepspeed = not (universal or self.using_bf16_optimizer)
+            if tag is None or by_deepspeed or (self.zero_optimization() and (states or not universal)):
                 path, client_state = super().load_checkpoint(load_dir, tag, *options, custom_load_fn)
                 if universal and states and tag is not None:
                     self._set_options(folder)
@@ -249,6 +266,7 @@ class Checkpoints(UniversalLoading, DataPosition):
                 self.module.load_own_files(str(folder), self.checkpoint_engine)
         if path is not None and client_state is not None:
             client_state.pop(LAYOUT, None)
+            client_state |= client_state.pop(CLIENT, {})
             if not load_module_only:
                 self._load_own_state(Path(path).parent)
         return path, client_state
@@ -356,3 +374,10 @@ class Checkpoints(UniversalLoading, DataPosition):
                 self._resume_data()
             elif dist.get_rank() == 0:
                 logger.warning(f"{folder} was saved by {data['replicas']} replicas: the data starts anew")
+
+
+def _apart(client_state: ClientState) -> ClientState:
+    """A `client_state` that does not take the place of what DeepSpeed saves."""
+    taken = {*_DEEPSPEEDS.split(), LAYOUT}.intersection(client_state)
+    free = {key: value for key, value in client_state.items() if key not in taken}
+    return free | {CLIENT: {key: client_state[key] for key in taken}} if taken else free
