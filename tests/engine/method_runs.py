@@ -64,7 +64,7 @@ def refused():
 
 
 def sizes():
-    """What sizes of batches that cannot be are answered with, and data that has no length."""
+    """What sizes of batches that cannot be are answered with, and data that cannot be read."""
     import dualpipe_engine
 
     engine, said = _engine("dualpipe"), []
@@ -75,10 +75,15 @@ def sizes():
             call()
         except ValueError as error:
             said.append(str(error))
-    try:
-        dualpipe_engine.initialize(model=built(), config=settings("dualpipe"), training_data=Endless())
-    except DualPipeError as error:
-        said.append(str(error))
+    of_data = [
+        lambda: dualpipe_engine.initialize(model=built(), config=settings("dualpipe"), training_data=Endless()),
+        lambda: engine.train_batch([next(data()) for _ in range(4)]),
+    ]
+    for call in of_data:
+        try:
+            call()
+        except DualPipeError as error:
+            said.append(str(error))
     return said, (engine.train_batch_size(), engine.train_micro_batch_size_per_gpu()) == before
 
 

@@ -129,6 +129,9 @@ class Loading(PipelineEngine):
     def _feed(self, num_micro: int, fingerprint: bool = False) -> BatchFeed:
         if self.place.feeds and self.data_iterator is None and self.batch_fn is None:
             raise ConfigError("there is no data: pass data_iter, or training_data to initialize")
+        if self.place.feeds and self.data_iterator is not None and not hasattr(self.data_iterator, "__next__"):
+            kind = type(self.data_iterator).__name__
+            raise ConfigError(f"data_iter must be an iterator, and a {kind} is none: pass iter(...) of it, made once")
         return BatchFeed(
             self.place,
             num_micro,
