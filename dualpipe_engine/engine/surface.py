@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
+from numbers import Integral
 from typing import NoReturn
 
 import torch
@@ -114,8 +115,9 @@ class Surface(PipelineEngine):
         Raises:
             ValueError: it is no multiple of micro-batch size and replicas.
         """
+        _check_positive("train_batch_size", train_batch_size)
         steps, rest = divmod(train_batch_size, self.train_micro_batch_size_per_gpu() * self.data_replicas)
-        if rest or steps < 1:
+        if rest:
             raise ValueError(
                 f"train_batch_size {train_batch_size} must be a multiple of train_micro_batch_size_per_gpu "
                 f"{self.train_micro_batch_size_per_gpu()} x {self.data_replicas} replicas"
@@ -125,9 +127,19 @@ class Surface(PipelineEngine):
         self.micro_batches = steps
 
     def set_train_micro_batch_size(self, micro_batch_size: int) -> None:
-        """Change the samples of a micro-batch, and with them those of a batch."""
+        """Change the samples of a micro-batch, and with them those of a batch.
+
+        Raises:
+            ValueError: it is no whole number from 1.
+        """
+        _check_positive("train_micro_batch_size_per_gpu", micro_batch_size)
         self._config.train_batch_size = micro_batch_size * self.micro_batches * self.data_replicas
         self._config.train_micro_batch_size_per_gpu = self.micro_batch_size = micro_batch_size
+
+
+def _check_positive(name: str, number: int) -> None:
+    if not isinstance(number, Integral) or number < 1:
+        raise ValueError(f"{name} must be a whole number from 1, got {number!r}")
 
 
 def _refusal(name: str, why: str) -> Callable[..., NoReturn]:

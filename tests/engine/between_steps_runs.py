@@ -7,6 +7,7 @@ import zlib
 import torch
 from changed_runs import BLOCKS, STEPS, WIDTH, Block, Numbered, built, by_itself, data, fill, mse, settings, weights
 from deepspeed.pipe import LayerSpec
+from deepspeed.utils import safe_get_full_fp32_param, safe_set_full_fp32_param
 from torch import nn
 
 
@@ -183,7 +184,9 @@ def clip(net, how):
     """Change some of the weights, as a callback may."""
     with torch.no_grad():
         for name, param in net.named_parameters():
-            if name.endswith("a.weight"):
+            if name.endswith("a.weight") and how == "master":
+                safe_set_full_fp32_param(param, safe_get_full_fp32_param(param).clamp(-0.2, 0.1))
+            elif name.endswith("a.weight"):
                 (param if how == "in place" else param.data).clamp_(-0.2, 0.1)
 
 

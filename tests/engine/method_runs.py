@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import importlib.util
+from functools import partial
 from pathlib import Path
 
 from changed_runs import built, data, fill, settings
 from deepspeed.runtime.config import DeepSpeedConfig
 from deepspeed.runtime.pipe.engine import PipelineEngine
+from torch.utils.data import IterableDataset
 
 from dualpipe_engine.engine.methods import REFUSED, REFUSED_ATTRIBUTES
 from dualpipe_engine.errors import DualPipeError
@@ -59,6 +61,35 @@ def refused():
         except DualPipeError as error:
             said[name] = str(error)
     return said, hasattr(engine, "pipe_buffers")
+
+
+def sizes():
+    """What sizes of batches that cannot be are answered with, and data that cannot be read."""
+    import dualpipe_engine
+
+    engine, said = _engine("dualpipe"), []
+    before = engine.train_batch_size(), engine.train_micro_batch_size_per_gpu()
+    calls = [partial(engine.set_train_micro_batch_size, size) for size in (0, -2, 2.0)]
+    for call in (*calls, *(partial(engine.set_train_batch_size, size) for size in (0, 7, 8.0))):
+        try:
+            call()
+        except ValueError as error:
+            said.append(str(error))
+    of_data = [
+        lambda: dualpipe_engine.initialize(model=built(), config=settings("dualpipe"), training_data=Endless()),
+        lambda: engine.train_batch([next(data()) for _ in range(4)]),
+    ]
+    for call in of_data:
+        try:
+            call()
+        except DualPipeError as error:
+            said.append(str(error))
+    return said, (engine.train_batch_size(), engine.train_micro_batch_size_per_gpu()) == before
+
+
+class Endless(IterableDataset):
+    def __iter__(self):
+        return data()
 
 
 def seen(schedule):

@@ -85,11 +85,12 @@ def test_a_loss_with_parameters_trains_them(ranks, schedule, zero):
 HOST = {"stage": 1, "offload_optimizer": {"device": "cpu"}}
 EXACT = [
     *[(how, {"zero_optimization": {"stage": zero}}) for how in ("in place", "data") for zero in (0, 1, 2)],
-    ("in place", {"zero_optimization": HOST, "zero_force_ds_cpu_optimizer": False}),
+    *[(how, {"zero_optimization": HOST, "zero_force_ds_cpu_optimizer": False}) for how in ("in place", "master")],
 ]
 ROUNDED = [
     *[("data", {"bf16": {"enabled": True}, "zero_optimization": {"stage": zero}}) for zero in (0, 1, 2)],
     *[("data", {"fp16": {"enabled": True, "loss_scale": 64}, "zero_optimization": {"stage": zero}}) for zero in (0, 1)],
+    ("master", {"bf16": {"enabled": True}, "zero_optimization": {"stage": 0}}),
 ]
 
 

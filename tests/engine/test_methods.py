@@ -50,6 +50,14 @@ def test_refused(ranks):
         assert text.startswith(f"{name}() cannot work" if name in REFUSED else f"engine.{name} belongs to")
 
 
+def test_sizes_and_data_that_cannot_be_are_refused(ranks):
+    for said, same in ranks.run(2, method_runs.sizes):
+        assert len(said) == 8 and same, said
+        assert "data_iter must be an iterator, and a list is none: pass iter(...)" in said[7]
+        assert sum("must be a whole number from 1" in text for text in said) == 5
+        assert "must be a multiple of" in said[4] and "Endless has no numbers: give train_batch an iterator" in said[6]
+
+
 @pytest.mark.parametrize("schedule", ["dualpipe", "dualpipev"])
 def test_the_client_sees_its_own_pipeline(ranks, schedule):
     stock, ours = (ranks.run(2, method_runs.seen, schedule=each) for each in (None, schedule))

@@ -8,6 +8,7 @@ import torch
 import torch.distributed as dist
 from deepspeed.runtime.activation_checkpointing import checkpointing as ds_checkpointing
 from deepspeed.runtime.torch_autocast import autocast_if_enabled
+from torch.utils import _pytree as pytree
 
 from ...comm.nest import Nest
 from ...errors import ConfigError, raised_everywhere
@@ -24,6 +25,7 @@ class Evaluation(Recovery, Loading):
 
     data_iterator: Iterator[Nest] | None
     _mixing: TokenMixing
+    _replica_group: dist.ProcessGroup
 
     @watched
     def eval_batch(
@@ -102,7 +104,8 @@ class Evaluation(Recovery, Loading):
         feed, losses, loss_fn = self._no_feed(), {}, self.module.loss_fn
         train_iterator = self.data_iterator
         try:
-            self.set_dataiterator(data_iter)
+            if self.place.feeds:
+                self.data_iterator = data_iter
             feed = self._feed(num_micro)
         except Exception as error:
             self.watch.fail_batch(error, "eval_batch")
@@ -131,7 +134,21 @@ class Evaluation(Recovery, Loading):
         if not self.place.reads_labels:
             return None
         outputs = [shared[micro] for micro in range(num_micro)]
-        return outputs if reduce is None else self._reduce_outputs(outputs, reduce, micro_batches=num_micro)
+        return outputs if reduce is None else self._mean_of(outputs)
+
+    def _mean_of(self, outputs: list[Nest]) -> Nest:
+        """The mean over micro-batches and replicas of each tensor in them."""
+
+        def mean(*parts: Nest) -> Nest:
+            if not isinstance(parts[0], torch.Tensor):
+                return parts[0]
+            total = torch.stack(parts).sum(0) / len(parts)
+            if self.place.replicas > 1:
+                dist.all_reduce(total, group=self._replica_group)
+                total /= self.place.replicas
+            return total
+
+        return pytree.tree_map(mean, *outputs)
 
     def _share_outputs(self, result: BatchResult, micros: list[int]) -> dict[int, Nest]:
         """Give the outputs of `micros` to every rank that holds the last stage; None on the others."""

@@ -136,7 +136,11 @@ def _check_batch(batch: Nest, micro: int) -> None:
     Raises:
         ConfigError: it is not.
     """
-    if isinstance(batch, Mapping) or not hasattr(batch, "__getitem__") or len(batch) < 2:
+    if (
+        isinstance(batch, (Mapping, torch.Tensor, np.ndarray, str))
+        or not hasattr(batch, "__getitem__")
+        or len(batch) < 2
+    ):
         size = f" of {len(batch)}" if hasattr(batch, "__len__") else ""
         raise ConfigError(
             f"micro-batch {micro} is a {type(batch).__name__}{size}, but must be a pair (inputs, labels): let the "

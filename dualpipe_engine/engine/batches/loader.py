@@ -107,8 +107,17 @@ class Loading(PipelineEngine):
 
         Args:
             options: `collate_fn` and `num_local_io_workers`, as DeepSpeed's.
+
+        Raises:
+            ConfigError: the dataset has no samples by number.
         """
-        if data_sampler is None and not isinstance(dataset, IterableDataset):
+        if isinstance(dataset, IterableDataset) or not hasattr(dataset, "__len__"):
+            raise ConfigError(
+                f"each replica reads its share of a dataset by number, and {type(dataset).__name__} has no numbers: "
+                "give train_batch an iterator over part engine.data_rank of engine.data_replicas",
+                everywhere=True,
+            )
+        if data_sampler is None:
             data_sampler = DistributedSampler(dataset, self.data_replicas, self.data_rank, shuffle=route == ROUTE_TRAIN)
         return super().deepspeed_io(dataset, batch_size, route, pin_memory, data_sampler, **options)
 
@@ -120,6 +129,9 @@ class Loading(PipelineEngine):
     def _feed(self, num_micro: int, fingerprint: bool = False) -> BatchFeed:
         if self.place.feeds and self.data_iterator is None and self.batch_fn is None:
             raise ConfigError("there is no data: pass data_iter, or training_data to initialize")
+        if self.place.feeds and self.data_iterator is not None and not hasattr(self.data_iterator, "__next__"):
+            kind = type(self.data_iterator).__name__
+            raise ConfigError(f"data_iter must be an iterator, and a {kind} is none: pass iter(...) of it, made once")
         return BatchFeed(
             self.place,
             num_micro,

@@ -89,6 +89,11 @@ class StepsApart(Recovery):
             self._tail.forget()
             self.unstepped = 0
 
+    def zero_grad(self) -> None:
+        """Give up all gradients, as `drop_gradients` does."""
+        super().zero_grad()
+        self.drop_gradients()
+
     def _after_step(self) -> None:
         """What follows a step, with or without a batch of its own."""
         overflow = getattr(self.optimizer, "overflow", False)

@@ -84,15 +84,14 @@ class CheckpointChecks(PipelineEngine):
         models = [Path(name) for name in self._get_all_ckpt_names(str(folder.parent), folder.name)]
         files = models or [folder / "mp_rank_00_model_states.pt"]
         if self.load_universal_checkpoint():
-            there = sorted(
-                [*folder.glob("zero/**/*.pt"), *folder.glob("layer_*.pt"), *folder.glob("dualpipe_rank_*.pt")]
-            )
+            there = sorted([*folder.glob("zero/**/*.pt"), *folder.glob("layer_*.pt"), *folder.glob("dualpipe_*.pt")])
             return files + there[dist.get_rank() :: dist.get_world_size()]
         for index, layer in enumerate(self.module.forward_funcs):
             if hasattr(layer, "load_state_dict"):
                 paths = self.module.ckpt_layer_path_list(str(folder), index)
                 number = self.module.dualpipe_layers[index]
                 files += map(Path, paths or [f"{folder}/layer_{number:02d}-model_states.pt"])
+        files += (folder / own.name for own in self.module.own_files() if (folder / own.name).is_file())
         if states and self.cuts_states:
             files += self._needed_optimizer_files(folder)
         elif states and (experts := self._experts_file(folder)) is not None:
@@ -108,7 +107,8 @@ class CheckpointChecks(PipelineEngine):
         there = [name for name in names if Path(name).exists()]
         if not there:
             model = Path(self._get_ckpt_name(str(folder.parent), folder.name))
-            if damage(model) or peek(model).get("dp_world_size", 0) <= rank or _is_whole(peek(model)):
+            saved = {} if damage(model) else peek(model)
+            if saved.get("dp_world_size", 0) <= rank or _is_whole(saved) or _has_none(saved):
                 return []  # said elsewhere, or saved by fewer copies or without ZeRO, as `_check_layout` will say
         return [Path(there[0] if there else names[0])]
 
@@ -145,6 +145,18 @@ class CheckpointChecks(PipelineEngine):
             return {**saved, "optimizer": with_own(self.module, saved["optimizer"], self._layout())}
         return saved
 
+    def _check_scheduler(self, folder: Path) -> None:
+        """Raises:
+        CheckpointError: the checkpoint has no state for the scheduler of learning rates.
+        """
+        files = self._get_all_ckpt_names(str(folder.parent), folder.name)
+        if any(from_all(self.lr_scheduler is not None and peek(Path(files[0])).get("lr_scheduler") is None)):
+            raise CheckpointError(
+                f"{folder} was saved without a scheduler of learning rates: pass load_lr_scheduler_states=False to let "
+                "that of this run begin anew",
+                everywhere=True,
+            )
+
     def _check_layout(self, folder: Path) -> None:
         """The optimizer's state must be that of the same parameters, cut among as many copies, or by none.
 
@@ -152,9 +164,10 @@ class CheckpointChecks(PipelineEngine):
             CheckpointError: it is not.
         """
         path = Path(self._get_ckpt_name(str(folder.parent), folder.name))
-        why = "its optimizer state is cut for other pipeline ranks"
+        why, lacks = "its optimizer state is cut for other pipeline ranks", False
         if path.exists():
             saved = peek(path)
+            lacks = _has_none(saved)
             shapes = saved.get("param_shapes")
             layout = saved.get(LAYOUT) or (shapes and [list(group.items()) for group in shapes])
             same = layout is None or _same(layout, self._layout()) or self._lacks_own_of_ties(layout)
@@ -167,6 +180,9 @@ class CheckpointChecks(PipelineEngine):
                 why = ""
             elif layout and _in_order(layout) == _in_order(self._layout()):
                 why = 'its optimizer state has another order of parameters, which "round_robin_gradients" changes'
+        if any(from_all(lacks)):
+            text = f"{folder} was saved without an optimizer: pass load_optimizer_states=False to load the weights"
+            raise CheckpointError(text, everywhere=True)
         if reason := next(filter(None, from_all(why)), None):
             raise OtherRanksError(
                 f"{folder} was saved by another schedule or other ranks: {reason}. Pass load_optimizer_states=False to "
@@ -184,6 +200,11 @@ def _is_whole(saved: SavedState) -> bool:
 
 def _in_order(layout: Layout) -> list[list[str]]:
     return [sorted(str(tuple(each)) for each in group) for group in layout]
+
+
+def _has_none(saved: SavedState) -> bool:
+    """Whether it was saved without an optimizer."""
+    return saved.get("optimizer") is None and saved.get("param_shapes") is None
 
 
 def _same(saved: Layout, own: Layout) -> bool:

@@ -19,12 +19,13 @@ from typing import NamedTuple
 import torch
 
 from ...errors import CheckpointError
-from ..given import ParamGroup
+from ..given import ParamGroup, SavedState
+from ..placing.own_files import PATTERNS
 from ..placing.param_groups import ORIGIN, PLACEHOLDER, placeholder_name
 from .checks import LAYOUT
 from .description import read_description
 from .files import DESCRIPTION, PARTIAL, damages, peek, sync, write_text
-from .partitioned import FILE, States, of_all_ranks, partitioned_states
+from .partitioned import FILE, NameOf, States, of_all_ranks, partitioned_states
 from .saved_weights import SavedWeights
 from .ties import Layout
 from .universal import PLAIN
@@ -53,7 +54,8 @@ def convert(source: Path, target: Path) -> None:
     shutil.rmtree(aside, ignore_errors=True)
     try:
         _write_all(files, source, aside)
-        for path in (*files.own, *source.glob(_LAYERS), source / DESCRIPTION):
+        further = [path for pattern in (_LAYERS, *PATTERNS) for path in source.glob(pattern)]
+        for path in (*files.own, *further, source / DESCRIPTION):
             shutil.copy2(path, aside)
         for path in files.models:
             torch.save(peek(path) | {"optimizer": None}, aside / path.name)
@@ -117,12 +119,22 @@ class _Files(NamedTuple):
 
 def _write_all(files: _Files, source: Path, target: Path) -> None:
     sizes, numbers = _experts(files.own)
-    shapes = {name: shape for path in files.models for name, shape in _members(path)}
+    names: dict[int, dict[str, str]] = {}
+    losses = set[int]()
+    for said in map(_shares, files.own):
+        names.setdefault(said["position"], said.get("names", {}))
+        losses |= {said["position"]} if said.get("loss", True) else set()
+
+    def name_of(name: str, position: int) -> str | None:
+        """In the whole model; None where it is not trained, as the loss that each rank has and few run."""
+        return names[position].get(name, name) if position in losses or not name.startswith("loss_fn.") else None
+
+    shapes = {name_of(name, _position(path)) or name: shape for path in files.models for name, shape in _members(path)}
     if files.zero:
-        states = partitioned_states(files.zero, shapes, sizes, numbers)
+        states = partitioned_states(files.zero, shapes, sizes, numbers, name_of)
         groups, kept = of_all_ranks(files.zero[0])
     else:
-        states = _unpartitioned_states(files, source, sizes)
+        states = _unpartitioned_states(files, source, sizes, name_of)
         first = peek(files.models[0])
         groups, kept = first["optimizer"]["param_groups"], {"ds_version": first["ds_version"]}
     plain = [group for group in groups if not group.get("moe")]
@@ -135,6 +147,11 @@ def _write_all(files: _Files, source: Path, target: Path) -> None:
         _write(folder / name, found, name in sizes)
     _write_placeholders(folder, most, len(groups))
     torch.save(kept | {"param_groups": groups, PLAIN: len(plain)}, folder / "optimizer_state.pt")
+
+
+def _position(path: Path) -> int:
+    """The pipe position of a file of `_Files.models`."""
+    return int(_MODEL.search(path.name)[1])  # type: ignore[index]
 
 
 def _layout(path: Path) -> Layout:
@@ -150,22 +167,26 @@ def _members(path: Path) -> Iterator[tuple[str, torch.Size]]:
         yield from ((name, shape) for name, shape in group if name is not None)
 
 
-def _unpartitioned_states(files: _Files, source: Path, sizes: Mapping[str, int]) -> Iterator[tuple[str, States]]:
+def _unpartitioned_states(
+    files: _Files, source: Path, sizes: Mapping[str, int], name_of: NameOf
+) -> Iterator[tuple[str, States]]:
     """Name and states of each parameter that is no placeholder, where ZeRO has cut none."""
     forms = {name: form for path in files.own for name, form in peek(path)[SHARES].get("forms", {}).items()}
     weights = SavedWeights(source, read_description(source)["layers"], forms)
     done = set[str]()  # a tied one is at several positions
     for path in files.models:
-        position = _MODEL.search(path.name)[1]  # type: ignore[index]
         sharing = max(sizes.get(name, 1) for name, _ in _members(path))
-        others = [source / f"expp_rank_{number}_mp_rank_{position}_optim_states.pt" for number in range(1, sharing)]
+        others = [
+            source / f"expp_rank_{number}_mp_rank_{_position(path):02d}_optim_states.pt" for number in range(1, sharing)
+        ]
         if wrong := damages(others):
             raise CheckpointError(f"the checkpoint is not whole: {', '.join(wrong)}")
         shares = [dict(by_name(peek(each)["optimizer"], _layout(path))) for each in (path, *others)]
-        for name, shape in _members(path):
-            if name not in done and not name.startswith(PLACEHOLDER):
+        for here, shape in _members(path):
+            name = name_of(here, _position(path))
+            if name is not None and name not in done and not name.startswith(PLACEHOLDER):
                 done.add(name)
-                states = [share.get(name, {}) for share in shares[: sizes.get(name, 1)]]
+                states = [share.get(here, {}) for share in shares[: sizes.get(name, 1)]]
                 weight = weights.get(name)
                 yield name, whole_states(name, states, shape) | ({} if weight is None else {"fp32": weight})
 
@@ -196,9 +217,7 @@ def _experts(own: Iterable[Path]) -> tuple[dict[str, int], dict[tuple[int, int],
     sizes: dict[str, int] = {}
     numbers: dict[tuple[int, int], dict[str, int]] = {}
     for path in own:
-        said = peek(path).get(SHARES)
-        if said is None:
-            raise CheckpointError(f"{path} does not say which experts its rank has: save the checkpoint anew")
+        said = _shares(path)
         here = numbers.setdefault((said["position"], said["copy"]), {})
         for name, place in said["experts"].items():
             if place is None:
@@ -207,6 +226,14 @@ def _experts(own: Iterable[Path]) -> tuple[dict[str, int], dict[tuple[int, int],
                 )
             here[name], sizes[name] = place
     return sizes, numbers
+
+
+def _shares(path: Path) -> SavedState:
+    """What a rank has said of itself."""
+    said = peek(path).get(SHARES)
+    if said is None:
+        raise CheckpointError(f"{path} does not say which experts its rank has: save the checkpoint anew")
+    return said
 
 
 def _write(folder: Path, states: States, experts: bool) -> None:

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from ...errors import CheckpointError, MissingExtraError
 from ...models.hf_weights import published
+from ..placing.own_files import LOSS, file_of_layer
 from .description import Description, read_description
 from .files import DESCRIPTION, damages, peek
 
@@ -50,6 +51,7 @@ def export(checkpoint: Path, out: Path) -> list[Path]:
     if weights is None:
         config = config if _is_whole(about) else None
         weights = {prefix + name: tensor for layer, prefix in reversed(held.values()) for name, tensor in layer.items()}
+        weights |= {} if _is_whole(about) else _own(folder, about)
     out.mkdir(parents=True, exist_ok=True)
     written = [out / WEIGHTS]
     # Tensors that share memory are refused, and so is memory with gaps.
@@ -93,6 +95,16 @@ def _published(held: Held, about: Description) -> dict[str, Tensor] | None:
             found |= published(layer, number, config)
     except (KeyError, IndexError):
         return None
+    return found
+
+
+def _own(folder: Path, about: Description) -> dict[str, Tensor]:
+    """What is in files of this package."""
+    files = {f"{number}.": file_of_layer(number) for number, layer in enumerate(about["layers"]) if layer["tied"]}
+    found: dict[str, Tensor] = {}
+    for prefix, name in (files | {"loss_fn.": LOSS}).items():
+        if (folder / name).is_file():
+            found |= {prefix + key: tensor for key, tensor in peek(folder / name, weights_only=True).items()}
     return found
 
 

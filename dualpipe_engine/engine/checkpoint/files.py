@@ -194,7 +194,7 @@ def reading(reader: CheckpointEngine, fitted: Callable[[SavedState], SavedState]
 
     def named(path: str, map_location: MAP_LOCATION = None) -> SavedState:
         with naming(path):
-            if PurePath(path).name.startswith("layer_"):
+            if PurePath(path).name.startswith(("layer_", "dualpipe_")):
                 return torch.load(path, map_location, weights_only=True)
             return fitted(load(path, map_location))
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple, TypeAlias
 
@@ -21,6 +21,9 @@ States: TypeAlias = dict[str, SavedState]
 
 Numbers: TypeAlias = Mapping[tuple[int, int], Mapping[str, int]]
 """(position, copy) -> name of a parameter of experts -> number of the rank among those that share it."""
+
+NameOf: TypeAlias = Callable[[str, int], str | None]
+"""Of (name of a parameter, position that holds it): its name in the whole model; None where it is not trained."""
 
 
 class _Part(NamedTuple):
@@ -40,7 +43,11 @@ class _Part(NamedTuple):
 
 
 def partitioned_states(
-    files: Sequence[Path], shapes: Mapping[str, torch.Size], sizes: Mapping[str, int], numbers: Numbers
+    files: Sequence[Path],
+    shapes: Mapping[str, torch.Size],
+    sizes: Mapping[str, int],
+    numbers: Numbers,
+    name_of: NameOf,
 ) -> Iterator[tuple[str, States]]:
     """Name and states of each parameter that is no placeholder.
 
@@ -49,12 +56,16 @@ def partitioned_states(
         shapes: of what a rank holds.
         sizes: ranks that share a parameter of experts.
         numbers: of these ranks.
+        name_of: as `NameOf`.
     """
     parts: dict[str, list[_Part]] = {}
     for path in files:
         copy, position = map(int, FILE.search(path.name).groups())  # type: ignore[union-attr]
-        for name, states in _fragments(peek(path)["optimizer_state_dict"]):
-            share = numbers[position, copy].get(name, 0)
+        for here, states in _fragments(peek(path)["optimizer_state_dict"]):
+            name = name_of(here, position)
+            if name is None:
+                continue
+            share = numbers[position, copy].get(here, 0)
             parts.setdefault(name, []).append(_Part(position, share, copy, states))
     for name, found in parts.items():
         if not name.startswith(PLACEHOLDER):

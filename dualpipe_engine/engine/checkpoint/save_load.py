@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
@@ -15,13 +15,12 @@ import torch.distributed as dist
 from deepspeed.utils import groups, logger
 
 from ...comm.from_all import from_all
-from ...comm.nest import Nest
 from ...errors import CheckpointError, ConfigError
 from ..given import CheckpointEngine, ClientState
 from ..placing.experts import block_forms, expert_shares, has_experts, told_universal_loader
-from ..placing.partition import same_random_state
 from .checks import LAYOUT
 from .convert import SHARES
+from .data_position import DataPosition
 from .description import description
 from .files import (
     DESCRIPTION,
@@ -35,17 +34,22 @@ from .files import (
 from .on_signal import SaveOnSignal
 from .save import Save
 from .state import check_ties, random_state, set_random_state, universal_info
-from .ties import named_as_saved
+from .ties import named_as_saved, names_of_layers
 from .universal import UniversalLoading
 from .unpartitioned import experts_of, file_of_experts
 
+CLIENT = "dualpipe_client_state"  #: in the saved state: what has names there that DeepSpeed takes
+_DEEPSPEEDS = (
+    "module buffer_names optimizer param_shapes frozen_param_shapes shared_params frozen_param_fragments lr_scheduler "
+    "data_sampler random_ltd skipped_steps global_steps global_samples dp_world_size mp_world_size num_experts "
+    "ds_config ds_version checkpoint_parallel_dimensions"
+)
 WAIT_S = 60.0  #: at most, for another job that saves into the same folder
 
 
-class Checkpoints(UniversalLoading):
+class Checkpoints(UniversalLoading, DataPosition):
     """The part of `DualPipeEngine` that saves and loads."""
 
-    _data_state: dict[str, object] | None = None  # of the loader, until there is one
     checkpoint_engine: CheckpointEngine
     _pending: Save | None = None  # what is being written in the background
     #: Gives the `client_state` of a checkpoint that a signal asks for.
@@ -144,7 +148,7 @@ class Checkpoints(UniversalLoading):
             super().save_checkpoint(
                 save_dir,
                 str(save.folder.relative_to(save_dir)),
-                {**(client_state or {}), LAYOUT: self._layout()},
+                {**_apart(client_state or {}), LAYOUT: self._layout()},
                 save_latest=False,
                 exclude_frozen_parameters=exclude_frozen_parameters,
             )
@@ -209,9 +213,17 @@ class Checkpoints(UniversalLoading):
             (path of the loaded file, `client_state`); (None, None) when `load_dir` holds no latest checkpoint.
 
         Raises:
-            CheckpointError: a file is missing or cut off, or the optimizer's state belongs to other ranks; the same on
-                every rank, before anything is loaded.
+            CheckpointError: a file is missing or cut off, the optimizer's state belongs to other ranks, or there is no
+                state of the optimizer or the scheduler; before anything is loaded. Or a file does not fit a layer. The
+                same on every rank.
+            ConfigError: there is a `custom_load_fn`.
         """
+        if custom_load_fn is not None:
+            raise ConfigError(
+                "custom_load_fn would get no state dict of the model, as each layer has a file: change the weights of "
+                "engine.module after load_checkpoint, by name",
+                everywhere=True,
+            )
         universal = self.load_universal_checkpoint()
         tag = None if tag is None else str(tag)
         self._agree(self._job, load_dir, tag)
@@ -221,7 +233,7 @@ class Checkpoints(UniversalLoading):
             tag = self._latest(Path(load_dir, "latest_universal" if universal else "latest"))
         else:
             checked_tag(tag)
-        states = load_optimizer_states and not load_module_only
+        states = load_optimizer_states and not load_module_only and self.optimizer is not None
         if tag is not None:
             folder = standing(Path(load_dir, tag))
             tag = str(folder.relative_to(load_dir))
@@ -230,6 +242,8 @@ class Checkpoints(UniversalLoading):
                 self._check_groups(folder)
             elif states:
                 self._check_layout(folder)
+            if load_lr_scheduler_states and not load_module_only:
+                self._check_scheduler(folder)
         with ExitStack() as stack:
             as_saved = tag is not None and states and not universal
             fitted = partial(self._for_own_layout, folder=folder if as_saved else None)
@@ -237,18 +251,22 @@ class Checkpoints(UniversalLoading):
             stack.enter_context(told_universal_loader(self.module))
             if universal and tag is not None:
                 stack.enter_context(named_as_saved(self.module, self.param_names, Path(load_dir, tag)))
-            if universal and tag is not None and next(folder.glob("layer_*"), None) is not None:
-                # buffers and what is not trained; the optimizer's own copies of weights follow
+            by_layer = universal and tag is not None and next(folder.glob("layer_*"), None) is not None
+            if by_layer:  # buffers and what is not trained; the optimizer's own copies of weights follow
                 self.module.load_state_dir(str(folder), self.checkpoint_engine, load_module_strict)
             options = load_module_strict, load_optimizer_states, load_lr_scheduler_states, load_module_only
-            if self.zero_optimization() or tag is None or not (universal or self.using_bf16_optimizer):
+            by_deepspeed = not (universal or self.using_bf16_optimizer)
+            if tag is None or by_deepspeed or (self.zero_optimization() and (states or not universal)):
                 path, client_state = super().load_checkpoint(load_dir, tag, *options, custom_load_fn)
                 if universal and states and tag is not None:
                     self._set_options(folder)
             else:
                 path, client_state = self._load_without_zero(folder, states, *options, custom_load_fn)
+            if by_layer:  # where the optimizer's copies may be those of another layer of a tie
+                self.module.load_own_files(str(folder), self.checkpoint_engine)
         if path is not None and client_state is not None:
             client_state.pop(LAYOUT, None)
+            client_state |= client_state.pop(CLIENT, {})
             if not load_module_only:
                 self._load_own_state(Path(path).parent)
         return path, client_state
@@ -265,10 +283,6 @@ class Checkpoints(UniversalLoading):
                 "in fp16 without ZeRO, DeepSpeed's files hold the optimizer states of one of the ranks that share the "
                 'experts: set "zero_optimization": {"stage": 1} to save checkpoints'
             )
-
-    def set_dataiterator(self, iterator: Iterator[Nest]) -> None:
-        super().set_dataiterator(iterator)
-        self._resume_data()
 
     @staticmethod
     def _agree(job: str, folder: str, tag: str | None, client_state: object = None) -> str:
@@ -309,12 +323,14 @@ class Checkpoints(UniversalLoading):
             "random": random_state(self.device),
             "micro_offset": self.module.micro_offset,
             "replicas": self.place.replicas,
-            "data": self.data_iterator.state_dict() if hasattr(self.data_iterator, "state_dict") else None,
+            "data": self._data_position(),
             SHARES: {
                 "position": self.checkpoint_mp_rank,
                 "copy": groups._get_data_parallel_rank(),
                 "experts": expert_shares(self.module),
                 "forms": block_forms(self.module),
+                "loss": self.place.reads_labels,
+                "names": names_of_layers(self.module),
             },
         }
         save.writer.save(state, str(self._own_file(save.folder, dist.get_rank())))
@@ -359,11 +375,9 @@ class Checkpoints(UniversalLoading):
             elif dist.get_rank() == 0:
                 logger.warning(f"{folder} was saved by {data['replicas']} replicas: the data starts anew")
 
-    def _resume_data(self) -> None:
-        if self._data_state is not None and self.data_iterator is not None:
-            if hasattr(self.data_iterator, "load_state_dict"):
-                with same_random_state():  # loaders draw a seed for their workers
-                    self.data_iterator.load_state_dict(self._data_state)
-            else:
-                logger.warning("the data iterator has no load_state_dict: its position is not resumed")
-            self._data_state = None
+
+def _apart(client_state: ClientState) -> ClientState:
+    """A `client_state` that does not take the place of what DeepSpeed saves."""
+    taken = {*_DEEPSPEEDS.split(), LAYOUT}.intersection(client_state)
+    free = {key: value for key, value in client_state.items() if key not in taken}
+    return free | {CLIENT: {key: client_state[key] for key in taken}} if taken else free

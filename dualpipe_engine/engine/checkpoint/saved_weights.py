@@ -8,6 +8,7 @@ from pathlib import Path
 from torch import Tensor
 
 from ...models.autoep.weights import SourceForm
+from ..placing.own_files import LOSS, file_of_layer
 from .description import LayerFile
 from .files import peek
 
@@ -36,7 +37,8 @@ class SavedWeights:
                 found = self._layer(number).get(rest)
                 if found is not None:
                     return found
-        return None
+        own = self._folder / (LOSS if first == "loss_fn" else file_of_layer(int(first)) if first.isdigit() else "")
+        return peek(own, weights_only=True).get(rest) if own.is_file() else None
 
     def _layer(self, number: int) -> dict[str, Tensor]:
         if number != self._last[0]:

@@ -17,7 +17,7 @@ from deepspeed.checkpoint.constants import (
 )
 from deepspeed.pipe import PipelineModule, TiedLayerSpec
 from deepspeed.runtime.activation_checkpointing import checkpointing
-from torch import Tensor
+from torch import Tensor, nn
 
 from ...comm.from_all import from_all
 from ...errors import CheckpointError
@@ -97,6 +97,12 @@ def universal_info(module: PipelineModule) -> dict[str, object]:
         for pattern, held in shared.items()
         if 0 not in held
     }
+    replicated = [pattern for pattern, held in shared.items() if 0 in held]
+    if isinstance(module.loss_fn, nn.Module):  # each position has one, and the last stage trains it
+        if module.stage_owner(len(module._layer_specs) - 1) == 0:
+            replicated.append(r"loss_fn\.")
+        else:
+            refused[r"loss_fn\."] = "it is trained at the last pipeline position: convert it with `dualpipe convert`"
     if module._grid.model_parallel_size > 1:
         refused[".*"] = (
             "the model is tensor parallel: say how its parameters are cut, in "
@@ -106,6 +112,6 @@ def universal_info(module: PipelineModule) -> dict[str, object]:
         refused[".*"] = "ranks share the experts of its layers: convert it with `dualpipe convert`"
     return {
         UNIVERSAL_CHECKPOINT_VERSION_KEY: UNIVERSAL_CHECKPOINT_VERSION_VALUE,
-        PIPELINE_REPLICATED_PARAMETER_PATTERNS: [pattern for pattern, held in shared.items() if 0 in held],
+        PIPELINE_REPLICATED_PARAMETER_PATTERNS: replicated,
         AUTOTP_UNSUPPORTED_PARAMETER_PATTERNS: refused,
     }

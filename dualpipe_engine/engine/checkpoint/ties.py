@@ -21,6 +21,7 @@ from deepspeed.pipe import PipelineModule, TiedLayerSpec
 from torch import nn
 
 from ..given import SavedState
+from ..placing.module import PlacedModule
 
 Layout: TypeAlias = list[list[tuple[str | None, torch.Size]]]
 """Name and shape of each parameter that an optimizer steps, by group."""
@@ -38,24 +39,46 @@ def name_in_tie(module: PipelineModule, name: str) -> str | None:
     return f"tied_modules.{spec.key}.{rest}" if isinstance(spec, TiedLayerSpec) else None
 
 
+def names_of_layers(module: PlacedModule) -> dict[str, str]:
+    """Of what tied layers have of their own, where the rank holds no first layer of the tie: name on this rank -> name
+    on one that does.
+
+    Args:
+        module: of the rank.
+    """
+    found: dict[str, str] = {}
+    for key, part in module.tied_modules.items():
+        layers = [
+            n for n, each in enumerate(module._layer_specs) if isinstance(each, TiedLayerSpec) and each.key == key
+        ]
+        held = min(set(layers).intersection(module.dualpipe_layers))
+        if held != layers[0]:
+            tied = [module._recursive_getattr(part, name) for name in module.tied_weight_attrs[key]]
+            own = [name for name, param in part.named_parameters() if not any(param is each for each in tied)]
+            found |= {f"tied_modules.{key}.{name}": f"{held}.{name}" for name in own}
+    return found
+
+
 def without_own(module: PipelineModule, layout: Layout) -> Layout:
     """`layout` without the parameters that tied layers have of their own."""
     return [[each for each in group if each[0] is None or name_in_tie(module, each[0]) is None] for group in layout]
 
 
 @contextmanager
-def named_as_saved(module: PipelineModule, names: dict[nn.Parameter, str], folder: Path) -> Iterator[None]:
-    """In the body, parameters that a universal checkpoint does not hold have the names by which it does.
+def named_as_saved(module: PlacedModule, names: dict[nn.Parameter, str], folder: Path) -> Iterator[None]:
+    """In the body, parameters have the names by which a universal checkpoint holds them.
 
     Args:
         module: the model.
         names: of its parameters, by which DeepSpeed finds their states.
         folder: of the checkpoint.
     """
-    before = dict(names)
+    before, of_layers = dict(names), names_of_layers(module)
     for param, name in before.items():
-        other = name_in_tie(module, name)
-        if other is not None and not (folder / "zero" / name).is_dir() and (folder / "zero" / other).is_dir():
+        other, own = name_in_tie(module, name), of_layers.get(name)
+        if own is not None and (folder / "zero" / own).is_dir():
+            names[param] = own
+        elif other is not None and not (folder / "zero" / name).is_dir() and (folder / "zero" / other).is_dir():
             names[param] = other
     try:
         yield

@@ -14,8 +14,8 @@ from ..placing.experts import expert_shares
 from ..placing.param_groups import origins
 from .checks import CheckpointChecks
 from .files import peek
-from .ties import name_in_tie
-from .unpartitioned import load_universal
+from .ties import name_in_tie, names_of_layers
+from .unpartitioned import load_universal, load_weights
 
 PLAIN = "dualpipe_groups"  #: in a Universal Checkpoint: how many groups of parameters the user has
 
@@ -47,18 +47,28 @@ class UniversalLoading(CheckpointChecks):
                     + (f" and {len(missing) - 1} more" if len(missing) > 1 else "")
                     + ": it is of another model, or what is trained here was frozen when it was saved"
                 )
+            elif next(folder.glob("layer_*"), None) is None and (kept := self._only_in_layers()):
+                wrong = (
+                    f"it has nothing of {kept[0]}, which is not trained: copy the files layer_* and dualpipe_* of the "
+                    "checkpoint that it was made from into its folder"
+                )
         if reason := next(filter(None, from_all(wrong)), None):
             raise CheckpointError(f"{folder} is a Universal Checkpoint, and {reason}", everywhere=True)
 
     def _missing(self, folder: Path) -> list[str]:
         """Names of parameters that are trained, and that a Universal Checkpoint does not have."""
         trained = {name for name, param in self.module.named_parameters() if param.requires_grad}
-        found = []
+        found, of_layers = [], names_of_layers(self.module)
         for name in trained.intersection(name for group in self._layout() for name, _ in group if name is not None):
-            names = [name, name_in_tie(self.module, name) or name]
+            names = [name, name_in_tie(self.module, name) or name, of_layers.get(name, name)]
             if not any((folder / "zero" / each).is_dir() for each in names):
                 found.append(name)
         return sorted(found)
+
+    def _only_in_layers(self) -> list[str]:
+        """Names of what only files of layers have: buffers, and parameters that are not trained."""
+        frozen = [name for name, param in self.module.named_parameters() if not param.requires_grad]
+        return frozen + list(self._get_buffer_names())
 
     @staticmethod
     def _saved_groups(folder: Path) -> list[ParamGroup]:
@@ -82,13 +92,18 @@ class UniversalLoading(CheckpointChecks):
         load_module_only: bool,
         custom_load_fn: Callable[..., object] | None,
     ) -> tuple[str | None, ClientState | None]:
-        """What DeepSpeed does under ZeRO alone: Universal Checkpoints, and states that its BF16_Optimizer has cut."""
+        """What DeepSpeed does under ZeRO alone: Universal Checkpoints, and states that its BF16_Optimizer has cut; and
+        what it does not: the weights of a Universal Checkpoint alone."""
         parent, universal = str(folder.parent), self.load_universal_checkpoint()
         rest = load_lr_scheduler_states, load_module_only, custom_load_fn
         path, client_state = self._load_checkpoint(parent, folder.name, strict, False, *rest)
         if client_state is not None and load_optimizer_states:
             client_state.pop("optimizer", None)
-        if self.using_bf16_optimizer:
+        if universal and not states:
+            load_weights(folder, self.param_names, expert_shares(self.module))
+            refresh = "refresh_fp32_params" if self.using_bf16_optimizer else "_restore_from_bit16_weights"
+            getattr(self.optimizer, refresh, lambda: None)()
+        elif self.using_bf16_optimizer:
             if states:
                 self._load_zero_checkpoint(parent, folder.name)
             else:

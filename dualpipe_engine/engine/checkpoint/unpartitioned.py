@@ -107,10 +107,25 @@ def load_universal(
     optimizer.load_state_dict({"state": state, "param_groups": groups})
 
 
-def _states(folder: Path, share: tuple[int, int]) -> SavedState:
-    """What a Universal Checkpoint has of a parameter, of experts those of a share (number, of how many)."""
+def load_weights(folder: Path, names: Mapping[nn.Parameter, str], shares: Shares) -> None:
+    """Load the weights of a Universal Checkpoint into the parameters that it has.
+
+    Args:
+        folder: of the checkpoint.
+        names: of parameters, in the checkpoint.
+        shares: which experts this rank has.
+    """
+    for param, name in names.items():
+        weight = _states(folder / "zero" / name, shares.get(name) or (0, 1), "fp32").get("fp32")
+        if weight is not None:
+            param.data.copy_(weight.view_as(param))
+
+
+def _states(folder: Path, share: tuple[int, int], kind: str = "*") -> SavedState:
+    """What a Universal Checkpoint has of a parameter, of one kind or all; of experts those of a share (number, of how
+    many)."""
     found = {}
-    for path in folder.glob("*.pt"):
+    for path in folder.glob(f"{kind}.pt"):
         value = content = peek(path)
         if path.stem != "step":
             value = content["param"]

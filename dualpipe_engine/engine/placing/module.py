@@ -7,6 +7,7 @@ every copy of a stage lists its parameters in one order.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator, Sequence
 from functools import partial
 
@@ -14,9 +15,11 @@ import torch
 import torch.distributed as dist
 from deepspeed.accelerator import get_accelerator
 from deepspeed.pipe import PipelineModule, TiedLayerSpec
+from deepspeed.utils import logger
 from torch import nn
 
-from ...errors import ConfigError
+from ...comm.from_all import from_all
+from ...errors import CheckpointError, ConfigError
 from ...schedule.placement import Placement
 from ..checks.agreement import refused_everywhere
 from ..checks.fingerprint import difference, fingerprint
@@ -24,6 +27,7 @@ from ..given import CheckpointEngine, LayerFunction
 from .carry import Layer, carry
 from .experts import whole_experts
 from .grid import Place, deepspeed_grid, position_of
+from .own_files import OwnFile, own_files
 from .param_groups import add_placeholder
 from .partition import stage_of_layer
 
@@ -63,6 +67,51 @@ class PlacedModule(PipelineModule):
             index = self.dualpipe_layers.index(1)
             if not hasattr(self.forward_funcs[index], "state_dict"):
                 checkpoint_engine.save(state_dict={}, path=self.ckpt_layer_path(save_dir, index))
+        for file in self.own_files() if first else ():
+            if file.part is not self.loss_fn or self.dualpipe_place.reads_labels:  # where it is trained
+                kept = {
+                    name: tensor.detach().clone()
+                    for name, tensor in file.tensors.items()
+                    if tensor.requires_grad or not (exclude_frozen_params and isinstance(tensor, nn.Parameter))
+                }
+                checkpoint_engine.save(state_dict=kept, path=os.path.join(save_dir, file.name))
+
+    def own_files(self) -> list[OwnFile]:
+        """What this rank has in files of this package."""
+        return list(own_files(self, self.dualpipe_layers))
+
+    def load_state_dir(self, load_dir: str, checkpoint_engine: CheckpointEngine, strict: bool = True) -> None:
+        """As DeepSpeed's. Collective over all ranks.
+
+        Raises:
+            CheckpointError: a file cannot be read, or does not fit a layer of a rank; on all ranks.
+        """
+        wrong, ties = None, self.__dict__["tied_comms"]
+        try:
+            self.__dict__["tied_comms"] = {}  # no collective before all ranks have heard
+            super().load_state_dir(load_dir, checkpoint_engine, strict)
+            self.load_own_files(load_dir, checkpoint_engine)
+        except Exception as error:
+            wrong = str(error)
+        finally:
+            self.__dict__["tied_comms"] = ties
+        for rank, text in enumerate(from_all(wrong)):
+            if text is not None:
+                raise CheckpointError(
+                    f"{load_dir} does not fit the model on rank {rank}: {text}; load_module_strict=False passes over "
+                    "what is missing or more, but not over other shapes",
+                    everywhere=True,
+                )
+        self._synchronize_tied_weights()
+
+    def load_own_files(self, load_dir: str, checkpoint_engine: CheckpointEngine) -> None:
+        """Load what this rank has in files of this package, which a checkpoint of stock DeepSpeed lacks."""
+        for file in self.own_files():
+            path = os.path.join(load_dir, file.name)
+            if os.path.isfile(path):
+                file.part.load_state_dict(checkpoint_engine.load(path, map_location="cpu"), strict=False)
+            else:
+                logger.warning(f"{path} is missing: {', '.join(file.tensors)} stay as they are")
 
     def _synchronize_tied_weights(self) -> None:
         """The weights of the first layer of each tie, in the order of the model, are those of all."""

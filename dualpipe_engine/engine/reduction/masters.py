@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from itertools import chain
+from types import MethodType
 
 import torch
 import torch.distributed as dist
@@ -12,7 +13,8 @@ from deepspeed.runtime.bf16_optimizer import BF16_Optimizer
 from deepspeed.runtime.fp16.fused_optimizer import FP16_Optimizer
 from deepspeed.runtime.fp16.unfused_optimizer import FP16_UnfusedOptimizer
 from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
-from torch import Tensor
+from deepspeed.utils import set_full_hp_param
+from torch import Tensor, nn
 
 from ..given import Optimizer
 
@@ -24,6 +26,31 @@ class Masters:
 
     def __init__(self) -> None:
         self._seen: list[int] = []
+
+    @staticmethod
+    def link(optimizer: Optimizer, module: nn.Module) -> None:
+        """Let `deepspeed.utils.safe_set_full_fp32_param` set the weight with its master, which would follow it back;
+        DeepSpeed links both anew when it loads.
+
+        Args:
+            optimizer: of the engine.
+            module: whose weights it steps.
+        """
+        if not hasattr(optimizer, "_link_all_hp_params"):
+            return
+        link = optimizer._link_all_hp_params
+
+        def set_both() -> None:
+            for param in module.parameters():
+                if hasattr(param, "set_full_hp_param"):
+                    param.set_full_hp_param = MethodType(_set_both, param)  # type: ignore[attr-defined]
+
+        def link_again() -> None:
+            link()
+            set_both()
+
+        set_both()
+        optimizer._link_all_hp_params = link_again
 
     @torch.no_grad()
     def follow(self, optimizer: Optimizer) -> None:
@@ -41,6 +68,20 @@ class Masters:
         for master, weight in _pairs(optimizer):
             for kept, now in zip(master.view(-1).split(_PIECE), weight.view(-1).split(_PIECE), strict=True):
                 _take(kept, now.to(kept.device))
+
+
+def _set_both(param: nn.Parameter, value: Tensor, state: str | None = None) -> None:
+    """Set the master of a parameter and its weight, or a state of the optimizer.
+
+    Args:
+        param: of the module.
+        value: of its shape.
+        state: of the optimizer, such as "exp_avg".
+    """
+    set_full_hp_param(param, value, state)
+    if state is None:
+        with torch.no_grad():
+            param.copy_(value)
 
 
 def _take(master: Tensor, weight: Tensor) -> None:

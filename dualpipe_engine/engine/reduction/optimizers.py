@@ -17,6 +17,7 @@ from ..placing.experts import has_experts
 from ..placing.module import PlacedModule
 from ..placing.param_groups import GroupMap
 from .freezing import TrainedParams
+from .masters import Masters
 from .tail import GradientTail
 
 
@@ -25,6 +26,7 @@ class Optimizers(PipelineEngine):
 
     module: PlacedModule
     has_moe_layers: bool
+    masters: Masters
     _context: Context
     _pipeline_group: dist.ProcessGroup
     _tail: GradientTail
@@ -43,6 +45,7 @@ class Optimizers(PipelineEngine):
         self.has_moe_layers = has_experts(self.module)
         super()._configure_optimizer(client_optimizer, model_parameters)
         self.has_moe_layers = before
+        self.masters.link(self.optimizer, self.module)
         if again:
             self.using_bf16_optimizer = type(self.optimizer) is BF16_Optimizer
             self._context.optimizer = self.optimizer

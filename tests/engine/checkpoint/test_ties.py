@@ -8,7 +8,9 @@ from deepspeed.pipe import LayerSpec, TiedLayerSpec
 
 from dualpipe_engine.engine.checkpoint.ties import name_in_tie, named_as_saved, with_own, without_own
 
-MODULE = SimpleNamespace(_layer_specs=[TiedLayerSpec("e", training.Embed), LayerSpec(training.Block)] * 2)
+MODULE = SimpleNamespace(
+    _layer_specs=[TiedLayerSpec("e", training.Embed), LayerSpec(training.Block)] * 2, tied_modules={}
+)
 
 
 def test_what_layers_have_of_their_own_has_a_name_in_the_tie():
