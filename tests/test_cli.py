@@ -4,6 +4,7 @@ import base64
 import json
 import os
 import resource
+import shlex
 import subprocess
 import sys
 
@@ -237,6 +238,22 @@ def test_a_reader_that_goes_away_is_quiet(argv, read):
     assert process.stderr.read() == b""
     process.stderr.close()
     assert process.wait(60) in ((0, 1) if read else (1,))
+
+
+@pytest.mark.parametrize(
+    ("argv", "closed", "code"),
+    [
+        (["plan", *PAPER], ">&-", 0),
+        (["plan", *PAPER[:-2]], "2>&-", 2),
+        (["draw", *PAPER, "--out", "a.svg"], "<&- >&- 2>&-", 0),
+    ],
+)
+def test_closed_streams_are_dev_null(tmp_path, argv, closed, code):
+    """A drawing does not land where the output would, nor an error in the output."""
+    line = shlex.join([sys.executable, "-m", "dualpipe_engine.cli", *argv])
+    done = subprocess.run(f"{line} {closed}", shell=True, capture_output=True, text=True, timeout=120, cwd=tmp_path)
+    assert (done.returncode, done.stdout, done.stderr) == (code, "", "")
+    assert all(path.read_text().endswith("</svg>\n") for path in tmp_path.iterdir())
 
 
 @pytest.mark.parametrize("ending", ["csv", "table"])

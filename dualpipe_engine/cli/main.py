@@ -52,6 +52,7 @@ exit codes: 0 done; 1 nobody reads the output (a closed pipe); 2 the request can
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; returns the exit code."""
+    _open_missing_streams()
     args = _parser().parse_args(argv)
     try:
         with collector_paused():
@@ -66,6 +67,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 2
     return 0
+
+
+def _open_missing_streams() -> None:
+    """What the caller has closed is /dev/null, which takes its number: else that of a file opened later would."""
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+        if getattr(sys, name) is None:
+            setattr(sys, name, os.fdopen(os.open(os.devnull, os.O_RDWR), mode, closefd=False))
 
 
 def _drop_output() -> None:
