@@ -39,8 +39,8 @@ def test_plan(capsys, tmp_path):
     ("given", "said"),
     [
         (("--copy", "1"), "--copy is for --offload-activations"),
-        (("--offload-activations", "0"), "invalid fewer_activations value"),
-        (("--offload-activations", "1", "--copy", "-1"), "cost copy must not be negative"),
+        (("--offload-activations", "0"), "'0' is no whole number from 1"),
+        (("--offload-activations", "1", "--copy", "-1"), "argument --copy: '-1' is no number from 0"),
     ],
 )
 def test_what_is_refused(capsys, given, said):

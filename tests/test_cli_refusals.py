@@ -1,6 +1,7 @@
 """Options that would be without effect are refused in one sentence."""
 
 import json
+import re
 
 import pytest
 
@@ -15,9 +16,7 @@ CASES = [
     ([*MODEL, "--optimize"], ["--optimize"]),
     ([*MODEL, "--layer-costs", "1x40"], ["--layer-costs"]),
     ([*MODEL, "--memory", "0"], ["--memory must be above 0", "80e9"]),
-    (["compare", "--model", "mixtral-8x7b", "--gpus", "0"], ["--gpus must be at least 1, got 0"]),
-    ([*MODEL, "--micro-batch-size", "0"], ["--micro-batch-size must be at least 1, got 0"]),
-    ([*MODEL, "--expert-parallel", "-1"], ["--expert-parallel must be at least 1, got -1"]),
+    ([*MODEL, "--hardware", ""], ["unknown hardware ''"]),
     ([*SHAPE, "--memory", "80e9"], ["--memory: no effect without --model"]),
     ([*SHAPE, "--gpus", "8"], ["--gpus: no effect without --model"]),
     ([*SHAPE, "--hardware", "h800", "--no-fp8"], ["--hardware, --no-fp8"]),
@@ -33,6 +32,51 @@ def test_compare(capsys, argv, said):
     shown = capsys.readouterr()
     assert shown.out == "" and shown.err.count("\n") == 1
     assert all(words in shown.err for words in said), shown.err
+
+
+PLAN = ["plan", "--schedule", "interleaved", "--ranks", "4", "--micro-batches", "8"]
+MEMORY = ["memory", "--config", "ds.json", "--ranks", "4"]
+COUNTS = [
+    (PLAN, ["--ranks", "--micro-batches", "--activation-cap", "--stages-per-rank", "--tries", "--offload-activations"]),
+    (SHAPE, ["--ranks", "--micro-batches", "--stages-per-rank"]),
+    (MODEL, ["--gpus", "--expert-parallel", "--micro-batch-size", "--sequence-length", "--sequence-parallel"]),
+    (MEMORY, ["--ranks", "--micro-batches", "--replicas", "--stages-per-rank", "--sequence-length"]),
+]
+AMOUNTS = [
+    (PLAN, ["--comm", "--copy"]),
+    (SHAPE, ["--activation-cap"]),
+    (MODEL, ["--memory"]),
+    (MEMORY, ["--activation-bytes"]),
+]
+
+
+@pytest.mark.parametrize(
+    ("argv", "option", "value"),
+    [
+        *(
+            (argv, option, value)
+            for argv, names in COUNTS
+            for option in names
+            for value in ("0", "-1", "4.0", "1" * 10)
+        ),
+        *((argv, option, value) for argv, names in AMOUNTS for option in names for value in ("-1", "nan", "1e99", "x")),
+    ],
+)
+def test_numbers_that_make_no_sense(capsys, argv, option, value):
+    with pytest.raises(SystemExit) as caught:
+        main([*argv, option, value])
+    assert caught.value.code == 2
+    said = capsys.readouterr().err.splitlines()[-1]
+    assert re.search(
+        f"argument {option}[^ ]*: '{value}' is no (whole )?number from (1 to 999,999,999|0 to 1e.30)$", said
+    )
+
+
+def test_hardware_that_is_a_list(capsys, tmp_path):
+    path = tmp_path / "gpu.json"
+    path.write_text("[1]")
+    assert main([*MODEL, "--hardware", str(path)]) == 2
+    assert "does not describe hardware: it holds no fields {...}" in capsys.readouterr().err
 
 
 def test_draw_of_a_trace(capsys, tmp_path):
@@ -62,7 +106,7 @@ BF16 = {"enabled": True, "bf16_master_weights_and_grads": True}
 @pytest.mark.parametrize(
     ("settings", "given", "said"),
     [
-        ({}, ["--micro-batches", "0"], "above 0, got 0: say --micro-batches M"),
+        ({"gradient_accumulation_steps": 0}, [], "above 0, got 0: say --micro-batches M"),
         ({"gradient_accumulation_steps": True}, [], "got True: say --micro-batches M"),
         ({"zero_optimization": True}, [], '"zero_optimization" must be a section'),
         ({"optimizer": "Adam"}, [], '"optimizer" must be a section'),

@@ -6,6 +6,7 @@ import argparse
 import json
 import sys
 from collections.abc import Iterable
+from contextlib import suppress
 from dataclasses import replace
 from typing import Any, TypeAlias
 
@@ -95,27 +96,24 @@ def add_work(parser: argparse.ArgumentParser, plan_file: bool) -> list[argparse.
 
 
 def finite(text: str) -> float:
-    """A number that can be reckoned with: not infinite, not NaN, not above `MOST`."""
-    number = float(text)
-    if not abs(number) <= MOST:
-        raise ValueError
-    return number
+    """A number that can be reckoned with: not negative, infinite or NaN, not above `MOST`."""
+    with suppress(ValueError):
+        if 0 <= (number := float(text)) <= MOST:
+            return number
+    raise argparse.ArgumentTypeError(f"{text!r} is no number from 0 to {MOST:g}")
 
 
 def fewer_activations(text: str) -> bool | int:
-    """The value of --offload-activations: a whole number above 0, or all."""
-    number = True if text == "all" else whole(text)
-    if number < 1:
-        raise ValueError
-    return number
+    """The value of --offload-activations: a whole number, or all."""
+    return True if text == "all" else whole(text)
 
 
 def whole(text: str) -> int:
-    """A whole number of up to nine digits."""
-    number = int(text)
-    if abs(number) >= 10**9:
-        raise ValueError
-    return number
+    """A count of something: a whole number above 0, of up to nine digits."""
+    with suppress(ValueError):
+        if 1 <= (number := int(text)) < 10**9:
+            return number
+    raise argparse.ArgumentTypeError(f"{text!r} is no whole number from 1 to 999,999,999")
 
 
 def costs_argument(text: str) -> CostModel | Measurement:
@@ -129,7 +127,7 @@ def costs_argument(text: str) -> CostModel | Measurement:
         f, i, w, *pair = map(finite, text.split(","))
         (fb,) = pair or (f + i + w,)
         return CostModel(f, i, w, fb)
-    except ValueError:
+    except (ValueError, argparse.ArgumentTypeError):
         message = f"{text!r} is not F,I,W or F,I,W,FB: 3 or 4 numbers, such as 1,1,1,2.25, none negative"
         raise argparse.ArgumentTypeError(message) from None
 

@@ -27,16 +27,16 @@ def _run(simulated: list[argparse.Action], args: argparse.Namespace) -> None:
     from ..viz.figure import save_figure
     from ..viz.terminal import draw_terminal, wide_console
 
-    if args.file and args.schedule:
+    if args.file is not None and args.schedule is not None:
         raise ConfigError(f"draw either {args.file} or --schedule {args.schedule}, not both")
-    if args.file and _is_trace(args.file):
+    if args.file is not None and _is_trace(args.file):
         refuse(args, simulated, f"on {args.file}, which was measured")
         timeline, title, unit = read_chrome(args.file), Path(args.file).name, "s"
     else:
-        args.schedule = args.file or args.schedule
+        args.schedule = args.schedule if args.file is None else args.file
         plan, costs = make(args)
         timeline, title, unit = simulate(plan, costs), title_of(plan), ""
-    if args.out:
+    if args.out is not None:
         save_figure(args.out, timeline, title, unit)
     else:
         draw_terminal(timeline, wide_console(), title, unit)

@@ -58,11 +58,8 @@ def estimate_job(args: argparse.Namespace) -> None:
 
     if args.gpus is None:
         raise ConfigError(f"say how many GPUs train {args.model}: --gpus N")
-    for option in ("gpus", "ranks", "expert_parallel", "micro_batches", "micro_batch_size", "sequence_parallel"):
-        if (value := getattr(args, option)) is not None and value < 1:
-            raise ConfigError(f"--{option.replace('_', '-')} must be at least 1, got {value}")
     model = load_shape(args.model, args.own_layers, 1 if args.sequence_parallel is None else args.sequence_parallel)
-    hardware = load_hardware(args.hardware or "h800")
+    hardware = load_hardware("h800" if args.hardware is None else args.hardware)
     sequences = 1 if args.micro_batch_size is None else args.micro_batch_size
     counts = (args.gpus, args.ranks, args.expert_parallel, args.micro_batches, sequences)
     job = make_job(model, *counts, args.sequence_length, not args.no_fp8, not args.all_to_all)
@@ -86,8 +83,8 @@ def _climb(args: argparse.Namespace, work: Work) -> None:
     from ..viz.ladder import cuts, ladder_data, reason, rungs_table, schedules_table
     from ..viz.terminal import tracked, wide_console
 
-    if not work.memory > 0:
-        raise ConfigError(f"--memory must be above 0, got {work.memory:g}: say the bytes of a device, such as 80e9")
+    if not work.memory:
+        raise ConfigError("--memory must be above 0: say the bytes of a device, such as 80e9")
     stages = args.stages_per_rank
     ladders = tracked(climb(work, stages), len(tried(stages)), "schedules")
     if args.format == "json":

@@ -83,16 +83,13 @@ def add_memory(commands: Commands, shape: dict[str, Any]) -> None:
 
 def count(text: str) -> int:
     """A number from 0, such as 6e8."""
-    number = finite(text)
-    if number < 0:
-        raise ValueError
-    return int(number)
+    return int(finite(text))
 
 
 def _counts(text: str) -> list[int]:
     try:
         return [count(part) for part in text.split(",")]
-    except ValueError:
+    except argparse.ArgumentTypeError:
         raise argparse.ArgumentTypeError(f"{text!r} is no number of parameters, nor such numbers with commas") from None
 
 
@@ -109,8 +106,8 @@ def _run(given: list[argparse.Action], modelled: list[argparse.Action], args: ar
         raise ConfigError(
             f"gradient_accumulation_steps must be a whole number above 0, got {micro!r}: say --micro-batches M"
         )
-    if not (1 <= args.ranks <= MOST_RANKS and args.replicas >= 1):
-        raise ConfigError(f"--ranks and --replicas start at 1, and a pipeline has at most {MOST_RANKS:,} ranks")
+    if args.ranks > MOST_RANKS:
+        raise ConfigError(f"a pipeline has at most {MOST_RANKS:,} ranks, got --ranks {args.ranks}")
     if args.model is not None:
         refuse(args, given, "with --model, whose config.json says it")
         rows, parts = _of_model(args, config, micro)

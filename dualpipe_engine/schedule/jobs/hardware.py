@@ -83,6 +83,8 @@ def load_hardware(name: str) -> Hardware:
         )
     try:
         data = parse(Path(name).read_text())
+        if not isinstance(data, dict):
+            raise ValueError("it holds no fields {...}")
         like = data.pop("like", None)
         unknown = data.keys() - {each.name for each in fields(Hardware)}
         if unknown:
