@@ -40,6 +40,7 @@ def test_plan(capsys, tmp_path):
     [
         (("--copy", "1"), "--copy is for --offload-activations"),
         (("--offload-activations", "0"), "'0' is no whole number from 1"),
+        (("--offload-activations", "99"), "can the peak fall by more than 8 with 16 micro-batches: say 8, or"),
         (("--offload-activations", "1", "--copy", "-1"), "argument --copy: '-1' is no number from 0"),
     ],
 )

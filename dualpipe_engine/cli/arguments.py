@@ -198,7 +198,7 @@ def make(args: argparse.Namespace) -> tuple[Plan, CostModel]:
         searched = {"activation_cap": args.activation_cap, "stages_per_rank": stages, "tries": args.tries}
         with spinning(f"looking for {'the fastest order of ' if args.optimize else ''}{args.schedule}"):
             plan = make_plan(args.schedule, *shape, costs, args.optimize, **searched)
-    plan = offload(plan.unlowered() if args.offload_activations else plan, args.offload_activations, costs)
+    plan = offload(plan.unlowered() if args.offload_activations else plan, args.offload_activations, costs, exact=True)
     verify(plan, activation_cap=args.activation_cap)
     return plan, costs
 

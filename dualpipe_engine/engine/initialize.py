@@ -209,7 +209,7 @@ def _choose_plan(
         plan = lowered_plan(best.plan, dualpipe, costs(best.plan.placement))
     else:
         costs = costs_of_stages(model, dualpipe, measured)
-        plan = make_lowered_plan(dualpipe, grid.pipe_parallel_size, num_micro, costs)
+        plan = make_lowered_plan(dualpipe, grid.pipe_parallel_size, num_micro, costs, exact=True)
     agree(plan, torch.device(get_accelerator().current_device_name()))
     return dualpipe, plan, costs
 

@@ -63,7 +63,7 @@ def costs_of_stages(module: PipelineModule, config: DualPipeConfig, measured: Me
 
 
 def make_lowered_plan(
-    config: DualPipeConfig, num_ranks: int, num_micro: int, costs: StageCosts = UNIT.for_placement
+    config: DualPipeConfig, num_ranks: int, num_micro: int, costs: StageCosts = UNIT.for_placement, exact: bool = False
 ) -> Plan:
     """Make, verify and lower the training plan.
 
@@ -72,9 +72,10 @@ def make_lowered_plan(
         num_ranks: pipeline ranks.
         num_micro: micro-batches of one pipeline per batch.
         costs: gives those of the stages of a placement.
+        exact: as of `offload`.
 
     Raises:
-        PlanError: the schedule cannot run on these ranks, or a plan file is not valid.
+        PlanError: the schedule cannot run on these ranks, a plan file is not valid, or see `exact`.
         ConfigError: a plan file is for other ranks or micro-batches.
     """
     if config.plan_file is not None:
@@ -97,21 +98,22 @@ def make_lowered_plan(
             split_backward=config.split_backward is not False,
             stages_per_rank=config.stages_per_rank,
         )
-    return lowered_plan(plan, config, placed)
+    return lowered_plan(plan, config, placed, exact)
 
 
-def lowered_plan(plan: Plan, config: DualPipeConfig, costs: CostModel) -> Plan:
+def lowered_plan(plan: Plan, config: DualPipeConfig, costs: CostModel, exact: bool = False) -> Plan:
     """Add copies to host memory where the configuration wants them, lower and verify a plan.
 
     Args:
         plan: of compute ops.
         config: says how many activations are offloaded.
         costs: of the stages of its placement.
+        exact: as of `offload`.
 
     Raises:
-        PlanError: it is not sound, or does not keep within the configuration's cap.
+        PlanError: it is not sound, does not keep within the configuration's cap, or see `exact`.
     """
-    lowered = lower(offload(plan, config.offload_activations, costs))
+    lowered = lower(offload(plan, config.offload_activations, costs, exact))
     verify(lowered, activation_cap=config.activation_cap)
     return lowered
 

@@ -107,6 +107,15 @@ def test_what_one_rank_refuses_all_refuse_by_its_sentence(ranks):
     assert found[0][0] == "ConfigError" and found[0][1].startswith('"offload_activations" moves nothing of layers')
 
 
+def test_more_than_any_rank_can_spare_is_refused(ranks):
+    """A later change of the batch takes what can be."""
+    found = ranks.run(2, offload_runs.refused, ranks=2, zero=0, schedule="1f1b", offload_activations=9)
+    assert found[0] == found[1]
+    assert found[0][0] == "PlanError" and "offload_activations = 9: on no rank of 1f1b" in found[0][1]
+    config = DualPipeConfig(schedule="1f1b", offload_activations=9)
+    assert make_lowered_plan(config, 4, 8).unlowered() == offload(make_plan("1f1b", 4, 8), 1)
+
+
 def test_a_late_copy_is_exposed_in_the_profile(ranks, tmp_path):
     plain, late = (
         ranks.run(2, offload_runs.small, offload_activations=wanted, late_s=late, folder=str(tmp_path))

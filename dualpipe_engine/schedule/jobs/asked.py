@@ -58,7 +58,7 @@ class Asked:
             costs: bytes of the stages.
 
         Raises:
-            PlanError: the rank count does not fit, or no plan keeps within the cap.
+            PlanError: the rank count does not fit, no plan keeps within the cap, or no rank's peak can fall by so many.
         """
         plan = make_plan(
             "1f1b" if schedule == STOCK else schedule,
@@ -69,7 +69,7 @@ class Asked:
             split_backward=self.split_backward,
             stages_per_rank=self._known(schedule).stages_per_rank,
         )
-        return offload(plan, self.offload_activations, costs)
+        return offload(plan, self.offload_activations, costs, exact=True)
 
     def _known(self, schedule: str) -> Schedule:
         return known_schedule("1f1b") if schedule == STOCK else with_stages(self.stages_per_rank)[schedule]

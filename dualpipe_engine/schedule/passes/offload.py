@@ -32,7 +32,7 @@ class _Away(NamedTuple):
     micro: int
 
 
-def offload(plan: Plan, fewer: bool | int, costs: CostModel = UNIT) -> Plan:
+def offload(plan: Plan, fewer: bool | int, costs: CostModel = UNIT, exact: bool = False) -> Plan:
     """Add OFFLOAD and RELOAD to the programs of a plan.
 
     Args:
@@ -40,17 +40,26 @@ def offload(plan: Plan, fewer: bool | int, costs: CostModel = UNIT) -> Plan:
         fewer: by how many activations, each of one stage and one micro-batch, the peak of every rank shall fall, where
             that can be; those that live longest leave first. True: all leave that can; False: none.
         costs: costs of the stages of the placement; a copy gets as many ops to hide under as last as long as it.
+        exact: a number by which the peak of no rank can fall is refused, not taken for the largest that can be.
 
     Raises:
-        PlanError: activations of this plan are offloaded already.
+        PlanError: activations of this plan are offloaded already, or see `exact`.
     """
     if fewer is False:
         return plan
     if plan.has_copies():
         raise PlanError("this plan says itself which activations are offloaded: leave the number out")
     costs.check(plan.placement.num_stages)
+    can_leave = [_candidates(program, costs) for program in plan.programs]
+    if exact and fewer is not ALL and fewer > (most := max(map(_most, plan.programs, can_leave))):
+        remedy = f"say {most}, or that all shall leave" if most else "leave it out"
+        raise PlanError(
+            f"offload_activations = {fewer}: on no rank of {plan.schedule} can the peak fall by more than {most} with "
+            f"{plan.num_micro} micro-batches: {remedy}"
+        )
     programs = tuple(
-        _with_copies(program, _chosen(program, _candidates(program, costs), fewer)) for program in plan.programs
+        _with_copies(program, _chosen(program, away, fewer))
+        for program, away in zip(plan.programs, can_leave, strict=True)
     )
     return Plan(plan.placement, plan.num_micro, programs, plan.schedule)
 
@@ -100,8 +109,7 @@ def _chosen(program: tuple[Op, ...], candidates: list[_Away], fewer: bool | int)
     if fewer is ALL:
         return candidates
     held = _held(program)
-    least = max(_less(held, candidates), default=0)
-    target = max(max(held, default=0) - fewer, least)
+    target = max(held, default=0) - min(fewer, _most(program, candidates))
     chosen: list[_Away] = []
     waiting = deque(candidates)  # by begin
     open_: list[tuple[int, int, _Away]] = []  # by end, the last one first
@@ -114,6 +122,12 @@ def _chosen(program: tuple[Op, ...], candidates: list[_Away], fewer: bool | int)
             for away in range(each.begin, each.end):
                 held[away] -= 1
     return chosen
+
+
+def _most(program: tuple[Op, ...], candidates: list[_Away]) -> int:
+    """By how many activations the peak of the rank can fall."""
+    held = _held(program)
+    return max(held, default=0) - max(_less(held, candidates), default=0)
 
 
 def _less(held: list[int], away: list[_Away]) -> list[int]:

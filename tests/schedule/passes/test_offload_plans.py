@@ -31,6 +31,16 @@ def test_where_the_copies_stand():
     assert offload(plan_of(ONE), False) == plan_of(ONE)
 
 
+def test_more_than_can_be_is_refused_where_it_is_asked_for():
+    plan = make_plan("dualpipe", 4, 8)
+    assert offload(plan, 99) == offload(plan, 2) == offload(plan, 2, exact=True) != offload(plan, 1)
+    with pytest.raises(PlanError, match="can the peak fall by more than 2 with 8 micro-batches: say 2, or that all"):
+        offload(plan, 3, exact=True)
+    with pytest.raises(PlanError, match="more than 0 with 1 micro-batches: leave it out"):
+        offload(make_plan("1f1b", 1, 1), 1, exact=True)
+    assert offload(plan, True, exact=True) == offload(plan, True)
+
+
 def test_a_long_copy_gets_more_ops_to_hide_under():
     costs = CostModel(copy=1.5)
     assert offload(plan_of(ONE), True, costs).texts()[0][:6] == ["0F0", "0F1", "0F2", "0F3", "0B0", "0OFFLOAD3"]
