@@ -264,6 +264,16 @@ def test_a_full_disk_is_one_sentence(ending):
     assert done.stderr.startswith("error: ") and "No space left" in done.stderr and done.stderr.count("\n") == 1
 
 
+@pytest.mark.parametrize("command", ["export", pytest.param("convert", marks=pytest.mark.all)])
+def test_what_deepspeed_logs_is_not_in_the_output(tmp_path, command):
+    """It names the accelerator that it has found where no variable does."""
+    line = [sys.executable, "-m", "dualpipe_engine.cli", command, "--checkpoint", "none", "--out", "out"]
+    env = {name: value for name, value in os.environ.items() if not name.startswith("DS_")}
+    done = subprocess.run(line, capture_output=True, text=True, timeout=120, cwd=tmp_path, env=env)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert "error: none" in done.stderr
+
+
 def test_whole_jobs_are_estimated_without_torch():
     result = run("compare", "--model", "deepseek-v3", "--gpus", "2048", "--hardware", "h800")
     assert result.returncode == 0, result.stderr

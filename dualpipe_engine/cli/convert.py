@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+import sys
+from contextlib import redirect_stdout
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +29,8 @@ def add_convert(commands: Commands, shape: dict[str, Any]) -> None:
 
 
 def _run(args: argparse.Namespace) -> None:
-    from ..engine.checkpoint.convert import convert
+    with redirect_stdout(sys.stderr):  # where what DeepSpeed logs goes then
+        from ..engine.checkpoint.convert import convert
 
-    convert(args.checkpoint, args.out)
+        convert(args.checkpoint, args.out)
     print(args.out)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+import sys
+from contextlib import redirect_stdout
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +28,9 @@ def add_export(commands: Commands, shape: dict[str, Any]) -> None:
 
 
 def _run(args: argparse.Namespace) -> None:
-    from ..engine.checkpoint.export import export
+    with redirect_stdout(sys.stderr):  # where what DeepSpeed logs goes then
+        from ..engine.checkpoint.export import export
 
-    for path in export(args.checkpoint, args.out):
+        paths = export(args.checkpoint, args.out)
+    for path in paths:
         print(path)
