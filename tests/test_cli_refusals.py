@@ -72,11 +72,23 @@ def test_numbers_that_make_no_sense(capsys, argv, option, value):
     )
 
 
-def test_hardware_that_is_a_list(capsys, tmp_path):
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("[1]", "does not describe hardware: it holds no fields {...}"),
+        ('{"like": 3}', "unknown hardware '3'"),
+        ('{"like": "h800", "bf16": "x"}', "'bf16' of hardware 'h800' must be a number above 0, got 'x'"),
+        ('{"like": "h800", "nvlink": null}', "'nvlink' of hardware 'h800' must be a number above 0, got None"),
+        ('{"like": "h800", "gpus_per_node": 0}', "'gpus_per_node' of hardware 'h800' must be a number above 0, got 0"),
+        ('{"like": "h800", "imbalance": NaN}', "'imbalance' of hardware 'h800' must be a number above 0, got nan"),
+    ],
+)
+def test_files_that_describe_no_hardware(capsys, tmp_path, text, said):
     path = tmp_path / "gpu.json"
-    path.write_text("[1]")
+    path.write_text(text)
     assert main([*MODEL, "--hardware", str(path)]) == 2
-    assert "does not describe hardware: it holds no fields {...}" in capsys.readouterr().err
+    shown = capsys.readouterr()
+    assert shown.out == "" and said in shown.err and shown.err.count("\n") == 1
 
 
 def test_draw_of_a_trace(capsys, tmp_path):

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from ...errors import ConfigError
 from ..plain_json import parse
+from ..timing.costs import LEAST, MOST
 
 
 @dataclass(frozen=True)
@@ -34,6 +35,9 @@ class Hardware:
             DeepSeek's published trace of DualPipe).
         imbalance: tokens of the busiest expert rank by those of the mean one.
         pcie: bytes/s of copies between device and host, each way.
+
+    Raises:
+        ConfigError: a field is no number above 0; `fp8`, `nvlink` and `comm_sms` may be 0.
     """
 
     name: str
@@ -55,6 +59,12 @@ class Hardware:
     imbalance: float = 1.1
     # PCIe Gen5 x16: the data sheets of H100 and H200 have 128 GB/s, both ways together; that of A100 (Gen4) 64 GB/s.
     pcie: float = 64e9
+
+    def __post_init__(self) -> None:
+        for name, value in asdict(self).items():
+            least = 0 if name in ("fp8", "nvlink", "comm_sms") else LEAST
+            if name != "name" and not (type(value) in (int, float) and least <= value <= MOST):
+                raise ConfigError(f"{name!r} of hardware {self.name!r} must be a number above 0, got {value!r}")
 
 
 KNOWN = {
@@ -89,7 +99,7 @@ def load_hardware(name: str) -> Hardware:
         unknown = data.keys() - {each.name for each in fields(Hardware)}
         if unknown:
             raise ConfigError(f"{name}: unknown field {sorted(unknown)[0]!r}")
-        return Hardware(**{**(asdict(load_hardware(like)) if like else {}), **data})
+        return Hardware(**{**(asdict(load_hardware(str(like))) if like else {}), **data})
     except (OSError, ValueError, TypeError, AttributeError) as error:
         if isinstance(error, ConfigError):
             raise
