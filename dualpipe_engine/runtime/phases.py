@@ -11,8 +11,10 @@ run, or wait, apart from the next.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import NamedTuple, Protocol, runtime_checkable
+
+from torch import nn
 
 from ..comm.nest import Nest
 
@@ -43,3 +45,8 @@ class Phased(Protocol):
     """A layer that offers phases."""
 
     def phases(self) -> list[Phase]: ...
+
+
+def hooks_of(module: nn.Module) -> tuple[Mapping[int, Callable[..., object]], ...]:
+    """What runs when a module is called, and not when only its parts are."""
+    return module._forward_pre_hooks, module._forward_hooks, module._backward_pre_hooks, module._backward_hooks

@@ -99,13 +99,19 @@ def share_blocks(module: PipelineModule, config: AutoEPConfig) -> None:
         for path, spec, completed in _blocks(layer, number, config):
             assert layer is not None
             source = layer.get_submodule(path)
-            made = SharedMoE(spec, source, config.autoep_size, rank, completed).train(source.training)
-            if (why := difference(source, made, config)) is not None:
+            why: str | None
+            try:
+                made = SharedMoE(spec, source, config.autoep_size, rank, completed).train(source.training)
+                why = difference(source, made, config)
+            except Exception as error:  # another kind of module under the name that a preset knows
+                why = f"cannot take the place of {type(source).__name__} ({type(error).__name__}: {error})"
+            if why is not None:
                 wrong.append(
                     f'"expert_parallel": layer {number}: DeepSpeed\'s layer by the preset {spec.model_family} {why}: '
                     "take another preset_model, say by the keys of the section what it should do, or leave "
                     "expert_parallel out"
                 )
+                continue
             if isinstance(layer, Unread) and f"{path}.{spec.experts_name}" in layer.unread:
                 made.take(layer, f"{path}.{spec.experts_name}")
             made.to(device)

@@ -16,7 +16,7 @@ from ...comm.tickets import Transfer
 from ...errors import ConfigError
 from ...runtime.chunk import ChunkOptions, StageChunk
 from ...runtime.overlap import PhasedChunk, phases_of
-from ...runtime.phases import COMPUTE, Phased
+from ...runtime.phases import COMPUTE, Phased, hooks_of
 from ...runtime.recompute import Recompute
 from ..given import LayerFunction, Settings
 from .module import PlacedModule
@@ -139,7 +139,7 @@ class _Layers:
         self._view, self._first = view, view._local_start
         self._layers = tuple(view.forward_funcs)
         # Shared with the module that the user holds, who may hang something in later.
-        self._hooks = (view._forward_pre_hooks, view._forward_hooks, view._backward_pre_hooks, view._backward_hooks)
+        self._hooks = hooks_of(view)
 
     def __call__(self, inputs: Nest) -> Nest:
         if any(self._hooks):
