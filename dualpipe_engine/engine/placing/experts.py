@@ -22,6 +22,7 @@ from ...errors import ConfigError
 from ...models.autoep.layer import SharedMoE
 from ...models.autoep.weights import SourceForm
 from ...models.experts import Experts
+from ..checks.agreement import refused_everywhere
 from .param_groups import PLACEHOLDER, add_placeholder
 
 _ABSENT = object()
@@ -38,7 +39,8 @@ def make_expert_groups(module: PipelineModule, base_grid: PipelineParallelGrid) 
         The groups that this rank is in.
 
     Raises:
-        ConfigError: the replicas of the pipeline cannot share experts as the layers want it.
+        ConfigError: the replicas of the pipeline cannot share experts as the layers want it, or a rank has the share of
+            another; the same on every rank.
     """
     # A MoE layer of DeepSpeed's, or one of `models`.
     mine = {part.ep_size for part in module.modules() if hasattr(part, "set_deepspeed_parallelism")}
@@ -77,6 +79,10 @@ def make_expert_groups(module: PipelineModule, base_grid: PipelineParallelGrid) 
                     if dist.get_rank() in ranks:
                         put_beside(groups._EXPERT_PARALLEL_GROUP[name], counting)
                         own.append(counting)
+    with refused_everywhere():
+        for part in module.modules():
+            if isinstance(part, Experts) and part.ep_size > 1:
+                part.check(groups._EXPERT_PARALLEL_GROUP[part.expert_group_name])
     return own
 
 
