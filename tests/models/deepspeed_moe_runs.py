@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import copy
 
+import pytest
 import torch
 from deepspeed.moe.layer import MoE
 from deepspeed.pipe import LayerSpec, PipelineModule
-from deepspeed.runtime.pipe.topology import PipeDataParallelTopology
+from deepspeed.runtime.pipe.topology import PipeDataParallelTopology, PipeModelDataParallelTopology
 from torch import nn
 
+from dualpipe_engine.errors import ConfigError
 from dualpipe_engine.models.deepspeed_moe import moe_phases
 
 VOCABULARY, WIDTH = 17, 8
@@ -55,6 +57,53 @@ class Head(nn.Linear):
 
 def loss(output, labels):
     return nn.functional.cross_entropy(output[0].flatten(0, 1), labels.flatten()) + output[1].sum()
+
+
+def count(counted, *_):
+    counted.calls = getattr(counted, "calls", 0) + 1
+
+
+def hooked(settings, ranks=2, replicas=2):
+    """How often hooks on DeepSpeed's layer ran in a batch, and the names of transfers; then a hook that comes late."""
+    import training
+
+    import dualpipe_engine
+
+    blocks = [LayerSpec(PhasedBlock) for _ in range(2)]
+    module = PipelineModule(
+        layers=[LayerSpec(Embed, VOCABULARY, WIDTH), *blocks, LayerSpec(Head, WIDTH, VOCABULARY)],
+        topology=PipeDataParallelTopology(ranks, replicas),
+        loss_fn=loss,
+        partition_method="uniform",
+    )
+    first = (
+        next((part for part in module.modules() if isinstance(part, PhasedBlock)), None) if module.stage_id else None
+    )
+    if first is not None:
+        first.moe.register_forward_hook(count)
+    data = training.stream(module._grid.data_parallel_id)
+    engine, *_ = dualpipe_engine.initialize(model=module, config=copy.deepcopy(settings))
+    engine.train_batch(data)
+    calls = [getattr(part, "calls", 0) for part in engine.module.modules() if isinstance(part, MoE)]
+    found = {"calls": calls, "unphased": dict(engine.module.dualpipe_unphased)}
+    engine.module.register_forward_hook(lambda *_: None)
+    with pytest.raises(ConfigError, match="runs by phases, which pass by the hooks"):
+        engine.train_batch(data)
+    engine.destroy()
+    return found
+
+
+def sliced(settings):
+    """A start with tensor parallelism, which each rank must refuse."""
+    import dualpipe_engine
+
+    module = PipelineModule(
+        layers=[LayerSpec(Embed, VOCABULARY, WIDTH), LayerSpec(Block), LayerSpec(Head, WIDTH, VOCABULARY)],
+        topology=PipeModelDataParallelTopology(2, 2, 1),
+        loss_fn=loss,
+    )
+    with pytest.raises(ConfigError, match=r"deepspeed\.moe\.layer\.MoE and tensor parallelism do not go together"):
+        dualpipe_engine.initialize(model=module, config=copy.deepcopy(settings))
 
 
 def train(settings, phased, ranks=2, replicas=2, steps=3):

@@ -32,3 +32,14 @@ def test_moe_layers_of_deepspeed_train_like_stock(trained, zero):
             assert ({"dispatch", "combine"} <= rank["transfers"]) == phased
             for name, value in rank["weights"].items():
                 torch.testing.assert_close(value, expected[rank["replica"], name], rtol=1e-4, atol=1e-5)
+
+
+def test_hooks_around_experts_run(ranks):
+    found = ranks.run(4, deepspeed_moe_runs.hooked, settings=training.settings(4, 2, schedule="dualpipe"))
+    for rank in found:  # blocks 1 and 2, of which the second is hooked
+        assert rank["calls"] == [0, 2], "half of the micro-batches"
+        assert rank["unphased"] == {2: "it has hooks, which phases would pass by"}
+
+
+def test_tensor_parallelism_is_refused(ranks):
+    ranks.run(4, deepspeed_moe_runs.sliced, settings=training.settings(4, 1, schedule="1f1b"))

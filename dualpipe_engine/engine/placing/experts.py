@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 
 import torch.distributed as dist
+from deepspeed.moe.layer import MoE
 from deepspeed.moe.utils import is_moe_param
 from deepspeed.pipe import PipelineModule
 from deepspeed.runtime.pipe.topology import PipelineParallelGrid
@@ -22,7 +23,7 @@ from ...errors import ConfigError
 from ...models.autoep.layer import SharedMoE
 from ...models.autoep.weights import SourceForm
 from ...models.experts import Experts
-from ..checks.agreement import refused_everywhere
+from ..checks.agreement import raise_everywhere, refused_everywhere
 from .param_groups import PLACEHOLDER, add_placeholder
 
 _ABSENT = object()
@@ -42,6 +43,8 @@ def make_expert_groups(module: PipelineModule, base_grid: PipelineParallelGrid) 
         ConfigError: the replicas of the pipeline cannot share experts as the layers want it, or a rank has the share of
             another; the same on every rank.
     """
+    if base_grid.model_parallel_size > 1:
+        _refuse_slices(module)
     # A MoE layer of DeepSpeed's, or one of `models`.
     mine = {part.ep_size for part in module.modules() if hasattr(part, "set_deepspeed_parallelism")}
     sizes_of_ranks = from_all(mine)
@@ -84,6 +87,19 @@ def make_expert_groups(module: PipelineModule, base_grid: PipelineParallelGrid) 
             if isinstance(part, Experts) and part.ep_size > 1:
                 part.check(groups._EXPERT_PARALLEL_GROUP[part.expert_group_name])
     return own
+
+
+def _refuse_slices(module: PipelineModule) -> None:
+    """DeepSpeed's layer gives each slice some of the rows, and nobody adds up what its experts learn from them."""
+    found = any(isinstance(part, MoE) for part in module.modules())
+    raise_everywhere(
+        [
+            "deepspeed.moe.layer.MoE and tensor parallelism do not go together: build the PipelineModule on a "
+            "PipeDataParallelTopology, or take the experts of dualpipe_engine.models"
+        ]
+        if found
+        else []
+    )
 
 
 def stand_in_for_experts(module: PipelineModule) -> None:
