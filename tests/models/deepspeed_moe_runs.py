@@ -24,12 +24,12 @@ class Embed(nn.Embedding):
 
 
 class Block(nn.Module):
-    def __init__(self, residual=False, k=1):
+    def __init__(self, residual=False, k=1, ep_size=2):
         super().__init__()
         self.mixer = nn.Linear(WIDTH, WIDTH)
         expert = nn.Sequential(nn.Linear(WIDTH, 2 * WIDTH), nn.Tanh(), nn.Linear(2 * WIDTH, WIDTH))
         gate = {"k": k, "use_rts": False, "top2_2nd_expert_sampling": False}  # nothing random
-        self.moe = MoE(WIDTH, expert, num_experts=4, ep_size=2, use_residual=residual, **gate)
+        self.moe = MoE(WIDTH, expert, num_experts=4, ep_size=ep_size, use_residual=residual, **gate)
 
     def before(self, state):
         x, loss = state
@@ -90,6 +90,63 @@ def hooked(settings, ranks=2, replicas=2):
     with pytest.raises(ConfigError, match="runs by phases, which pass by the hooks"):
         engine.train_batch(data)
     engine.destroy()
+    return found
+
+
+def resumed(settings, folder, ranks=2, replicas=2):
+    """Losses after a checkpoint, in the run that goes on and in one that has loaded it; and the weights of single
+    experts as they were saved, and in an engine whose ranks share no experts."""
+    import training
+
+    import dualpipe_engine
+
+    def start(schedule, ep_size=2):
+        blocks = [LayerSpec(PhasedBlock, True, 1, ep_size), LayerSpec(PhasedBlock, False, 2, ep_size)]
+        module = PipelineModule(
+            layers=[LayerSpec(Embed, VOCABULARY, WIDTH), *blocks, LayerSpec(Head, WIDTH, VOCABULARY)],
+            topology=PipeDataParallelTopology(ranks, replicas),
+            loss_fn=loss,
+        )
+        replica = module._grid.data_parallel_id
+        for number, param in enumerate(module.parameters()):
+            torch.manual_seed(100 * replica + number)  # no expert is like another
+            if not getattr(param, "allreduce", True):
+                nn.init.normal_(param)
+        config = copy.deepcopy(settings)
+        config["pipeline"]["schedule"] = schedule
+        engine, *_ = dualpipe_engine.initialize(model=module, config=config)
+        return engine, training.stream(replica)
+
+    engine, data = start("dualpipe")
+    engine.train_batch(data)
+    engine.save_checkpoint(folder)
+    saved = numbered(engine.module)
+    losses = [float(engine.train_batch(data)) for _ in range(2)]
+    engine.destroy()
+    again, data = start("dualpipe")
+    again.load_checkpoint(folder)
+    for _ in range(settings["gradient_accumulation_steps"]):
+        next(data)
+    loaded = [float(again.train_batch(data)) for _ in range(2)]
+    again.destroy()
+    other, _ = start("1f1b", ep_size=1)
+    other.load_checkpoint(folder, load_optimizer_states=False, load_lr_scheduler_states=False)
+    found = {"losses": losses, "loaded": loaded, "saved": saved, "moved": numbered(other.module)}
+    other.destroy()
+    return found
+
+
+def numbered(module):
+    """Name of each parameter, with the number of an expert among all -> a copy."""
+    found = {}
+    for path, part in module.named_modules():
+        if not isinstance(part, MoE):
+            continue
+        first = torch.distributed.get_rank(part.deepspeed_moe.ep_group) * part.num_local_experts
+        for number, expert in enumerate(part.deepspeed_moe.experts.deepspeed_experts):
+            found |= {
+                f"{path}.{first + number}.{name}": param.detach().clone() for name, param in expert.named_parameters()
+            }
     return found
 
 

@@ -24,6 +24,7 @@ from ...models.autoep.layer import SharedMoE
 from ...models.autoep.weights import SourceForm
 from ...models.experts import Experts
 from ..checks.agreement import raise_everywhere, refused_everywhere
+from .deepspeed_experts import whole_layer
 from .param_groups import PLACEHOLDER, add_placeholder
 
 _ABSENT = object()
@@ -209,11 +210,13 @@ def whole_experts(module: nn.Module, keep: bool) -> ExitStack:
     """A context in which state dicts hold the experts of all ranks. Collective over the ranks that share them.
 
     Args:
-        module: holds layers of `models`, or blocks of others whose experts are shared.
+        module: holds layers of `models`, of DeepSpeed, or blocks of others whose experts are shared.
         keep: whether this rank needs the state dicts.
     """
     stack = ExitStack()
     for part in module.modules():
         if isinstance(part, (Experts, SharedMoE)):
             stack.enter_context(part.whole(keep))
+        elif isinstance(part, MoE):
+            stack.enter_context(whole_layer(part, keep))
     return stack

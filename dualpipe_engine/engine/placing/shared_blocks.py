@@ -22,6 +22,7 @@ from ...models.autoep.layer import SharedMoE
 from ...models.autoep.weights import Unread
 from ..checks.agreement import raise_everywhere
 from .carry import layers_of
+from .deepspeed_experts import load_own
 from .module import PlacedModule
 from .param_groups import take_name
 
@@ -36,9 +37,12 @@ class SharingExperts(PipelineEngine):
         return ReplacementSourceMap()
 
     def _configure_distributed_model(self, model: PipelineModule) -> None:
-        """The flag means checkpoint files of experts; the files of layers hold them here, except DeepSpeed's MoE."""
+        """The flag means checkpoint files of experts; the files of layers hold them here."""
         super()._configure_distributed_model(model)
-        self.has_moe_layers = any(isinstance(part, MoE) for part in self.module.modules())
+        self.has_moe_layers = False
+        for part in self.module.modules():
+            if isinstance(part, MoE):
+                load_own(part)
 
 
 def check_blocks(module: PipelineModule, config: AutoEPConfig) -> None:
