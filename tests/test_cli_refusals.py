@@ -141,6 +141,7 @@ def test_memory_of_a_configuration(capsys, tmp_path, settings, given, said):
         ({"train_micro_batch_size_per_gpu": "auto"}, "say --micro-batch-size N"),
         ({"expert_parallel": {"enabled": True, "autoep_size": 0}}, "say --expert-parallel N"),
         ({"expert_parallel": True}, '"expert_parallel" must be a section'),
+        ({"expert_parallel": {"enabled": True, "top_k": 1}}, '"top_k": 1} is not what --model counts by'),
         ({"torch_autocast": {"enabled": True}}, '"torch_autocast" keeps activations in two widths'),
     ],
 )

@@ -32,7 +32,7 @@ from ..engine.checks.token_mixing import SHARED_HEADS
 from ..errors import PipelineRuntimeError
 from ..models.head_exchange import Parcel
 from ..models.trial import same, unchanged
-from ..runtime.phases import COMM, COMPUTE, Phase
+from ..runtime.phases import COMM, COMPUTE, Phase, hooks_of
 from .sequences import AtAttention, Call, SharedHeads
 from .stubs import first_tensor
 
@@ -228,7 +228,7 @@ def _unknown(block: nn.Module, attention: nn.Module, parts: Parts | None) -> str
     if parts is None:
         return "its attention returns more than one tensor"
     hooked = [block, attention, *parts.before, *parts.within]
-    if any(part._forward_hooks or part._forward_pre_hooks or part._backward_hooks for part in hooked):
+    if any(any(hooks_of(part)) for part in hooked):
         return "it has hooks around its attention"
     return None
 

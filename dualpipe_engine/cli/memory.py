@@ -144,6 +144,11 @@ def _of_model(args: argparse.Namespace, config: dict[str, Any], micro: int) -> t
     section = section_of(config, "expert_parallel")
     if experts is None:
         experts = section.get("autoep_size", 1) if section.get("enabled") else 1
+    if section.get("enabled") and (top_k := section.get("top_k", "auto")) != "auto":
+        raise ConfigError(
+            f'"expert_parallel": {{"top_k": {top_k}}} is not what --model counts by: set the num_experts_per_tok of '
+            "its config.json in its place"
+        )
     if sequences is None:
         sequences = config.get("train_micro_batch_size_per_gpu", 1)
     parts = config.get("sequence_parallel_size", 1) if args.sequence_parallel is None else args.sequence_parallel

@@ -44,7 +44,7 @@ from .placing.param_groups import GroupMap, check_dtypes, name_parameters
 from .placing.recomputed import recomputed_modules
 from .placing.sequences import BatchView, Sharing, make_sharing, read_sizes, readers_of, share_sequences
 from .placing.shared_blocks import check_blocks, connect_blocks, overlap_blocks, read_rest, share_blocks
-from .placing.stages import set_activation_checkpointing
+from .placing.stages import hooked_layers, set_activation_checkpointing
 from .placing.tiled import tile
 from .plan import StageCosts, agree, costs_of_stages, lowered_plan, make_lowered_plan
 from .section import AUTO, DualPipeConfig
@@ -226,6 +226,8 @@ def _place(model: PipelineModule, settings: Settings, dualpipe: DualPipeConfig, 
     if expert_parallel.read_section(settings.get(expert_parallel.NAME)) is not None:
         connect_blocks(model)
         model.dualpipe_unphased = overlap_blocks(model) if dualpipe.overlap is not False else {}
+    if dualpipe.overlap is not False:
+        model.dualpipe_unphased |= hooked_layers(model)
     set_activation_checkpointing(model, settings.get("pipeline", {}))
     tile(model, dualpipe.tiled_loss, dualpipe.tiled_mlp)
     return placed

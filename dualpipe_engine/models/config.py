@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
+from numbers import Integral
 from typing import TYPE_CHECKING, Any
 
 from ..errors import ConfigError
@@ -11,6 +12,42 @@ from .positions import Yarn
 
 if TYPE_CHECKING:
     from transformers import DeepseekV3Config
+
+
+#: Field -> the least whole number that it can be.
+_WHOLE = {
+    "vocabulary": 1,
+    "hidden": 1,
+    "blocks": 1,
+    "dense_blocks": 0,
+    "heads": 1,
+    "kv_heads": 1,
+    "head": 1,
+    "value_head": 1,
+    "rotary": 0,
+    "kv_rank": 1,
+    "q_rank": 1,
+    "dense_inner": 1,
+    "experts": 1,
+    "top_k": 1,
+    "shared_experts": 0,
+    "expert_inner": 1,
+    "expert_parallel": 1,
+    "groups": 1,
+    "kept_groups": 1,
+    "mtp_depth": 0,
+}
+#: Field -> the least number that it can be.
+_LEAST = {"theta": 1, "norm_eps": 0, "init_std": 0, "bias_rate": 0, "sequence_loss": 0, "loss_weight": 0}
+#: Field -> what it goes along with: another field and its value.
+_FOR = {
+    "kv_heads": ("attention", "grouped"),
+    "value_head": ("attention", "latent"),
+    "q_rank": ("attention", "latent"),
+    "bias_rate": ("balancing", "bias"),
+    "sequence_loss": ("balancing", "bias"),
+    "loss_weight": ("balancing", "loss"),
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,7 +91,7 @@ class MoEConfig:
         mtp_depth: further tokens that each position predicts, by one more block each (multi-token prediction).
 
     Raises:
-        ConfigError: sizes do not fit together.
+        ConfigError: a number is too small, sizes do not fit together, or a field could have no effect beside another.
     """
 
     vocabulary: int = 256
@@ -94,6 +131,7 @@ class MoEConfig:
         for name, known in (("attention", ("latent", "grouped")), ("balancing", ("bias", "loss"))):
             if getattr(self, name) not in known:
                 raise ConfigError(f"{name} must be one of {', '.join(known)}, got {getattr(self, name)!r}")
+        self._check_numbers()
         if self.experts % self.expert_parallel:
             raise ConfigError(f"{self.experts} experts cannot be shared by {self.expert_parallel} ranks evenly")
         if not 1 <= self.top_k <= self.experts:
@@ -103,13 +141,28 @@ class MoEConfig:
         turning = "rotary" if self.attention == "latent" else "head"
         if getattr(self, turning) % 2:
             raise ConfigError(f"{turning} must be even, got {getattr(self, turning)}: rotary positions turn pairs")
-        if self.value_head is not None and self.attention != "latent":
-            raise ConfigError('value_head is for attention "latent": the values of "grouped" are as wide as head')
-        if self.sequence_loss and self.balancing != "bias":
-            raise ConfigError('sequence_loss goes along with balancing "bias": "loss" has loss_weight')
-        if self.mtp_depth < 0:
-            raise ConfigError(f"mtp_depth must be 0 or more, got {self.mtp_depth}")
+        if self.dense_blocks > self.blocks:
+            raise ConfigError(
+                f"{self.dense_blocks} dense_blocks are more than the {self.blocks} blocks of which they are"
+            )
         self._check_groups()
+
+    def _check_numbers(self) -> None:
+        for field in fields(self):
+            name, value = field.name, getattr(self, field.name)
+            if value == field.default and type(value) is type(field.default):
+                continue
+            if name in _WHOLE and (not isinstance(value, Integral) or isinstance(value, bool) or value < _WHOLE[name]):
+                raise ConfigError(f"{name} must be a whole number from {_WHOLE[name]}, got {value!r}")
+            if name in _LEAST and (
+                not isinstance(value, (int, float)) or isinstance(value, bool) or not value >= _LEAST[name]
+            ):
+                raise ConfigError(f"{name} must be a number from {_LEAST[name]}, got {value!r}")
+            if name in ("interleaved", "normalised") and not isinstance(value, bool):
+                raise ConfigError(f"{name} must be true or false, got {value!r}")
+            if value and name in _FOR and getattr(self, _FOR[name][0]) != _FOR[name][1]:
+                beside, wanted = _FOR[name]
+                raise ConfigError(f'{name} has no effect but with {beside} "{wanted}": leave it out, or set {beside}')
 
     def _check_groups(self) -> None:
         if self.groups == 1 and self.kept_groups == 1:

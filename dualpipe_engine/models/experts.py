@@ -93,7 +93,12 @@ class Experts(nn.Module):
                 param.allreduce, param.group_name = False, self.expert_group_name  # type: ignore[attr-defined]
 
     def connect(self, group: dist.ProcessGroup) -> None:
-        """Take the ranks that share the experts.
+        """Take the ranks that share the experts; raises what `check` does."""
+        self.check(group)
+        self.group = group
+
+    def check(self, group: dist.ProcessGroup) -> None:
+        """Compare the share with the place of this rank in `group`.
 
         Raises:
             ConfigError: this rank holds the share of another.
@@ -103,7 +108,6 @@ class Experts(nn.Module):
                 f"rank {dist.get_rank()} is number {dist.get_rank(group)} of the {self.ep_size} ranks that share the "
                 f"experts, but was built as number {self.rank}: pass its data-parallel rank as `replica` to layers()"
             )
-        self.group = group
 
     def forward(self, rows: Tensor, sizes: Sizes) -> Tensor:
         """Apply the experts.

@@ -26,9 +26,10 @@ from torch.utils.checkpoint import checkpoint
 
 from ..comm.nest import Nest, as_it_is
 from ..comm.tickets import Tickets, Transfer
+from ..errors import ConfigError
 from .chunk import ChunkOptions, StageChunk, _inside, empty
 from .filling import Filling, Weights
-from .phases import COMM, COMPUTE, Phase, Phased
+from .phases import COMM, COMPUTE, Hooks, Phase, Phased, runs_by_phases
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -47,13 +48,17 @@ def phases_of(
     """The phases of a stage: those of its layers, with computation that nothing separates merged into one.
 
     Args:
-        layers: the layers, in order; one without `phases` is one computation.
+        layers: the layers, in order; one that does not run by phases is one computation.
         recompute: whether the computation of a layer is activation-checkpointed. What its communication delivers is
             kept, so nothing is sent twice.
     """
     found: list[Phase] = []
     for layer in layers:
-        parts = layer.phases() if isinstance(layer, Phased) else [Phase(type(layer).__name__, COMPUTE, layer)]
+        parts = (
+            layer.phases()
+            if isinstance(layer, Phased) and runs_by_phases(layer)
+            else [Phase(type(layer).__name__, COMPUTE, layer)]
+        )
         again = recompute(layer)
         for part in _merged(parts):
             if again and part.kind == COMPUTE:
@@ -106,6 +111,7 @@ class PhasedChunk(StageChunk):
         phases: what `phases_of` makes of the stage.
         timeout_s: seconds after which a transfer is given up.
         log: takes what became of each transfer; None: nobody wants to know.
+        hooks: that phases pass by, of which there must be none.
         options: as for `StageChunk`.
     """
 
@@ -116,9 +122,11 @@ class PhasedChunk(StageChunk):
         phases: Sequence[Phase],
         timeout_s: float,
         log: list[Transfer] | None = None,
+        hooks: Sequence[Hooks] = (),
         **options: Unpack[ChunkOptions],
     ) -> None:
         super().__init__(module, stage, **options)
+        self._hooks = hooks
         # The last phase hands over to the next stage or to the loss, so it computes.
         self._phases = [*phases, Phase("out", COMPUTE, as_it_is)] if phases[-1].kind == COMM else list(phases)
         self._timeout_s = timeout_s
@@ -183,6 +191,12 @@ class PhasedChunk(StageChunk):
         tickets.wait(self._timeout_s)
 
     def _forward_steps(self, micro: int, inputs: Nest, labels: Nest) -> Steps[Nest]:
+        if any(self._hooks):
+            raise ConfigError(
+                f"stage {self.stage} runs by phases, which pass by the hooks on its layers, their larger parts and the "
+                "PipelineModule: put those of layers there before initialize, which runs such layers whole, or set "
+                '"overlap": false'
+            )
         segments: list[_Segment] = []
         entered, leaves = self._entered(micro, inputs)  # leaves that collect what goes back to the stage before
         for phase, following in pairwise(self._phases):

@@ -11,8 +11,10 @@ run, or wait, apart from the next.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import NamedTuple, Protocol, runtime_checkable
+
+from torch import nn
 
 from ..comm.nest import Nest
 
@@ -43,3 +45,25 @@ class Phased(Protocol):
     """A layer that offers phases."""
 
     def phases(self) -> list[Phase]: ...
+
+
+Hooks = Mapping[int, Callable[..., object]]
+"""The hooks of one kind on a module, now and later."""
+
+
+def hooks_of(module: nn.Module) -> tuple[Hooks, ...]:
+    """What runs when a module is called, and not when only its parts are."""
+    return module._forward_pre_hooks, module._forward_hooks, module._backward_pre_hooks, module._backward_hooks
+
+
+def passed_by(layer: object) -> list[Hooks]:
+    """The hooks of a layer, and of its parts that have parts of their own, of which phases may run single ones."""
+    if not isinstance(layer, nn.Module):
+        return []
+    parts = [layer, *(part for part in layer.modules() if next(part.children(), None) is not None)]
+    return [hooks for part in dict.fromkeys(parts) for hooks in hooks_of(part)]
+
+
+def runs_by_phases(layer: object) -> bool:
+    """Whether a layer offers phases, and has no hooks that they would pass by."""
+    return isinstance(layer, Phased) and not any(passed_by(layer))

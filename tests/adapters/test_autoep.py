@@ -146,6 +146,8 @@ def test_sizes_that_do_not_fit_are_refused_on_every_rank(ranks):
             {"name": "deepseek_v3", "section": {"preset_model": "qwen3_moe"}},
             "has no place for the weights shared_experts.down_proj.weight",
         ),
+        "gate": ({"change": "other_gate"}, "cannot take the place of MixtralSparseMoeBlock (AttributeError: "),
+        "hook": ({"change": "hooked"}, "has no place for the hooks of MixtralSparseMoeBlock"),
         "DeepEP": (
             {"libraries": ["deep_ep"], "section": {"comm_backend": "deepep", "comm_max_tokens_per_rank": 64}},
             "needs process groups of NCCL, not of gloo",
@@ -334,6 +336,10 @@ ALIKE = [
     ("deepseek_v3", {}, {"preset_model": "qwen3_moe"}, "has no place for the weights shared_experts.down_proj.weight"),
     ("deepseek_v3", {}, {"preset_model": "qwen3_moe", "top_k": 1}, "has no place for the weights"),
     ("deepseek_v3", {}, {"preset_model": "deepseek_v2"}, "DeepseekV3MoE"),
+    ("deepseek_v3", {}, {"preset_model": "minimax_m3"}, "has experts that compute otherwise than those of Deep"),
+    ("deepseek_v3", {}, {"preset_model": "minimax_m3", "top_k": 2}, "has experts that compute otherwise"),
+    ("deepseek_v3", {}, {"preset_model": "minimax_m3", "expert_activation": "swiglu"}, None),
+    ("mixtral", {}, {"preset_model": "qwen3_5_moe"}, None),
 ]
 
 
@@ -345,40 +351,81 @@ def test_a_block_that_the_layer_does_not_replace_is_told(name, changes, keys, sa
     layer, _ = layer_of(block, **keys)
     found = difference(source, layer, read_section({"enabled": True, **keys}))
     assert found is None if said is None else said in found
+    if said is None and "top_k" not in keys and "score_func" not in keys:
+        hidden = torch.randn(2, 5, 32)
+        torch.testing.assert_close(layer(hidden), source(hidden))  # a tensor, not a tuple
     assert before.keys() == source.state_dict().keys()
     assert all(torch.equal(value, source.state_dict()[key]) for key, value in before.items())
+
+
+class Feeding(torch.nn.ModuleDict):
+    def forward(self, x):
+        return self["down_proj"](torch.nn.functional.silu(self["gate_proj"](x)) * self["up_proj"](x))
 
 
 class Looped(torch.nn.Module):
     """A block with a list of experts, which chooses the worst where it is told to."""
 
-    def __init__(self, worst):
+    def __init__(self, worst=False, returned=None):
         super().__init__()
         self.gate, self.worst = torch.nn.Linear(8, 4, bias=False), worst
+        self.returned = returned or (lambda out, logits: out)
         names = ("gate_proj", "down_proj", "up_proj")
         linear = {name: torch.nn.Linear(8, 8, bias=False) for name in names}
-        self.experts = torch.nn.ModuleList(torch.nn.ModuleDict(copy.deepcopy(linear)) for _ in range(4))
+        self.experts = torch.nn.ModuleList(Feeding(copy.deepcopy(linear)) for _ in range(4))
 
     def forward(self, hidden):
         x = hidden.view(-1, 8)
-        weights, chosen = self.gate(x).softmax(-1).topk(2, largest=not self.worst)
+        logits = self.gate(x)
+        weights, chosen = logits.softmax(-1).topk(2, largest=not self.worst)
         weights = weights / weights.sum(-1, keepdim=True)
         out = torch.zeros_like(x)
         for number, expert in enumerate(self.experts):
             out = out + expert(x) * (weights * (chosen == number)).sum(-1, keepdim=True)
-        return out.view_as(hidden)
+        return self.returned(out.view_as(hidden), logits)
 
 
-@pytest.mark.parametrize("worst", [False, True])
-def test_a_list_of_experts_is_tried_too(worst):
+def replaced(moe, **changes):
+    """What takes the place of a block of a user's own, and how it differs."""
     block = torch.nn.Module()
-    block.mlp = Looped(worst)
+    block.mlp = moe
     block.config = type("Config", (), {"model_type": "mine", "num_experts": 4, "num_experts_per_tok": 2})()
-    keys = {"preset_model": "qwen3_moe"}
-    keys |= {"expert_w1": "gate_proj", "expert_w2": "down_proj", "expert_w3": "up_proj"}
-    layer, _ = layer_of(block, **keys)
-    found = difference(block.mlp, layer, read_section({"enabled": True, **keys}))
-    assert (found is not None and "routes otherwise than Looped" in found) if worst else found is None
+    keys = {"preset_model": "qwen3_moe", "expert_w1": "gate_proj", "expert_w2": "down_proj", "expert_w3": "up_proj"}
+    layer, _ = layer_of(block, **keys | changes)
+    return layer, difference(moe, layer, read_section({"enabled": True, **keys | changes}))
+
+
+def test_a_list_of_experts_is_tried_too():
+    assert replaced(Looped())[1] is None
+    assert "routes otherwise than Looped" in replaced(Looped(worst=True))[1]
+    swapped = {"expert_w1": "up_proj", "expert_w3": "gate_proj"}
+    assert "has experts that compute otherwise than those of Looped" in replaced(Looped(), **swapped)[1]
+
+
+def test_a_layer_returns_what_its_block_returns():
+    hidden = torch.randn(2, 5, 8)
+    for returned in (lambda out, logits: (out, logits), lambda out, logits: out.flatten(0, 1)):
+        block = Looped(returned=returned)
+        layer, found = replaced(block)
+        assert found is None
+        torch.testing.assert_close(layer(hidden), block(hidden))
+    for returned, said in (
+        (lambda out, logits: (out, logits.softmax(-1)), "routes otherwise"),
+        (lambda out, logits: {"out": out}, "does not return what Looped returns"),
+        (lambda out, logits: (out, logits, logits), "does not return what Looped returns"),
+    ):
+        assert said in replaced(Looped(returned=returned))[1]
+
+
+def test_hooks_that_would_get_lost_are_told():
+    for hooked in (
+        lambda block: block.register_forward_hook(lambda *_: None),
+        lambda block: block.gate.register_full_backward_pre_hook(lambda *_: None),
+        lambda block: block.experts[1]["up_proj"].weight.register_hook(lambda grad: grad),
+    ):
+        block = Looped()
+        hooked(block)
+        assert "has no place for the hooks of Looped" in replaced(block)[1]
 
 
 def test_state_dicts_have_the_names_of_the_block():

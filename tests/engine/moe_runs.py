@@ -157,6 +157,17 @@ def measured(path, ranks, replicas=2, steps=2, schedule="auto", **model):
     }
 
 
+def misplaced(ranks, replicas=2):
+    """A start with layers that all ranks have built as those of replica 0, which each rank must refuse."""
+    import dualpipe_engine
+
+    topology = PipeDataParallelTopology(ranks, replicas)
+    module = PipelineModule(layers=layers(config(), 0), topology=topology, loss_fn=loss)
+    said = r"rank 1 is number 1 of the 2 ranks that share .* as number 0: pass its data-parallel rank as `replica`"
+    with pytest.raises(ConfigError, match=said):
+        dualpipe_engine.initialize(model=module, config=training.settings(4, replicas, schedule="dualpipe"))
+
+
 def stock(ranks, replicas=2):
     """A start of DeepSpeed's own engine, which is refused."""
     import deepspeed

@@ -164,5 +164,9 @@ def test_auto_measures_experts_that_ranks_share(ranks, tmp_path):
     assert [rank["losses"] for rank in found] == [rank["losses"] for rank in fixed], "measuring left something behind"
 
 
+def test_experts_of_another_replica_are_refused_on_every_rank(ranks):
+    ranks.run(4, moe_runs.misplaced, ranks=2)
+
+
 def test_deepspeeds_own_engine_refuses_shared_experts(ranks):
     ranks.run(4, moe_runs.stock, ranks=2)

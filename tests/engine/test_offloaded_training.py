@@ -71,7 +71,7 @@ def test_trains_to_the_same_bits(ranks, size, cases, wanted):
     ("more", "precision"),
     [
         ({"model": {"expert_parallel": 2, "mtp_depth": 1, "balancing": "loss"}}, "fp32"),
-        ({"model": {"attention": "grouped"}}, "bf16"),
+        ({"model": {"attention": "grouped", "q_rank": None}}, "bf16"),
         ({"activation_checkpoint_interval": 1}, "fp32"),
         ({"split_backward": False}, "bf16"),
     ],

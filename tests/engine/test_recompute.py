@@ -51,7 +51,7 @@ def test_trains_to_the_same_bits(ranks, cases):
         pytest.param(
             {"model": {"expert_parallel": 2, "mtp_depth": 1, "balancing": "loss"}}, "fp32", marks=pytest.mark.all
         ),
-        pytest.param({"model": {"attention": "grouped"}}, "bf16", marks=pytest.mark.all),
+        pytest.param({"model": {"attention": "grouped", "q_rank": None}}, "bf16", marks=pytest.mark.all),
         pytest.param({"activation_checkpoint_interval": 1, "use_reentrant": False}, "fp32", marks=pytest.mark.all),
         pytest.param(
             {"activation_checkpoint_interval": 1, "use_reentrant": False, "overlap": False},

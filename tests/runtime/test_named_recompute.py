@@ -23,7 +23,8 @@ from dualpipe_engine.runtime.weight_grad import DeferredWeightGrads, install
 HIDDEN, INNER, HEADS, HEAD, ROTARY, Q_RANK, KV_RANK = 64, 256, 4, 32, 16, 24, 16
 TOKENS = (2, 16)
 ROWS = 4 * TOKENS[0] * TOKENS[1]  # bytes of one number a token
-SIZES = {"hidden": HIDDEN, "heads": HEADS, "head": HEAD, "rotary": ROTARY, "kv_rank": KV_RANK, "q_rank": Q_RANK}
+SIZES = {"hidden": HIDDEN, "heads": HEADS, "head": HEAD}
+LATENT = SIZES | {"rotary": ROTARY, "kv_rank": KV_RANK, "q_rank": Q_RANK}
 
 
 class Made(TorchDispatchMode):
@@ -110,9 +111,9 @@ def same(one, other):
 
 
 KINDS = {
-    "dense": lambda: DenseBlock(MoEConfig(**SIZES, dense_inner=INNER)),
+    "dense": lambda: DenseBlock(MoEConfig(**LATENT, dense_inner=INNER)),
     "grouped": lambda: DenseBlock(MoEConfig(**SIZES, dense_inner=INNER, attention="grouped")),
-    "experts": lambda: MoEBlock(MoEConfig(**SIZES, experts=4, expert_inner=INNER)),
+    "experts": lambda: MoEBlock(MoEConfig(**LATENT, experts=4, expert_inner=INNER)),
 }
 
 

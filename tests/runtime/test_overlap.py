@@ -10,9 +10,10 @@ from test_executor import ListFeed, check_against_oracle, make_stages, mean_squa
 from torch import nn
 
 from dualpipe_engine.comm.tickets import Tickets
+from dualpipe_engine.errors import ConfigError
 from dualpipe_engine.runtime.chunk import StageChunk
 from dualpipe_engine.runtime.overlap import PhasedChunk, finish, interleave, phases_of
-from dualpipe_engine.runtime.phases import COMM, COMPUTE, Phase
+from dualpipe_engine.runtime.phases import COMM, COMPUTE, Phase, passed_by
 from dualpipe_engine.runtime.weight_grad import DeferredWeightGrads, install
 from dualpipe_engine.schedule.op import FB
 from dualpipe_engine.schedule.passes.lower import lower
@@ -99,6 +100,29 @@ class Block(nn.Module):
         for phase in self.phases():
             x = phase.run(x) if phase.kind == COMPUTE else phase.run(x, None)
         return x
+
+
+@pytest.mark.parametrize("within", [False, True])
+def test_a_layer_with_hooks_that_its_phases_pass_by_runs_whole(within):
+    block = Block()
+    block.attention = nn.Sequential(block.attention)
+    hooked = block.attention if within else block
+    assert len(phases_of([block])) == 5
+    block.experts.register_forward_hook(lambda *_: None)  # is called by the phase
+    assert len(phases_of([block])) == 5
+    for register in ("forward_pre", "forward", "full_backward_pre", "full_backward"):
+        handle = getattr(hooked, f"register_{register}_hook")(lambda *_: None)
+        assert [phase.kind for phase in phases_of([block])] == [COMPUTE], register
+        handle.remove()
+
+
+def test_hooks_that_come_later_are_refused():
+    block = Block()
+    chunk = PhasedChunk(block, 0, phases_of([block]), 10.0, hooks=passed_by(block), is_last=False)
+    chunk.forward(0, torch.randn(2, 6))
+    block.register_forward_hook(lambda *_: None)
+    with pytest.raises(ConfigError, match='"overlap": false'):
+        chunk.forward(1, torch.randn(2, 6))
 
 
 def phased(module, stage, recompute=False, **options):

@@ -7,6 +7,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 from deepspeed.runtime.pipe.engine import PipelineEngine
+from deepspeed.utils import groups
 
 from ...comm.from_all import from_all
 from ...errors import CheckpointError, OtherRanksError
@@ -30,8 +31,13 @@ class CheckpointChecks(PipelineEngine):
         return bool(self.zero_optimization() or self.using_bf16_optimizer)
 
     def _own_shares(self) -> Shares:
-        """The experts whose states lie in files of this package; those of DeepSpeed's layers have some of its own."""
-        return {} if self.has_moe_layers else expert_shares(self.module)
+        """The experts of this rank, and which of those that share them it is; of DeepSpeed's layers too."""
+        shares = expert_shares(self.module)
+        for name, param in self.module.named_parameters():
+            if name in shares and shares[name] is None:
+                group: str = param.group_name
+                shares[name] = groups._get_expert_parallel_rank(group), int(group.rpartition("_")[2])
+        return shares
 
     def _experts_file(self, folder: Path) -> Path | None:
         """Where a checkpoint without ZeRO has the states of this rank's experts, if not in the file of the model."""

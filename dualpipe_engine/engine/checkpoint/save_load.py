@@ -278,7 +278,7 @@ class Checkpoints(UniversalLoading, DataPosition):
             ConfigError: experts are shared by several ranks, and fp16 without ZeRO keeps their optimizer states.
         """
         whole = self.optimizer is None or isinstance(self.optimizer, torch.optim.Optimizer)
-        if not self.cuts_states and not whole and has_experts(self.module) and not self.has_moe_layers:
+        if not self.cuts_states and not whole and has_experts(self.module):
             raise ConfigError(
                 "in fp16 without ZeRO, DeepSpeed's files hold the optimizer states of one of the ranks that share the "
                 'experts: set "zero_optimization": {"stage": 1} to save checkpoints'

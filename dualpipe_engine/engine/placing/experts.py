@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 
 import torch.distributed as dist
+from deepspeed.moe.layer import MoE
 from deepspeed.moe.utils import is_moe_param
 from deepspeed.pipe import PipelineModule
 from deepspeed.runtime.pipe.topology import PipelineParallelGrid
@@ -22,6 +23,8 @@ from ...errors import ConfigError
 from ...models.autoep.layer import SharedMoE
 from ...models.autoep.weights import SourceForm
 from ...models.experts import Experts
+from ..checks.agreement import raise_everywhere, refused_everywhere
+from .deepspeed_experts import whole_layer
 from .param_groups import PLACEHOLDER, add_placeholder
 
 _ABSENT = object()
@@ -38,8 +41,11 @@ def make_expert_groups(module: PipelineModule, base_grid: PipelineParallelGrid) 
         The groups that this rank is in.
 
     Raises:
-        ConfigError: the replicas of the pipeline cannot share experts as the layers want it.
+        ConfigError: the replicas of the pipeline cannot share experts as the layers want it, or a rank has the share of
+            another; the same on every rank.
     """
+    if base_grid.model_parallel_size > 1:
+        _refuse_slices(module)
     # A MoE layer of DeepSpeed's, or one of `models`.
     mine = {part.ep_size for part in module.modules() if hasattr(part, "set_deepspeed_parallelism")}
     sizes_of_ranks = from_all(mine)
@@ -77,7 +83,24 @@ def make_expert_groups(module: PipelineModule, base_grid: PipelineParallelGrid) 
                     if dist.get_rank() in ranks:
                         put_beside(groups._EXPERT_PARALLEL_GROUP[name], counting)
                         own.append(counting)
+    with refused_everywhere():
+        for part in module.modules():
+            if isinstance(part, Experts) and part.ep_size > 1:
+                part.check(groups._EXPERT_PARALLEL_GROUP[part.expert_group_name])
     return own
+
+
+def _refuse_slices(module: PipelineModule) -> None:
+    """DeepSpeed's layer gives each slice some of the rows, and nobody adds up what its experts learn from them."""
+    found = any(isinstance(part, MoE) for part in module.modules())
+    raise_everywhere(
+        [
+            "deepspeed.moe.layer.MoE and tensor parallelism do not go together: build the PipelineModule on a "
+            "PipeDataParallelTopology, or take the experts of dualpipe_engine.models"
+        ]
+        if found
+        else []
+    )
 
 
 def stand_in_for_experts(module: PipelineModule) -> None:
@@ -187,11 +210,13 @@ def whole_experts(module: nn.Module, keep: bool) -> ExitStack:
     """A context in which state dicts hold the experts of all ranks. Collective over the ranks that share them.
 
     Args:
-        module: holds layers of `models`, or blocks of others whose experts are shared.
+        module: holds layers of `models`, of DeepSpeed, or blocks of others whose experts are shared.
         keep: whether this rank needs the state dicts.
     """
     stack = ExitStack()
     for part in module.modules():
         if isinstance(part, (Experts, SharedMoE)):
             stack.enter_context(part.whole(keep))
+        elif isinstance(part, MoE):
+            stack.enter_context(whole_layer(part, keep))
     return stack

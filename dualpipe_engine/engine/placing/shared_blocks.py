@@ -22,6 +22,7 @@ from ...models.autoep.layer import SharedMoE
 from ...models.autoep.weights import Unread
 from ..checks.agreement import raise_everywhere
 from .carry import layers_of
+from .deepspeed_experts import load_own
 from .module import PlacedModule
 from .param_groups import take_name
 
@@ -36,9 +37,12 @@ class SharingExperts(PipelineEngine):
         return ReplacementSourceMap()
 
     def _configure_distributed_model(self, model: PipelineModule) -> None:
-        """The flag means checkpoint files of experts; the files of layers hold them here, except DeepSpeed's MoE."""
+        """The flag means checkpoint files of experts; the files of layers hold them here."""
         super()._configure_distributed_model(model)
-        self.has_moe_layers = any(isinstance(part, MoE) for part in self.module.modules())
+        self.has_moe_layers = False
+        for part in self.module.modules():
+            if isinstance(part, MoE):
+                load_own(part)
 
 
 def check_blocks(module: PipelineModule, config: AutoEPConfig) -> None:
@@ -99,13 +103,19 @@ def share_blocks(module: PipelineModule, config: AutoEPConfig) -> None:
         for path, spec, completed in _blocks(layer, number, config):
             assert layer is not None
             source = layer.get_submodule(path)
-            made = SharedMoE(spec, source, config.autoep_size, rank, completed).train(source.training)
-            if (why := difference(source, made, config)) is not None:
+            why: str | None
+            try:
+                made = SharedMoE(spec, source, config.autoep_size, rank, completed).train(source.training)
+                why = difference(source, made, config)
+            except Exception as error:  # another kind of module under the name that a preset knows
+                why = f"cannot take the place of {type(source).__name__} ({type(error).__name__}: {error})"
+            if why is not None:
                 wrong.append(
                     f'"expert_parallel": layer {number}: DeepSpeed\'s layer by the preset {spec.model_family} {why}: '
                     "take another preset_model, say by the keys of the section what it should do, or leave "
                     "expert_parallel out"
                 )
+                continue
             if isinstance(layer, Unread) and f"{path}.{spec.experts_name}" in layer.unread:
                 made.take(layer, f"{path}.{spec.experts_name}")
             made.to(device)

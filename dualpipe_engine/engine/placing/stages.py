@@ -16,7 +16,7 @@ from ...comm.tickets import Transfer
 from ...errors import ConfigError
 from ...runtime.chunk import ChunkOptions, StageChunk
 from ...runtime.overlap import PhasedChunk, phases_of
-from ...runtime.phases import COMPUTE, Phased
+from ...runtime.phases import COMPUTE, Phased, hooks_of, passed_by, runs_by_phases
 from ...runtime.recompute import Recompute
 from ..given import LayerFunction, Settings
 from .module import PlacedModule
@@ -109,13 +109,24 @@ def make_chunk(
         phases = [
             phase._replace(run=recompute.within(phase.run)) if phase.kind == COMPUTE else phase for phase in phases
         ]
-    return PhasedChunk(view, stage, phases, timeout_s, log, **options)
+    hooks = [
+        *hooks_of(view),
+        *(each for layer in filter(runs_by_phases, view.forward_funcs) for each in passed_by(layer)),
+    ]
+    return PhasedChunk(view, stage, phases, timeout_s, log, hooks, **options)
 
 
 def has_phases(module: PipelineModule) -> bool:
     """Whether any layer of this rank offers phases and nothing stands against running the layers one by one: a
     PipelineModule with a forward of its own, or with `seed_layers`, whose seeds belong to whole layers."""
-    return not reads_micro_offset(module) and any(isinstance(layer, Phased) for layer in module.forward_funcs)
+    return not reads_micro_offset(module) and any(map(runs_by_phases, module.forward_funcs))
+
+
+def hooked_layers(module: PlacedModule) -> dict[int, str]:
+    """Number of a layer of this rank whose phases are not run -> why."""
+    layers = zip(module.dualpipe_layers, module.forward_funcs, strict=True)
+    hooked = [number for number, layer in layers if isinstance(layer, Phased) and not runs_by_phases(layer)]
+    return dict.fromkeys(hooked, "it has hooks, which phases would pass by")
 
 
 def reads_micro_offset(module: PipelineModule) -> bool:
@@ -139,7 +150,7 @@ class _Layers:
         self._view, self._first = view, view._local_start
         self._layers = tuple(view.forward_funcs)
         # Shared with the module that the user holds, who may hang something in later.
-        self._hooks = (view._forward_pre_hooks, view._forward_hooks, view._backward_pre_hooks, view._backward_hooks)
+        self._hooks = hooks_of(view)
 
     def __call__(self, inputs: Nest) -> Nest:
         if any(self._hooks):

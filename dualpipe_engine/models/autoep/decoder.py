@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from ...comm.nest import Nest
 from ...errors import PipelineRuntimeError
-from ...runtime.phases import COMM, COMPUTE, Phase, Phased
+from ...runtime.phases import COMM, COMPUTE, Phase, Phased, hooks_of
 from ..trial import hidden_state, same, unchanged
 from .layer import Reached, SharedMoE, State
 
@@ -70,7 +70,7 @@ def offer_phases(layer: nn.Module) -> str | None:
     if any(getattr(part, "gradient_checkpointing", False) for part in layer.modules()):
         return 'it recomputes activations by itself: set "activation_checkpoint_interval" in the "pipeline" section'
     around = [part for part in layer.modules() if any(inner is blocks[0] for inner in part.modules())]
-    if any(part._forward_hooks or part._forward_pre_hooks or part._backward_hooks for part in around):
+    if any(any(hooks_of(part)) for part in around):
         return "it has hooks around the experts"
     with unchanged(layer), blocks[0].by_collectives(), torch.no_grad():
         message = hidden_state(layer, blocks[0].hidden_size)
@@ -154,7 +154,7 @@ class _Phases:
 
     def _finish(self, state: State) -> Nest:
         out = self._moe.finish(state)
-        hidden = state["residual"] + (out[0] if isinstance(out, tuple) else out)
+        hidden = state["residual"] + (out[0] if isinstance(out, tuple) else out).view_as(state["residual"])
         layer = self._layer
         return layer.handed_on(hidden, state["carried"]) if isinstance(layer, Carrying) else hidden
 

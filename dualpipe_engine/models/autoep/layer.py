@@ -27,6 +27,7 @@ from deepspeed.module_inject.auto_ep_layer import (
 from torch import Tensor, nn
 
 from ...comm.all_to_all import Counts, exchange
+from ...comm.nest import Nest
 from ...comm.stream import SharedStream, shared_stream
 from ...comm.tickets import Tickets
 from ..counting import Counting, counters
@@ -117,6 +118,21 @@ class SharedMoE(Counting, AutoEPMoELayer):
     def stopping(self) -> AbstractContextManager[None]:
         """Let forwards that come here raise `Reached`."""
         return having(self, "_stops", True)
+
+    def return_as(self, result: Nest) -> bool:
+        """Return what the block returned.
+
+        Args:
+            result: `[batch, length, hidden]` or `[tokens, hidden]`, or a tuple of that and the logits of the router.
+
+        Returns:
+            Whether `result` is such.
+        """
+        output, *logits = result if isinstance(result, tuple) else (result,)
+        self.moe_output_shape = "flat" if isinstance(output, Tensor) and output.dim() == 2 else "batched"
+        self.return_router_logits, self.router_logits_capture_mode = bool(logits), "raw"
+        self.router_logits_capture_target = "router"
+        return len(logits) < 2 and all(isinstance(each, Tensor) for each in (output, *logits))
 
     @contextmanager
     def by_itself(self) -> Iterator[None]:
