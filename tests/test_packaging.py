@@ -35,7 +35,7 @@ FOREIGN = {
     "page": {"plotly"},
     "models": {"torch", "deepspeed", "transformers", "safetensors"},
     "engine": {"torch", "typing_extensions", "deepspeed", "pydantic", "numpy", "safetensors"},
-    "adapters": {"torch", "deepspeed", "transformers", "safetensors"},
+    "adapters": {"torch", "deepspeed", "transformers", "safetensors", "peft"},
     "compat": {"torch"},
     "testing": {"torch"},
     "cli": set(),

@@ -13,7 +13,7 @@ from torch import nn
 
 from ..comm.nest import Nest
 from ..errors import ConfigError
-from .chain import Chain, ancestors, find_chain
+from .chain import Chain, ancestors, find_chain, refuse_shared_weights
 from .families import family_of, makes_loss_itself, own_loss
 from .loading import Weights, empty_model
 from .losses import LossFn, ModelConfig
@@ -100,6 +100,7 @@ class ModelAdapter:
         self._routing = RouterLoss(model) if routed else None
         probe = _probe(model, self._inputs, example_inputs)
         self.chain = chain or find_chain(model, probe)
+        refuse_shared_weights(model, self.chain)
         self._loss_known = True
         self._shadows: dict[str, nn.Module] = {}
         above = ancestors((*self.chain.prologue, *self.chain.blocks, *self.chain.epilogue))

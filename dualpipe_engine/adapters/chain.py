@@ -85,6 +85,24 @@ def find_chain(model: nn.Module, inputs: Mapping[str, Nest] | tuple[Nest, ...]) 
     return Chain(prologue, names, epilogue, outputs)
 
 
+def refuse_shared_weights(model: nn.Module, chain: Chain) -> None:
+    """Refuse a weight of two pieces that could be on two stages: each would train a copy of its own.
+
+    Raises:
+        ConfigError: there is one that trains. Prologue and epilogue may share, as they are tied.
+    """
+    found: dict[int, tuple[int, str]] = {}
+    for piece, names in enumerate(((*chain.prologue, *chain.epilogue), *((block,) for block in chain.blocks))):
+        for name in names:
+            for key, param in model.get_submodule(name).named_parameters():
+                first, other = found.setdefault(id(param), (piece, f"{name}.{key}"))
+                if param.requires_grad and first != piece:
+                    raise ConfigError(
+                        f"{type(model).__name__} is no single chain: {other} and {name}.{key} are one weight, of which "
+                        "stages would train copies apart: freeze it, or give each block its own (of PEFT use LoRA)"
+                    )
+
+
 def ancestors(names: tuple[str, ...]) -> set[str]:
     """Every module name that lies above one of `names`; the model itself is ''."""
     above = {""}

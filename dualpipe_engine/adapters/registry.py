@@ -9,6 +9,7 @@ from typing import Any, TypeAlias
 from torch import nn
 
 from ..errors import ConfigError
+from .peft_kinds import refuse_adapters
 
 Adapter: TypeAlias = Any
 """A `ModelAdapter`, or what a user has put in its place."""
@@ -36,8 +37,10 @@ def refuse_unfit(model: nn.Module) -> None:
     """Refuse what the probe cannot see.
 
     Raises:
-        ConfigError: the model is an encoder with a decoder, or skips blocks at random.
+        ConfigError: the model is an encoder with a decoder, skips blocks at random, or has adapters that are more than
+            a change of its blocks.
     """
+    refuse_adapters(model)
     config = getattr(model, "config", None)
     reads = inspect.signature(model.forward).parameters
     if getattr(config, "is_encoder_decoder", False) and any(name.startswith("decoder_") for name in reads):

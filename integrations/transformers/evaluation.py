@@ -58,8 +58,10 @@ class PipelineEvaluation(Trainer):
 
     def _looks_at_losses(self) -> bool:
         """Whether a batch is cut whose loss is the user's own, so that nobody knows what it is a mean of."""
-        own = type(self).compute_loss is not self._stock.compute_loss or self.compute_loss_func is not None
-        return own and self._num_chunks > 1
+        return self._has_own_loss() and self._num_chunks > 1
+
+    def _has_own_loss(self) -> bool:
+        return type(self).compute_loss is not self._stock.compute_loss or self.compute_loss_func is not None
 
     def _alone(self) -> AbstractContextManager[None]:
         raise NotImplementedError

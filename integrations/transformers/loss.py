@@ -80,6 +80,7 @@ class TrainerLoss:
         self._stand_in = stand_in or StandIn
         self._is_sum: bool | None = trainer.loss_is_scaled_for_ga
         self._by_rows: bool | None = None
+        self._is_unseen: bool = trainer._has_own_loss()
         self._parts: SumOfParts | None = None
         if trainer._looks_at_losses():
             self._parts = SumOfParts(f"{type(trainer).__name__}.compute_loss", trainer._row_blocks)
@@ -124,6 +125,8 @@ class TrainerLoss:
             if self._kept is not None:
                 self._kept[int(number)] = output if self._keep is None else self._keep(output, inputs)
             return torch.zeros((), device=numbers.device)
+        if self._is_unseen:
+            self._refuse_weights(output, inputs, None if count != count else count)
         if self._is_sum is None and count == count and share:
             self._is_sum = self._ask(output, inputs, count)
         if self._parts is not None:
@@ -150,6 +153,23 @@ class TrainerLoss:
             self._by_rows = not ignores_padding(loss, output, inputs)
         weigh = rows_of_inputs if self._by_rows else partial(counted, shifted=self._trainer._shifted())
         parts(loss, None if is_sum else weigh, (output, inputs))
+
+    def _refuse_weights(self, output: Nest, inputs: dict[str, Any], count: float | None) -> None:
+        """Refuse a loss of weights, of which this rank trains some and others may have been given back.
+
+        Raises:
+            ConfigError: the loss has a gradient for a weight besides that of the output.
+        """
+        with torch.enable_grad():
+            loss = self._of(tree_map_only(torch.Tensor, torch.Tensor.detach, output), inputs, count)
+        leaves = {id(leaf) for leaf in _leaves(loss)}
+        name = next((name for name, param in self._model.named_parameters() if id(param) in leaves), None)
+        if name is not None:
+            raise ConfigError(
+                f"compute_loss reads the weight {name}, but each process trains those of some stages only: make the "
+                "loss of outputs and inputs, and regularize weights by the optimizer (weight_decay)"
+            )
+        self._is_unseen = False
 
     @torch.no_grad()
     def _asked(self, output: Nest, inputs: Mapping[str, Any], count: float | None) -> float:
@@ -192,6 +212,19 @@ class TrainerLoss:
             f"a loss of {once:.6g} for {count:g} items and of {twice:.6g} for twice as many is neither a mean over the "
             "micro-batch nor a sum divided by num_items_in_batch: micro-batches cannot add up to the batch"
         )
+
+
+def _leaves(loss: torch.Tensor) -> Iterator[torch.Tensor]:
+    """Tensors for which a backward from `loss` would give gradients."""
+    nodes, seen = [loss.grad_fn], set()
+    while nodes:
+        node = nodes.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        if hasattr(node, "variable"):
+            yield node.variable
+        nodes += [following for following, _ in node.next_functions]
 
 
 def _precise(leaf: torch.Tensor) -> torch.Tensor:

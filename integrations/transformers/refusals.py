@@ -5,6 +5,7 @@ from __future__ import annotations
 from torch.nn.modules.batchnorm import _BatchNorm
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
+from dualpipe_engine.adapters.peft_kinds import refuse_adapters
 from dualpipe_engine.errors import ConfigError
 
 
@@ -83,12 +84,7 @@ def refuse_hooks(trainer: Trainer, num_chunks: int = 1) -> None:
     }.items():
         if getattr(kind, name, None) is not getattr(Trainer, name, None):
             raise ConfigError(f"{kind.__name__}.{name} would not be called as in a Trainer: override {instead}")
-    for name, config in getattr(trainer.model, "peft_config", {}).items():
-        if getattr(config, "is_prompt_learning", False):
-            raise ConfigError(
-                f"the PEFT adapter {name!r} puts a prompt before the whole model, which stages do not see: use LoRA or "
-                "another kind that changes the blocks"
-            )
+    refuse_adapters(trainer.model)
     for name, part in trainer.model.named_modules():
         if num_chunks > 1 and isinstance(part, _BatchNorm):
             raise ConfigError(

@@ -35,7 +35,7 @@ from .refusals import refuse_arguments, refuse_callback, refuse_hooks
 from .routed_loss import RoutedLoss
 from .shared_loss import SharedLoss, refuse_other_losses
 from .stages import on_stages
-from .whole_model import Pipeline, base_model, refuse_calls, whole_names
+from .whole_model import Pipeline, adapters_enabled, base_model, hold_stages, refuse_calls, whole_names
 
 if TYPE_CHECKING:
     from deepspeed.pipe import PipelineModule
@@ -112,6 +112,7 @@ class DualPipeTrainer(PipelineEvaluation):
         else:
             super().__init__(model=model, args=args, **options)
         self._given = getattr(base_model(self.model), "dtype", torch.float32)  # what a Trainer would save
+        self._ops_of_one = super().floating_point_ops({self._main_input(): torch.zeros(1)})
         refuse_hooks(self, self._num_chunks)
         for callback in self.callback_handler.callbacks:
             refuse_callback(callback)
@@ -134,9 +135,11 @@ class DualPipeTrainer(PipelineEvaluation):
     def _make_engine(self) -> DualPipeEngine:
         """The engine; built at the first use. Collective."""
         if self._engine is None:
-            with self._stage_randomness():
+            base = base_model(self.model)
+            with adapters_enabled(base), self._stage_randomness():
                 self._engine = self._made_engine()
-            refuse_calls(base_model(self.model), self._engine)
+                hold_stages(base, self._engine)
+            refuse_calls(self.model, self._engine)
         return self._engine
 
     def _made_engine(self) -> DualPipeEngine:
@@ -312,6 +315,14 @@ class DualPipeTrainer(PipelineEvaluation):
         """
         refuse_callback(callback)
         super().add_callback(callback)
+
+    def _main_input(self) -> str:
+        return str(getattr(self.model, "main_input_name", "input_ids"))
+
+    def floating_point_ops(self, inputs: Batch) -> int:
+        """As the Trainer's, of the model as it was given: a rank gives back weights that train elsewhere."""
+        main = inputs.get(self._main_input())
+        return 0 if main is None else self._ops_of_one * main.numel()
 
     def store_flos(self) -> None:
         """As the Trainer's, which adds up all ranks; those of a pipeline have counted the same batches, and those that

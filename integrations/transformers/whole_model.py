@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import nn
 
+from dualpipe_engine.adapters.stage import Stage
 from dualpipe_engine.errors import ConfigError
 
 from .batches import Model
@@ -49,35 +53,88 @@ class Pipeline:
 
 
 def base_model(model: Model) -> Model:
-    """The model within a PEFT model, whose layers hold the adapters."""
-    return model.get_base_model() if hasattr(model, "get_base_model") else model
+    """The model within a PEFT model, of several kinds of adapters too, whose layers hold them."""
+    if hasattr(model, "get_base_model"):
+        return model.get_base_model()
+    return model.base_model.model if type(model).__name__ == "PeftMixedModel" else model
 
 
 def whole_names(model: Model, state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Names of the base model's weights in a PEFT model."""
+    """Weights of the base model under their names in a PEFT model, and what that has besides: tensors that its layers
+    share and nobody trains, such as the projections of VeRA."""
     base = base_model(model)
     if base is model:
         return state
-    prefix = next(name for name, part in model.named_modules() if part is base)
-    return {f"{prefix}.{name}": value for name, value in state.items()}
+    prefix = next(name for name, part in model.named_modules() if part is base) + "."
+    besides = {name: value for name, value in model.state_dict().items() if not name.startswith(prefix)}
+    return besides | {prefix + name: value for name, value in state.items()}
 
 
-def refuse_calls(model: Model, engine: DualPipeEngine) -> None:
-    """Let calls of the whole model, `generate` too, raise a ConfigError where some of its weights train elsewhere.
+@contextmanager
+def adapters_enabled(model: Model) -> Iterator[None]:
+    """Within, adapters that are switched off compute and train: those of a PEFT model in `disable_adapter()`.
+
+    Modules of the model may be other ones afterwards.
+    """
+    off = [name for name, part in model.named_modules() if getattr(part, "_disable_adapters", False)]
+    for name in off:
+        model.get_submodule(name).enable_adapters(True)
+    try:
+        yield
+    finally:
+        for name in off:
+            model.get_submodule(name).enable_adapters(False)
+
+
+def hold_stages(model: Model, engine: DualPipeEngine) -> None:
+    """Put the modules of this rank's stages into the model in place of those that they were made of.
+
+    Layers of which there are two copies, and those that change ranks, are other objects than the model has had. What is
+    done to the model from now on (adapters that are switched, hooks of parameters, values of dropout) reaches them so,
+    and weights that train here are those of the model.
 
     Args:
         model: a base model.
-        engine: whose stages share the modules of the model; they were made before.
+        engine: whose layers are stages of it.
     """
-    here = {id(param) for param in engine.module.parameters()}
-    if all(id(param) in here for param in model.parameters()):
-        return
+    for stage in engine.module.modules():
+        if isinstance(stage, Stage):
+            _hold(model, stage)
 
-    @functools.wraps(model.forward)
+
+def _hold(place: nn.Module, part: nn.Module) -> None:
+    for name, child in part._modules.items():
+        if type(child) is nn.Module:  # above what a stage owns
+            _hold(place.get_submodule(name), child)
+        else:
+            place._modules[name] = child
+
+
+def refuse_calls(model: Model, engine: DualPipeEngine) -> None:
+    """Let calls of the whole model, `generate` too, and saving it raise a ConfigError where some of its weights train
+    elsewhere.
+
+    Args:
+        model: a PEFT model too.
+        engine: whose stages the model holds; see `hold_stages`.
+    """
+    base, here = base_model(model), {id(param) for param in engine.module.parameters()}
+    if all(id(param) in here for param in base.parameters()):
+        return
+    others = f"this process trains some stages of the {type(base).__name__} only, other weights are those from before"
+
+    @functools.wraps(base.forward)
     def forward(*args: object, **kwargs: object) -> None:
         raise ConfigError(
-            f"this process trains some stages of the {type(model).__name__} only, other weights are those from before: "
-            "use predict(), or load what save_model() has written; compute_loss is given a model to call"
+            f"{others}: use predict(), or load what save_model() has written; compute_loss is given a model to call"
         )
 
-    model.forward = forward
+    base.forward = forward
+    for each in (base, model):
+        each.save_pretrained = functools.partial(_save_given, each.save_pretrained, others)
+
+
+def _save_given(save: Callable[..., None], others: str, *args: Any, **options: Any) -> None:
+    if options.get("state_dict") is None:
+        raise ConfigError(f"{others}: call save_model() of the Trainer on all ranks, which gathers them")
+    save(*args, **options)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -24,14 +23,12 @@ from ..transformers.batches import Batch, Model
 from ..transformers.loss import TrainerLoss, with_weights
 from ..transformers.stages import on_stages
 from ..transformers.whole_model import base_model
-from .adapters import adapter_of_stages
 from .batch_metrics import BatchMetrics
 from .fused import fused
 
 if TYPE_CHECKING:
     from dualpipe_engine.engine.engine import DualPipeEngine
 
-REFERENCE = "ref"  #: the adapter that TRL keeps of a PEFT model as it was given
 LOGS = ("ref_chosen_logps", "ref_rejected_logps")  #: columns with log-probabilities of the reference
 
 
@@ -110,19 +107,20 @@ class DualPipeDPOTrainer(BatchMetrics, DPOTrainer):
 
     def _logs_of(self, inputs: Batch) -> tuple[torch.Tensor, torch.Tensor]:
         """Log-probabilities [pairs] of chosen and of rejected rows under the reference. Collective."""
-        self._make_engine()  # of what trains, before TRL leaves the adapters out
+        stages = self._make_engine().module  # of what trains, before TRL leaves the adapters out
+        trained = [param for param in stages.parameters() if param.requires_grad]
         found: tuple[torch.Tensor, torch.Tensor] = self.compute_ref_log_probs(self._reference, inputs)
+        stages.requires_grad_(False)  # what comes back may have trained all of an adapter of which some is frozen
+        for param in trained:
+            param.requires_grad_(True)
         return found
 
     def _reference(self, *, labels: torch.Tensor, **inputs: Any) -> FusedCausalLMOutput:
         """Log-probabilities of the tokens of a batch, on the stages. Collective."""
         engine, loss = self._make_engine(), self._loss
-        adapter: AbstractContextManager[None] = nullcontext()
         if self.ref_model is not None:
             engine = self._make_reference()
             loss = engine.module.loss_fn
-        elif base_model(self.model) is not self.model:
-            adapter = adapter_of_stages(engine.module, REFERENCE if REFERENCE in self.model.peft_config else None)
         tensors = {name: value for name, value in inputs.items() if isinstance(value, torch.Tensor)}
         micros = with_weights(self._split(tensors | {"labels": labels}), None)
 
@@ -131,7 +129,7 @@ class DualPipeDPOTrainer(BatchMetrics, DPOTrainer):
 
         # In the precision of the stages that train, so that equal weights give equal numbers.
         exact = torch.autocast(labels.device.type, enabled=False)
-        with exact, adapter, self._stage_randomness(), loss.evaluating(False, False, keep=logs) as kept:
+        with exact, self._stage_randomness(), loss.evaluating(False, False, keep=logs) as kept:
             engine.eval_batch(iter(micros), num_micro_batches=len(micros))
         return FusedCausalLMOutput(**(self._together(kept, len(labels), engine) or {}))
 

@@ -189,6 +189,17 @@ class Registered(Net):
     pass
 
 
+def test_blocks_that_train_one_weight_are_refused():
+    """Each stage would train a copy of its own; one that rests is the same everywhere."""
+    model = models.model_of(models.config_of("llama"))
+    first, *_, last = model.model.layers
+    last.mlp.up_proj.weight = first.mlp.up_proj.weight
+    with pytest.raises(ConfigError, match=r"layers\.0\.mlp\.up_proj\.weight and .* are one weight"):
+        get_model_adapter(model)
+    first.mlp.up_proj.weight.requires_grad_(False)
+    assert len(get_model_adapter(model).partition(2)) == 2
+
+
 def test_register_adapter():
     example = (torch.randn(1, 6), torch.tensor(1.0))
     register_adapter(Registered, lambda model: ModelAdapter(model, example_inputs=example))

@@ -298,6 +298,9 @@ class Losses:
     def _looks_at_losses(self):
         return self.looks
 
+    def _has_own_loss(self):
+        return False
+
     def _shifted(self):
         return False
 

@@ -19,10 +19,13 @@ def test_a_callback_sees_what_a_trainer_shows_it(ranks, tmp_path):
 
 
 def test_what_would_come_too_late_or_call_a_part_of_the_model_is_refused(ranks, tmp_path):
-    for calling, stepping, logging, early, added, other in ranks.run(2, runs.refused, folder=str(tmp_path)):
+    for calling, stepping, logging, regularizing, early, added, other in ranks.run(
+        2, runs.refused, folder=str(tmp_path)
+    ):
         assert "compute_loss is given a model to call" in calling
         assert "override compute_loss" in stepping
         assert "compute_loss logs mine of one micro-batch" in logging
+        assert "compute_loss reads the weight lm_head.weight" in regularizing
         assert early == added and early.startswith("Early.on_pre_optimizer_step would see no gradients")
         assert other is None
 

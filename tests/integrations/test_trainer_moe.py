@@ -89,6 +89,9 @@ class Reading:
     def _looks_at_losses(self):
         return True
 
+    def _has_own_loss(self):
+        return False
+
     def _shifted(self):
         return False
 

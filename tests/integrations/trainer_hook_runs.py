@@ -54,6 +54,14 @@ def logging_itself(base):
     return Logging
 
 
+def regularizing(base):
+    class Regularizing(base):
+        def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+            return model(**inputs).loss + 0.1 * model.lm_head.weight.square().mean()
+
+    return Regularizing
+
+
 def named(rows):
     """A batch with what only a loss reads: a name and a weight for each row."""
     batch = pad(rows)
@@ -122,6 +130,7 @@ def refused(folder):
         told(make(folder, change=calling_itself).train),
         told(make(folder, change=stepping_itself).train),
         told(make(folder, change=logging_itself).train),
+        told(make(folder, change=regularizing).train),
         told(lambda: make(folder, callbacks=[Early()])),
     ]
     trainer = make(folder)
