@@ -11,7 +11,7 @@ from deepspeed.utils import groups
 
 from ...comm.from_all import from_all
 from ...errors import CheckpointError, OtherRanksError
-from ..given import SavedState
+from ..given import ParamGroup, SavedState
 from ..placing.experts import expert_shares
 from .files import DESCRIPTION, damage, damages, other_tags, peek
 from .sums import changed, listed
@@ -163,6 +163,30 @@ class CheckpointChecks(PipelineEngine):
                 everywhere=True,
             )
 
+    def _lacking(self, saved: list[ParamGroup]) -> str:
+        """What is wrong where these are groups of parameters of another kind of optimizer; "" if they are not.
+
+        Args:
+            saved: their options.
+        """
+        defaults = getattr(self.basic_optimizer, "defaults", {})
+        numbers = {name for name, value in defaults.items() if type(value) in (int, float, tuple, list)}
+        lacking = " and no ".join(sorted(numbers - saved[0].keys()) if saved else ())
+        return lacking and f"it was saved with another kind of optimizer, which has no {lacking}"
+
+    def _groups_of(self, saved: SavedState, folder: Path) -> list[ParamGroup]:
+        """The options of the groups of parameters in a checkpoint.
+
+        Args:
+            saved: what the file of this pipe position holds.
+            folder: of the checkpoint.
+        """
+        if self.cuts_states:
+            optimizer = peek(self._needed_optimizer_files(folder)[0])["optimizer_state_dict"]["base_optimizer_state"]
+        else:
+            optimizer = saved["optimizer"].get("optimizer_state_dict", saved["optimizer"])  # within that of fp16
+        return optimizer["param_groups"] if isinstance(optimizer, dict) else []
+
     def _check_layout(self, folder: Path) -> None:
         """The optimizer's state must be that of the same parameters, cut among as many copies, or by none.
 
@@ -170,7 +194,7 @@ class CheckpointChecks(PipelineEngine):
             CheckpointError: it is not.
         """
         path = Path(self._get_ckpt_name(str(folder.parent), folder.name))
-        why, lacks = "its optimizer state is cut for other pipeline ranks", False
+        why, lacks, kind = "its optimizer state is cut for other pipeline ranks", False, ""
         if path.exists():
             saved = peek(path)
             lacks = _has_none(saved)
@@ -183,11 +207,14 @@ class CheckpointChecks(PipelineEngine):
             elif same and self.cuts_states and copies != self.seq_dp_world_size:
                 why = f"its optimizer state is cut among {copies} copies of each stage, not {self.seq_dp_world_size}"
             elif same and layout is not None:
-                why = ""
+                why, kind = "", self._lacking(self._groups_of(saved, folder))
             elif layout and _in_order(layout) == _in_order(self._layout()):
                 why = 'its optimizer state has another order of parameters, which "round_robin_gradients" changes'
         if any(from_all(lacks)):
             text = f"{folder} was saved without an optimizer: pass load_optimizer_states=False to load the weights"
+            raise CheckpointError(text, everywhere=True)
+        if text := next(filter(None, from_all(kind)), ""):
+            text = f"{folder}: {text}: name that one, or pass load_optimizer_states=False to load the weights alone"
             raise CheckpointError(text, everywhere=True)
         if reason := next(filter(None, from_all(why)), None):
             raise OtherRanksError(

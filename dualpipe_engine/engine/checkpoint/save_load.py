@@ -239,7 +239,7 @@ class Checkpoints(UniversalLoading, DataPosition):
             tag = str(folder.relative_to(load_dir))
             self._check_files(folder, states)
             if universal:
-                self._check_groups(folder)
+                self._check_groups(folder, states)
             elif states:
                 self._check_layout(folder)
             if load_lr_scheduler_states and not load_module_only:

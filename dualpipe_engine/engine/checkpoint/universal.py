@@ -23,12 +23,16 @@ PLAIN = "dualpipe_groups"  #: in a Universal Checkpoint: how many groups of para
 class UniversalLoading(CheckpointChecks):
     """The part of `DualPipeEngine` that loads them."""
 
-    def _check_groups(self, folder: Path) -> None:
+    def _check_groups(self, folder: Path, states: bool) -> None:
         """A Universal Checkpoint must have the states of all parameters of this rank, and the options of their groups:
         DeepSpeed passes over the states of others without a word.
 
+        Args:
+            folder: of the checkpoint.
+            states: whether they are wanted, beside the weights.
+
         Raises:
-            CheckpointError: it has fewer, or the optimizer is not one that loads it.
+            CheckpointError: it has fewer, or those of another kind of optimizer, or this is not one that loads it.
         """
         wrong = None
         if not self.cuts_states and not isinstance(self.optimizer, torch.optim.Optimizer):
@@ -41,6 +45,8 @@ class UniversalLoading(CheckpointChecks):
                     f"it has {len(saved)} groups of parameters, this rank {groups}: pass initialize the groups with "
                     "which it was saved"
                 )
+            elif states and (kind := self._lacking(saved)):
+                wrong = f"{kind}: name that one, or pass load_optimizer_states=False to load the weights alone"
             elif missing := self._missing(folder):
                 wrong = (
                     f"it has nothing of {missing[0]}"

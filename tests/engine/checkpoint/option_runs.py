@@ -29,13 +29,19 @@ class Kept(training.Block):
         return super().forward(self.frozen(x) * self.gain)
 
 
-def start(schedule="dualpipe", zero=1, last=training.Block, scheduler=True, optimizer=True, **sections):
+ADAM = {"type": "Adam", "params": {"lr": 0.01, "torch_adam": True}}
+SGD = {"type": "SGD", "params": {"lr": 0.01, "momentum": 0.5}}
+
+
+def start(schedule="dualpipe", zero=1, last=training.Block, scheduler=True, optimizer=True, kind=None, **sections):
     import dualpipe_engine
 
     layers = [LayerSpec(training.Embed), *[LayerSpec(training.Block) for _ in range(4)], LayerSpec(last)]
     layers += [LayerSpec(nn.Linear, training.WIDTH, training.VOCABULARY)]
     module = PipelineModule(layers, num_stages=dist.get_world_size(), loss_fn=training.cross_entropy)
     config = training.settings(4, zero=zero, schedule=schedule) | sections
+    if kind is not None:
+        config |= {"optimizer": kind, "zero_allow_untested_optimizer": True}
     for key, wanted in (("scheduler", scheduler), ("optimizer", optimizer), ("zero_optimization", optimizer)):
         if not wanted:
             del config[key]
@@ -99,6 +105,33 @@ def plain(folder):
     engine.load_checkpoint(folder, "weights", load_optimizer_states=False)
     found["weights"] = evaluated(engine)
     return said, found
+
+
+def other_kinds(folder):
+    """What loading the states of another kind of optimizer says, and how far off the weights are that then load."""
+    from dualpipe_engine.engine.checkpoint.convert import convert
+    from dualpipe_engine.errors import CheckpointError
+
+    found = {}
+    for zero, saved, kind in ((0, SGD, ADAM), (1, ADAM, SGD)):
+        name = f"{saved['type']}{zero}"
+        engine = start(zero=zero, kind=saved)
+        engine.train_batch(training.stream(0))
+        engine.save_checkpoint(folder, tag=name)
+        before = evaluated(engine)
+        engine.destroy()
+        if dist.get_rank() == 0:
+            convert(Path(folder, name), Path(folder, f"{name}u"))
+        dist.barrier()
+        for tag in (name, f"{name}u"):
+            engine = start(zero=zero, kind=kind, checkpoint={"load_universal": tag.endswith("u")})
+            try:
+                engine.load_checkpoint(folder, tag=tag)
+            except CheckpointError as error:
+                engine.load_checkpoint(folder, tag=tag, load_optimizer_states=False)
+                found[tag] = str(error), evaluated(engine) - before
+            engine.destroy()
+    return found
 
 
 def universal(folder, zeros):

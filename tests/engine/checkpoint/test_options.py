@@ -23,6 +23,15 @@ def test_what_does_not_fit_is_one_sentence(ranks, tmp_path):
             assert text in said[name][1] and said[name][1].count("Traceback") == 0
 
 
+def test_another_kind_of_optimizer_is_told(ranks, tmp_path):
+    for found in ranks.run(2, option_runs.other_kinds, folder=str(tmp_path)):
+        assert len(found) == 4
+        for tag, (text, gap) in found.items():
+            lacks = "no dampening and no momentum" if tag.startswith("Adam") else "no betas and no eps"
+            assert f"another kind of optimizer, which has {lacks}" in text
+            assert gap == pytest.approx(0, abs=1e-6)
+
+
 @pytest.mark.parametrize("zeros", [(0, 1), pytest.param((2,), marks=pytest.mark.all)])
 def test_weights_of_a_universal_checkpoint_alone(ranks, tmp_path, zeros):
     for found, said in ranks.run(2, option_runs.universal, folder=str(tmp_path), zeros=zeros):
