@@ -328,7 +328,7 @@ class DualPipeEngine(
             self._check_part(part)
             if not torch.is_grad_enabled():
                 raise RuntimeError("train_batch() needs gradients; use eval_batch() without")
-            if self.optimizer is None:
+            if self.optimizer is None or not getattr(self.optimizer, "using_real_optimizer", True):
                 raise ConfigError('train_batch() needs an optimizer: add "optimizer" to the DeepSpeed configuration')
             if data_iter is not None:
                 self.set_dataiterator(data_iter)

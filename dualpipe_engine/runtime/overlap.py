@@ -20,6 +20,7 @@ from itertools import pairwise
 from typing import TYPE_CHECKING, TypeVar
 
 import torch
+from torch import nn
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 from torch.utils import _pytree as pytree
 from torch.utils.checkpoint import checkpoint
@@ -29,7 +30,7 @@ from ..comm.tickets import Tickets, Transfer
 from ..errors import ConfigError
 from .chunk import ChunkOptions, StageChunk, _inside, empty
 from .filling import Filling, Weights
-from .phases import COMM, COMPUTE, Hooks, Phase, Phased, runs_by_phases
+from .phases import COMM, COMPUTE, Phase, Phased, hooks_of, noting_calls, runs_by_phases
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -111,7 +112,7 @@ class PhasedChunk(StageChunk):
         phases: what `phases_of` makes of the stage.
         timeout_s: seconds after which a transfer is given up.
         log: takes what became of each transfer; None: nobody wants to know.
-        hooks: that phases pass by, of which there must be none.
+        parts: modules that phases may pass by, which must have no hooks then.
         options: as for `StageChunk`.
     """
 
@@ -122,11 +123,13 @@ class PhasedChunk(StageChunk):
         phases: Sequence[Phase],
         timeout_s: float,
         log: list[Transfer] | None = None,
-        hooks: Sequence[Hooks] = (),
+        parts: Sequence[nn.Module] = (),
         **options: Unpack[ChunkOptions],
     ) -> None:
         super().__init__(module, stage, **options)
-        self._hooks = hooks
+        self._parts = parts
+        self._hooks = [hooks for part in parts for hooks in hooks_of(part)]  # now and later
+        self._called: set[nn.Module] = set()  # of those with hooks
         # The last phase hands over to the next stage or to the loss, so it computes.
         self._phases = [*phases, Phase("out", COMPUTE, as_it_is)] if phases[-1].kind == COMM else list(phases)
         self._timeout_s = timeout_s
@@ -191,12 +194,26 @@ class PhasedChunk(StageChunk):
         tickets.wait(self._timeout_s)
 
     def _forward_steps(self, micro: int, inputs: Nest, labels: Nest) -> Steps[Nest]:
-        if any(self._hooks):
+        steps = self._steps(micro, inputs, labels)
+        return self._looked_after(steps) if any(self._hooks) else steps
+
+    def _looked_after(self, steps: Steps[Nest]) -> Steps[Nest]:
+        """Take the steps, and see that each module with hooks has been called."""
+        hooked = {part for part in self._parts if any(hooks_of(part))}
+        if hooked <= self._called:
+            return (yield from steps)
+        with noting_calls() as called:
+            output = yield from steps
+        if missed := hooked - called:
+            kinds = " and ".join(sorted({type(part).__name__ for part in missed}))
             raise ConfigError(
-                f"stage {self.stage} runs by phases, which pass by the hooks on its layers, their larger parts and the "
-                "PipelineModule: put those of layers there before initialize, which runs such layers whole, or set "
-                '"overlap": false'
+                f"stage {self.stage} runs by phases, which pass by the hooks on {kinds}: put those of layers and their "
+                'parts there before initialize, which runs such layers whole, or set "overlap": false'
             )
+        self._called |= hooked
+        return output
+
+    def _steps(self, micro: int, inputs: Nest, labels: Nest) -> Steps[Nest]:
         segments: list[_Segment] = []
         entered, leaves = self._entered(micro, inputs)  # leaves that collect what goes back to the stage before
         for phase, following in pairwise(self._phases):

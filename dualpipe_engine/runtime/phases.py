@@ -11,10 +11,12 @@ run, or wait, apart from the next.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import NamedTuple, Protocol, runtime_checkable
 
 from torch import nn
+from torch.nn.modules.module import register_module_forward_pre_hook
 
 from ..comm.nest import Nest
 
@@ -56,14 +58,29 @@ def hooks_of(module: nn.Module) -> tuple[Hooks, ...]:
     return module._forward_pre_hooks, module._forward_hooks, module._backward_pre_hooks, module._backward_hooks
 
 
-def passed_by(layer: object) -> list[Hooks]:
-    """The hooks of a layer, and of its parts that have parts of their own, of which phases may run single ones."""
+def parts_with_parts(layer: object) -> list[nn.Module]:
+    """A layer, and its parts that have parts of their own: phases may call these alone, and pass by the hooks on it."""
     if not isinstance(layer, nn.Module):
         return []
     parts = [layer, *(part for part in layer.modules() if next(part.children(), None) is not None)]
-    return [hooks for part in dict.fromkeys(parts) for hooks in hooks_of(part)]
+    return list(dict.fromkeys(parts))
+
+
+@contextmanager
+def noting_calls() -> Iterator[set[nn.Module]]:
+    """Within, the modules that have been called are in the set."""
+    called: set[nn.Module] = set()
+
+    def note(module: nn.Module, _: object) -> None:
+        called.add(module)
+
+    handle = register_module_forward_pre_hook(note)
+    try:
+        yield called
+    finally:
+        handle.remove()
 
 
 def runs_by_phases(layer: object) -> bool:
     """Whether a layer offers phases, and has no hooks that they would pass by."""
-    return isinstance(layer, Phased) and not any(passed_by(layer))
+    return isinstance(layer, Phased) and not any(any(hooks_of(part)) for part in parts_with_parts(layer))

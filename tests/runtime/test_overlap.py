@@ -13,7 +13,7 @@ from dualpipe_engine.comm.tickets import Tickets
 from dualpipe_engine.errors import ConfigError
 from dualpipe_engine.runtime.chunk import StageChunk
 from dualpipe_engine.runtime.overlap import PhasedChunk, finish, interleave, phases_of
-from dualpipe_engine.runtime.phases import COMM, COMPUTE, Phase, passed_by
+from dualpipe_engine.runtime.phases import COMM, COMPUTE, Phase, parts_with_parts
 from dualpipe_engine.runtime.weight_grad import DeferredWeightGrads, install
 from dualpipe_engine.schedule.op import FB
 from dualpipe_engine.schedule.passes.lower import lower
@@ -117,12 +117,16 @@ def test_a_layer_with_hooks_that_its_phases_pass_by_runs_whole(within):
 
 
 def test_hooks_that_come_later_are_refused():
-    block = Block()
-    chunk = PhasedChunk(block, 0, phases_of([block]), 10.0, hooks=passed_by(block), is_last=False)
-    chunk.forward(0, torch.randn(2, 6))
+    block, ran = Block(), []
+    block.attention = nn.Sequential(block.attention)
+    chunk = PhasedChunk(block, 0, phases_of([block]), 10.0, parts=parts_with_parts(block), is_last=False)
+    block.attention.register_forward_hook(lambda *_: ran.append(1))  # is called by the phase
+    for micro in range(3):
+        chunk.forward(micro, torch.randn(2, 6))
+    assert len(ran) == 3
     block.register_forward_hook(lambda *_: None)
     with pytest.raises(ConfigError, match='"overlap": false'):
-        chunk.forward(1, torch.randn(2, 6))
+        chunk.forward(3, torch.randn(2, 6))
 
 
 def phased(module, stage, recompute=False, **options):

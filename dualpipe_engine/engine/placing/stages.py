@@ -16,7 +16,7 @@ from ...comm.tickets import Transfer
 from ...errors import ConfigError
 from ...runtime.chunk import ChunkOptions, StageChunk
 from ...runtime.overlap import PhasedChunk, phases_of
-from ...runtime.phases import COMPUTE, Phased, hooks_of, passed_by, runs_by_phases
+from ...runtime.phases import COMPUTE, Phased, hooks_of, parts_with_parts, runs_by_phases
 from ...runtime.recompute import Recompute
 from ..given import LayerFunction, Settings
 from .module import PlacedModule
@@ -109,11 +109,9 @@ def make_chunk(
         phases = [
             phase._replace(run=recompute.within(phase.run)) if phase.kind == COMPUTE else phase for phase in phases
         ]
-    hooks = [
-        *hooks_of(view),
-        *(each for layer in filter(runs_by_phases, view.forward_funcs) for each in passed_by(layer)),
-    ]
-    return PhasedChunk(view, stage, phases, timeout_s, log, hooks, **options)
+    layers = filter(runs_by_phases, view.forward_funcs)
+    parts = [view, *(part for layer in layers for part in parts_with_parts(layer))]
+    return PhasedChunk(view, stage, phases, timeout_s, log, parts, **options)
 
 
 def has_phases(module: PipelineModule) -> bool:

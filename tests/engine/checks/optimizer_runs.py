@@ -44,14 +44,19 @@ def rates(schedulers, zero, precision="fp32"):
 
 
 def without_optimizer(precisions):
-    """The evaluated loss of an engine that has none."""
+    """The evaluated loss of an engine that has none, and what training says."""
     import dualpipe_engine
+    from dualpipe_engine.errors import ConfigError
 
     found = {}
     for precision in precisions:
         config = training.settings(4, zero=0, schedule="dualpipe", precision=precision)
         del config["optimizer"], config["scheduler"]
         engine, *_ = dualpipe_engine.initialize(model=training.make_module(2, 4), config=config)
-        found[precision] = float(engine.eval_batch(training.stream(0)))
+        loss = float(engine.eval_batch(training.stream(0)))
+        try:
+            engine.train_batch(training.stream(0))
+        except ConfigError as error:
+            found[precision] = loss, str(error)
         engine.destroy()
     return found
