@@ -30,7 +30,7 @@ from ..comm.tickets import Tickets, Transfer
 from ..errors import ConfigError
 from .chunk import ChunkOptions, StageChunk, _inside, empty
 from .filling import Filling, Weights
-from .phases import COMM, COMPUTE, Phase, Phased, hooks_of, noting_calls, runs_by_phases
+from .phases import COMM, COMPUTE, Phase, hooks_of, noting_calls, runs_by_phases
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -55,11 +55,7 @@ def phases_of(
     """
     found: list[Phase] = []
     for layer in layers:
-        parts = (
-            layer.phases()
-            if isinstance(layer, Phased) and runs_by_phases(layer)
-            else [Phase(type(layer).__name__, COMPUTE, layer)]
-        )
+        parts = layer.phases() if runs_by_phases(layer) else [Phase(type(layer).__name__, COMPUTE, layer)]
         again = recompute(layer)
         for part in _merged(parts):
             if again and part.kind == COMPUTE:

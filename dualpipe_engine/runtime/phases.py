@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import NamedTuple, Protocol, runtime_checkable
+from typing import NamedTuple, Protocol, TypeGuard, runtime_checkable
 
 from torch import nn
 from torch.nn.modules.module import register_module_forward_pre_hook
@@ -81,6 +81,6 @@ def noting_calls() -> Iterator[set[nn.Module]]:
         handle.remove()
 
 
-def runs_by_phases(layer: object) -> bool:
+def runs_by_phases(layer: object) -> TypeGuard[Phased]:
     """Whether a layer offers phases, and has no hooks that they would pass by."""
     return isinstance(layer, Phased) and not any(any(hooks_of(part)) for part in parts_with_parts(layer))

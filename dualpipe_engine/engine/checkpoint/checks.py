@@ -152,8 +152,10 @@ class CheckpointChecks(PipelineEngine):
         return saved
 
     def _check_scheduler(self, folder: Path) -> None:
-        """Raises:
-        CheckpointError: the checkpoint has no state for the scheduler of learning rates.
+        """A scheduler of learning rates must find its state.
+
+        Raises:
+            CheckpointError: there is none.
         """
         files = self._get_all_ckpt_names(str(folder.parent), folder.name)
         if any(from_all(self.lr_scheduler is not None and peek(Path(files[0])).get("lr_scheduler") is None)):
@@ -194,27 +196,25 @@ class CheckpointChecks(PipelineEngine):
             CheckpointError: it is not.
         """
         path = Path(self._get_ckpt_name(str(folder.parent), folder.name))
-        why, lacks, kind = "its optimizer state is cut for other pipeline ranks", False, ""
+        why, wrong = "its optimizer state is cut for other pipeline ranks", ""
         if path.exists():
             saved = peek(path)
-            lacks = _has_none(saved)
             shapes = saved.get("param_shapes")
             layout = saved.get(LAYOUT) or (shapes and [list(group.items()) for group in shapes])
             same = layout is None or _same(layout, self._layout()) or self._lacks_own_of_ties(layout)
             copies = saved.get("dp_world_size")
-            if _is_whole(saved) == self.cuts_states:
+            if _has_none(saved):
+                wrong = "it was saved without an optimizer"
+            elif _is_whole(saved) == self.cuts_states:
                 why = f"its optimizer state was saved with{'out' if self.cuts_states else ''} ZeRO"
             elif same and self.cuts_states and copies != self.seq_dp_world_size:
                 why = f"its optimizer state is cut among {copies} copies of each stage, not {self.seq_dp_world_size}"
             elif same and layout is not None:
-                why, kind = "", self._lacking(self._groups_of(saved, folder))
+                why, wrong = "", self._lacking(self._groups_of(saved, folder))
             elif layout and _in_order(layout) == _in_order(self._layout()):
                 why = 'its optimizer state has another order of parameters, which "round_robin_gradients" changes'
-        if any(from_all(lacks)):
-            text = f"{folder} was saved without an optimizer: pass load_optimizer_states=False to load the weights"
-            raise CheckpointError(text, everywhere=True)
-        if text := next(filter(None, from_all(kind)), ""):
-            text = f"{folder}: {text}: name that one, or pass load_optimizer_states=False to load the weights alone"
+        if text := next(filter(None, from_all(wrong)), None):
+            text = f"{folder}: {text}: pass load_optimizer_states=False to load the weights alone"
             raise CheckpointError(text, everywhere=True)
         if reason := next(filter(None, from_all(why)), None):
             raise OtherRanksError(
