@@ -115,6 +115,13 @@ def test_what_hangs_or_fails_becomes_a_line(checks, monkeypatch, tmp_path):
     assert failed["result"] == "failed" and "begun" in failed["output"]
 
 
+def test_reports_name_their_sources(checks, monkeypatch, capsys):
+    """Who reads a report can see whether the code has changed since."""
+    monkeypatch.setattr("sys.argv", ["run.py", "--code"])
+    assert checks["run"].main() == 0
+    assert capsys.readouterr().out.strip() == checks["run"].hardware()["code"]
+
+
 def test_every_check_is_described(checks):
     """The table of docs/measured/README.md and the list of the script are of the same checks."""
     text = (ROOT / "docs" / "measured" / "README.md").read_text().partition("## Measure")[2]

@@ -141,8 +141,12 @@ def main() -> int:
     parser.add_argument("--out", type=Path, help="JSON file (default: docs/measured/HARDWARE.json)")
     parser.add_argument("--only", default="", help="numbers of checks, with commas")
     parser.add_argument("--minutes", type=float, default=7.8, help="for all checks together (default 7.8)")
+    parser.add_argument("--code", action="store_true", help="print which sources these are, as reports name them")
     parser.add_argument("--check", type=int, help=argparse.SUPPRESS)
     args = parser.parse_args()
+    if args.code:
+        print(code())
+        return 0
     if args.check is not None:
         inside(args.check)
     report: dict[str, Any] = hardware()
