@@ -6,7 +6,6 @@ import os
 from collections.abc import Iterator
 
 import torch
-from deepspeed.pipe import PipelineModule
 from deepspeed.runtime.engine import DeepSpeedEngine
 from deepspeed.runtime.pipe.engine import TRAIN_BATCH_TIMER
 from deepspeed.runtime.pipe.topology import PipelineParallelGrid
@@ -25,12 +24,11 @@ from ..errors import ConfigError, raised_everywhere
 from ..faults.watch import Watch
 from ..faults.watched import watched
 from ..runtime.apex_support import apex_status
-from ..runtime.chunk import StageChunk
 from ..runtime.executor import Executor
 from ..runtime.observer import Observer
 from ..runtime.offload import Offload
 from ..runtime.recompute import Recompute
-from ..runtime.weight_grad import DeferredWeightGrads, install
+from ..runtime.weight_grad import DeferredWeightGrads
 from ..schedule.op import I, atoms
 from ..schedule.plan import Plan
 from ..schedule.progress import waiting
@@ -56,7 +54,8 @@ from .placing.grid import Place
 from .placing.module import PlacedModule
 from .placing.sequences import Sharing
 from .placing.shared_blocks import SharingExperts
-from .placing.stages import has_phases, make_chunk, params_of, reads_micro_offset, stage_views
+from .placing.stages import has_phases, reads_micro_offset
+from .placing.views import stage_views
 from .plan import StageCosts, make_lowered_plan
 from .reduction.after_schedule import AfterSchedule
 from .reduction.averaging import Averaging
@@ -139,6 +138,15 @@ class DualPipeEngine(
         if self.training_data:
             self._build_data_iter(self.training_data)
 
+    def _broadcast_model(self) -> None:
+        """DeepSpeed sends parameters as bytes, which one without dimensions cannot be viewed as."""
+        numbers = {param: param.data for param in self.module.parameters() if param.dim() == 0}
+        for param, number in numbers.items():
+            param.data = number.view(1)
+        super()._broadcast_model()
+        for param, number in numbers.items():
+            param.data = number
+
     def _make_context(self, plan: Plan) -> Context:
         return Context(
             module=self.module,
@@ -183,7 +191,7 @@ class DualPipeEngine(
         self._offload = Offload(module, self.device, timeout, self._transfers) if offloads else None
         self._additional = AdditionalLosses(module, self._pipeline_group, self._replica_group)
         with refused_everywhere():
-            self._chunks = {stage: self._make_chunk(stage, view) for stage, view in context.views.items()}
+            self._make_chunks()
         self._transported: list[StreamTicket] = []  # of the last batch, between stages
         if not matches_by_tag(self._pipeline_group):
             check_queues(self.plan, module.dynamic_shape, self.device, os.environ.get(VARIABLE))
@@ -228,31 +236,6 @@ class DualPipeEngine(
             failing=self.watch,
         )
 
-    def _install(self) -> None:
-        """Let modules defer their weight gradients, and those that "recompute" names compute again."""
-        if self._store is not None:
-            self.weight_split = install(self.module, self._store)
-        if self._recompute is not None:
-            self._recompute.install()
-
-    def _make_chunk(self, stage: int, view: PipelineModule) -> StageChunk:
-        is_last = stage == self.plan.placement.num_stages - 1
-        overlap = self.dualpipe_config.overlap is not False
-        return make_chunk(
-            view,
-            stage,
-            by_phases=overlap and has_phases(self.module),
-            timeout_s=self.dualpipe_config.p2p_timeout_s,
-            log=self._transfers,
-            recompute=self._recompute,
-            overlap=overlap,
-            is_last=is_last,
-            loss_fn=self._additional.watch(self.module.loss_fn) if is_last else None,
-            store=self._store,
-            params=params_of(view.forward_funcs),
-            offload=self._offload,
-        )
-
     def _make_finite_check(self) -> FiniteCheck:
         watched = None
         if self.dualpipe_config.check_finite:
@@ -264,11 +247,6 @@ class DualPipeEngine(
         return FiniteCheck(
             watched, scaled, self.global_rank, place.replica, place.replicas, lambda: totals.finish().bad
         )
-
-    def _before_forward(self, stage: int, micro: int) -> None:
-        """Seeds of `seed_layers` count micro-batches as a pipeline of one direction would."""
-        # Around nn.Module.__setattr__, which takes microseconds of every forward.
-        vars(self._context.views[stage])["micro_offset"] = self.module.micro_offset + micro
 
     # -- training ------------------------------------------------------------------------------------------------
 
@@ -332,6 +310,7 @@ class DualPipeEngine(
                 raise ConfigError('train_batch() needs an optimizer: add "optimizer" to the DeepSpeed configuration')
             if data_iter is not None:
                 self.set_dataiterator(data_iter)
+            self._follow_module()
             if self._trained.changed():
                 self._check_unchanged()
                 self._install()
@@ -339,7 +318,7 @@ class DualPipeEngine(
             feed = self._feed(self.micro_batches, fingerprint=not self._checked_stream)
         except Exception as error:
             self.watch.fail_batch(error, "train_batch")
-        self._set_training(True)
+        self.module.train()
         self.timers(TRAIN_BATCH_TIMER).start()
         self._tail.begin(feed.drain, part)
         self._transfers.clear()

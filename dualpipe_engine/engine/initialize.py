@@ -17,7 +17,7 @@ from deepspeed.runtime.engine import DeepSpeedEngine
 from deepspeed.runtime.pipe.engine import PipelineEngine
 
 from ..comm.communicators import noting_groups
-from ..errors import ConfigError, DualPipeError
+from ..errors import ConfigError, DualPipeError, raised_everywhere
 from ..faults.watch import Watch
 from ..models.autoep import section as expert_parallel
 from ..schedule.jobs.under_memory import Fitted
@@ -193,7 +193,8 @@ def _choose_plan(
 ) -> tuple[DualPipeConfig, Plan, StageCosts]:
     """The configuration with "auto" replaced, the lowered plan, and the costs of stages. Collective."""
     grid = model._grid
-    num_micro = micro_batches(settings, sharing.readers(grid.data_parallel_size))
+    with raised_everywhere():
+        num_micro = micro_batches(settings, sharing.readers(grid.data_parallel_size))
     measured = job_costs(model, settings, dualpipe, num_micro, sharing, training_data, collate_fn)
     if dualpipe.schedule == AUTO:
         assert measured is not None
@@ -209,7 +210,8 @@ def _choose_plan(
         plan = lowered_plan(best.plan, dualpipe, costs(best.plan.placement))
     else:
         costs = costs_of_stages(model, dualpipe, measured)
-        plan = make_lowered_plan(dualpipe, grid.pipe_parallel_size, num_micro, costs, exact=True)
+        with raised_everywhere():
+            plan = make_lowered_plan(dualpipe, grid.pipe_parallel_size, num_micro, costs, exact=True)
     agree(plan, torch.device(get_accelerator().current_device_name()))
     return dualpipe, plan, costs
 

@@ -43,7 +43,8 @@ def check_load_report(module: PlacedModule, config: DualPipeConfig) -> bool:
     if not found and config.load_report_steps is not None:
         raise ConfigError(
             '"load_report_steps" is for layers with experts of dualpipe_engine.models, and for those of the '
-            '"expert_parallel" section, but there are none: leave it out'
+            '"expert_parallel" section, but there are none: leave it out',
+            everywhere=True,
         )
     return found
 

@@ -51,6 +51,8 @@ class Executor:
         offload: takes activations to host memory where a plan says so; None: no plan does.
 
     Attributes:
+        chunks: as given; others may take their place between batches.
+        on_micro: likewise.
         scale: factor on every loss before its backward.
     """
 
@@ -67,11 +69,11 @@ class Executor:
         offload: Offload | None = None,
     ) -> None:
         self._rank = rank
-        self._chunks = chunks
+        self.chunks = chunks
         self._edges = edges
         self._observer = observer
         self._tail = tail
-        self._on_micro = on_micro
+        self.on_micro = on_micro
         self._borders = borders
         self._failing = failing
         self._offload = offload
@@ -150,7 +152,7 @@ class Executor:
         return state.result
 
     def _clear(self) -> None:
-        for chunk in self._chunks.values():
+        for chunk in self.chunks.values():
             chunk.clear()
         if self._offload is not None:
             self._offload.clear()
@@ -189,7 +191,7 @@ class Executor:
     def _take_inputs(self, op: Op) -> Nest:
         """What the stage of a forward takes: in training, what its chunk has made of it."""
         stage, micro = op.stage, op.micro
-        enter = self._chunks[stage].enter if self._state.train else as_it_is
+        enter = self.chunks[stage].enter if self._state.train else as_it_is
         if stage == 0:
             start = self._observer.now()
             inputs = self._state.feed.inputs(micro)
@@ -231,8 +233,8 @@ class Executor:
         return labels
 
     def _prepare(self, op: Op) -> tuple[Nest, Nest]:
-        if self._on_micro is not None:
-            self._on_micro(op.stage, op.micro)
+        if self.on_micro is not None:
+            self.on_micro(op.stage, op.micro)
         return self._take_inputs(op), self._labels(op)
 
     def passing(self) -> list[torch.Tensor]:
@@ -243,7 +245,7 @@ class Executor:
 
     def _forward(self, op: Op) -> None:
         inputs, labels = self._prepare(op)
-        chunk, train = self._chunks[op.stage], self._state.train
+        chunk, train = self.chunks[op.stage], self._state.train
         with self._observer.span(op):
             output = chunk.forward(op.micro, inputs, labels) if train else chunk.infer(inputs)
             if self._offload is not None:
@@ -277,7 +279,7 @@ class Executor:
 
     def _backward(self, op: Op) -> None:
         grads = self._take_grads(op)
-        chunk = self._chunks[op.stage]
+        chunk = self.chunks[op.stage]
         with self._observer.span(op):
             if self._offload is not None:
                 self._offload.await_back(op.stage, op.micro)
@@ -312,12 +314,12 @@ class Executor:
 
     def _weight(self, op: Op) -> None:
         with self._observer.span(op):
-            self._chunks[op.stage].weight_backward(op.micro)
+            self.chunks[op.stage].weight_backward(op.micro)
             self._accumulate(op)
 
     def _pair(self, op: Op) -> None:
         forward, backward = op.parts
-        chunk, other = self._chunks[forward.stage], self._chunks[backward.stage]
+        chunk, other = self.chunks[forward.stage], self.chunks[backward.stage]
         if backward.kind == B and chunk.pairs_with(other):
             inputs, labels = self._prepare(forward)
             grads = self._take_grads(backward)

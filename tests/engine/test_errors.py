@@ -48,7 +48,7 @@ CASES = {
 def test_every_rank_says_the_same_sentence(ranks, name):
     world, blocks, config, text = CASES[name]
     with pytest.raises(RankError) as caught:
-        ranks.run(world, training.fails, timeout=60, config=config, ranks=world, blocks=blocks)
+        ranks.run(world, training.fails, timeout=60, config=config, ranks=world, blocks=blocks, alike=True)
     errors = caught.value.errors
     assert sorted(errors) == list(range(world))
     assert {error[0] for error in errors.values()} <= {"ConfigError", "PlanError"}

@@ -242,11 +242,17 @@ def built_weights(ranks, schedule, seed_layers, method):
     return found
 
 
-def fails(config, ranks=4, blocks=8, replicas=1):
-    """Initialize with a configuration that cannot work; every rank must raise."""
+def fails(config, ranks=4, blocks=8, replicas=1, alike=False):
+    """Initialize with a configuration that cannot work; every rank must raise, and with `alike` know that all do, so
+    that none takes another for lost."""
     import dualpipe_engine
+    from dualpipe_engine.errors import DualPipeError
 
-    dualpipe_engine.initialize(model=make_module(ranks, blocks, replicas=replicas), config=config)
+    try:
+        dualpipe_engine.initialize(model=make_module(ranks, blocks, replicas=replicas), config=config)
+    except DualPipeError as error:
+        assert error.everywhere or not alike, error
+        raise
 
 
 def grouped(ranks, how):

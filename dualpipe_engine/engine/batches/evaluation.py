@@ -18,9 +18,10 @@ from ...schedule.passes.lower import forward_only, lower
 from ..checks.token_mixing import TokenMixing
 from .loader import Loading
 from .recovery import Recovery
+from .running import RunningStages
 
 
-class Evaluation(Recovery, Loading):
+class Evaluation(Recovery, Loading, RunningStages):
     """The part of `DualPipeEngine` that evaluates."""
 
     data_iterator: Iterator[Nest] | None
@@ -71,7 +72,7 @@ class Evaluation(Recovery, Loading):
                 'with "sequence_parallel_size" eval_batch gives the mean loss: drop reduce_output and compute_loss',
                 everywhere=True,
             )
-        self._set_training(False)
+        self.module.eval()
         with self._attempt(), torch.no_grad(), autocast_if_enabled(self):
             result, losses, mean = self._run_eval(data_iter, num_micro, compute_loss, reduce_output == "avg")
             self.module.micro_offset += num_micro
@@ -88,11 +89,6 @@ class Evaluation(Recovery, Loading):
             return value, self._share_outputs(result, [num_micro - 1])[num_micro - 1]
         return value
 
-    def _set_training(self, mode: bool) -> None:
-        self.module.train(mode)
-        for view in self._context.views.values():
-            view.training = mode
-
     def _run_eval(
         self, data_iter: Iterator[Nest], num_micro: int, compute_loss: bool, average: bool
     ) -> tuple[BatchResult, BatchResult, torch.Tensor | None]:
@@ -106,6 +102,7 @@ class Evaluation(Recovery, Loading):
         try:
             if self.place.feeds:
                 self.data_iterator = data_iter
+            self._follow_module()
             feed = self._feed(num_micro)
         except Exception as error:
             self.watch.fail_batch(error, "eval_batch")

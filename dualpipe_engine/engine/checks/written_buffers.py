@@ -36,6 +36,11 @@ def check_statistics(module: PipelineModule, placement: Placement, recomputed: M
     Raises:
         ConfigError: there is one.
     """
+    raise_everywhere(kept_statistics(module, placement, recomputed)[:1])
+
+
+def kept_statistics(module: PipelineModule, placement: Placement, recomputed: Mapping[str, nn.Module]) -> list[str]:
+    """What `check_statistics` refuses on this rank, and why."""
     twice = "but would see each twice, as activations are recomputed: leave out {}, or take a normalization without "
     kept = [(name, part) for name, part in module.named_modules() if isinstance(part, _NormBase)]
     kept = [(name, part) for name, part in kept if part.running_mean is not None]
@@ -47,10 +52,9 @@ def check_statistics(module: PipelineModule, placement: Placement, recomputed: M
         again = {inner for part in recomputed.values() for inner in part.modules()}
         kept = [(name, part) for name, part in kept if part in again]
         why = twice.format('its name in "recompute"') + "statistics"
-    wrong = [
+    return [
         f"{name} ({type(part).__name__}) keeps statistics of the batches that it sees, {why}" for name, part in kept
     ]
-    raise_everywhere(wrong[:1])
 
 
 class WrittenBuffers:

@@ -10,7 +10,7 @@ import torch.distributed as dist
 from deepspeed.pipe import PipelineModule, TiedLayerSpec
 
 from ...comm.from_all import from_all
-from ...errors import ConfigError
+from ...errors import ConfigError, raised_everywhere
 from ...schedule.cuts.counts import bounds_of_counts, parse_counts
 from ...schedule.cuts.fastest import best_cut
 from ...schedule.cuts.layer_times import read_layer_costs
@@ -35,7 +35,8 @@ def stage_bounds(module: PipelineModule, plan: Plan, config: DualPipeConfig, cos
     """
     counts = parse_counts(config.partition_method)
     if counts is not None:
-        return list(bounds_of_counts(counts, len(module._layer_specs), plan.placement))
+        with raised_everywhere():
+            return list(bounds_of_counts(counts, len(module._layer_specs), plan.placement))
     return kept_together(_bounds(module, plan, config, costs), module._layer_specs, plan.placement)
 
 
@@ -51,9 +52,10 @@ def _bounds(module: PipelineModule, plan: Plan, config: DualPipeConfig, costs: C
         ConfigError: the layers cannot be cut, or the file is not for them.
     """
     num_stages = plan.placement.num_stages
-    if config.partition_method != PAIRS:
-        return cut_layers(module, num_stages, config.partition_method)
-    check_layers(module, num_stages)
+    with raised_everywhere():
+        if config.partition_method != PAIRS:
+            return cut_layers(module, num_stages, config.partition_method)
+        check_layers(module, num_stages)
     weights = estimated_costs(module) if config.layer_costs is None else _stored(config.layer_costs)
     if len(weights) != len(module._layer_specs):
         raise ConfigError(

@@ -1,8 +1,7 @@
-"""Stages of a placed module: their layers, parameters, and the chunks that run them."""
+"""Stages of a placed module: their parameters, and the chunks that run them."""
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Iterable
 from functools import partial
 from typing import TYPE_CHECKING
@@ -25,25 +24,6 @@ if TYPE_CHECKING:
     from typing_extensions import Unpack
 
 _OVERLAPPED = "overlapped_forward_backward"
-
-
-def stage_views(module: PlacedModule) -> dict[int, PipelineModule]:
-    """One callable module for each stage of this rank; they share parameters and settings with `module`.
-
-    A view is a shallow copy with its own list of layers, so the PipelineModule's own forward (activation checkpointing,
-    seeds, a user's override) runs unchanged for each stage.
-    """
-    views = {}
-    for stage in module.dualpipe_place.stages:
-        start, stop = module.parts[stage], module.parts[stage + 1]
-        indices = [index for index, layer in enumerate(module.dualpipe_layers) if start <= layer < stop]
-        view = copy.copy(module)
-        view.forward_funcs = [module.forward_funcs[index] for index in indices]
-        view._local_start, view._local_stop = start, stop
-        view.is_checkpointable_results, view.is_checkpointable_results_interval = [], None
-        view._precompute_checkpointable_values()
-        views[stage] = view
-    return views
 
 
 def needs_input_gradient(module: PipelineModule) -> bool:
