@@ -145,6 +145,13 @@ def test_training_with_other_options_is_that_of_whole_sequences(ranks):
             assert part_losses == pytest.approx(whole_losses, rel=2e-3 if "precision" in way else 1e-5), way
 
 
+def test_losses_that_are_modules(ranks, tmp_path):
+    for rank in ranks.run(4, runs.loss_modules, folder=str(tmp_path)):
+        (whole, weight), (parts, weight_of_parts), (tiled, _) = rank
+        assert parts == pytest.approx(whole, rel=1e-5) and tiled == pytest.approx(whole[:1], rel=1e-5)
+        assert weight_of_parts == pytest.approx(weight, rel=1e-5) and weight != 1
+
+
 def test_what_cannot_work_is_refused(ranks):
     ranks.run(4, runs.refusals)
 

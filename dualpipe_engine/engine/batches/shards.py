@@ -14,6 +14,7 @@ from torch.utils import _pytree as pytree
 from ...comm.nest import Nest
 from ...errors import ConfigError
 from ..given import LossFunction
+from ..placing.loss import replace_loss
 from ..placing.sequences import Sharing
 
 IGNORED = -100  #: labels that do not count, as in torch's cross entropy
@@ -145,7 +146,7 @@ def shard_batches(module: PipelineModule, sharing: Sharing) -> Shards | None:
     if sharing.group is None:
         return None
     shards = Shards(sharing.size, sharing.rank, inputs=not sharing.cuts_inputs, shifts=shifts(module.loss_fn))
-    module.loss_fn = of_shards(module.loss_fn)
+    replace_loss(module, of_shards(module.loss_fn))
     return shards
 
 

@@ -27,6 +27,7 @@ from ..given import CheckpointEngine, LayerFunction
 from .carry import Layer, carry
 from .experts import whole_experts
 from .grid import Place, deepspeed_grid, position_of
+from .loss import loss_module
 from .own_files import OwnFile, own_files
 from .param_groups import add_placeholder
 from .partition import stage_of_layer
@@ -68,7 +69,7 @@ class PlacedModule(PipelineModule):
             if not hasattr(self.forward_funcs[index], "state_dict"):
                 checkpoint_engine.save(state_dict={}, path=self.ckpt_layer_path(save_dir, index))
         for file in self.own_files() if first else ():
-            if file.part is not self.loss_fn or self.dualpipe_place.reads_labels:  # where it is trained
+            if file.part is not loss_module(self) or self.dualpipe_place.reads_labels:  # where it is trained
                 kept = {
                     name: tensor.detach().clone()
                     for name, tensor in file.tensors.items()
