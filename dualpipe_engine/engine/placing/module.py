@@ -92,17 +92,18 @@ class PlacedModule(PipelineModule):
             self.__dict__["tied_comms"] = {}  # no collective before all ranks have heard
             super().load_state_dir(load_dir, checkpoint_engine, strict)
             self.load_own_files(load_dir, checkpoint_engine)
-        except Exception as error:
+        except CheckpointError as error:  # of a file that cannot be read
             wrong = str(error)
+        except Exception as error:
+            wrong = (
+                f"{load_dir} does not fit: {error}; load_module_strict=False passes over what is missing or more, but "
+                "not over other shapes"
+            )
         finally:
             self.__dict__["tied_comms"] = ties
         for rank, text in enumerate(from_all(wrong)):
             if text is not None:
-                raise CheckpointError(
-                    f"{load_dir} does not fit the model on rank {rank}: {text}; load_module_strict=False passes over "
-                    "what is missing or more, but not over other shapes",
-                    everywhere=True,
-                )
+                raise CheckpointError(f"the model of rank {rank} is not loaded: {text}", everywhere=True)
         self._synchronize_tied_weights()
 
     def load_own_files(self, load_dir: str, checkpoint_engine: CheckpointEngine) -> None:
