@@ -192,6 +192,32 @@ def test_parts_add_up_to_the_mean():
     torch.testing.assert_close(found, nn.functional.cross_entropy(logits.flatten(0, 1), labels.flatten()))
 
 
+def token_loss(out, labels, **options):
+    return nn.functional.cross_entropy(out.flatten(0, 1), labels.flatten(), **options)
+
+
+@pytest.mark.parametrize(
+    ("options", "mean"),
+    [
+        ({"label_smoothing": 0.2}, True),
+        ({"reduction": "sum"}, False),
+        ({"ignore_index": 0}, False),
+        ({"weight": torch.arange(1.0, 6.0)}, False),
+    ],
+)
+def test_a_loss_of_parts_is_a_mean_or_refused(options, mean):
+    torch.manual_seed(4)
+    logits, labels = torch.randn(2, 8, 5), torch.randint(0, 5, (2, 8))
+    loss_fn = partial(token_loss, **options)
+    of_part = of_shards(loss_fn)
+    parts = [Shards(2, rank).cut(logits, labels) for rank in range(2)]
+    if mean:
+        torch.testing.assert_close(sum(of_part(*part) for part in parts) / 2, loss_fn(logits, labels))
+    else:
+        with pytest.raises(ConfigError, match="not the mean over these"):
+            [of_part(*part) for part in parts]
+
+
 def test_labels_are_shifted_before_they_are_cut():
     """No token at a border is lost; a loss that is given some of its arguments before is the same loss."""
     logits, tokens = torch.randn(2, 6, 5), torch.randint(0, 5, (2, 6))
