@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from typing import NamedTuple
 
@@ -22,7 +23,7 @@ from ..models.trial import hidden_state
 from .chain import Chain, ancestors
 from .messages import Inputs
 from .phased_attention import Layer, PhasedAttention, phased_attention
-from .sequences import Part, check_shared, share_attention
+from .sequences import Part, PartViews, check_shared, share_attention
 from .stubs import Changed, End, Inject, Stub, Taken, first_tensor, placeholder
 
 
@@ -76,7 +77,8 @@ class Runner:
             self._hidden, travel = self._inputs.unpack(message)
             kwargs = self._inputs.stand_in(self._whole(self._hidden), travel)
         try:
-            output = self.model(**kwargs)
+            with self._views():
+                output = self.model(**kwargs)
         except Taken as taken:
             return self._inputs.pack(self._cut(taken.hidden), travel)
         finally:
@@ -134,6 +136,11 @@ class Runner:
             return hidden
         self._length = hidden.shape[1] * self._shared.size
         return hidden.new_zeros(()).expand(len(hidden), self._length, *hidden.shape[2:])
+
+    def _views(self) -> AbstractContextManager[object]:
+        if self._shared is None or not self._last:
+            return nullcontext()
+        return PartViews(self._length // self._shared.size, self._length)
 
     def _cut(self, given: Nest) -> Nest:
         return given if self._shared is None else self._shared.cut(given, self._length)

@@ -21,6 +21,7 @@ from typing import Any, NamedTuple
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
+from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
 from ..comm.all_to_all import exchange
@@ -65,6 +66,33 @@ class Part:
         """The sum over the ranks of the group, whose gradient is the sum of theirs. Collective."""
         each = [1] * self.size
         return exchange(mine.expand(self.size, *mine.shape).contiguous(), each, each, self.group).sum(dim=0)
+
+
+class PartViews(TorchFunctionMode):
+    """Behind the blocks: a model that gives their output the shape of its inputs (GPT-2) gives a part that of a part.
+
+    Args:
+        length: of a part.
+        whole: of whole sequences.
+    """
+
+    def __init__(self, length: int, whole: int) -> None:
+        super().__init__()
+        self._length, self._whole = length, whole
+
+    def __torch_function__(
+        self,
+        func: Callable[..., Nest],
+        types: object,
+        args: tuple[Nest, ...] = (),
+        kwargs: dict[str, Nest] | None = None,
+    ) -> Nest:
+        if func in (Tensor.view, Tensor.reshape) and isinstance(args[0], Tensor) and args[0].dim() == 3:
+            hidden, *shape = args
+            shape = list(shape[0]) if len(shape) == 1 and isinstance(shape[0], (tuple, list)) else shape
+            if hidden.shape[1] == self._length and len(shape) == 3 and shape[1] == self._whole:
+                args = hidden, (shape[0], self._length, shape[2])
+        return func(*args, **(kwargs or {}))
 
 
 def share_attention(block: nn.Module, model: PretrainedModel, group: dist.ProcessGroup) -> list[nn.Module]:

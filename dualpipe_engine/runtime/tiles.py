@@ -65,7 +65,7 @@ class Tiles:
 
         def of_tile(hidden: Tensor, labels: Tensor) -> Tensor:
             with autocast():
-                return summed(self._project(hidden), labels)
+                return summed(self._project(hidden.contiguous()), labels.contiguous())
 
         return sequence_tiled_compute(
             of_tile,
@@ -116,7 +116,7 @@ class TiledLayer(Unsplit):
 
         def plain(_: nn.Module, x: Tensor) -> Nest:
             with autocast():
-                return self._plain(x)
+                return self._plain(x.contiguous())  # some make views of it, as GPT-2's
 
         out: Tensor = TiledMLP.apply(plain, self._module, x, count, list(self._module.parameters()))
         return out
@@ -126,7 +126,7 @@ class TiledLayer(Unsplit):
         """Refuse what tiles would change: other than one position at a time, or random numbers, drawn anew."""
         tile = -(-x.shape[-2] // count)
         before = _random_states(x.device)
-        both, first = self._plain(x[..., : 2 * tile, :]), self._plain(x[..., :tile, :])
+        both, first = (self._plain(x[..., : many * tile, :].contiguous()) for many in (2, 1))
         if (
             not isinstance(both, Tensor)
             or both.dim() != x.dim()

@@ -26,12 +26,13 @@ def stream(reader, kind="padded"):
 
     Args:
         reader: number of the group.
-        kind: "padded": with a mask; "packed": several documents in a row, by positions; "plain": neither.
+        kind: "padded": with a mask; "packed": several documents in a row, by positions; "plain": neither; "single": one
+            sequence.
     """
     generator = torch.Generator().manual_seed(50 + reader)
     number = 0
     while True:
-        tokens = torch.randint(1, models.VOCABULARY, (2, LENGTH), generator=generator)
+        tokens = torch.randint(1, models.VOCABULARY, (1 + (kind != "single"), LENGTH), generator=generator)
         labels = tokens.clone()
         labels[torch.rand(labels.shape, generator=generator) < 0.3] = IGNORED
         labels[:, 1] = tokens[:, 1]

@@ -15,7 +15,7 @@ EXPERTS = {"name": "qwen3_moe", "experts": 2}
 CASES = [
     {**ONE_HEAD, "schedule": "zb1p", "size": 2, "kind": "packed"},
     {**EXPERTS, "name": "qwen3_moe" + ROUTERS, "schedule": "dualpipe", "size": 2},
-    {"name": "gpt2", "schedule": "dualpipev", "size": 2, "loss": "precise"},
+    {"name": "gpt2", "schedule": "dualpipev", "size": 2, "loss": "precise", "kind": "single"},
 ]
 #: Windows, documents, learned positions, tied weights, latent attention, attention to both sides.
 KINDS = [

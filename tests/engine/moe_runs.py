@@ -26,7 +26,7 @@ def make_module(model, ranks, replicas, **kwargs):
     topology = PipeDataParallelTopology(ranks, replicas)
     torch.manual_seed(7)
     replica = topology.get_coord(torch.distributed.get_rank()).data
-    return PipelineModule(layers=layers(model, replica), topology=topology, loss_fn=loss, **kwargs)
+    return PipelineModule(layers=layers(model, replica), topology=topology, **({"loss_fn": loss} | kwargs))
 
 
 def set_routing(module, bias):

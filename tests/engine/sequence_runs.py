@@ -131,6 +131,50 @@ def _losses(size, steps, model=None, **given):
     return found
 
 
+class Tempered(torch.nn.Module):
+    """A loss that is a module, with a weight; the mean over labels."""
+
+    def __init__(self):
+        super().__init__()
+        self.temperature = torch.nn.Parameter(torch.ones(1))
+
+    def forward(self, output, labels):
+        return transformer.loss(output * self.temperature, labels)
+
+
+class Tileable(torch.nn.Module):
+    """A loss that is a module, and can be had in tiles and of parts."""
+
+    shifts = False
+
+    def forward(self, output, labels):
+        return transformer.loss(output, labels)
+
+    def tiled(self, tiles):
+        return transformer.loss.tiled(tiles)
+
+
+def loss_modules(folder):
+    """Losses, and the weight in the file of the loss, of whole sequences and of parts; losses in tiles."""
+    import dualpipe_engine
+
+    found = []
+    model = moe_runs.config(expert_parallel=1, attention="grouped", bias_rate=0.0)
+    for size, kind, pipeline in ((1, Tempered, {}), (2, Tempered, {}), (1, Tileable, {"tiled_loss": 2})):
+        module = moe_runs.make_module(model, 2, 2, loss_fn=kind())
+        config = settings(size, 2 // size, "dualpipe", pipeline=pipeline)
+        engine, *_ = dualpipe_engine.initialize(model=module, config=config)
+        data = _rows(engine.data_rank, engine.data_replicas)
+        losses, kept = [float(engine.train_batch(data))], None
+        if kind is Tempered:
+            losses.append(float(engine.train_batch(data)))
+            engine.save_checkpoint(folder, tag=f"{size}")
+            kept = float(torch.load(f"{folder}/{size}/dualpipe_loss.pt")["temperature"])
+        found.append((losses, kept))
+        engine.destroy()
+    return found
+
+
 def _rows(reader, readers):
     """The same sequences for any number of readers: each of two takes one row of a pair, one takes both."""
     generator = torch.Generator().manual_seed(9)

@@ -145,6 +145,13 @@ def test_training_with_other_options_is_that_of_whole_sequences(ranks):
             assert part_losses == pytest.approx(whole_losses, rel=2e-3 if "precision" in way else 1e-5), way
 
 
+def test_losses_that_are_modules(ranks, tmp_path):
+    for rank in ranks.run(4, runs.loss_modules, folder=str(tmp_path)):
+        (whole, weight), (parts, weight_of_parts), (tiled, _) = rank
+        assert parts == pytest.approx(whole, rel=1e-5) and tiled == pytest.approx(whole[:1], rel=1e-5)
+        assert weight_of_parts == pytest.approx(weight, rel=1e-5) and weight != 1
+
+
 def test_what_cannot_work_is_refused(ranks):
     ranks.run(4, runs.refusals)
 
@@ -183,6 +190,32 @@ def test_parts_add_up_to_the_mean():
     assert [tuple(out.shape) for out, _ in parts] == [(2, 2, 5)] * 3
     found = sum(mean(*part) for part in parts) / 3
     torch.testing.assert_close(found, nn.functional.cross_entropy(logits.flatten(0, 1), labels.flatten()))
+
+
+def token_loss(out, labels, **options):
+    return nn.functional.cross_entropy(out.flatten(0, 1), labels.flatten(), **options)
+
+
+@pytest.mark.parametrize(
+    ("options", "mean"),
+    [
+        ({"label_smoothing": 0.2}, True),
+        ({"reduction": "sum"}, False),
+        ({"ignore_index": 0}, False),
+        ({"weight": torch.arange(1.0, 6.0)}, False),
+    ],
+)
+def test_a_loss_of_parts_is_a_mean_or_refused(options, mean):
+    torch.manual_seed(4)
+    logits, labels = torch.randn(2, 8, 5), torch.randint(0, 5, (2, 8))
+    loss_fn = partial(token_loss, **options)
+    of_part = of_shards(loss_fn)
+    parts = [Shards(2, rank).cut(logits, labels) for rank in range(2)]
+    if mean:
+        torch.testing.assert_close(sum(of_part(*part) for part in parts) / 2, loss_fn(logits, labels))
+    else:
+        with pytest.raises(ConfigError, match="not the mean over these"):
+            [of_part(*part) for part in parts]
 
 
 def test_labels_are_shifted_before_they_are_cut():

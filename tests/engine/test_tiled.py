@@ -9,6 +9,7 @@ import tiled_runs
 import torch
 from ranks import RankError
 from torch import nn
+from transformers.pytorch_utils import Conv1D
 
 from dualpipe_engine.engine.config import read_config
 from dualpipe_engine.errors import ConfigError
@@ -92,6 +93,27 @@ def test_a_forward_of_the_users_comes_back():
     for each in reversed(replaced):
         each.undo()
     assert own.forward is given and "forward" not in vars(untouched)
+
+
+def test_layers_that_view_what_they_are_given():
+    """As transformers' Conv1D does, of which GPT-2 is made."""
+    torch.manual_seed(2)
+    layer, projection, x, labels = Conv1D(4, 4), Conv1D(6, 4), torch.randn(2, 6, 4), torch.zeros(2, 6).long()
+
+    def total(run):
+        layer.zero_grad(), projection.zero_grad()
+        loss = run(x.clone().requires_grad_())
+        loss.backward()
+        return [loss, layer.weight.grad.clone(), projection.weight.grad.clone()]
+
+    def summed(logits, labels):
+        return nn.functional.cross_entropy(logits.view(-1, 6), labels.view(-1), reduction="sum")
+
+    whole = total(lambda x: summed(projection(layer(x)), labels))
+    TiledLayer(layer, "mlp", 3)
+    tiles = Tiles(projection, 3)
+    for found, expected in zip(total(lambda x: tiles.total(summed, projection(layer(x)), labels)), whole, strict=True):
+        torch.testing.assert_close(found, expected)
 
 
 def test_no_effect_under_deepspeeds_own_schedule():

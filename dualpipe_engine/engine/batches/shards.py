@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from functools import partial
 from typing import NamedTuple, Protocol, TypeAlias, runtime_checkable
@@ -14,9 +15,11 @@ from torch.utils import _pytree as pytree
 from ...comm.nest import Nest
 from ...errors import ConfigError
 from ..given import LossFunction
+from ..placing.loss import replace_loss
 from ..placing.sequences import Sharing
 
 IGNORED = -100  #: labels that do not count, as in torch's cross entropy
+_SHOWN = 16  # shards that show whether a loss is a mean: some label of another kind that it ignores may be among them
 
 
 class LabelsAndMore(NamedTuple):
@@ -145,7 +148,7 @@ def shard_batches(module: PipelineModule, sharing: Sharing) -> Shards | None:
     if sharing.group is None:
         return None
     shards = Shards(sharing.size, sharing.rank, inputs=not sharing.cuts_inputs, shifts=shifts(module.loss_fn))
-    module.loss_fn = of_shards(module.loss_fn)
+    replace_loss(module, of_shards(module.loss_fn))
     return shards
 
 
@@ -166,11 +169,70 @@ def of_shards(loss_fn: LossFunction) -> PartLoss:
     not `IGNORED`.
 
     Raises:
-        ConfigError: it is known not to be one.
+        ConfigError: it is known not to be one. In the first batch: its halves show that it is no such mean.
     """
+    if not _knows_parts(loss_fn):
+        return weighed(_Mean(loss_fn))
     if isinstance(loss_fn, partial):
         return partial(of_shards(loss_fn.func), *loss_fn.args, **loss_fn.keywords)
-    return loss_fn.of_parts() if isinstance(loss_fn, SequenceLoss) else weighed(loss_fn)
+    assert isinstance(loss_fn, SequenceLoss)
+    return loss_fn.of_parts()
+
+
+def _knows_parts(loss_fn: LossFunction) -> bool:
+    return _knows_parts(loss_fn.func) if isinstance(loss_fn, partial) else isinstance(loss_fn, SequenceLoss)
+
+
+class _Mean:
+    """A loss of the user's, of which the first shards that have labels that count in both halves show whether it is the
+    mean over them.
+
+    Args:
+        loss_fn: of output and labels.
+    """
+
+    def __init__(self, loss_fn: Callable[..., Tensor]) -> None:
+        self._loss_fn, self._left = loss_fn, _SHOWN
+
+    def __call__(self, output: Nest, labels: Tensor) -> Tensor:
+        loss = self._loss_fn(output, labels)
+        if self._left:
+            self._check(output, labels, float(loss.detach()))
+        return loss
+
+    @torch.no_grad()
+    def _check(self, output: Nest, labels: Tensor, loss: float) -> None:
+        length = labels.shape[1]
+        halves = slice(length // 2), slice(length // 2, length)
+        numbers = [int((labels[:, half] != IGNORED).sum()) for half in halves]
+        if not all(numbers) or not math.isfinite(loss):
+            return
+        self._left -= 1
+        leaves = [leaf for leaf in pytree.tree_leaves(output) if _has_length(leaf, length)]
+        if not leaves:
+            return
+        try:
+            parts = [
+                float(self._loss_fn(*pytree.tree_map(partial(_cut, length, half), (output, labels)))) for half in halves
+            ]
+        except Exception:  # it takes one length alone
+            return
+        mean = sum(part * number for part, number in zip(parts, numbers, strict=True)) / sum(numbers)
+        precise = all(leaf.dtype not in (torch.bfloat16, torch.float16) for leaf in leaves)
+        if not math.isclose(loss, mean, rel_tol=1e-3 if precise else 3e-2, abs_tol=1e-3):
+            raise ConfigError(
+                f'"sequence_parallel_size" weighs loss_fn by the number of labels other than {IGNORED}, but it is not '
+                f"the mean over these: of a part of sequences it is {loss:.4g}, and {mean:.4g} from its halves: give "
+                f"the PipelineModule a loss_fn that is, and mark other labels that do not count by {IGNORED}"
+            )
+
+
+def _cut(length: int, part: slice, leaf: Nest) -> Nest:
+    return leaf[:, part].contiguous() if _has_length(leaf, length) else leaf
+
+
+def _has_length(leaf: Nest, length: int) -> bool:
+    return isinstance(leaf, Tensor) and leaf.dim() > 1 and leaf.shape[1] == length
 
 
 def weighed(loss_fn: LossFunction) -> PartLoss:

@@ -100,7 +100,7 @@ class CheckpointChecks(PipelineEngine):
         files += (folder / own.name for own in self.module.own_files() if (folder / own.name).is_file())
         if states and self.cuts_states:
             files += self._needed_optimizer_files(folder)
-        elif states and (experts := self._experts_file(folder)) is not None:
+        elif states and (experts := self._experts_file(folder)) is not None and self._has_layout(folder):
             files.append(experts)
         return files + [path for path in (folder / DESCRIPTION, *folder.glob("dualpipe_rank_*.pt")) if path.is_file()]
 
@@ -125,6 +125,14 @@ class CheckpointChecks(PipelineEngine):
         names = {param: name for name, param in self.module.named_parameters()}
         groups = () if self.optimizer is None else self.optimizer.param_groups
         return [[(names.get(param), param.shape) for param in group["params"]] for group in groups]
+
+    def _has_layout(self, folder: Path) -> bool:
+        """Whether the states in the file of this pipe position belong to the same parameters, as far as it says."""
+        path = Path(self._get_ckpt_name(str(folder.parent), folder.name))
+        if damage(path):
+            return False
+        layout = peek(path).get(LAYOUT)
+        return layout is None or _same(layout, self._layout()) or self._lacks_own_of_ties(layout)
 
     def _lacks_own_of_ties(self, layout: Layout) -> bool:
         """Whether the state was saved for the same parameters but those that tied layers have of their own, and can be
@@ -217,13 +225,18 @@ class CheckpointChecks(PipelineEngine):
             text = f"{folder}: {text}: pass load_optimizer_states=False to load the weights alone"
             raise CheckpointError(text, everywhere=True)
         if reason := next(filter(None, from_all(why)), None):
-            raise OtherRanksError(
+            text = (
                 f"{folder} was saved by another schedule or other ranks: {reason}. Pass load_optimizer_states=False to "
-                "load the weights alone, or convert it: `dualpipe convert --checkpoint "
-                f'{folder} --out {folder}_universal`, then load tag="{folder.name}_universal" with '
-                '"checkpoint": {"load_universal": true} in the configuration',
-                everywhere=True,
+                "load the weights alone"
             )
+            if any(from_all(None in expert_shares(self.module).values())):
+                text += ": the optimizer state of experts of deepspeed.moe.layer.MoE stays with its ranks"
+            else:
+                text += (
+                    f", or convert it: `dualpipe convert --checkpoint {folder} --out {folder}_universal`, then load "
+                    f'tag="{folder.name}_universal" with "checkpoint": {{"load_universal": true}} in the configuration'
+                )
+            raise OtherRanksError(text, everywhere=True)
 
 
 def _is_whole(saved: SavedState) -> bool:

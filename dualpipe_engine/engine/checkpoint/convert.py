@@ -222,7 +222,8 @@ def _experts(own: Iterable[Path]) -> tuple[dict[str, int], dict[tuple[int, int],
         for name, place in said["experts"].items():
             if place is None:
                 raise CheckpointError(
-                    f"{name} is of experts of DeepSpeed's own MoE layer, whose optimizer state stays with its ranks"
+                    f"{name} is of experts of DeepSpeed's own MoE layer, whose optimizer state stays with its ranks: "
+                    "load the weights alone, with load_optimizer_states=False"
                 )
             here[name], sizes[name] = place
     return sizes, numbers

@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 from typing import TypeAlias
 
+from deepspeed.utils import logger
 from torch import Tensor
 
 from ...errors import CheckpointError, MissingExtraError
@@ -54,8 +55,11 @@ def export(checkpoint: Path, out: Path) -> list[Path]:
         weights |= {} if _is_whole(about) else _own(folder, about)
     out.mkdir(parents=True, exist_ok=True)
     written = [out / WEIGHTS]
+    tensors = {name: value for name, value in weights.items() if isinstance(value, Tensor)}
+    if others := sorted(weights.keys() - tensors):
+        logger.warning(f"{', '.join(others)} cannot be in {WEIGHTS}, which holds tensors alone, and left out")
     # Tensors that share memory are refused, and so is memory with gaps.
-    whole = {name: tensor.clone().contiguous() for name, tensor in weights.items()}
+    whole = {name: tensor.clone().contiguous() for name, tensor in tensors.items()}
     save_file(whole, written[0], metadata={"format": "pt"})
     if config is not None:
         written.append(out / "config.json")

@@ -13,7 +13,7 @@ from pathlib import Path, PurePath
 
 import torch
 from deepspeed.utils import logger
-from torch.serialization import MAP_LOCATION
+from torch.serialization import MAP_LOCATION, get_unsafe_globals_in_checkpoint
 
 from ...errors import CheckpointError
 from ...schedule.plain_json import parse
@@ -162,7 +162,24 @@ def peek(path: Path, weights_only: bool = False) -> SavedState:
     if found := damage(path):
         raise CheckpointError(found)
     with naming(path):
+        if weights_only:
+            _refuse_classes(path)
         return torch.load(path, map_location="cpu", mmap=zipfile.is_zipfile(path), weights_only=weights_only)
+
+
+def classes_in(path: str | Path) -> list[str]:
+    """Classes of objects in a file of `torch.save` that are read neither as weights nor as plain data, as
+    `get_extra_state` of a layer may return them."""
+    return sorted(get_unsafe_globals_in_checkpoint(str(path))) if zipfile.is_zipfile(path) else []
+
+
+def _refuse_classes(path: str | Path) -> None:
+    if names := classes_in(path):
+        raise CheckpointError(
+            f"{path} holds objects of {', '.join(names)}, as get_extra_state of a layer returns them, and is read as "
+            "tensors and plain data: if you trust it, call torch.serialization.add_safe_globals([...]) with these "
+            "before, on every rank"
+        )
 
 
 @contextmanager
@@ -174,6 +191,8 @@ def naming(path: str | Path) -> Iterator[None]:
     """
     try:
         yield
+    except CheckpointError:
+        raise
     except Exception as error:  # unpickling may raise anything
         raise CheckpointError(f"{path} cannot be read ({type(error).__name__}: {error})") from error
 
@@ -195,6 +214,7 @@ def reading(reader: CheckpointEngine, fitted: Callable[[SavedState], SavedState]
     def named(path: str, map_location: MAP_LOCATION = None) -> SavedState:
         with naming(path):
             if PurePath(path).name.startswith(("layer_", "dualpipe_")):
+                _refuse_classes(path)
                 return torch.load(path, map_location, weights_only=True)
             return fitted(load(path, map_location))
 

@@ -17,11 +17,12 @@ from deepspeed.checkpoint.constants import (
 )
 from deepspeed.pipe import PipelineModule, TiedLayerSpec
 from deepspeed.runtime.activation_checkpointing import checkpointing
-from torch import Tensor, nn
+from torch import Tensor
 
 from ...comm.from_all import from_all
 from ...errors import CheckpointError
 from ..placing.experts import has_experts
+from ..placing.loss import loss_module
 
 
 class RandomState(TypedDict):
@@ -98,7 +99,7 @@ def universal_info(module: PipelineModule) -> dict[str, object]:
         if 0 not in held
     }
     replicated = [pattern for pattern, held in shared.items() if 0 in held]
-    if isinstance(module.loss_fn, nn.Module):  # each position has one, and the last stage trains it
+    if loss_module(module) is not None:  # each position has one, and the last stage trains it
         if module.stage_owner(len(module._layer_specs) - 1) == 0:
             replicated.append(r"loss_fn\.")
         else:

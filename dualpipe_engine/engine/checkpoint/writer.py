@@ -7,10 +7,11 @@ from functools import partial
 from pathlib import Path
 
 from deepspeed.runtime.checkpoint_engine.torch_checkpoint_engine import TorchCheckpointEngine
+from deepspeed.utils import logger
 
 from ...comm.nest import Nest
 from ..given import CheckpointEngine
-from .files import sync
+from .files import classes_in, sync
 from .snapshot import snapshot
 from .sums import FileSum, SummedFile, file_sum, write_part
 
@@ -83,4 +84,15 @@ class Writer:
             self.attempt(self._held.popitem()[1])
         for path in self._sums:
             self.attempt(sync, path)
+            if path.name.startswith(("layer_", "dualpipe_layer_", "dualpipe_loss")):
+                self.attempt(_look_at, path)
         self.attempt(write_part, folder, rank, {path.name: each for path, each in self._sums.items()})
+
+
+def _look_at(path: Path) -> None:
+    if names := classes_in(path):
+        logger.warning(
+            f"{path.name} holds objects of {', '.join(names)}, as get_extra_state of a layer returns them, and will be "
+            "read as tensors and plain data: let it return such, or call torch.serialization.add_safe_globals([...]) "
+            "with these before load_checkpoint"
+        )

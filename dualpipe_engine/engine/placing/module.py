@@ -27,6 +27,7 @@ from ..given import CheckpointEngine, LayerFunction
 from .carry import Layer, carry
 from .experts import whole_experts
 from .grid import Place, deepspeed_grid, position_of
+from .loss import loss_module
 from .own_files import OwnFile, own_files
 from .param_groups import add_placeholder
 from .partition import stage_of_layer
@@ -68,7 +69,7 @@ class PlacedModule(PipelineModule):
             if not hasattr(self.forward_funcs[index], "state_dict"):
                 checkpoint_engine.save(state_dict={}, path=self.ckpt_layer_path(save_dir, index))
         for file in self.own_files() if first else ():
-            if file.part is not self.loss_fn or self.dualpipe_place.reads_labels:  # where it is trained
+            if file.part is not loss_module(self) or self.dualpipe_place.reads_labels:  # where it is trained
                 kept = {
                     name: tensor.detach().clone()
                     for name, tensor in file.tensors.items()
@@ -91,17 +92,18 @@ class PlacedModule(PipelineModule):
             self.__dict__["tied_comms"] = {}  # no collective before all ranks have heard
             super().load_state_dir(load_dir, checkpoint_engine, strict)
             self.load_own_files(load_dir, checkpoint_engine)
-        except Exception as error:
+        except CheckpointError as error:  # of a file that cannot be read
             wrong = str(error)
+        except Exception as error:
+            wrong = (
+                f"{load_dir} does not fit: {error}; load_module_strict=False passes over what is missing or more, but "
+                "not over other shapes"
+            )
         finally:
             self.__dict__["tied_comms"] = ties
         for rank, text in enumerate(from_all(wrong)):
             if text is not None:
-                raise CheckpointError(
-                    f"{load_dir} does not fit the model on rank {rank}: {text}; load_module_strict=False passes over "
-                    "what is missing or more, but not over other shapes",
-                    everywhere=True,
-                )
+                raise CheckpointError(f"the model of rank {rank} is not loaded: {text}", everywhere=True)
         self._synchronize_tied_weights()
 
     def load_own_files(self, load_dir: str, checkpoint_engine: CheckpointEngine) -> None:

@@ -12,6 +12,8 @@ from typing import NamedTuple
 from deepspeed.pipe import PipelineModule, TiedLayerSpec
 from torch import Tensor, nn
 
+from .loss import loss_module
+
 LOSS = "dualpipe_loss.pt"
 PATTERNS = ("dualpipe_layer_*.pt", "dualpipe_loss*.pt")
 
@@ -52,5 +54,6 @@ def own_files(module: PipelineModule, layers: Iterable[int]) -> Iterator[OwnFile
             own = {name: tensor for name, tensor in held.items() if not any(tensor is each for each in tied)}
             if own:
                 yield OwnFile(file_of_layer(number).replace(".pt", end), part, own)
-    if isinstance(module.loss_fn, nn.Module) and (own := module.loss_fn.state_dict(keep_vars=True)):
-        yield OwnFile(LOSS.replace(".pt", end), module.loss_fn, own)
+    loss = loss_module(module)
+    if loss is not None and (own := loss.state_dict(keep_vars=True)):
+        yield OwnFile(LOSS.replace(".pt", end), loss, own)

@@ -15,6 +15,7 @@ from ...runtime.phases import Phased
 from ...runtime.tiles import TileableLoss, TiledLayer, Tiles
 from ..checks.agreement import raise_everywhere
 from ..given import LayerFunction, LossFunction
+from .loss import replace_loss
 from .module import numbered_layers
 
 #: Last names of feed-forward layers, of our models and of transformers'.
@@ -84,7 +85,7 @@ def _tile_loss(module: PipelineModule, count: int) -> list[Callable[[], None]]:
         undo = [tiles.undo, partial(setattr, module, "loss_fn", loss_fn)]
         assert loss_fn is not None
         try:
-            module.loss_fn = _tiled(loss_fn, tiles)
+            replace_loss(module, _tiled(loss_fn, tiles))
         except ConfigError as error:
             wrong.append(str(error))
     raise_everywhere(wrong[:1])

@@ -21,6 +21,18 @@ def biased_head(module, x):
     return training.head(module, x) + module.bias
 
 
+class Noted(training.Block):
+    """Has a state besides its tensors."""
+
+    note = "none"
+
+    def get_extra_state(self):
+        return {"note": self.note}
+
+    def set_extra_state(self, state):
+        self.note = state["note"]
+
+
 class Tempered(nn.Module):
     """A loss with a temperature that is trained, and a scale that is not."""
 
@@ -39,7 +51,7 @@ def start(schedule, zero, universal=False):
     torch.manual_seed(7)
     layers = [
         TiedLayerSpec("embed", training.Embed, tied_weight_attr="weight"),
-        *[LayerSpec(training.Block) for _ in range(4)],
+        *[LayerSpec(Noted) for _ in range(4)],
         TiedLayerSpec("embed", Biased, forward_fn=biased_head, tied_weight_attr="weight"),
     ]
     module = PipelineModule(layers, num_stages=dist.get_world_size(), loss_fn=Tempered())
@@ -49,11 +61,17 @@ def start(schedule, zero, universal=False):
     return dualpipe_engine.initialize(model=module, config=config)[0]
 
 
+def noted(engine):
+    return [part for part in engine.module.modules() if isinstance(part, Noted)]
+
+
 def resumed(folder, saved, links):
     """Losses after a checkpoint of the run `saved` (schedule, ZeRO stage), and those of runs that load it: as it is,
     weights alone, or converted."""
     engine, data = start(*saved), training.stream(0)
     engine.module.loss_fn.scale.fill_(0.5)
+    for part in noted(engine):
+        part.note = "saved"
     for _ in range(3):
         engine.train_batch(data)
     engine.save_checkpoint(folder, tag="1")
@@ -66,6 +84,7 @@ def resumed(folder, saved, links):
         engine = start(schedule, zero, universal=how == "converted")
         tag = "1u" if how == "converted" else "1"
         engine.load_checkpoint(folder, tag=tag, load_optimizer_states=how != "weights")
+        assert {part.note for part in noted(engine)} == {"saved"}
         found[how, schedule, zero] = [float(engine.train_batch(training.stream(1))) for _ in range(2)]
         engine.destroy()
     return found
