@@ -35,6 +35,12 @@ def test_two_engines_beside_each_other(ranks):
         assert second == alone and first == alone[:2]
 
 
+def test_layers_of_an_engine_that_is_given_back(ranks):
+    for expected, found, said in ranks.run(2, runs.one_after_another, ranks=2):
+        assert found == expected
+        assert "make one anew" in said
+
+
 @pytest.mark.faults_all
 @pytest.mark.parametrize("sent_to", [(0, 1), (1,)])
 def test_a_signal_saves_and_ends_all_ranks(ranks, tmp_path, sent_to):
