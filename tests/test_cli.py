@@ -304,6 +304,8 @@ def test_whole_jobs_of_a_folder_with_experts_shared(tmp_path, capsys):
     assert steps[0] < steps[1] < steps[2]
     assert main([*base, "--expert-parallel", "3"]) == 2
     assert "choose --expert-parallel" in capsys.readouterr().err
+    assert main([*base, "--expert-parallel", "1", "--all-to-all"]) == 2
+    assert "no ranks share experts" in capsys.readouterr().err
 
 
 def test_the_memory_ladder_of_a_job(tmp_path, capsys):

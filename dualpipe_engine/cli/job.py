@@ -63,6 +63,8 @@ def estimate_job(args: argparse.Namespace) -> None:
     sequences = 1 if args.micro_batch_size is None else args.micro_batch_size
     counts = (args.gpus, args.ranks, args.expert_parallel, args.micro_batches, sequences)
     job = make_job(model, *counts, args.sequence_length, not args.no_fp8, not args.all_to_all)
+    if args.all_to_all and job.experts == 1:
+        raise ConfigError(f"no ranks share experts of {args.model} here: leave --all-to-all out")
     if args.memory is not None:
         _climb(args, Work(model, job, hardware, args.memory, args.own_layers))
         return

@@ -10,6 +10,7 @@ import torch
 from torch.utils import _pytree as pytree
 
 from ..comm.nest import Nest
+from ..errors import ConfigError
 from ..runtime.chunk import StageChunk
 from ..runtime.weight_grad import DeferredWeightGrads
 from .weight_grad_store import WeightGradStore as DeepSeekStore
@@ -51,8 +52,7 @@ class PairedChunk(StageChunk):
 
     def forward(self, micro: int, inputs: Nest, labels: Nest = None) -> Nest:
         inputs, leaves = self._entered(micro, inputs)
-        outputs = self.module(*inputs)  # type: ignore[call-arg]
-        outputs = _as_tuple(outputs)
+        outputs = self._as_tuple(self.module(*inputs))  # type: ignore[call-arg]
         loss = self.loss_fn(*outputs, *labels) if self.is_last and self.loss_fn is not None else None
         return self._hand_on(micro, leaves, outputs, loss)
 
@@ -80,17 +80,25 @@ class PairedChunk(StageChunk):
             [output for output, _ in pairs],
             [grad for _, grad in pairs],
         )
-        return self._hand_on(micro, leaves, _as_tuple(outputs), loss), self._input_grads(kept)
+        return self._hand_on(micro, leaves, self._as_tuple(outputs), loss), self._input_grads(kept)
 
     def _hand_on(
         self, micro: int, leaves: list[torch.Tensor], outputs: tuple[Nest, ...], loss: torch.Tensor | None
     ) -> Nest:
         if self.is_last and self.returns_outputs:
             self.returned[micro] = pytree.tree_map_only(torch.Tensor, torch.Tensor.detach, outputs)
+        if self.is_last and self.loss_fn is not None and not isinstance(loss, torch.Tensor):
+            raise ConfigError(
+                f"criterion must return the loss of micro-batch {micro} as a tensor, got {type(loss).__name__}"
+            )
         if not torch.is_grad_enabled():
             return loss if self.is_last else outputs
         return self._keep_loss(micro, leaves, loss) if loss is not None else self._keep(micro, leaves, outputs)
 
-
-def _as_tuple(outputs: Nest) -> tuple[Nest, ...]:
-    return (outputs,) if isinstance(outputs, torch.Tensor) else tuple(outputs)
+    def _as_tuple(self, outputs: Nest) -> tuple[Nest, ...]:
+        if not isinstance(outputs, torch.Tensor | tuple | list):
+            raise ConfigError(
+                f"stage {self.stage} returns {type(outputs).__name__}: it must return a tensor, or a tuple or list of "
+                "tensors, which are the arguments of the next stage or of criterion"
+            )
+        return (outputs,) if isinstance(outputs, torch.Tensor) else tuple(outputs)

@@ -116,12 +116,12 @@ class StagePair(nn.Module):
             None where it was not asked for or no micro-batch leaves.
 
         Raises:
-            ConfigError: `num_chunks` is below 1, does not divide a tensor's batch, or a loss is needed and `criterion`
-                missing.
+            ConfigError: `num_chunks` is below 1, does not divide a tensor's batch, a loss is needed and `criterion`
+                missing or returning none, or inputs, labels or outputs of a stage are other than tensors.
             PipelineRuntimeError: a transfer failed.
         """
         train = torch.is_grad_enabled()
-        if num_chunks < 1:
+        if not isinstance(num_chunks, int) or num_chunks < 1:
             raise ConfigError(f"num_chunks must be the number of micro-batches, at least 1, got {num_chunks}")
         entering, leaving = self._ends(0, num_chunks), self._ends(self._last, num_chunks)
         if train and leaving and criterion is None:
@@ -281,9 +281,16 @@ def _cut(
     if not micros:
         return {}
     parts: list[Sequence[torch.Tensor | None]] = []
-    for tensor in (tensors,) if isinstance(tensors, torch.Tensor) else tensors:
+    given = tensors if isinstance(tensors, list | tuple) else (tensors,)
+    for tensor in given:
         if tensor is None:
             parts.append([None] * len(micros))
+        elif not isinstance(tensor, torch.Tensor) or not -tensor.ndim <= dim < tensor.ndim:
+            kind = f"a tensor {list(tensor.shape)}" if isinstance(tensor, torch.Tensor) else type(tensor).__name__
+            raise ConfigError(
+                f"{what} must be tensors (or None) with a dimension {dim}, along which micro-batches are cut, "
+                f"got {kind}"
+            )
         elif tensor.shape[dim] % len(micros) or not tensor.shape[dim]:
             raise ConfigError(
                 f"{what} of size {tensor.shape[dim]} along dimension {dim} cannot be cut into the {len(micros)} equal "

@@ -39,7 +39,7 @@ from .placing.balance import stage_bounds
 from .placing.exchanges import overlap_exchanges
 from .placing.experts import make_expert_groups, stand_in_for_experts
 from .placing.grid import Place, groups_of, set_device
-from .placing.module import place
+from .placing.module import PlacedModule, place
 from .placing.param_groups import GroupMap, check_dtypes, name_parameters
 from .placing.recomputed import recomputed_modules
 from .placing.sequences import BatchView, Sharing, make_sharing, read_sizes, readers_of, share_sequences
@@ -258,6 +258,11 @@ def _check_arguments(schedule: str, model: torch.nn.Module | None, mpu: object) 
         raise ConfigError(
             f'"schedule": "{schedule}" needs a deepspeed.pipe.PipelineModule, got {type(model).__name__}: '
             "list the model's layers as LayerSpecs"
+        )
+    if isinstance(model, PlacedModule):
+        raise ConfigError(
+            "this PipelineModule holds the stages of an engine that was made of it: make one anew, which may have the "
+            "same layers once that engine is destroyed"
         )
     if isinstance(model, DualPipeVModule):
         raise ConfigError(

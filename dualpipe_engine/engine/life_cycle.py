@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, TypeVar
 
 import torch.distributed as dist
 from deepspeed.runtime.pipe.engine import PipelineEngine
+from torch import nn
 
 from ..runtime.weight_grad import uninstall
 from .placing.grid import give_back
@@ -15,6 +16,17 @@ from .placing.grid import give_back
 if TYPE_CHECKING:
     from ..comm.transports import PipelineTransport
     from ..faults.watch import Watch
+
+#: What DeepSpeed's optimizers leave at parameters: ways to fp32 weights and to the group that shares them.
+LINKS = (
+    "_dp_group",
+    "_hp_mapping",
+    "_index_in_param_group",
+    "get_full_hp_grad",
+    "get_full_hp_param",
+    "set_full_hp_grad",
+    "set_full_hp_param",
+)
 
 Engine = TypeVar("Engine", bound="LifeCycle")
 
@@ -29,8 +41,9 @@ class LifeCycle(PipelineEngine):
     def destroy(self) -> None:
         """Give back what the engine holds: threads, sockets, and process groups, those of its PipelineModule included.
 
-        Layers get their own forwards back, but neither engine nor module can be used after. Every rank calls it, at the
-        same place of its program; leaving the engine's context, `with engine:`, does.
+        Layers get their own forwards back and may be those of another PipelineModule, but neither engine nor module can
+        be used after. Every rank calls it, at the same place of its program; leaving the engine's context,
+        `with engine:`, does.
 
         Raises:
             CheckpointError: a checkpoint could not be written in the background.
@@ -42,6 +55,7 @@ class LifeCycle(PipelineEngine):
                 self._transport.close()
             uninstall(self.module)
             super().destroy()
+            _unlink(self.module)
             self.watch.close()
             if self._on_signal is not None:
                 self._on_signal.close()
@@ -58,3 +72,10 @@ class LifeCycle(PipelineEngine):
         # The collector comes when it likes, but all ends of a communicator have to give it back together.
         with suppress(Exception):
             super().destroy()
+
+
+def _unlink(module: nn.Module) -> None:
+    """Let parameters go without `LINKS`, which lead to what an engine has given back."""
+    for param in module.parameters():
+        for name in LINKS:
+            param.__dict__.pop(name, None)

@@ -88,7 +88,10 @@ class DualPipeLightningModule(LightningModule):
     def forward(self, *inputs: Nest) -> Nest:
         """The whole model in this process, before there are stages."""
         if hasattr(self, "dualpipe_wrapper"):
-            raise ConfigError("the model is cut into stages: call pipeline_step(batch) for a loss, or Trainer.predict")
+            raise ConfigError(
+                "the model is cut into stages: call pipeline_step(batch) for a loss, or Trainer.predict, and leave out "
+                "an example_input_array, on which a summary or a logger's graph calls the whole model"
+            )
         return self.chain(*inputs)
 
     def criterion(self, outputs: Nest, targets: Nest) -> torch.Tensor:

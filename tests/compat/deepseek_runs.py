@@ -329,3 +329,33 @@ def refused(what):
     if what == "rows":
         return pipe.step(x, num_chunks=8, criterion=criterion, labels=(y,))
     return pipe.step(x, criterion=criterion, labels=(y,))
+
+
+class Named(nn.Linear):
+    def forward(self, x):
+        return {"x": super().forward(x)}
+
+
+def refused_values():
+    """What a step of a pipeline of one rank says of inputs, labels, outputs and losses that are no tensors."""
+    from dualpipe_engine.errors import ConfigError
+
+    x, y = batch(2)
+    plain, named = (DualPipeV([kind(HIDDEN, HIDDEN).double() for _ in range(2)]) for kind in (nn.Linear, Named))
+    good = {"num_chunks": 2, "criterion": criterion, "labels": (y,)}
+    said = []
+    for pipe, inputs, changed in (
+        (plain, [x], {}),
+        (plain, torch.ones(()), {}),
+        (plain, x, {"labels": 3}),
+        (plain, x, {"num_chunks": 2.0}),
+        (plain, x, {"criterion": lambda output, target: None}),
+        (named, x, {}),
+    ):
+        try:
+            pipe.step(inputs, **good | changed)
+            said.append("")
+        except ConfigError as error:
+            said.append(str(error))
+    loss, _ = plain.step(x, **good)
+    return said, bool(loss.isfinite().all())

@@ -98,6 +98,24 @@ def test_refusals(ranks, what, size, message):
         assert kind in ("ConfigError", "PlanError") and message in text
 
 
+def test_values_that_are_no_tensors_are_refused(ranks):
+    [(said, goes_on)] = ranks.run(1, runs.refused_values)
+    assert goes_on
+    for text, expected in zip(
+        said,
+        [
+            "inputs must be tensors (or None) with a dimension 0, along which micro-batches are cut, got list",
+            "inputs must be tensors (or None) with a dimension 0, along which micro-batches are cut, got a tensor []",
+            "labels must be tensors (or None) with a dimension 0, along which micro-batches are cut, got int",
+            "num_chunks must be the number of micro-batches, at least 1, got 2.0",
+            "criterion must return the loss of micro-batch 0 as a tensor, got NoneType",
+            "stage 0 returns dict: it must return a tensor, or a tuple or list of tensors",
+        ],
+        strict=True,
+    ):
+        assert expected in text
+
+
 @pytest.mark.parametrize(
     ("schedule", "size", "chunks"), [("dualpipe", 6, 13), ("dualpipe", 8, 16), ("dualpipev", 6, 12)]
 )

@@ -7,8 +7,11 @@ import threading
 import time
 from pathlib import Path
 
+import torch
 import torch.distributed as dist
 import training
+from deepspeed.pipe import PipelineModule
+from torch import nn
 
 
 def start(ranks, **pipeline):
@@ -34,6 +37,38 @@ def held(before=None):
             break
         time.sleep(0.02)
     return files, threads, groups
+
+
+def one_after_another(ranks):
+    """Losses of two engines, the second made of the layers of the first, and of one that goes on; and what is said
+    where the module comes again."""
+    import dualpipe_engine
+    from dualpipe_engine.errors import ConfigError
+
+    def made(layers):
+        module = PipelineModule(layers=layers, num_stages=ranks, loss_fn=nn.functional.mse_loss)
+        plain = {"optimizer": {"type": "SGD", "params": {"lr": 0.1}}, "zero_allow_untested_optimizer": True}
+        config = training.settings(4, 1, 1, "fp32", "dualpipe") | plain
+        config.pop("scheduler")
+        return dualpipe_engine.initialize(model=module, config=config)[0]
+
+    def layers():
+        torch.manual_seed(0)
+        return [nn.Linear(4, 4), nn.Tanh(), nn.Linear(4, 4), nn.Linear(4, 1)]
+
+    rows = [(torch.full((2, 4), float(step)), torch.ones(2, 1)) for step in range(4)]
+    with made(layers()) as engine:
+        expected = [float(engine.train_batch(iter(rows))) for _ in range(4)]
+    mine, found = layers(), []
+    for _ in range(2):
+        with made(mine) as engine:
+            found += [float(engine.train_batch(iter(rows))) for _ in range(2)]
+    try:
+        dualpipe_engine.initialize(model=engine.module, config=training.settings(4, 1, 1, "fp32", "dualpipe"))
+        said = ""
+    except ConfigError as error:
+        said = str(error)
+    return expected, found, said
 
 
 def resident():
@@ -139,3 +174,34 @@ def other_handlers(ranks, folder):
 
     loss = asyncio.run(main())
     return loss, heard, path.read_bytes(), threading.current_thread() is threading.main_thread()
+
+
+def of_stock_deepspeed(ranks):
+    """What is said of the layers of stock DeepSpeed's engine, and the losses after that is given back."""
+    import deepspeed
+
+    import dualpipe_engine
+    from dualpipe_engine.errors import ConfigError
+
+    rows = [(torch.full((2, 4), float(step)), torch.ones(2, 1)) for step in range(4)]
+    layers = [nn.Linear(4, 4), nn.Tanh(), nn.Linear(4, 4), nn.Linear(4, 1)]
+    plain = {"optimizer": {"type": "SGD", "params": {"lr": 0.1}}, "zero_allow_untested_optimizer": True}
+    config = training.settings(4, 1, 1, "fp32", "dualpipe") | plain
+    config.pop("scheduler")
+
+    def module():
+        return PipelineModule(layers=layers, num_stages=ranks, loss_fn=nn.functional.mse_loss)
+
+    first = module()
+    stock = {name: section for name, section in config.items() if name != "pipeline"}
+    engine, *_ = deepspeed.initialize(model=first, config=stock, model_parameters=list(first.parameters()))
+    engine.train_batch(iter(rows))
+    try:
+        dualpipe_engine.initialize(model=module(), config=config)
+        said = ""
+    except ConfigError as error:
+        said = str(error)
+    engine.destroy()
+    with dualpipe_engine.initialize(model=module(), config=config)[0] as engine:
+        losses = [float(engine.train_batch(iter(rows))) for _ in range(2)]
+    return said, losses

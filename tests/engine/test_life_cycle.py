@@ -35,6 +35,18 @@ def test_two_engines_beside_each_other(ranks):
         assert second == alone and first == alone[:2]
 
 
+def test_layers_of_an_engine_that_is_given_back(ranks):
+    for expected, found, said in ranks.run(2, runs.one_after_another, ranks=2):
+        assert found == expected
+        assert "make one anew" in said
+
+
+def test_layers_of_stock_deepspeeds_engine(ranks):
+    for said, losses in ranks.run(2, runs.of_stock_deepspeed, ranks=2):
+        assert "cannot be carried to pipeline rank" in said and "call the destroy() of one that had the layer" in said
+        assert losses[1] < losses[0]
+
+
 @pytest.mark.faults_all
 @pytest.mark.parametrize("sent_to", [(0, 1), (1,)])
 def test_a_signal_saves_and_ends_all_ranks(ranks, tmp_path, sent_to):

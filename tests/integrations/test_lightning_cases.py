@@ -9,6 +9,8 @@ from ranks import RankError
 pytest.importorskip("lightning")
 import lightning_cases as runs
 
+from dualpipe_engine.errors import ConfigError
+
 #: The others run under --all.
 FIRST = ("plain", "accumulated", "dict")
 
@@ -61,6 +63,13 @@ def test_another_loss_than_that_of_the_batch_is_refused(ranks, tmp_path):
     with pytest.raises(RankError, match=r"Scaled\.training_step must call") as caught:
         ranks.run(2, runs.scaled, folder=str(tmp_path))
     assert {kind for kind, *_ in caught.value.errors.values()} == {"ConfigError"}
+
+
+def test_a_forward_of_a_model_in_stages_names_what_calls_one():
+    module = runs.Piped("zero")
+    module.dualpipe_wrapper = torch.nn.Identity()
+    with pytest.raises(ConfigError, match="leave out an example_input_array"):
+        module(torch.zeros(2, 4))
 
 
 @pytest.mark.all

@@ -25,8 +25,9 @@ from .partition import same_random_state
 from .portable import LocalObjects, pack, unpack
 
 _REMEDY = (
-    ": let it hold nothing that belongs to a process, change the layer after initialize on every rank that holds it, "
-    'or take "schedule": "zb1p" or "1f1b", which move no layer'
+    ": let it hold nothing that belongs to a process or to another engine (call the destroy() of one that had the "
+    "layer), change the layer after initialize on every rank that holds it, or take "
+    '"schedule": "zb1p" or "1f1b", which move no layer'
 )
 
 
@@ -183,7 +184,11 @@ def _packed(
                 if not isinstance(module._layer_specs[number], (LayerSpec, nn.Module)):
                     wrong.append(f"layer {number} cannot be carried to pipeline rank {target}: {reason}")
                 facts[number][""] = reason
-        packed = pack(tuple(content.items()), local)
+        try:
+            packed = pack(tuple(content.items()), local)
+        except Exception as error:  # what a tensor has beside its numbers may raise anything
+            wrong.append(f"layers {list(layers)} cannot be carried to pipeline rank {target}: {_said(error)}")
+            packed = pack((), local)
     numbers = list(layers)
     memory: dict[int, list[Tensor]] = {number: [] for number in numbers}
     blocks = []

@@ -28,6 +28,7 @@ Where activations are offloaded also:
 from __future__ import annotations
 
 from collections import Counter, defaultdict, deque
+from contextlib import suppress
 
 from ...errors import PlanError
 from ..gc_paused import collector_paused
@@ -89,9 +90,10 @@ def verify(
     Raises:
         VerifyError: a rule does not hold.
     """
-    try:
+    report = None
+    with suppress(Unproved):
         report = prove(plan)
-    except Unproved:
+    if report is None:
         return _go_through(plan, activation_cap, pending_w_cap, recv_buffers)
     limits = (
         (report.peak_activations, activation_cap),

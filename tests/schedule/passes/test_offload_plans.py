@@ -107,6 +107,7 @@ def test_what_the_verifier_refuses(row, index, said):
     with pytest.raises(VerifyError, match=said) as caught:
         verify(plan_of(row))
     assert (caught.value.rule, caught.value.index) == (11, index)
+    assert caught.value.__context__ is None  # a traceback shows this error alone
 
 
 def test_a_cap_counts_what_is_on_the_device():
