@@ -6,12 +6,15 @@ from collections.abc import Mapping
 from typing import Any
 
 from accelerate.utils import DynamoBackend
+from torch._dynamo import OptimizedModule
 from torch.nn.modules.batchnorm import _BatchNorm
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from dualpipe_engine.adapters.peft_kinds import refuse_adapters
 from dualpipe_engine.errors import ConfigError
 
+#: What runs compiled, also where blocks have come from another rank.
+COMPILE = "call compile() of the blocks of the model that on_train_begin of a callback is given"
 #: Of DeepSpeed's configuration, what arguments of a Trainer say.
 SET_BY_ARGUMENTS = {
     "optimizer": "optim= of the TrainingArguments and optimizers= of the Trainer",
@@ -33,7 +36,7 @@ def refuse_arguments(args: TrainingArguments) -> None:
     """
     for name, reason in {
         "deepspeed": "makes accelerate build its own engine: pass deepspeed_config= to DualPipeTrainer",
-        "torch_compile": "compiles a model that no rank runs: call compile() of the model, or of its blocks, before",
+        "torch_compile": f"compiles a model that no rank runs: {COMPILE}",
         "auto_find_batch_size": "starts again with another batch, which an engine cannot",
         "torch_empty_cache_steps": "belongs to the Trainer's own step",
         "use_liger_kernel": "replaces the head and its loss, which run on different stages",
@@ -142,11 +145,23 @@ def refuse_hooks(trainer: Trainer, num_chunks: int = 1) -> None:
         if getattr(kind, name, None) is not getattr(Trainer, name, None):
             raise ConfigError(f"{kind.__name__}.{name} would not be called as in a Trainer: override {instead}")
     refuse_adapters(trainer.model)
+    _refuse_whole(trainer.model)
     for name, part in trainer.model.named_modules():
         if num_chunks > 1 and isinstance(part, _BatchNorm):
             raise ConfigError(
                 f"{name} ({type(part).__name__}) takes its statistics from the whole batch, which is cut into "
                 f"{num_chunks} micro-batches: use num_chunks=1"
+            )
+
+
+def _refuse_whole(model: Any) -> None:  # noqa: ANN401
+    if isinstance(model, OptimizedModule) or getattr(model, "_compiled_call_impl", None) is not None:
+        raise ConfigError(f"the model is compiled as a whole, which no rank runs: leave it as it was, and {COMPILE}")
+    for name in ("output_hidden_states", "output_attentions"):
+        if getattr(getattr(model, "config", None), name, False):
+            raise ConfigError(
+                f"model.config.{name}=True adds outputs of blocks, which stay on their stages: set it to False, and "
+                "register forward hooks on the blocks to see them"
             )
 
 

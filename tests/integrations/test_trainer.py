@@ -245,6 +245,9 @@ def test_hooks_without_an_effect_are_refused():
         return found
 
     prompts = peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=2)
+    compiled, telling = runs.make_model(), runs.make_model()
+    compiled.compile(backend="eager")
+    telling.config.output_hidden_states = True
     refuse_hooks(trainer(model=runs.make_model()), 2)
     refuse_hooks(trainer(model=kinds.resnet()), 1)
     for given, match in (
@@ -253,6 +256,9 @@ def test_hooks_without_an_effect_are_refused():
         ({"kind": Loader}, "_get_train_sampler"),
         ({"model": peft.get_peft_model(runs.make_model(), prompts)}, "prompt"),
         ({"model": kinds.resnet()}, "num_chunks=1"),
+        ({"model": torch.compile(runs.make_model(), backend="eager")}, "compiled as a whole, .* on_train_begin"),
+        ({"model": compiled}, "compiled as a whole"),
+        ({"model": telling}, "output_hidden_states=True .* forward hooks on the blocks"),
     ):
         with pytest.raises(ConfigError, match=match):
             refuse_hooks(trainer(**given), 2)
