@@ -134,6 +134,9 @@ def refuse_calls(model: Model, engine: DualPipeEngine) -> None:
     for each in (base, model):
         each.save_pretrained = functools.partial(_save_given, each.save_pretrained, others)
         each.state_dict = functools.partial(_state_of_part, each.state_dict, others)
+    for name in ("merge_adapter", "merge_and_unload"):  # of a PEFT model
+        if hasattr(model, name):
+            setattr(model, name, functools.partial(_save_given, getattr(model, name), others))
 
 
 def _save_given(save: Callable[..., None], others: str, *args: Any, **options: Any) -> None:
