@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 import torch.distributed as dist
+from deepspeed.accelerator import get_accelerator
 
 if TYPE_CHECKING:
     from dualpipe_engine.engine.engine import DualPipeEngine
@@ -30,6 +31,18 @@ def set_host_state(state: State) -> None:
     random.setstate(state[0])
     np.random.set_state(state[1])
     torch.set_rng_state(state[2])
+
+
+@contextmanager
+def undrawn() -> Iterator[None]:
+    """Within, what is drawn from the generators of the host and of the device counts for nothing."""
+    accelerator, host = get_accelerator(), host_state()
+    device = accelerator.get_rng_state()
+    try:
+        yield
+    finally:
+        accelerator.set_rng_state(device)
+        set_host_state(host)
 
 
 class StageRandomness:

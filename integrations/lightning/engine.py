@@ -32,6 +32,15 @@ PRECISIONS: dict[str, dict[str, Any]] = {
     "16-true": {"fp16": {"enabled": True}},
 }
 
+#: Of DeepSpeed's configuration, what Lightning and its module say.
+SET_BY_LIGHTNING = {
+    "optimizer": "configure_optimizers",
+    "scheduler": "configure_optimizers",
+    "train_batch_size": "the batch_size of the DataLoader",
+    "train_micro_batch_size_per_gpu": "the batch_size of the DataLoader and num_chunks= of the module",
+    "gradient_accumulation_steps": "num_chunks= of the module",
+}
+
 
 def configuration(
     trainer: Trainer, schedule: str, extra: Mapping[str, Any], num_chunks: int, fitting: bool

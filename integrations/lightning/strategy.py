@@ -24,8 +24,9 @@ from dualpipe_engine.engine.placing.sequences import read_sizes, readers_of
 from dualpipe_engine.errors import ConfigError
 
 from ..random_streams import follow_first
+from ..sections import read_sections
 from .checkpoint import load_engine, remove_engine, save_engine
-from .engine import configuration, make_engine, make_module
+from .engine import SET_BY_LIGHTNING, configuration, make_engine, make_module
 from .layers import Chain, LayerEntry, refill, release, share_start
 from .refusals import refuse_optimizers, refuse_other_loss, refuse_trainer
 
@@ -70,7 +71,8 @@ class DualPipeStrategy(DDPStrategy):
         trained: losses (scalars) of the batches that the `training_step` that runs has trained on.
 
     Raises:
-        ConfigError: an argument is for DistributedDataParallel, or a size in `deepspeed_config` is no number.
+        ConfigError: an argument is for DistributedDataParallel, or `deepspeed_config` has what Lightning sets or a
+            size that is no number.
     """
 
     strategy_name = "dualpipe"
@@ -90,7 +92,7 @@ class DualPipeStrategy(DDPStrategy):
             )
         super().__init__(**kwargs)
         self._num_stages, self._schedule = num_stages, schedule
-        self._extra = dict(deepspeed_config or {})
+        self._extra = read_sections(deepspeed_config, SET_BY_LIGHTNING)
         read_sizes(self._extra, None)
         self._resume_elsewhere = resume_elsewhere
         self._made = False  # the pipeline, in this run of the Trainer

@@ -25,6 +25,7 @@ from dualpipe_engine.adapters.losses import TokenLoss
 from dualpipe_engine.comm.nest import Nest
 from dualpipe_engine.errors import ConfigError
 
+from ..random_streams import undrawn
 from .batches import Model
 from .loss_kind import Piece, SumOfParts, counted, every_label, ignores_padding, rows_of_inputs
 
@@ -120,20 +121,29 @@ class TrainerLoss:
 
     def __call__(self, output: Nest, labels: tuple[dict[str, Any], torch.Tensor]) -> torch.Tensor:
         inputs, numbers = labels
-        count, _, share, number, _, uneven = numbers.tolist()
+        count, _, share, number, _, _ = numbers.tolist()
         if not self._labelled:
             if self._kept is not None:
                 self._kept[int(number)] = output if self._keep is None else self._keep(output, inputs)
             return torch.zeros((), device=numbers.device)
+        asks = self._is_sum is None and count == count and bool(share)
+        looks = self._parts is not None and self._parts.goes_on
+        if self._is_unseen or asks or looks:
+            with undrawn():
+                self._try(output, inputs, numbers)
+        loss = self._of(output, inputs, None if count != count else count, int(number))
+        factor = self._factor(numbers)
+        return loss * factor if factor else self._without_labels(output)
+
+    def _try(self, output: Nest, inputs: dict[str, Any], numbers: torch.Tensor) -> None:
+        """Learn from losses of a first micro-batch what kind of loss it is."""
+        count, _, share, _, _, uneven = numbers.tolist()
         if self._is_unseen:
             self._refuse_weights(output, inputs, None if count != count else count)
         if self._is_sum is None and count == count and share:
             self._is_sum = self._ask(output, inputs, count)
         if self._parts is not None:
             self._look(self._parts, output, inputs, count, bool(share and uneven))
-        loss = self._of(output, inputs, None if count != count else count, int(number))
-        factor = self._factor(numbers)
-        return loss * factor if factor else self._without_labels(output)
 
     def _factor(self, numbers: torch.Tensor) -> float:
         """What the loss of a micro-batch is multiplied with; the engine divides by the number of them."""

@@ -64,6 +64,11 @@ class SumOfParts:
         self._name, self._blocks, self._left = name, blocks, CHECKED
         self._before: Piece | None = None
 
+    @property
+    def goes_on(self) -> bool:
+        """Whether more are compared."""
+        return bool(self._left)
+
     def __call__(
         self, loss: Callable[[Piece], float], weigh: Callable[[Mapping[str, Any]], float] | None, this: Piece
     ) -> None:

@@ -14,7 +14,7 @@ import torch.distributed as dist
 from accelerate.data_loader import prepare_data_loader
 from torch.utils.data import DataLoader
 from transformers import Trainer, TrainerCallback, TrainingArguments
-from transformers.trainer_utils import TrainOutput
+from transformers.trainer_utils import TrainOutput, seed_worker
 
 import dualpipe_engine
 from dualpipe_engine.adapters import ModelAdapter, gather_state_dict, get_model_adapter
@@ -26,12 +26,20 @@ from dualpipe_engine.models.autoep.section import read_section
 from ..elsewhere import load_from, load_weights
 from ..optimizers import refuse_optimizer
 from ..random_streams import StageRandomness, follow_first
+from ..sections import read_sections
 from .batches import Batch, Model
 from .evaluation import PipelineEvaluation
 from .loss import StandIn, TrainerLoss
 from .masters import masters
 from .optimizer import OptimizerView, rebuilt
-from .refusals import refuse_arguments, refuse_callback, refuse_hooks
+from .refusals import (
+    SET_BY_ARGUMENTS,
+    refuse_arguments,
+    refuse_callback,
+    refuse_hooks,
+    refuse_launcher,
+    refuse_replicas,
+)
 from .routed_loss import RoutedLoss
 from .shared_loss import SharedLoss, refuse_other_losses
 from .stages import on_stages
@@ -101,18 +109,21 @@ class DualPipeTrainer(PipelineEvaluation):
         self._is_alone = False
         self._stage_randomness = StageRandomness()
         self._num_chunks, self._schedule, self._example = num_chunks, schedule, example_inputs
-        self._extra = dict(deepspeed_config or {})
+        self._extra = read_sections(deepspeed_config, SET_BY_ARGUMENTS)
         if expert_parallel is not None:
             if EXPERT_PARALLEL in self._extra:
                 raise ConfigError("expert_parallel= is in deepspeed_config= too: leave one of them out")
             self._extra[EXPERT_PARALLEL] = dict(expert_parallel)
         self._profiling, self._resume_elsewhere = enable_profiling, resume_elsewhere
+        if args is not None:
+            refuse_arguments(args)
         if positional:
             super().__init__(model, args, *positional, **options)
         else:
             super().__init__(model=model, args=args, **options)
         self._given = getattr(base_model(self.model), "dtype", torch.float32)  # what a Trainer would save
         self._ops_of_one = super().floating_point_ops({self._main_input(): torch.zeros(1)})
+        refuse_launcher(self, self._extra)
         refuse_hooks(self, self._num_chunks)
         for callback in self.callback_handler.callbacks:
             refuse_callback(callback)
@@ -128,7 +139,7 @@ class DualPipeTrainer(PipelineEvaluation):
         self._readers = readers_of(read_sizes(self._extra, None), self._replicas)
         if self._readers < self._replicas:
             refuse_other_losses(self)
-        refuse_arguments(self.args, self._readers)
+        refuse_replicas(self.args, self._readers)
 
     # -- the engine ----------------------------------------------------------------------------------------------
 
@@ -159,7 +170,7 @@ class DualPipeTrainer(PipelineEvaluation):
 
     def _configuration(self) -> dict[str, Any]:
         args = self.args
-        precision = {"bf16": {"enabled": bool(args.bf16)}, "fp16": {"enabled": bool(args.fp16)}}
+        precision = {name: {"enabled": True} for name in ("bf16", "fp16") if self.accelerator.mixed_precision == name}
         extra = copy.deepcopy(self._extra)
         pipeline = {"schedule": self._schedule, **extra.pop("pipeline", {})}
         if read_section(extra.get(EXPERT_PARALLEL)) is not None:
@@ -172,7 +183,7 @@ class DualPipeTrainer(PipelineEvaluation):
             "zero_optimization": {"stage": 1},
             "zero_allow_untested_optimizer": True,
             "steps_per_print": None,
-            **{name: section for name, section in precision.items() if section["enabled"]},
+            **precision,
             **extra,
             "pipeline": pipeline,
         }
@@ -348,6 +359,8 @@ class DualPipeTrainer(PipelineEvaluation):
 
     def _prepare_loader(self, shards: int, shard: int, loader: DataLoader) -> DataLoader:
         settings = self.accelerator.dataloader_config
+        if loader.worker_init_fn is not None:  # the Trainer's, in training: workers of one reader draw the same
+            loader.worker_init_fn = partial(seed_worker, num_workers=loader.num_workers, rank=shard)
         return prepare_data_loader(
             loader,
             self.accelerator.device,

@@ -66,7 +66,8 @@ def whole_names(model: Model, state: dict[str, torch.Tensor]) -> dict[str, torch
     if base is model:
         return state
     prefix = next(name for name, part in model.named_modules() if part is base) + "."
-    besides = {name: value for name, value in model.state_dict().items() if not name.startswith(prefix)}
+    every = type(model).state_dict(model)  # that of the object may be refused
+    besides = {name: value for name, value in every.items() if not name.startswith(prefix)}
     return besides | {prefix + name: value for name, value in state.items()}
 
 
@@ -111,8 +112,8 @@ def _hold(place: nn.Module, part: nn.Module) -> None:
 
 
 def refuse_calls(model: Model, engine: DualPipeEngine) -> None:
-    """Let calls of the whole model, `generate` too, and saving it raise a ConfigError where some of its weights train
-    elsewhere.
+    """Let calls of the whole model, `generate` too, its state and saving it raise a ConfigError where some of its
+    weights train elsewhere.
 
     Args:
         model: a PEFT model too.
@@ -132,9 +133,23 @@ def refuse_calls(model: Model, engine: DualPipeEngine) -> None:
     base.forward = forward
     for each in (base, model):
         each.save_pretrained = functools.partial(_save_given, each.save_pretrained, others)
+        each.state_dict = functools.partial(_state_of_part, each.state_dict, others)
+    for name in ("merge_adapter", "merge_and_unload"):  # of a PEFT model
+        if hasattr(model, name):
+            setattr(model, name, functools.partial(_save_given, getattr(model, name), others))
 
 
 def _save_given(save: Callable[..., None], others: str, *args: Any, **options: Any) -> None:
     if options.get("state_dict") is None:
-        raise ConfigError(f"{others}: call save_model() of the Trainer on all ranks, which gathers them")
+        raise _gather_first(others)
     save(*args, **options)
+
+
+def _state_of_part(state_dict: Callable[..., Any], others: str, *args: Any, **options: Any) -> Any:  # noqa: ANN401
+    if "destination" not in options:  # else of a module around the model
+        raise _gather_first(others)
+    return state_dict(*args, **options)
+
+
+def _gather_first(others: str) -> ConfigError:
+    return ConfigError(f"{others}: call save_model() of the Trainer on all ranks, which gathers them")

@@ -108,6 +108,8 @@ def test_what_cannot_be_cut_is_refused():
         trainer.fit(runs.Piped(runs.chain(), 0.1), runs.data(16, 1))
     with pytest.raises(ConfigError, match=r"find_unused_parameters=\.\.\.\) is for DistributedDataParallel"):
         DualPipeStrategy(find_unused_parameters=True)
+    with pytest.raises(ConfigError, match=r'"scheduler" .* beside configure_optimizers'):
+        DualPipeStrategy(deepspeed_config={"scheduler": {"type": "WarmupLR"}})
     with pytest.raises(ConfigError, match='"sequence_parallel_size" must be a whole number'):
         DualPipeStrategy(deepspeed_config={"sequence_parallel_size": "2"})
 

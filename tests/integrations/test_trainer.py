@@ -202,19 +202,18 @@ def test_every_argument_is_in_the_table_of_the_docs():
 
 
 @pytest.mark.parametrize(
-    "given, replicas, match",
+    "given, match",
     [
-        ({"train_sampling_strategy": "batch_rebalance"}, 1, "group_by_length"),
-        ({"average_tokens_across_devices": False}, 2, "2 replicas"),
-        ({"save_only_model": True, "load_best_model_at_end": True}, 1, "the state of the engine"),
-        ({"accelerator_config": SimpleNamespace(split_batches=True)}, 1, "split_batches"),
-        ({"accelerator_config": SimpleNamespace(dispatch_batches=True)}, 1, "dispatch_batches"),
+        ({"train_sampling_strategy": "batch_rebalance"}, "group_by_length"),
+        ({"save_only_model": True, "load_best_model_at_end": True}, "the state of the engine"),
+        ({"accelerator_config": SimpleNamespace(split_batches=True)}, "split_batches"),
+        ({"accelerator_config": SimpleNamespace(dispatch_batches=True)}, "dispatch_batches"),
     ],
 )
-def test_values_without_an_effect_are_refused(given, replicas, match):
-    refuse_arguments(SimpleNamespace(**vars(arguments())), replicas)
+def test_values_without_an_effect_are_refused(given, match):
+    refuse_arguments(SimpleNamespace(**vars(arguments())))
     with pytest.raises(ConfigError, match=match):
-        refuse_arguments(SimpleNamespace(**vars(arguments()) | given), replicas)
+        refuse_arguments(SimpleNamespace(**vars(arguments()) | given))
 
 
 @pytest.mark.all
@@ -246,6 +245,9 @@ def test_hooks_without_an_effect_are_refused():
         return found
 
     prompts = peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=2)
+    compiled, telling = runs.make_model(), runs.make_model()
+    compiled.compile(backend="eager")
+    telling.config.output_hidden_states = True
     refuse_hooks(trainer(model=runs.make_model()), 2)
     refuse_hooks(trainer(model=kinds.resnet()), 1)
     for given, match in (
@@ -254,6 +256,9 @@ def test_hooks_without_an_effect_are_refused():
         ({"kind": Loader}, "_get_train_sampler"),
         ({"model": peft.get_peft_model(runs.make_model(), prompts)}, "prompt"),
         ({"model": kinds.resnet()}, "num_chunks=1"),
+        ({"model": torch.compile(runs.make_model(), backend="eager")}, "compiled as a whole, .* on_train_begin"),
+        ({"model": compiled}, "compiled as a whole"),
+        ({"model": telling}, "output_hidden_states=True .* forward hooks on the blocks"),
     ):
         with pytest.raises(ConfigError, match=match):
             refuse_hooks(trainer(**given), 2)

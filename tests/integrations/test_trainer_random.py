@@ -28,6 +28,14 @@ def test_random_batches_are_those_of_one_process_whatever_the_stages_draw(ranks,
 
 
 @pytest.mark.all
+def test_workers_draw_as_those_of_one_process(ranks, tmp_path):
+    theirs = ranks.run(1, runs.masked, folder=str(tmp_path / "stock"), stock=True, workers=1)[0]
+    for ours in ranks.run(2, runs.masked, folder=str(tmp_path / "ours"), num_chunks=3, workers=1):
+        assert ours["losses"] == pytest.approx(theirs["losses"], abs=1e-6)
+        assert ours["eval"] == pytest.approx(theirs["eval"], abs=1e-6)
+
+
+@pytest.mark.all
 def test_a_resumed_run_draws_the_same(ranks, tmp_path):
     """Random batches as those of a Trainer that is resumed, which collates again; dropout as without a stop."""
     saved = "checkpoint-4"

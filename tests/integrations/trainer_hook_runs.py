@@ -116,10 +116,12 @@ def watched(folder, stock=False):
     before = float(trainer.model(**batch).loss)
     trainer.train()
     flops = trainer.state.log_history[-1]["total_flos"]
-    found = {"before": before, "rates": watching.rates, "flops": flops, "gradients": watching.gradients}
+    size = trainer.model.num_parameters(only_trainable=True)
+    found = {"size": size, "before": before, "rates": watching.rates, "flops": flops, "gradients": watching.gradients}
     if stock:
         return found
     found["after"] = [told(lambda: trainer.model(**batch)), told(lambda: trainer.model.generate(batch["input_ids"]))]
+    found["part"] = [told(trainer.model.state_dict), told(lambda: trainer.model.save_pretrained(folder))]
     trainer._engine.destroy()
     return found
 

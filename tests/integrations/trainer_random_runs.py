@@ -38,14 +38,14 @@ class Metrics:
         return {"rows": len(seen.predictions)}
 
 
-def masked(folder, stock=False, dropout=0.0, drawn=True, resume=None, **options):
+def masked(folder, stock=False, dropout=0.0, drawn=True, resume=None, workers=0, **options):
     """Losses of six steps with an evaluation in between, the batches, and the evaluation."""
     transformers.set_seed(0)
     kind = trainer_class(stock)
     arguments = transformers.TrainingArguments(
         output_dir=folder, max_steps=6, per_device_train_batch_size=8, per_device_eval_batch_size=8, report_to=[],
         learning_rate=3e-3, logging_steps=1, use_cpu=True, disable_tqdm=True, optim="adamw_torch", seed=3,
-        dataloader_pin_memory=False, save_steps=4, eval_strategy="steps", eval_steps=2,
+        dataloader_pin_memory=False, save_steps=4, eval_strategy="steps", eval_steps=2, dataloader_num_workers=workers,
     )  # fmt: skip
     model, collate = small("BertForMaskedLM"), Masking(drawn)
     for part in model.modules():

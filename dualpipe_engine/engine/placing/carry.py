@@ -148,7 +148,8 @@ def _moved(
 
 
 def _release(layer: Layer, spec: LayerEntry, held: Mapping[int, Layer]) -> None:
-    """Give back the memory of a layer that trains elsewhere, whoever still refers to its parameters.
+    """Give back the memory of a layer that trains elsewhere, whoever still refers to its parameters: they keep their
+    shapes, and are one NaN.
 
     Args:
         layer: which this rank has sent for the last time.
@@ -164,7 +165,7 @@ def _release(layer: Layer, spec: LayerEntry, held: Mapping[int, Layer]) -> None:
     for param in set(layer.module.parameters()) - kept:
         if type(param.data) is Tensor:
             param.grad = None
-            param.data = param.data.new_empty(0)
+            param.data = param.data.new_full((), torch.nan if param.is_floating_point() else 0).expand(param.shape)
 
 
 # -- one message ---------------------------------------------------------------------------------------------------
