@@ -171,24 +171,19 @@ def _apart(sizes: Sizes, count: int) -> tuple[Tensor, Sizes]:
     return torch.arange(count, device=here.device) + expert, Sizes(here + 1, known)
 
 
-_TORCH = tuple(int(part) for part in torch.__version__.split(".")[:2])
-
-
 def has_grouped_mm(rows: Tensor, weight: Tensor) -> bool:
     """Whether torch multiplies groups of rows in one call here, without reading their sizes on the host.
 
-    With rows of a multiple of 16 bytes these are bf16 on CUDA, of compute capability 9 and, since torch 2.9, 10; others
-    are refused or, in later versions, multiplied one by one after a wait. On the CPU floats of 2 and 4 bytes, since
-    torch 2.9.
+    With rows of a multiple of 16 bytes these are bf16 on CUDA, of compute capability 9 and 10; others are multiplied one
+    by one after a wait. On the CPU floats of 2 and 4 bytes.
     """
     if any(size * rows.element_size() % 16 for size in weight.shape[1:]):
         return False
     if rows.device.type == "cpu":
-        return _TORCH >= (2, 9) and rows.dtype in (torch.float32, torch.bfloat16, torch.float16)
+        return rows.dtype in (torch.float32, torch.bfloat16, torch.float16)
     if rows.device.type != "cuda" or rows.dtype != torch.bfloat16:
         return False
-    major = torch.cuda.get_device_capability(rows.device)[0]
-    return major == 9 or (major == 10 and _TORCH >= (2, 9))
+    return torch.cuda.get_device_capability(rows.device)[0] in (9, 10)
 
 
 def _spoils_empty_groups(rows: Tensor, weight: Tensor) -> bool:
