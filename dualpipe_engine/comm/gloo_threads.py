@@ -19,7 +19,8 @@ _NAME = "gloo_tcp_loop"
 def take_turns() -> None:
     """Let the threads that serve the gloo groups of this process, as far as they have been made, preempt nobody.
 
-    Nothing happens where the system has no such policy, or forbids to set it, or torch gives these threads no name (2.11).
+    Nothing happens where the system has no such policy, or forbids to set it, or where torch gives these threads no
+    name, as 2.11.
     """
     for task in gloo_threads():
         with suppress(OSError):

@@ -174,8 +174,8 @@ def _apart(sizes: Sizes, count: int) -> tuple[Tensor, Sizes]:
 def has_grouped_mm(rows: Tensor, weight: Tensor) -> bool:
     """Whether torch multiplies groups of rows in one call here, without reading their sizes on the host.
 
-    With rows of a multiple of 16 bytes these are bf16 on CUDA, of compute capability 9 and 10; others are multiplied one
-    by one after a wait. On the CPU floats of 2 and 4 bytes.
+    With rows of a multiple of 16 bytes these are bf16 on CUDA, of compute capability 9 and 10; others are multiplied
+    one by one after a wait. On the CPU floats of 2 and 4 bytes.
     """
     if any(size * rows.element_size() % 16 for size in weight.shape[1:]):
         return False
