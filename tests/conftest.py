@@ -1,4 +1,6 @@
 import os
+import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -37,6 +39,13 @@ def pytest_sessionstart(session: pytest.Session) -> None:
     lock = Path(_get_build_directory("deepspeed_shm_comm", verbose=False)) / "lock"
     if lock.exists() and time.time() - lock.stat().st_mtime > 180:
         lock.unlink()
+
+
+@pytest.fixture(scope="session")
+def deepspeed_op() -> None:
+    """What DeepSpeed compiles at its first start on a CPU is there, for tests whose processes start by themselves."""
+    build = 'import importlib; importlib.import_module("deepspeed.comm.torch").build_shm_op()'
+    subprocess.run([sys.executable, "-c", build], env=os.environ | {"DS_ACCELERATOR": "cpu"}, check=True)
 
 
 @pytest.fixture(scope="session")

@@ -62,7 +62,7 @@ class _Parts:
         carried, hidden = self._enter(state)
         rows = hidden.reshape(-1, hidden.shape[-1])
         loss, capacity, experts, indices, places, weights, counts = self._layer.gate(rows, None, True, False)
-        self._layer.l_aux, self._layer.exp_counts = loss, counts  # as its forward does
+        self._layer.l_aux, self._layer.exp_counts = loss.detach(), counts  # as its forward does
         slots = _route_slots(indices, places, experts, int(capacity))
         sent = _sparse_encode(rows, slots, experts, int(capacity)).contiguous()
         kept = {"carried": carried, "weights": weights, "slots": slots, "loss": loss, "counts": counts}

@@ -30,6 +30,7 @@ ALL = [pytest.mark.all, pytest.mark.faults_all]
 
 
 @pytest.mark.parametrize("how", [how if how == "torchrun" else pytest.param(how, marks=ALL) for how in STARTS])
+@pytest.mark.usefixtures("deepspeed_op")
 def test_however_ranks_are_started(tmp_path, how):
     port = str(free_port())
     env = os.environ | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}

@@ -148,6 +148,7 @@ def test_statistics_of_batches_are_those_of_one_process_where_batches_are_whole(
         ranks.run(2, kinds.run_kinds, folder=str(tmp_path / "copies"), **job)
 
 
+@pytest.mark.usefixtures("deepspeed_op")
 def test_the_call_of_the_docs_starts_in_fresh_processes(tmp_path):
     """Under torchrun, where nothing has been initialised before."""
     folder = Path(runs.__file__).parent
