@@ -46,6 +46,7 @@ from .placing.sequences import BatchView, Sharing, make_sharing, read_sizes, rea
 from .placing.shared_blocks import check_blocks, connect_blocks, overlap_blocks, read_rest, share_blocks
 from .placing.stages import hooked_layers, set_activation_checkpointing
 from .placing.tiled import tile
+from .placing.views import refuse_own_forward
 from .plan import StageCosts, agree, costs_of_stages, lowered_plan, make_lowered_plan
 from .section import AUTO, DualPipeConfig
 
@@ -269,6 +270,7 @@ def _check_arguments(schedule: str, model: torch.nn.Module | None, mpu: object) 
             f'"schedule": "{schedule}" and a DualPipeVModule, which has DeepSpeed\'s own schedule, do not go '
             "together: make it a PipelineModule, or leave the schedule out"
         )
+    refuse_own_forward(model)
     if mpu is not None:
         raise ConfigError("mpu must be None: the PipelineModule's topology says where ranks stand")
 

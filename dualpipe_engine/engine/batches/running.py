@@ -18,7 +18,7 @@ from ..checks.written_buffers import kept_statistics
 from ..placing.module import PlacedModule
 from ..placing.sequences import Sharing
 from ..placing.stages import has_phases, make_chunk, params_of, reads_micro_offset
-from ..placing.views import renew_views
+from ..placing.views import refuse_own_forward, renew_views
 from ..section import DualPipeConfig
 from .additional_losses import AdditionalLosses
 
@@ -53,6 +53,7 @@ class RunningStages(PipelineEngine):
         Raises:
             ConfigError: it cannot run.
         """
+        refuse_own_forward(self.module)
         now, before = self._what_runs(), self._runs
         if len(now) == len(before) and all(map(_is, now, before)):
             return

@@ -7,6 +7,8 @@ from collections.abc import Mapping
 
 from deepspeed.pipe import PipelineModule
 
+from ...errors import ConfigError
+from ...runtime.weight_grad import Forward
 from ..given import EngineAttribute
 from .module import PlacedModule
 
@@ -41,6 +43,20 @@ class _View(PipelineModule):
             self.__dict__[name] = value
         else:
             setattr(vars(self)[_OF], name, value)
+
+
+def refuse_own_forward(module: PipelineModule) -> None:
+    """Refuse a forward that the object has in place of its class's: it would run whole ranks, not stages.
+
+    Raises:
+        ConfigError: there is one.
+    """
+    own = vars(module).get("forward")
+    if own is not None and not isinstance(own, Forward):
+        raise ConfigError(
+            "the forward of this PipelineModule was replaced on the object, which cannot run it once a stage: override "
+            "forward in a class, class Mine(PipelineModule)"
+        )
 
 
 def stage_views(module: PlacedModule) -> dict[int, PipelineModule]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 from changed_runs import Block, built, data, fill, mse, settings
 from deepspeed.pipe import LayerSpec, PipelineModule
@@ -105,6 +107,7 @@ def refused():
     for change, back in (
         (lambda: net.forward_funcs.append(nn.Identity()), lambda: net.forward_funcs.pop()),
         (lambda: interval(net), lambda: interval(net)),
+        (lambda: setattr(net, "forward", partial(type(net).forward, net)), lambda: delattr(net, "forward")),
     ):
         change()
         try:

@@ -20,4 +20,5 @@ def test_changes_that_no_stage_can_follow(ranks):
     for said, loss in ranks.run(2, runs.refused):
         assert "forward_funcs has another number of layers than at initialize" in said[0]
         assert "0 (BatchNorm1d) keeps statistics" in said[1] and "activations are recomputed" in said[1]
+        assert "forward of this PipelineModule was replaced on the object" in said[2]
         assert loss > 0
