@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Mapping
 
 from deepspeed.pipe import PipelineModule
@@ -25,6 +24,7 @@ _OWN = frozenset(
         "micro_offset",
     )
 )
+_TABLES = frozenset(("_parameters", "_buffers", "_modules"))  #: the same objects, which nn.Module takes from `__dict__`
 _OF = "dualpipe_view_of"
 
 
@@ -43,6 +43,9 @@ class _View(PipelineModule):
             self.__dict__[name] = value
         else:
             setattr(vars(self)[_OF], name, value)
+
+    def __delattr__(self, name: str) -> None:
+        delattr(vars(self)[_OF], name)
 
 
 def refuse_own_forward(module: PipelineModule) -> None:
@@ -67,7 +70,8 @@ def stage_views(module: PlacedModule) -> dict[int, PipelineModule]:
     """
     views, kind = {}, type(module)
     for stage in module.dualpipe_place.stages:
-        view = copy.copy(module)
+        view = kind.__new__(kind)
+        view.__dict__ |= {name: value for name, value in vars(module).items() if name in _OWN | _TABLES}
         view.__dict__[_OF] = module
         view.__class__ = type(kind.__name__, (_View, kind), {"__module__": kind.__module__})
         views[stage] = view

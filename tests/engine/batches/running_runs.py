@@ -28,12 +28,14 @@ class Halved(nn.Module):
 
 
 class Reporting(PipelineModule):
-    """Its forward reads an attribute, and writes one that it reports."""
+    """Its forward reads an attribute, and writes one that it reports and one that it takes back."""
 
     gain = 1.0
 
     def forward(self, x):
+        self.seen = x
         x = super().forward(x) * self.gain
+        del self.seen
         self.largest = x.detach().abs().max()
         return x
 
@@ -55,8 +57,18 @@ def interval(net):
     net.set_checkpoint_interval(0 if net.activation_checkpoint_interval else 1)
 
 
+class Louder(Reporting):
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.gain = 1.5
+
+
 def gain(net):
     net.gain = 0.5
+
+
+def no_gain(net):
+    del net.gain
 
 
 CHANGES = {
@@ -65,6 +77,7 @@ CHANGES = {
     "computed again": (interval, {}),
     "kept": (interval, {"activation_checkpoint_interval": 1}),
     "attribute": (gain, {"kind": Reporting}),
+    "no attribute": (no_gain, {"kind": Louder}),
 }
 
 
