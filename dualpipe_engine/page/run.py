@@ -73,7 +73,7 @@ def _history(folder: Path) -> list[dict[str, float]]:
     try:
         rows = _LOG_READERS[newest.suffix](newest.read_text())
         numbers = [_numbers(row) for row in rows]
-    except (OSError, ValueError, TypeError, AttributeError, KeyError) as error:
+    except (OSError, ValueError, TypeError, AttributeError, KeyError, csv.Error) as error:
         raise ProfileError(f"{newest}: is no log of a training ({type(error).__name__}: {error})") from None
     by_step: dict[float, dict[str, float]] = {}
     for row in numbers:

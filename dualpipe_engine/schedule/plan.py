@@ -127,9 +127,13 @@ class Plan:
         Without `placement` it is found from the stages that the ranks run.
 
         Raises:
-            PlanError: a cell is not an op, or the stages fit no placement.
+            PlanError: the text is not CSV, a cell is not an op, or the stages fit no placement.
         """
-        programs = _parse(row for row in csv.reader(io.StringIO(text)) if any(cell.strip() for cell in row))
+        try:
+            rows = list(csv.reader(io.StringIO(text)))
+        except csv.Error as error:
+            raise PlanError(f"not a plan: expected CSV with an op in each cell ({error})") from None
+        programs = _parse(row for row in rows if any(cell.strip() for cell in row))
         return cls(placement or _infer_placement(programs), _count_micro(programs), programs)
 
     def to_json(self) -> str:

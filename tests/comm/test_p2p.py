@@ -45,7 +45,7 @@ torch.export.register_dataclass(Known)
         (torch.empty(0, 5),),
         {"both": Masked(torch.ones(2), torch.ones(2, dtype=torch.bool))},
         (Known(torch.ones(2), 3), 1),
-        [(torch.ones(2), torch.ones(2))] * 40,
+        [(torch.ones(2), torch.ones(2))] * 30,
     ],
 )
 def test_meta_round_trip(value):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import importlib
 import tempfile
 from functools import partial
 from pathlib import Path
@@ -73,7 +74,7 @@ def build(model: Facts, ranks: int, replicas: int = 1) -> tuple[Any, int]:
     from dualpipe_engine.models.transformer import layers, loss
 
     # It takes the group that is there. Its op for shared memory takes half a minute to build, and nobody uses it here.
-    with patch("deepspeed.comm.torch.build_shm_op", lambda: None):
+    with patch.object(importlib.import_module("deepspeed.comm.torch"), "build_shm_op", lambda: None):
         deepspeed.init_distributed(dist_backend="gloo", verbose=False)
     topology = PipeDataParallelTopology(ranks, replicas)
     replica = topology.get_coord(torch.distributed.get_rank()).data

@@ -127,7 +127,8 @@ def test_what_cannot_be_shown_is_one_sentence(tmp_path, monkeypatch, capsys):
     with pytest.raises(ProfileError, match=r"there is no dualpipe_profile\.json; call enable_profiling"):
         read_run(tmp_path)
     folder_of(tmp_path, profile("1f1b", micros=4))
-    for name, text in (("metrics.jsonl", "{"), ("trainer_state.json", "[]"), ("ds_config.json", "[]")):
+    wrong = {"metrics.jsonl": "{", "trainer_state.json": "[]", "ds_config.json": "[]", "metrics.csv": "9" * 200_000}
+    for name, text in wrong.items():
         (tmp_path / name).write_text(text)
         assert main(["report", str(tmp_path), "--out", str(tmp_path / "x.html")]) == 2
         assert name in capsys.readouterr().err

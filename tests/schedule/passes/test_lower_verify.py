@@ -237,6 +237,11 @@ def test_caps():
         verify(lower(plan), recv_buffers=0)
 
 
+def test_a_cell_without_end_is_no_plan():
+    with pytest.raises(PlanError, match="expected CSV with an op in each cell"):
+        Plan.from_csv("0F0" * 100_000)
+
+
 def test_a_pair_of_dependent_halves_cannot_run():
     text = "(0F0;0B1)FB,0F1,0B0\n1F0,1B0,1F1,1B1\n"
     with pytest.raises(VerifyError):
