@@ -201,8 +201,30 @@ def read_by_deepspeed(config: Settings, readers: int) -> DeepSpeedConfig:
         raise ConfigError(f"{error.title}{place}: {first['msg']}, got {first['input']!r}") from None
     except Exception as error:
         raise ConfigError(f"DeepSpeed cannot read its configuration: {type(error).__name__}: {error}") from error
+    _check_numbers(read)
     check_zero(read)
     return read
+
+
+def _check_numbers(config: DeepSpeedConfig) -> None:
+    """What DeepSpeed takes as it is given, and computes with in the first step."""
+    clip, factor, every = config.gradient_clipping, config.gradient_predivide_factor, config.steps_per_print
+    number = (int, float)
+    for key, value, fits, wanted in (
+        ("gradient_clipping", clip, isinstance(clip, number), "a number, 0 for no clipping"),
+        ("gradient_predivide_factor", factor, isinstance(factor, number) and factor > 0, "a number above 0"),
+        ("steps_per_print", every, every is None or (isinstance(every, number) and every > 0), "above 0, or null"),
+    ):
+        if not fits:
+            raise ConfigError(f'"{key}" must be {wanted}, got {value!r}')
+    for section, params in (("optimizer", config.optimizer_params), ("scheduler", config.scheduler_params)):
+        for key in params if isinstance(params, dict) else ():
+            if params[key] != "auto":
+                continue
+            raise ConfigError(
+                f'"{section}": {{"params": {{"{key}": "auto"}}}} is for a Trainer of Hugging Face, which fills it in: '
+                "give its value"
+            )
 
 
 def check_zero(config: DeepSpeedConfig) -> None:
