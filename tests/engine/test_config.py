@@ -81,6 +81,13 @@ def test_values_that_are_numbers():
         read_by_deepspeed(PLAIN | section, readers=1)
 
 
+@pytest.mark.parametrize("value", [True, False])
+def test_the_old_form_of_zero(value):
+    """What measures the job for "auto" reads a section."""
+    settings, _ = read_config(PLAIN | {"zero_optimization": value})
+    assert settings["zero_optimization"] == {"stage": int(value)}
+
+
 def test_where_the_configuration_is_given():
     args = argparse.Namespace(deepspeed_config="a")
     assert find_config(args, None, None) == "a"
