@@ -167,6 +167,9 @@ page [keys of the "pipeline" section](pipeline_section.md).
 - works: as in DeepSpeed, or as the row says;
 - stock does nothing either: DeepSpeed's own pipeline engine does not use the key;
 - refused: any value that asks for something is one error on every rank, before memory is allocated.
+
+So is a key that is nearly one of these, which DeepSpeed would mostly pass over: `"gradient_cliping"`. Keys of your own
+may stand beside; one that is taken for a misspelling may begin with `_`.
 """
 
 

@@ -6,6 +6,7 @@ import signal
 from difflib import get_close_matches
 
 from deepspeed.runtime.config import DeepSpeedConfig
+from pydantic import ValidationError
 
 from ..errors import ConfigError, PlanError
 from ..models.autoep import section as expert_parallel
@@ -13,7 +14,7 @@ from ..schedule.cuts.counts import parse_counts
 from ..schedule.orders.registry import KNOWN, STOCK, known_schedule
 from ..schedule.plain_json import read_settings
 from .given import Settings
-from .keys import refuse_keys
+from .keys import refuse_keys, refuse_misspelt
 from .section import AUTO, PAIRS, DualPipeConfig, check_keys, parse_keys
 
 #: Keys of ours that somebody relies on: they are not to be passed over.
@@ -58,6 +59,9 @@ def read_config(config: object) -> tuple[Settings, DualPipeConfig]:
     _check_schedule(parsed)
     if not parsed.is_stock:
         refuse_keys(data, STOCK)
+        refuse_misspelt(data)
+        if isinstance(zero := data.get("zero_optimization"), bool):  # DeepSpeed's old form
+            data = data | {"zero_optimization": {"stage": int(zero)}}
         expert_parallel.read_section(data.get(expert_parallel.NAME))
     _check_signal(parsed)
     if parsed.schedule == AUTO and parse_counts(parsed.partition_method) is not None:
@@ -168,30 +172,82 @@ def micro_batches(config: Settings, replicas: int) -> int:
     return steps_found
 
 
-def check_zero(config: Settings) -> None:
+class BatchView:
+    """What DeepSpeed's configuration asks a grid for: a sequence counts once, whoever computes parts of it.
+
+    Args:
+        groups: of replicas, each with sequences of its own.
+    """
+
+    def __init__(self, groups: int) -> None:
+        self._groups = groups
+
+    def get_data_parallel_world_size(self) -> int:
+        return self._groups
+
+
+def read_by_deepspeed(config: Settings, readers: int) -> DeepSpeedConfig:
+    """The configuration as DeepSpeed understands it, of as many replicas as read data of their own.
+
+    Raises:
+        ConfigError: DeepSpeed cannot read it, or `check_zero` refuses it.
+    """
+    micro_batches(config, readers)
+    try:
+        read = DeepSpeedConfig(config, BatchView(readers))
+    except ValidationError as error:
+        first = error.errors()[0]
+        place = "".join(f'["{name}"]' for name in first["loc"])
+        raise ConfigError(f"{error.title}{place}: {first['msg']}, got {first['input']!r}") from None
+    except Exception as error:
+        raise ConfigError(f"DeepSpeed cannot read its configuration: {type(error).__name__}: {error}") from error
+    _check_numbers(read)
+    check_zero(read)
+    return read
+
+
+def _check_numbers(config: DeepSpeedConfig) -> None:
+    """What DeepSpeed takes as it is given, and computes with in the first step."""
+    clip, factor, every = config.gradient_clipping, config.gradient_predivide_factor, config.steps_per_print
+    number = (int, float)
+    for key, value, fits, wanted in (
+        ("gradient_clipping", clip, isinstance(clip, number), "a number, 0 for no clipping"),
+        ("gradient_predivide_factor", factor, isinstance(factor, number) and factor > 0, "a number above 0"),
+        ("steps_per_print", every, every is None or (isinstance(every, number) and every > 0), "above 0, or null"),
+    ):
+        if not fits:
+            raise ConfigError(f'"{key}" must be {wanted}, got {value!r}')
+    for section, params in (("optimizer", config.optimizer_params), ("scheduler", config.scheduler_params)):
+        for key in params if isinstance(params, dict) else ():
+            if params[key] != "auto":
+                continue
+            raise ConfigError(
+                f'"{section}": {{"params": {{"{key}": "auto"}}}} is for a Trainer of Hugging Face, which fills it in: '
+                "give its value"
+            )
+
+
+def check_zero(config: DeepSpeedConfig) -> None:
     """Refuse what cannot work with a pipeline.
 
     Raises:
         ConfigError: ZeRO-3 is asked for, ZeRO-2 for an optimizer that works on whole gradients, or an offload that the
             stage does not have, which DeepSpeed would leave out or replace without a word.
     """
-    sections = {name: config.get(name) for name in ("zero_optimization", "optimizer")}
-    zero, optimizer = (found if isinstance(found, dict) else {} for found in sections.values())
-    stage = zero.get("stage", 0)
+    zero, stage = config.zero_config, int(config.zero_config.stage)
     if stage == 3:
         raise ConfigError(
             "ZeRO-3 cannot work with a pipeline: it would gather every stage's weights again for each micro-batch; use "
             '"zero_optimization": {"stage": 1}, which partitions the optimizer state over all copies of a stage'
         )
-    if stage == 2 and str(optimizer.get("type", "")).lower() == "muon":
+    if stage == 2 and str(config.optimizer_name).lower() == "muon":
         raise ConfigError('ZeRO-2 keeps no whole gradients, which Muon needs: use "zero_optimization": {"stage": 1}')
     for key in ("offload_optimizer", "offload_param"):
-        _check_offload(key, zero, stage)
+        section = getattr(zero, key)
+        _check_offload(key, "none" if section is None else section.device, stage)
 
 
-def _check_offload(key: str, zero: Settings, stage: int) -> None:
-    section = zero.get(key)
-    device = section.get("device", "none") if isinstance(section, dict) else "none"
+def _check_offload(key: str, device: str, stage: int) -> None:
     if device == "none":
         return
     if key == "offload_param" or device == "nvme":

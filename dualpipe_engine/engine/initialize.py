@@ -12,7 +12,6 @@ from deepspeed import zero
 from deepspeed.accelerator import get_accelerator
 from deepspeed.constants import TORCH_DISTRIBUTED_DEFAULT_PORT
 from deepspeed.pipe import DualPipeVModule, PipelineModule
-from deepspeed.runtime.config import DeepSpeedConfig
 from deepspeed.runtime.engine import DeepSpeedEngine
 from deepspeed.runtime.pipe.engine import PipelineEngine
 
@@ -31,7 +30,7 @@ from .batches.shards import shard_batches
 from .checks.agreement import agree_on_copies, agree_on_job, agree_on_schedule
 from .checks.optimizers import check_optimizer
 from .checks.written_buffers import check_statistics
-from .config import check_zero, find_config, micro_batches, read_config
+from .config import find_config, micro_batches, read_by_deepspeed, read_config
 from .engine import DualPipeEngine
 from .given import Collate, Dataset, Loader, Optimizer, ParamEntry, Scheduler, Settings
 from .load_report import check_load_report
@@ -42,7 +41,7 @@ from .placing.grid import Place, groups_of, set_device
 from .placing.module import PlacedModule, place
 from .placing.param_groups import GroupMap, check_dtypes, name_parameters
 from .placing.recomputed import recomputed_modules
-from .placing.sequences import BatchView, Sharing, make_sharing, read_sizes, readers_of, share_sequences
+from .placing.sequences import Sharing, make_sharing, read_sizes, readers_of, share_sequences
 from .placing.shared_blocks import check_blocks, connect_blocks, overlap_blocks, read_rest, share_blocks
 from .placing.stages import hooked_layers, set_activation_checkpointing
 from .placing.tiled import tile
@@ -135,6 +134,8 @@ def _under_schedule(
     with watch.section("initialize"), noting_groups() as made_groups:
         agree_on_job(settings, model)
         readers = readers_of(settings, model._grid.data_parallel_size)
+        with raised_everywhere():
+            config_class = read_by_deepspeed(settings, readers)
         given = None if model_parameters is None else list(model_parameters)  # of the module as it is now
         name_parameters(model)
         if (shared := expert_parallel.read_section(settings.get(expert_parallel.NAME))) is not None:
@@ -153,7 +154,6 @@ def _under_schedule(
         check_statistics(model, plan.placement, model.dualpipe_recomputed)
         groups = GroupMap(model, given, optimizer, base_grid.pp_proc_group, lr_scheduler)
         optimizer, given = groups.apply()
-        config_class = DeepSpeedConfig(settings, BatchView(readers))
         check_dtypes(model, optimizer, given, config_class)
         check_optimizer(model, optimizer, config_class)
         deepspeed.set_optimizer_flags(config_class, model)
@@ -248,7 +248,6 @@ def _read(
         if not dualpipe.is_stock:
             _check_arguments(dualpipe.schedule, model, mpu)
             settings = read_sizes(settings, mesh_param)
-            check_zero(settings)
     except DualPipeError as error:
         return settings, dualpipe, error
     return settings, dualpipe, None

@@ -1,11 +1,13 @@
 """What becomes of each key of DeepSpeed's configuration under a schedule.
 
-`refuse_keys` raises for what cannot work, and `python docs/tables.py` writes all rows into docs/configuration.md.
+`refuse_keys` raises for what cannot work and `refuse_misspelt` for what nothing would read, and `python docs/tables.py`
+writes all rows into docs/configuration.md.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from difflib import get_close_matches
 from enum import Enum
 from typing import NamedTuple
 
@@ -332,12 +334,50 @@ def refuse_keys(config: Settings, instead: str) -> None:
     """
     for row in (row for rows in TABLES.values() for row in rows):
         for path in () if row.off is None else row.paths:
-            *sections, key = path.split(".")
-            inner: object = config
-            for name in sections:
-                inner = inner.get(name) if isinstance(inner, Mapping) else None
-            if not isinstance(inner, Mapping) or key not in inner or inner[key] in (row.off or ()):
+            above, _, key = path.rpartition(".")
+            inner = _section(config, above)
+            if key not in inner or inner[key] in (row.off or ()) or inner.get("enabled") is False:
                 continue
-            name = path.replace(".", '": {"')
             remedy = "leave it out" if row.why == _GONE else f'leave it out, or take "schedule": "{instead}"'
-            raise ConfigError(f'"{name}": {inner[key]!r}{"}" * len(sections)} is refused, because {row.why}: {remedy}')
+            raise ConfigError(f"{_quoted(path, repr(inner[key]))} is refused, because {row.why}: {remedy}")
+
+
+def refuse_misspelt(config: Settings) -> None:
+    """Refuse the first key that DeepSpeed would pass over and that is nearly one that it reads.
+
+    Keys of others pass: those that only begin like one of DeepSpeed's ("checkpoint_dir"), and those that are put aside
+    by a first character that is no letter ("_optimizer").
+
+    Raises:
+        ConfigError: there is one; the message names the nearest.
+    """
+    known: dict[str, set[str]] = {}
+    for path in (path for rows in TABLES.values() for row in rows for path in row.paths):
+        section, _, key = path.rpartition(".")
+        known.setdefault(section, set()).add(key)
+    del known["pipeline"], known[_E]  # their readers know more keys, and check them
+    for section, names in known.items():
+        for key in () if "*" in names else _section(config, section):
+            if not isinstance(key, str) or key in names or not key[:1].isalpha():
+                continue
+            near = get_close_matches(key.lower(), names, n=1, cutoff=0.8)
+            if near and not key.startswith(f"{near[0]}_"):
+                path = f"{section}.{key}" if section else key
+                raise ConfigError(
+                    f'nothing reads the key {_quoted(path, "...")}: did you mean "{near[0]}"? '
+                    'A key of your own may begin with "_"'
+                )
+
+
+def _section(config: Settings, path: str) -> Mapping[str, object]:
+    """The section at a path; empty if there is none."""
+    inner: object = config
+    for name in path.split(".") if path else ():
+        inner = inner.get(name) if isinstance(inner, Mapping) else None
+    return inner if isinstance(inner, Mapping) else {}
+
+
+def _quoted(path: str, value: str) -> str:
+    """A key with its value, as the configuration has it."""
+    name = path.replace(".", '": {"')
+    return f'"{name}": {value}{"}" * path.count(".")}'

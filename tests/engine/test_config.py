@@ -10,7 +10,7 @@ import types
 import pytest
 from deepspeed.runtime.config import DeepSpeedConfig
 
-from dualpipe_engine.engine.config import find_config, read_config
+from dualpipe_engine.engine.config import find_config, read_by_deepspeed, read_config
 from dualpipe_engine.errors import ConfigError
 
 PLAIN = {"train_batch_size": 4, "pipeline": {"schedule": "zb1p"}}
@@ -57,6 +57,35 @@ def test_what_cannot_be_read(tmp_path, content, text):
         path.write_text(content)
     with pytest.raises(ConfigError, match=text):
         read_config(path)
+
+
+@pytest.mark.parametrize(
+    ("section", "text"),
+    [
+        ({"gradient_clipping": None}, '"gradient_clipping" must be a number, 0 for no clipping, got None'),
+        ({"gradient_clipping": "auto"}, "got 'auto'"),
+        ({"gradient_predivide_factor": 0}, "must be a number above 0, got 0"),
+        ({"steps_per_print": 0}, "must be above 0, or null, got 0"),
+        ({"optimizer": {"type": "Adam", "params": {"lr": "auto"}}}, '"optimizer": {"params": {"lr": "auto"}} is for a'),
+        ({"scheduler": {"type": "WarmupLR", "params": {"warmup_num_steps": "auto"}}}, '"warmup_num_steps": "auto"'),
+    ],
+)
+def test_values_that_the_first_step_would_trip_over(section, text):
+    with pytest.raises(ConfigError) as caught:
+        read_by_deepspeed(PLAIN | section, readers=1)
+    assert text in str(caught.value)
+
+
+def test_values_that_are_numbers():
+    for section in ({"gradient_clipping": 0}, {"steps_per_print": None}, {"steps_per_print": float("inf")}):
+        read_by_deepspeed(PLAIN | section, readers=1)
+
+
+@pytest.mark.parametrize("value", [True, False])
+def test_the_old_form_of_zero(value):
+    """What measures the job for "auto" reads a section."""
+    settings, _ = read_config(PLAIN | {"zero_optimization": value})
+    assert settings["zero_optimization"] == {"stage": int(value)}
 
 
 def test_where_the_configuration_is_given():

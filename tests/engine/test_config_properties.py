@@ -7,7 +7,7 @@ import json
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dualpipe_engine.engine.config import check_zero, micro_batches, read_config
+from dualpipe_engine.engine.config import micro_batches, read_by_deepspeed, read_config
 from dualpipe_engine.engine.section import DEEPSPEED_KEYS, DualPipeConfig
 from dualpipe_engine.errors import ConfigError, DualPipeError
 from dualpipe_engine.schedule.orders.registry import SCHEDULES
@@ -44,12 +44,14 @@ def test_any_batch_sizes(config, replicas):
     assert found >= 1
 
 
-@given(st.dictionaries(st.sampled_from(["zero_optimization", "optimizer"]), values | sections))
-def test_any_zero_section(config):
+@given(st.dictionaries(st.sampled_from(["zero_optimization", "optimizer", "fp16", "checkpoint"]), values | sections))
+def test_any_section_of_deepspeed(config):
     try:
-        check_zero(config)
+        read = read_by_deepspeed({"train_micro_batch_size_per_gpu": 1, **config}, readers=1)
     except DualPipeError as error:
-        assert "ZeRO" in str(error)
+        assert isinstance(error, ConfigError) and str(error)
+    else:
+        assert read.zero_optimization_stage < 3
 
 
 @given(st.binary(max_size=40) | values.map(lambda value: json.dumps(value).encode()))

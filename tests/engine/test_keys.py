@@ -13,7 +13,7 @@ import torch
 from deepspeed.runtime.zero import config as zero_config
 
 from dualpipe_engine.engine.config import read_config
-from dualpipe_engine.engine.keys import TABLES, Status
+from dualpipe_engine.engine.keys import TABLES, Status, refuse_misspelt
 from dualpipe_engine.errors import ConfigError
 
 ROOT = Path(__file__).parents[2]
@@ -84,6 +84,50 @@ def test_refused(path, row):
 
 def _types(row):
     return {type(value) for value in row.off if value is not None} or {bool}
+
+
+@pytest.mark.parametrize(
+    ("path", "near"),
+    [
+        ("gradient_cliping", "gradient_clipping"),
+        ("Optimiser", "optimizer"),
+        ("lr_scheduler", "scheduler"),
+        ("zero_optimisation", "zero_optimization"),
+        ("optimizer.param", "params"),
+        ("scheduler.parms", "params"),
+        ("checkpoint.tag_validaton", "tag_validation"),
+        ("checkpoint.parallel_write.pipeline_stages", "pipeline_stage"),
+        ("data_types.grad_accum_dtypes", "grad_accum_dtype"),
+        ("fp16.enable", "enabled"),
+    ],
+)
+def test_a_misspelt_key_is_refused(path, near):
+    """DeepSpeed passes over most of them."""
+    config = key_runs.with_keys({}, {path: {}})
+    with pytest.raises(ConfigError) as caught:
+        read_config(config | {"pipeline": {"schedule": "zb1p"}})
+    assert '"{}": ...'.format(path.replace(".", '": {"')) in str(caught.value)
+    assert f'did you mean "{near}"' in str(caught.value)
+    read_config(config)  # DeepSpeed's own engine says what it says
+
+
+def test_keys_of_others_pass():
+    own = {
+        "_optimizer": {},
+        "//gradient_clipping": 2,
+        "checkpoint_dir": "x",
+        "seed": 3,
+        "local_rank": 0,
+        "my": {"a": 1},
+    }
+    read_config(own | {"pipeline": {"schedule": "zb1p"}, "optimizer": {"type": "Adam", "params": {"typo": 1}}})
+    named = key_runs.with_keys({}, {path: False for row in ROWS for path in row.paths if path.count(".") == 0})
+    refuse_misspelt(named | {"optimizer": {"type": "Adam", "params": {}}})
+
+
+def test_what_is_switched_off_asks_for_nothing():
+    off = {"fp16": {"enabled": False, "auto_cast": True}, "torch_autocast": {"enabled": False, "dtype": "float16"}}
+    read_config(off | {"pipeline": {"schedule": "zb1p"}})
 
 
 def same(found, plain, rel=1e-6):

@@ -35,13 +35,14 @@ from ...schedule.search.job_costs import Measurement
 from ...schedule.search.layer_costs import LayerCosts
 from ...schedule.timing.costs import CostModel, PerStage
 from ..batches.shards import Shards
+from ..config import BatchView
 from ..given import Collate, Dataset, Settings
 from ..placing.balance import of_all_layers
 from ..placing.experts import numel_by_sharing
 from ..placing.grid import Place
 from ..placing.partition import layer_name
 from ..placing.recomputed import recomputed_modules
-from ..placing.sequences import BatchView, Sharing
+from ..placing.sequences import Sharing
 from ..placing.stages import set_activation_checkpointing
 from ..placing.tiled import tiled
 from ..section import DualPipeConfig

@@ -80,20 +80,6 @@ class Sharing:
         return replicas // self.size
 
 
-class BatchView:
-    """What DeepSpeed's configuration asks a grid for: a sequence counts once, whoever computes parts of it.
-
-    Args:
-        groups: of replicas, each with sequences of its own.
-    """
-
-    def __init__(self, groups: int) -> None:
-        self._groups = groups
-
-    def get_data_parallel_world_size(self) -> int:
-        return self._groups
-
-
 def readers_of(settings: Settings, replicas: int) -> int:
     """How many groups of replicas read sequences of their own.
 
