@@ -17,6 +17,7 @@ from torch import nn
 import dualpipe_engine
 from dualpipe_engine.errors import ConfigError
 
+from ..clipping import CLIPPING
 from .batches import StageLoss
 from .layers import LayerEntry
 from .pipeline import Pipeline
@@ -31,6 +32,9 @@ PRECISIONS: dict[str, dict[str, Any]] = {
     "bf16-true": {"bf16": {"enabled": True}},
     "16-true": {"fp16": {"enabled": True}},
 }
+
+#: Values of Trainer(gradient_clip_algorithm=...) that are one.
+BY_NORM = (None, "norm")
 
 #: Of DeepSpeed's configuration, what Lightning and its module say.
 SET_BY_LIGHTNING = {
@@ -62,13 +66,13 @@ def configuration(
         raise ConfigError(
             f'precision="{precision}" is none of the engine\'s: use {", ".join(PRECISIONS)}; "16-true" scales the loss'
         )
-    by_norm = trainer.gradient_clip_algorithm in (None, "norm")
+    by_norm = trainer.gradient_clip_algorithm in BY_NORM
     sections = copy.deepcopy(dict(extra))
     pipeline = {"schedule": schedule, **sections.pop("pipeline", {})}
     found = {
         "train_micro_batch_size_per_gpu": 1,
         "gradient_accumulation_steps": num_chunks,
-        "gradient_clipping": float(trainer.gradient_clip_val or 0.0) if by_norm else 0.0,
+        CLIPPING: float(trainer.gradient_clip_val or 0.0) if by_norm else 0.0,
         "zero_optimization": {"stage": 1},
         "zero_allow_untested_optimizer": True,
         "steps_per_print": None,

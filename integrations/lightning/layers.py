@@ -16,6 +16,8 @@ from dualpipe_engine.errors import ConfigError
 LayerEntry: TypeAlias = Any
 """Of the list that a user gives: a module, or a LayerSpec of DeepSpeed."""
 
+#: Of a module: names of what is called beside its forward and its backward.
+HOOKS = ("forward", "forward_pre", "backward", "backward_pre")
 _UNTIED = "say so with deepspeed.pipe.TiedLayerSpec, so that the gradients of both uses are added up"
 
 
@@ -56,6 +58,8 @@ def layers_of(model: nn.Module | Iterable[LayerEntry]) -> dict[str, LayerEntry]:
             f"model must be an nn.Sequential or a list of layers, so that it can be cut into stages, got "
             f"{type(model).__name__}"
         )
+    if isinstance(model, nn.Module):
+        _refuse_more(model)
     layers: dict[str, LayerEntry] = (
         dict(model._modules) if isinstance(model, nn.Module) else {str(index): each for index, each in enumerate(model)}
     )
@@ -67,6 +71,26 @@ def layers_of(model: nn.Module | Iterable[LayerEntry]) -> dict[str, LayerEntry]:
             if owners.setdefault(id(param), name) != name:
                 raise ConfigError(f"layers {owners[id(param)]} and {name} share a parameter: {_UNTIED}")
     return layers
+
+
+def _refuse_more(model: nn.Module) -> None:
+    """Refuse a container that does more than call its layers, which is all that stages do.
+
+    Raises:
+        ConfigError: it is one.
+    """
+    kind = type(model)
+    for there, what in (
+        (kind.forward not in (nn.Sequential.forward, nn.ModuleList.forward) or "forward" in vars(model), "a forward"),
+        (any(getattr(model, f"_{name}_hooks") for name in HOOKS), "hooks"),
+        (model._parameters or model._buffers, "tensors"),
+        (model._compiled_call_impl is not None, "a compiled call"),
+    ):
+        if there:
+            raise ConfigError(
+                f"the {kind.__name__} given as model has {what} of its own, but stages call its layers one after the "
+                "other, and nothing else: make that a part of a layer"
+            )
 
 
 def share_start(layers: Iterable[LayerEntry], device: torch.device) -> None:

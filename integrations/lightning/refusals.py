@@ -43,6 +43,11 @@ def refuse_trainer(trainer: Trainer, module: DualPipeLightningModule) -> None:
     from .module import DualPipeLightningModule
 
     refuse_hooks(module, DualPipeLightningModule, trainer.callbacks)
+    if module._compiler_ctx is not None or module._compiled_call_impl is not None:
+        raise ConfigError(
+            f"the {type(module).__name__} is compiled as a whole, but its stages run apart: give fit the module as it "
+            "was, and call self.dualpipe_wrapper.engine.compile() in on_fit_start"
+        )
     if getattr(trainer.strategy, "_layer_sync", None) is not None:
         raise ConfigError(
             "sync_batchnorm=True puts layers in place of others whose forwards would wait for ranks of other stages: "

@@ -23,10 +23,11 @@ from dualpipe_engine.comm.nest import Nest
 from dualpipe_engine.engine.placing.sequences import read_sizes, readers_of
 from dualpipe_engine.errors import ConfigError
 
+from ..clipping import CLIPPING, clip_by_norm
 from ..random_streams import follow_first
 from ..sections import read_sections
 from .checkpoint import load_engine, remove_engine, save_engine
-from .engine import SET_BY_LIGHTNING, configuration, make_engine, make_module
+from .engine import BY_NORM, SET_BY_LIGHTNING, configuration, make_engine, make_module
 from .layers import Chain, LayerEntry, refill, release, share_start
 from .refusals import refuse_optimizers, refuse_other_loss, refuse_trainer
 
@@ -267,7 +268,10 @@ class DualPipeStrategy(DDPStrategy):
 
         module = self.lightning_module
         result = self.precision_plugin._wrap_closure(module, optimizer, closure_before_step)
-        module.dualpipe_wrapper.engine.take_step()
+        engine, trainer = module.dualpipe_wrapper.made, module.trainer
+        if trainer.gradient_clip_algorithm in BY_NORM and CLIPPING not in self._extra:
+            clip_by_norm(engine, trainer.gradient_clip_val)
+        engine.take_step()
         return result
 
     # -- checkpoints ---------------------------------------------------------------------------------------------

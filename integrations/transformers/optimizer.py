@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from dualpipe_engine.errors import ConfigError
+
 from ..optimizers import refuse_state
 
 if TYPE_CHECKING:
@@ -53,6 +55,21 @@ class OptimizerView(torch.optim.Optimizer):
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         pass
+
+
+def refuse_left_out(optimizer: torch.optim.Optimizer, model: torch.nn.Module) -> None:
+    """Refuse an optimizer that leaves out weights with gradients: a Trainer clips by the norm of these too.
+
+    Raises:
+        ConfigError: there are such weights.
+    """
+    held = {id(param) for group in optimizer.param_groups for param in group["params"]}
+    for name, param in model.named_parameters():
+        if param.requires_grad and id(param) not in held:
+            raise ConfigError(
+                f"{name} is in no group of the optimizer, but a Trainer would count its gradient in the norm that it "
+                "clips by: call requires_grad_(False) of what is not to train, or give it a group with lr=0.0"
+            )
 
 
 def rebuilt(optimizer: torch.optim.Optimizer, module: torch.nn.Module) -> tuple[Any, list[dict[str, Any]]]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from accelerate.utils import DynamoBackend
@@ -11,7 +12,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from dualpipe_engine.adapters.peft_kinds import refuse_adapters
-from dualpipe_engine.errors import ConfigError
+from dualpipe_engine.errors import CheckpointError, ConfigError
 
 #: What runs compiled, also where blocks have come from another rank.
 COMPILE = "call compile() of the blocks of the model that on_train_begin of a callback is given"
@@ -177,3 +178,21 @@ def refuse_callback(callback: type[TrainerCallback] | TrainerCallback) -> None:
             f"{kind.__name__}.on_pre_optimizer_step would see no gradients, and the weights after the step, which the "
             "engine takes at the end of a batch: use param.register_hook for gradients, on_step_end for the rest"
         )
+
+
+def refuse_folder(folder: Path, part: str) -> None:
+    """Refuse to resume from what is no checkpoint.
+
+    Args:
+        folder: that is given.
+        part: folder within, of the engine's state.
+
+    Raises:
+        CheckpointError: one of them is not there.
+    """
+    if not folder.is_dir():
+        raise CheckpointError(
+            f"{folder} is not there to resume from: pass one of the folders checkpoint-N that were saved"
+        )
+    if not (folder / part).is_dir():
+        raise CheckpointError(f"{folder} holds no state of an engine: was it saved with save_only_model?")

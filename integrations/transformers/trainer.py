@@ -19,10 +19,11 @@ from transformers.trainer_utils import TrainOutput, seed_worker
 import dualpipe_engine
 from dualpipe_engine.adapters import ModelAdapter, gather_state_dict, get_model_adapter
 from dualpipe_engine.engine.placing.sequences import read_sizes, readers_of
-from dualpipe_engine.errors import CheckpointError, ConfigError
+from dualpipe_engine.errors import ConfigError
 from dualpipe_engine.models.autoep.section import NAME as EXPERT_PARALLEL
 from dualpipe_engine.models.autoep.section import read_section
 
+from ..clipping import CLIPPING, clip_by_norm
 from ..elsewhere import load_from, load_weights
 from ..optimizers import refuse_optimizer
 from ..random_streams import StageRandomness, follow_first
@@ -31,11 +32,12 @@ from .batches import Batch, Model
 from .evaluation import PipelineEvaluation
 from .loss import StandIn, TrainerLoss
 from .masters import masters
-from .optimizer import OptimizerView, rebuilt
+from .optimizer import OptimizerView, rebuilt, refuse_left_out
 from .refusals import (
     SET_BY_ARGUMENTS,
     refuse_arguments,
     refuse_callback,
+    refuse_folder,
     refuse_hooks,
     refuse_launcher,
     refuse_replicas,
@@ -43,7 +45,7 @@ from .refusals import (
 from .routed_loss import RoutedLoss
 from .shared_loss import SharedLoss, refuse_other_losses
 from .stages import on_stages
-from .whole_model import Pipeline, adapters_enabled, base_model, hold_stages, refuse_calls, whole_names
+from .whole_model import Pipeline, adapters_enabled, base_model, hold_stages, refuse_calls, refuse_stages, whole_names
 
 if TYPE_CHECKING:
     from deepspeed.pipe import PipelineModule
@@ -147,6 +149,7 @@ class DualPipeTrainer(PipelineEvaluation):
         """The engine; built at the first use. Collective."""
         if self._engine is None:
             base = base_model(self.model)
+            refuse_stages(base)
             with adapters_enabled(base), self._stage_randomness():
                 self._engine = self._made_engine()
                 hold_stages(base, self._engine)
@@ -179,7 +182,7 @@ class DualPipeTrainer(PipelineEvaluation):
         return {
             "train_micro_batch_size_per_gpu": max(1, args.per_device_train_batch_size // self._num_chunks),
             "gradient_accumulation_steps": self._num_chunks,
-            "gradient_clipping": args.max_grad_norm or 0.0,
+            CLIPPING: args.max_grad_norm or 0.0,
             "zero_optimization": {"stage": 1},
             "zero_allow_untested_optimizer": True,
             "steps_per_print": None,
@@ -225,6 +228,7 @@ class DualPipeTrainer(PipelineEvaluation):
             self.create_optimizer()
         if self.optimizer is not None:
             refuse_optimizer(type(self.optimizer).__name__, in_parts)
+            refuse_left_out(self.optimizer, self.model)
             return rebuilt(self.optimizer, module)
         if self.optimizer_cls_and_kwargs is not None:
             kind, options = self.optimizer_cls_and_kwargs
@@ -280,6 +284,8 @@ class DualPipeTrainer(PipelineEvaluation):
         micros = self._micros(inputs, num_items_in_batch, self._readers)
         if engine.gradient_accumulation_steps() != len(micros):
             engine.set_train_batch_size(len(micros) * engine.train_micro_batch_size_per_gpu() * self._readers)
+        if CLIPPING not in self._extra:
+            clip_by_norm(engine, self.args.max_grad_norm)
         with self._one_batch(inputs), self._stage_randomness():
             loss: torch.Tensor = engine.train_batch(iter(micros))
         return loss.detach().clone().to(self.args.device)
@@ -418,10 +424,9 @@ class DualPipeTrainer(PipelineEvaluation):
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Model = None) -> None:
         """Nothing yet: weights come with the engine's state, once there is an engine."""
+        refuse_folder(Path(resume_from_checkpoint), ENGINE_TAG)
 
     def _load_engine(self, folder: str) -> None:
-        if not Path(folder, ENGINE_TAG).is_dir():
-            raise CheckpointError(f"{folder} holds no state of an engine: was it saved with save_only_model?")
         engine = self._make_engine()
         with self._stage_randomness():
             load_from(engine, Path(folder, ENGINE_TAG), self._resume_elsewhere, "resume_elsewhere=True")

@@ -12,6 +12,7 @@ from torch import nn
 
 from dualpipe_engine.adapters.stage import Stage
 from dualpipe_engine.errors import ConfigError
+from dualpipe_engine.runtime.weight_grad import Forward
 
 from .batches import Model
 
@@ -61,10 +62,11 @@ def base_model(model: Model) -> Model:
 
 def whole_names(model: Model, state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """Weights of the base model under their names in a PEFT model, and what that has besides: tensors that its layers
-    share and nobody trains, such as the projections of VeRA."""
+    share and nobody trains, such as the projections of VeRA. Tied weights are one tensor, which is saved once."""
     base = base_model(model)
     if base is model:
-        return state
+        tied = getattr(model, "all_tied_weights_keys", {})
+        return state | {name: state[other] for name, other in tied.items() if name in state and other in state}
     prefix = next(name for name, part in model.named_modules() if part is base) + "."
     every = type(model).state_dict(model)  # that of the object may be refused
     besides = {name: value for name, value in every.items() if not name.startswith(prefix)}
@@ -137,6 +139,20 @@ def refuse_calls(model: Model, engine: DualPipeEngine) -> None:
     for name in ("merge_adapter", "merge_and_unload"):  # of a PEFT model
         if hasattr(model, name):
             setattr(model, name, functools.partial(_save_given, getattr(model, name), others))
+
+
+def refuse_stages(model: Model) -> None:
+    """Refuse a base model that another engine has, or of which other processes have trained a part.
+
+    Raises:
+        ConfigError: it is one.
+    """
+    apart = getattr(vars(model).get("state_dict"), "func", None) is _state_of_part
+    if apart or any(isinstance(vars(part).get("forward"), Forward) for part in model.modules()):
+        raise ConfigError(
+            f"this {type(model).__name__} is in the stages of another DualPipeTrainer: go on with that one, or load "
+            "what its save_model() has written by from_pretrained()"
+        )
 
 
 def _save_given(save: Callable[..., None], others: str, *args: Any, **options: Any) -> None:

@@ -98,6 +98,11 @@ class DualPipeDPOTrainer(BatchMetrics, DPOTrainer):
     def _precompute_ref_logps(self, dataset: Dataset, name: str, batch_size: int) -> Dataset:
         if not self._made or not self._ahead:
             return dataset
+        if not isinstance(dataset, Dataset):
+            raise ConfigError(
+                f"precompute_ref_log_probs=True adds columns, which an {type(dataset).__name__} has not: leave it out, "
+                "or give a Dataset"
+            )
         loader = DataLoader(dataset, batch_size=batch_size, collate_fn=self.data_collator)
         columns: dict[str, list[float]] = {column: [] for column in LOGS}
         for batch in self._prepare_loader(1, 0, loader):

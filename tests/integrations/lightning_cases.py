@@ -115,6 +115,8 @@ def optimizer_of(kind, module):
         groups = [{"params": decayed, "weight_decay": 0.1}, {"params": rest, "lr": 0.01, "weight_decay": 0.0}]
         optimizer = torch.optim.AdamW(groups, lr=0.02)
         return [optimizer], [torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.9)]
+    if kind == "reclips":
+        return torch.optim.SGD(module.parameters(), lr=0.5)
     optimizer = torch.optim.Adam(module.parameters(), lr=0.02)
     if kind == "plateau":
         scheduler = torch.optim.lr_scheduler.ReduceLROnPlateau(optimizer, factor=0.1, patience=0, threshold=1.0)
@@ -135,6 +137,10 @@ class Steps:
         if self.kind == "plain":
             square = sum(float(p.grad.square().sum()) for p in self.parameters() if p.grad is not None)
             self.trainer.squares.append(square)
+
+    def on_train_batch_start(self, batch, batch_idx):
+        if self.kind == "reclips":
+            self.trainer.gradient_clip_val = (1.0, None, 0.01, 0.02)[batch_idx]
 
     def on_train_batch_end(self, outputs, batch, batch_idx):
         self.trainer.losses.append(float(outputs["loss"]) * self.trainer.accumulate_grad_batches)
@@ -209,6 +215,7 @@ CASES = {
     "skips": ("skips", {}, {}),
     "ema": ("ema", {}, {}),
     "clips": ("clips", {}, {}),
+    "reclips": ("reclips", {"gradient_clip_val": 1.0}, {}),
     "bf16-mixed": ("zero", {"precision": "bf16-mixed"}, {}),
 }
 

@@ -93,6 +93,29 @@ def test_ranks_that_start_apart_train_one_model_on_one_order(ranks, tmp_path):
     assert found[0]["names"] == sorted(runs.chain().state_dict())
 
 
+class Doubled(nn.Sequential):
+    def forward(self, x):
+        return 2 * super().forward(x)
+
+
+def hooked():
+    model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
+    model.register_forward_pre_hook(lambda module, inputs: inputs)
+    return model
+
+
+def with_scale():
+    model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
+    model.register_parameter("scale", nn.Parameter(torch.ones(1)))
+    return model
+
+
+def compiled():
+    model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
+    model.compile()
+    return model
+
+
 def test_what_cannot_be_cut_is_refused():
     shared = torch.nn.Linear(4, 4)
     for model, message in (
@@ -100,6 +123,10 @@ def test_what_cannot_be_cut_is_refused():
         (torch.nn.Sequential(shared, torch.nn.GELU(), shared), "layers 0 and 2 share a parameter"),
         (torch.nn.Transformer(8, 2, 1, 1, 8), "must be an nn.Sequential or a list of layers"),
         ([len], "layer 0 must be an nn.Module or a LayerSpec"),
+        (Doubled(shared), "the Doubled given as model has a forward of its own"),
+        (hooked(), "the Sequential given as model has hooks of its own"),
+        (with_scale(), "the Sequential given as model has tensors of its own"),
+        (compiled(), "the Sequential given as model has a compiled call of its own"),
     ):
         with pytest.raises(ConfigError, match=message):
             runs.Piped(model, 0.1)
@@ -147,10 +174,13 @@ def test_what_would_have_no_effect_is_refused():
             refuse_hooks(**plain | given)
     outside, shared = runs.Piped(runs.chain(), 1e-3), runs.Piped(runs.chain(), 1e-3)
     outside.scale = nn.Parameter(torch.ones(1))
+    whole = runs.Piped(runs.chain(), 1e-3)
+    whole.compile()
     next(shared.parameters()).allreduce = False  # as DeepSpeed marks the weights of experts that ranks share
     for strategy, module, match in (
         (SimpleNamespace(), outside, "scale is in no layer of the model"),
         (SimpleNamespace(), shared, "of experts that ranks share"),
+        (SimpleNamespace(), whole, r"is compiled as a whole, .* call self.dualpipe_wrapper.engine.compile"),
         (SimpleNamespace(_layer_sync=object()), runs.Piped(runs.chain(), 1), "sync_batchnorm=True"),
     ):
         with pytest.raises(ConfigError, match=match):

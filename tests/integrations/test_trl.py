@@ -16,6 +16,7 @@ import transformers
 
 pytest.importorskip("trl", reason='needs pip install "dualpipe_engine[trl]"')
 
+import datasets
 import trl
 import trl_runs as runs
 from dualpipe_engine.integrations.trl import DualPipeDPOTrainer
@@ -246,3 +247,11 @@ def test_the_fused_head_is_that_of_trl():
     expected = model(input_ids=tokens, labels=labels, fused_lm_head=True)
     for name in set(expected) - {"loss"}:
         torch.testing.assert_close(found[name], expected[name], rtol=1e-5, atol=1e-6, msg=name)
+
+
+def test_log_probabilities_of_the_reference_ahead_need_rows_to_add_to():
+    trainer = object.__new__(DualPipeDPOTrainer)
+    trainer._made = trainer._ahead = True
+    rows = datasets.Dataset.from_dict({"prompt": ["a"]}).to_iterable_dataset()
+    with pytest.raises(ConfigError, match="which an IterableDataset has not: leave it out"):
+        trainer._precompute_ref_logps(rows, "train", 1)

@@ -84,26 +84,33 @@ def weighing(base):
     return Weighing
 
 
-def make(folder, stock=False, change=None, **options):
+class Reclips(transformers.TrainerCallback):
+    """Clips the second step by another norm."""
+
+    def on_step_begin(self, args, state, control, **kwargs):
+        args.max_grad_norm = (1.0, 0.01)[state.global_step % 2]
+
+
+def make(folder, stock=False, change=None, given=None, **options):
     kind = trainer_class(stock)
     if not stock:
         options |= {"schedule": "zb1p", "num_chunks": 4}
-    arguments = transformers.TrainingArguments(
-        output_dir=folder, max_steps=2, logging_steps=1, remove_unused_columns=False,
-        per_device_train_batch_size=8, report_to=[], use_cpu=True, disable_tqdm=True,
-        dataloader_pin_memory=False, save_strategy="no", optim="adamw_torch",
-    )  # fmt: skip
-    return (change(kind) if change else kind)(
-        model=make_model(), args=arguments, train_dataset=Sentences(24), **{"data_collator": pad} | options
-    )
+    plain = {
+        "output_dir": folder, "max_steps": 2, "logging_steps": 1, "remove_unused_columns": False,
+        "per_device_train_batch_size": 8, "report_to": [], "use_cpu": True, "disable_tqdm": True,
+        "dataloader_pin_memory": False, "save_strategy": "no", "optim": "adamw_torch",
+    }  # fmt: skip
+    arguments = transformers.TrainingArguments(**plain | (given or {}))
+    options = {"model": make_model(), "data_collator": pad} | options
+    return (change(kind) if change else kind)(args=arguments, train_dataset=Sentences(24), **options)
 
 
 def told(call):
-    from dualpipe_engine.errors import ConfigError
+    from dualpipe_engine.errors import DualPipeError
 
     try:
         call()
-    except ConfigError as error:
+    except DualPipeError as error:
         return str(error)
     return None
 
@@ -122,8 +129,31 @@ def watched(folder, stock=False):
         return found
     found["after"] = [told(lambda: trainer.model(**batch)), told(lambda: trainer.model.generate(batch["input_ids"]))]
     found["part"] = [told(trainer.model.state_dict), told(lambda: trainer.model.save_pretrained(folder))]
+    found["again"] = told(make(folder, model=trainer.model).train)
     trainer._engine.destroy()
     return found
+
+
+def clipped(folder, stock=False):
+    """Losses and norms of plain SGD that clips each step otherwise, and of a run that goes on with another norm."""
+    found, given = [], {"optim": "sgd", "learning_rate": 1.0, "max_steps": 3, "save_strategy": "steps", "save_steps": 2}
+    for how, start in (
+        ({"callbacks": [Reclips()]}, None),
+        ({"given": {"max_grad_norm": 0.02}}, f"{folder}/checkpoint-2"),
+    ):
+        trainer = make(folder, stock, **how | {"given": given | how.get("given", {})})
+        trainer.train(resume_from_checkpoint=start)
+        found += [row[name] for row in trainer.state.log_history for name in ("loss", "grad_norm") if "loss" in row]
+        found.append(trainer.evaluate(Sentences(6, seed=2))["eval_loss"])
+        if not stock:
+            trainer._engine.destroy()
+    return found
+
+
+def with_a_part(folder):
+    """A Trainer whose optimizer leaves out what trains."""
+    model = make_model()
+    return make(folder, model=model, optimizers=(torch.optim.SGD(model.lm_head.parameters(), lr=0.1), None))
 
 
 def refused(folder):
@@ -134,6 +164,9 @@ def refused(folder):
         told(make(folder, change=logging_itself).train),
         told(make(folder, change=regularizing).train),
         told(lambda: make(folder, callbacks=[Early()])),
+        told(with_a_part(folder).train),
+        told(lambda: make(folder).train(resume_from_checkpoint=f"{folder}/checkpoint-9")),
+        told(lambda: make(folder).train(resume_from_checkpoint=folder)),
     ]
     trainer = make(folder)
     return [*found, told(lambda: trainer.add_callback(Early)), trainer.add_callback(Watching)]

@@ -44,11 +44,11 @@ def pad_even(rows):
     return evened(pad(rows))
 
 
-def make_model(lora=False):
+def make_model(lora=False, **changes):
     torch.manual_seed(5)
     config = transformers.LlamaConfig(
         vocab_size=VOCABULARY, hidden_size=32, intermediate_size=48, num_hidden_layers=4, num_attention_heads=4,
-        num_key_value_heads=2, pad_token_id=0,
+        num_key_value_heads=2, pad_token_id=0, **changes,
     )  # fmt: skip
     model = transformers.LlamaForCausalLM(config)
     if lora:
