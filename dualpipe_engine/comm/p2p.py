@@ -140,9 +140,10 @@ class Edges:
         before = self._sent.get(stage)
         if self._dynamic or before is None:
             header = encode(meta).to(self._device)
+            _ = meta.looks  # now
             self._sent[stage] = meta
             self._post_send(header, dst, _tag(FORWARD, stage, micro, _HEADER))
-        elif before != meta:
+        elif not before.is_like(meta):
             raise OutputError(
                 f"stage {stage} made ({meta.describe()}) for micro-batch {micro} after ({before.describe()}): build "
                 "the PipelineModule with dynamic_shape=True, or call engine.reset_activation_shape() on all ranks"

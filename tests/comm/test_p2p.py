@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import NamedTuple
 
+import numpy as np
 import pytest
 import torch
 from torch.testing._internal.two_tensor import TwoTensor
@@ -161,6 +163,43 @@ def test_changed_shape():
         left.send_forward(0, 1, torch.ones(3), dst=1)
     left.reset_shapes()
     left.send_forward(0, 1, torch.ones(3), dst=1)
+
+
+class Counter:
+    def __init__(self):
+        self.count = 0
+
+
+@pytest.mark.parametrize(
+    "make", [lambda: np.arange(3), lambda: math.nan, lambda: {1, 2}, Counter, lambda: Known([], 1)]
+)
+def test_constants_that_stay(make):
+    left, _ = two_ends()
+    constant = make()
+    for micro in range(3):
+        again = make() if micro == 1 and not isinstance(constant, Counter) else constant
+        left.send_forward(0, micro, (torch.ones(2), again), dst=1)
+
+
+def count(counter):
+    counter.count += 1
+
+
+@pytest.mark.parametrize(
+    ("constant", "change"),
+    [
+        (np.arange(3), lambda array: array.fill(7)),
+        ({1, 2}, lambda numbers: numbers.add(3)),
+        (Counter(), count),
+    ],
+)
+def test_a_constant_that_changes_and_stays_the_same_object(constant, change):
+    """Its receiver has it from the first message."""
+    left, _ = two_ends()
+    left.send_forward(0, 0, (torch.ones(2), constant), dst=1)
+    change(constant)
+    with pytest.raises(PipelineRuntimeError, match="dynamic_shape=True"):
+        left.send_forward(0, 1, (torch.ones(2), constant), dst=1)
 
 
 def test_dynamic_shapes_and_dtypes():
