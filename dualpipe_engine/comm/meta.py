@@ -48,6 +48,23 @@ class TensorMeta:
         return torch.zeros(self.shape, dtype=self.dtype, device=device)
 
 
+_FIXED = (TensorMeta, str, bytes, int, float, complex, type(None), torch.dtype, torch.device)
+
+
+def _dump(leaf: object) -> bytes | None:
+    try:
+        return pickle.dumps(leaf)
+    except Exception:  # said in `encode`
+        return None
+
+
+def _are_equal(first: object, second: object) -> bool:
+    try:
+        return first is not second and bool(first == second)
+    except Exception:  # arrays and tensors compare element by element
+        return False
+
+
 @dataclass(frozen=True)
 class MessageMeta:
     """A flattened nest: `leaves` holds a `TensorMeta` for each tensor and the value itself for anything else."""
@@ -62,6 +79,18 @@ class MessageMeta:
     @cached_property
     def differentiable(self) -> tuple[TensorMeta, ...]:
         return tuple(meta for meta in self.tensors if meta.differentiable)
+
+    @cached_property
+    def looks(self) -> tuple[object, ...]:
+        """The leaves as they are when this is first asked for: what may change and stay the same object as bytes."""
+        return tuple(leaf if isinstance(leaf, _FIXED) and leaf == leaf else _dump(leaf) for leaf in self.leaves)
+
+    def is_like(self, other: MessageMeta) -> bool:
+        """Whether a message of the look of `other` may be built from this one."""
+        if self.spec != other.spec or len(self.leaves) != len(other.leaves):
+            return False
+        looks = zip(self.looks, other.looks, self.leaves, other.leaves, strict=True)
+        return all(before == now or _are_equal(mine, its) for before, now, mine, its in looks)
 
     def build(self, tensors: list[torch.Tensor]) -> Nest:
         """Put received tensors (one for each entry of `self.tensors`) back into the nest."""

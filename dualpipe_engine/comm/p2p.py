@@ -17,6 +17,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import torch
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from ..errors import OutputError
 from ..schedule.progress import Position
@@ -34,6 +35,23 @@ _HEADER = _MAX_TENSORS - 1
 def _tag(kind: int, stage: int, micro: int, index: int) -> int:
     """Below 2^30, as a tag has 31 bits; no two messages under way are 8192 micro-batches apart."""
     return ((micro % 8192 * 1024 + stage % 1024) * 2 + kind) * _MAX_TENSORS + index
+
+
+def _as_it_reads(tensor: torch.Tensor) -> torch.Tensor:
+    """The tensor in memory of its own order; what is conjugated or negative only when it is read (`x.conj()`) is so
+    there."""
+    return tensor.contiguous().resolve_conj().resolve_neg()
+
+
+def _unsendable(tensor: torch.Tensor) -> str | None:
+    """What a tensor is that is more than one block of memory."""
+    if tensor.is_nested:
+        return "nested"
+    if tensor.layout != torch.strided:
+        return "sparse"
+    if tensor.is_quantized:
+        return "quantized"
+    return type(tensor).__name__ if is_traceable_wrapper_subclass(tensor) else None
 
 
 @dataclass(slots=True)
@@ -100,7 +118,7 @@ class Edges:
         tag = _tag(FORWARD, stage, micro, 0)
         if before is not None and not self._dynamic and before.is_of(output):
             self._owed[stage, micro] = before.differentiable
-            self._post_send(output.contiguous(), dst, tag)
+            self._post_send(_as_it_reads(output), dst, tag)
             return
         tensors = self._announce(stage, micro, output, dst)
         self._owed[stage, micro] = self._sent[stage].differentiable
@@ -114,12 +132,18 @@ class Edges:
                 f"stage {stage} passes on {len(tensors)} tensors in micro-batch {micro}, a message holds {_HEADER}: "
                 "let its last layer join some of them"
             )
+        if kind := next(filter(None, map(_unsendable, tensors)), None):
+            raise OutputError(
+                f"stage {stage} passes on a {kind} tensor in micro-batch {micro}, and only dense ones travel: pass the "
+                "plain tensors that it is made of, and make it in the layer that uses it"
+            )
         before = self._sent.get(stage)
         if self._dynamic or before is None:
             header = encode(meta).to(self._device)
+            _ = meta.looks  # now
             self._sent[stage] = meta
             self._post_send(header, dst, _tag(FORWARD, stage, micro, _HEADER))
-        elif before != meta:
+        elif not before.is_like(meta):
             raise OutputError(
                 f"stage {stage} made ({meta.describe()}) for micro-batch {micro} after ({before.describe()}): build "
                 "the PipelineModule with dynamic_shape=True, or call engine.reset_activation_shape() on all ranks"
@@ -131,7 +155,7 @@ class Edges:
         self._taken.pop((stage, micro), None)
         tag = _tag(BACKWARD, stage, micro, 0)
         if len(grads) == 1:
-            self._post_send(grads[0].contiguous(), dst, tag)
+            self._post_send(_as_it_reads(grads[0]), dst, tag)
         else:
             self._send_all(grads, dst, tag)
 
@@ -222,7 +246,7 @@ class Edges:
                     place.copy_(tensor)
             tensors = [block]
         for index, tensor in enumerate(tensors):
-            self._post_send(tensor.contiguous(), dst, tag + index)
+            self._post_send(_as_it_reads(tensor), dst, tag + index)
 
     def _post_send(self, tensor: torch.Tensor, dst: int, tag: int) -> None:
         self._outbound.append((self._transport.send(tensor, dst, tag), tensor))

@@ -43,6 +43,7 @@ from .placing.param_groups import GroupMap, check_dtypes, name_parameters
 from .placing.recomputed import recomputed_modules
 from .placing.sequences import Sharing, make_sharing, read_sizes, readers_of, share_sequences
 from .placing.shared_blocks import check_blocks, connect_blocks, overlap_blocks, read_rest, share_blocks
+from .placing.shared_weights import check_shared_weights
 from .placing.stages import hooked_layers, set_activation_checkpointing
 from .placing.tiled import tile
 from .placing.views import refuse_own_forward
@@ -221,6 +222,7 @@ def _place(model: PipelineModule, settings: Settings, dualpipe: DualPipeConfig, 
     """Convert the module into the stages of this rank, and check them. Collective."""
     base_grid = model._grid
     bounds = stage_bounds(model, plan, dualpipe, costs)
+    check_shared_weights(model, bounds)
     placed = place(model, plan.placement, bounds)
     model.dualpipe_counts = check_load_report(model, dualpipe)
     make_expert_groups(model, base_grid)

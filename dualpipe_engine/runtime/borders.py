@@ -135,7 +135,7 @@ def _sum(tensor: Tensor) -> Tensor:
     if tensor.requires_grad:
         tensor = tensor.detach()
     if tensor.is_complex():
-        tensor = torch.view_as_real(tensor)
+        tensor = torch.view_as_real(tensor.resolve_conj())
     return tensor.sum(dtype=torch.float32) if tensor.itemsize < 4 else tensor.sum()
 
 

@@ -30,7 +30,7 @@ from ..comm.tickets import Tickets, Transfer
 from ..errors import ConfigError
 from .chunk import ChunkOptions, StageChunk, _inside, empty
 from .filling import Filling, Weights
-from .phases import COMM, COMPUTE, Phase, hooks_of, noting_calls, runs_by_phases
+from .phases import COMM, COMPUTE, Phase, fault_of_communication, hooks_of, noting_calls, runs_by_phases
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -126,6 +126,7 @@ class PhasedChunk(StageChunk):
         self._parts = parts
         self._hooks = [hooks for part in parts for hooks in hooks_of(part)]  # now and later
         self._called: set[nn.Module] = set()  # of those with hooks
+        self._looked_at: set[int] = set()  # phases that communicate
         # The last phase hands over to the next stage or to the loss, so it computes.
         self._phases = [*phases, Phase("out", COMPUTE, as_it_is)] if phases[-1].kind == COMM else list(phases)
         self._timeout_s = timeout_s
@@ -220,6 +221,8 @@ class PhasedChunk(StageChunk):
             with self._saving(micro):
                 state = phase.run(entered, tickets) if travels else phase.run(entered)
             segments.append(_Segment(leaves, _edges(state, _differentiable(entered) if travels else ()), tickets))
+            if travels:
+                self._look_at(len(segments) - 1, segments[-1])
             # Before the wait, after which the host has to be quick. What has been posted keeps what it needs.
             entered, leaves = _cut(state)
             del state
@@ -231,6 +234,15 @@ class PhasedChunk(StageChunk):
             if not self.is_last:
                 return self._keep(micro, leaves, output)
             return self._keep_loss(micro, leaves, self.loss_fn(output, labels) if self.loss_fn is not None else output)
+
+    def _look_at(self, number: int, segment: _Segment) -> None:
+        """See, at its first time, that a phase that communicates does so in its backward too."""
+        if number in self._looked_at or not segment.travels_back:
+            return
+        self._looked_at.add(number)
+        edges = [edge for edge in segment.edges if not isinstance(edge, int)]
+        if fault := fault_of_communication(edges, segment.leaves):
+            raise ConfigError(f'the communication phase "{self._phases[number].name}" of stage {self.stage} {fault}')
 
     def _backward_steps(
         self, micro: int, grads: list[torch.Tensor] | None, scale: float, weights: Weights

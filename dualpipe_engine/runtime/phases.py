@@ -11,17 +11,23 @@ run, or wait, apart from the next.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import NamedTuple, Protocol, TypeGuard, runtime_checkable
 
-from torch import nn
+from torch import Tensor, nn
+from torch.autograd.graph import GradientEdge, Node
 from torch.nn.modules.module import register_module_forward_pre_hook
 
 from ..comm.nest import Nest
 
 COMPUTE = "compute"
 COMM = "comm"
+
+_TWICE = (
+    "uses a tensor twice, whose gradients would be added up before they have come: let the phase before hand it over "
+    "twice, as (x, x)"
+)
 
 
 class Phase(NamedTuple):
@@ -40,6 +46,33 @@ class Phase(NamedTuple):
     name: str
     kind: str
     run: Callable[..., Nest]
+
+
+def fault_of_communication(edges: Iterable[GradientEdge], leaves: Sequence[Tensor]) -> str | None:
+    """Why the backward of a communication phase, which posts and does not wait, would be wrong.
+
+    Args:
+        edges: where the gradients of what the phase made go in.
+        leaves: what collects the gradients of what it took.
+    """
+    taken = {id(leaf) for leaf in leaves}
+    seen: set[Node] = set()
+    fed: set[tuple[Node, int]] = set()
+    twice = False
+    nodes = [edge.node for edge in edges]
+    while nodes:
+        node = nodes.pop()
+        if node in seen:
+            continue
+        seen.add(node)
+        if isinstance(variable := getattr(node, "variable", None), nn.Parameter) and id(variable) not in taken:
+            return "uses a parameter, which would get no gradient: let a phase of computation use it"
+        for following, place in node.next_functions:
+            if following is not None:
+                twice |= (following, place) in fed
+                fed.add((following, place))
+                nodes.append(following)
+    return _TWICE if twice else None
 
 
 @runtime_checkable

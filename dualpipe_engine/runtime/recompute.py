@@ -15,10 +15,11 @@ import weakref
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import partial
-from typing import NoReturn, TypeAlias
+from typing import NamedTuple, NoReturn, TypeAlias
 
 import torch
 from torch import Tensor, nn
+from torch._C._functorch import is_functorch_wrapped_tensor
 from torch.autograd.graph import saved_tensors_hooks
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -179,12 +180,35 @@ class _Recomputed(Forward):
         self.name = name
         self._recompute = recompute
         self._looked = False
+        self._repeated = False
 
-    def run(self, *args: Nest, **kwargs: Nest) -> Nest:
-        return self._plain(*args, **kwargs)
+    def run(self, args: Sequence[Nest], kwargs: dict[str, Nest]) -> list[Nest] | None:
+        """The outputs of one more run; None where it was left when all that is needed was there.
+
+        Raises:
+            ConfigError: it writes a buffer, as it did before.
+        """
+        versions = {} if self._repeated else self._versions()
+        try:
+            outputs = pytree.tree_leaves(self._plain(*args, **kwargs))
+        except _Enough:
+            outputs = None
+        now = {} if self._repeated else self._versions()
+        self._repeated = True
+        if written := [name for name, version in now.items() if versions.get(name) != version]:
+            raise ConfigError(
+                f'"recompute": {self.name} writes its buffer {written[0]}, which would be written twice as it runs '
+                "again: leave it out"
+            )
+        return outputs
+
+    def _versions(self) -> dict[str, tuple[int, int]]:
+        return {name: (id(buffer), buffer._version) for name, buffer in self._module.named_buffers()}
 
     def __call__(self, *args: Nest, **kwargs: Nest) -> Nest:
         if torch.compiler.is_compiling() or not torch.is_grad_enabled() or not self._recompute.active:
+            return self._plain(*args, **kwargs)
+        if torch._C._are_functorch_transforms_active():  # whose tensors cannot be kept
             return self._plain(*args, **kwargs)
         given, form = pytree.tree_flatten((args, kwargs))
         tensors = [value for value in given if isinstance(value, Tensor)]
@@ -207,15 +231,24 @@ class _Recomputed(Forward):
         return out
 
 
+class _Given(NamedTuple):
+    """A tensor that a call was given."""
+
+    kept: _Kept | _Part
+    needs_grad: bool
+
+    def again(self) -> Tensor:
+        return self.kept.get().detach().requires_grad_(self.needs_grad)
+
+
 class _Call:
     """One call of a named module, to be repeated in the backward."""
 
     def __init__(self, forward: _Recomputed, recompute: Recompute, given: list[Nest], form: pytree.TreeSpec) -> None:
         self._forward, self._form = forward, form
-        self._given = [
-            (recompute.keep(value), value.requires_grad) if isinstance(value, Tensor) else value for value in given
-        ]
         tensors = [value for value in given if isinstance(value, Tensor)]
+        kept = {id(tensor): _Given(recompute.keep(tensor), tensor.requires_grad) for tensor in tensors}
+        self._given = [kept.get(id(value), value) for value in given]
         self._devices = [tensor for tensor in tensors if tensor.device.type not in ("cpu", "meta")][:1]
         self._random: Random | None = _random_state(self._devices)
         self._autocast = autocast_now({"cpu", *(tensor.device.type for tensor in self._devices)})
@@ -263,12 +296,12 @@ class _Call:
             if count == len(self._saved) and not needs_output:
                 raise _Enough
 
-        given = [_again(*value) if _is_kept(value) else value for value in self._given]
-        args, kwargs = pytree.tree_unflatten(given, self._form)
-        try:
-            with torch.enable_grad(), _random_of(self._random), self._autocast(), saved_tensors_hooks(collect, _refuse):
-                outputs = pytree.tree_leaves(self._forward.run(*args, **kwargs))
-        except _Enough:
+        # What was one tensor is one again: attention asks whether queries are keys.
+        again = {id(value): value.again() for value in self._given if isinstance(value, _Given)}
+        args, kwargs = pytree.tree_unflatten([again.get(id(value), value) for value in self._given], self._form)
+        with torch.enable_grad(), _random_of(self._random), self._autocast(), saved_tensors_hooks(collect, _refuse):
+            outputs = self._forward.run(args, kwargs)
+        if outputs is None:
             return
         if count != len(self._saved):
             self._differs()
@@ -309,17 +342,11 @@ class _NoTransfers(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-def _again(kept: _Kept | _Part, needs_grad: bool) -> Tensor:
-    return kept.get().detach().requires_grad_(needs_grad)
-
-
-def _is_kept(value: object) -> bool:
-    return isinstance(value, tuple) and len(value) == 2 and isinstance(value[0], (_Kept, _Part))
-
-
 def has_storage(tensor: Tensor) -> bool:
     """Whether a tensor is a plain one, which its storage, sizes and strides describe."""
-    return type(tensor) in _PLAIN and tensor.layout == torch.strided and not tensor.is_neg() and not tensor.is_conj()
+    if type(tensor) not in _PLAIN or tensor.layout != torch.strided or is_functorch_wrapped_tensor(tensor):
+        return False
+    return not (tensor.is_neg() or tensor.is_conj() or tensor._is_zerotensor())
 
 
 def _top_hooks() -> Hooks | None:

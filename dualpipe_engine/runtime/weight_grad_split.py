@@ -150,6 +150,8 @@ def split(sink: Sink, op: SplitOp, x: Tensor, weight: Tensor, bias: Tensor | Non
         return None
     if not torch.is_grad_enabled() or type(x) not in _PLAIN or type(weight) not in _PLAIN or not weight.requires_grad:
         return None
+    if weight.is_complex():  # its gradients are conjugated, and autograd's to make
+        return None
     param = _splittable(weight)
     if param is None or (op.joint_bias and bias is not None and bias.requires_grad and _splittable(bias) is None):
         return None

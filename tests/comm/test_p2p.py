@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import NamedTuple
 
+import numpy as np
 import pytest
 import torch
+from torch.testing._internal.two_tensor import TwoTensor
 
 from dualpipe_engine.comm.meta import HEADER_BYTES, block_of, decode, encode, flatten
 from dualpipe_engine.comm.p2p import BACKWARD, FORWARD, Edges, _tag
@@ -162,6 +165,43 @@ def test_changed_shape():
     left.send_forward(0, 1, torch.ones(3), dst=1)
 
 
+class Counter:
+    def __init__(self):
+        self.count = 0
+
+
+@pytest.mark.parametrize(
+    "make", [lambda: np.arange(3), lambda: math.nan, lambda: {1, 2}, Counter, lambda: Known([], 1)]
+)
+def test_constants_that_stay(make):
+    left, _ = two_ends()
+    constant = make()
+    for micro in range(3):
+        again = make() if micro == 1 and not isinstance(constant, Counter) else constant
+        left.send_forward(0, micro, (torch.ones(2), again), dst=1)
+
+
+def count(counter):
+    counter.count += 1
+
+
+@pytest.mark.parametrize(
+    ("constant", "change"),
+    [
+        (np.arange(3), lambda array: array.fill(7)),
+        ({1, 2}, lambda numbers: numbers.add(3)),
+        (Counter(), count),
+    ],
+)
+def test_a_constant_that_changes_and_stays_the_same_object(constant, change):
+    """Its receiver has it from the first message."""
+    left, _ = two_ends()
+    left.send_forward(0, 0, (torch.ones(2), constant), dst=1)
+    change(constant)
+    with pytest.raises(PipelineRuntimeError, match="dynamic_shape=True"):
+        left.send_forward(0, 1, (torch.ones(2), constant), dst=1)
+
+
 def test_dynamic_shapes_and_dtypes():
     left, right = two_ends(dynamic_shape=True)
     for micro, value in enumerate((torch.ones(2), torch.ones(3, 1, dtype=torch.float64))):
@@ -170,6 +210,43 @@ def test_dynamic_shapes_and_dtypes():
         got = right.wait_forward(1, micro)
         assert got.dtype == value.dtype
         assert torch.equal(got, value)
+
+
+def test_what_is_conjugated_when_it_is_read_travels_so(monkeypatch):
+    sent, send = [], LocalTransport.send
+
+    def noting(self, tensor, dst, tag):
+        sent.append(tensor)
+        return send(self, tensor, dst, tag)
+
+    monkeypatch.setattr(LocalTransport, "send", noting)
+    left, _ = two_ends()
+    numbers = torch.tensor([1 + 2j, 3 - 4j])
+    for micro in range(2):  # with a header, and without
+        left.send_forward(0, micro, numbers.conj(), dst=1)
+    left.send_forward(1, 0, (numbers.conj().imag, numbers), dst=1)
+    left.send_backward(1, 0, [numbers.conj()], dst=1)
+    tensors = [each for each in sent if each.dtype != torch.uint8]
+    assert not any(each.is_conj() or each.is_neg() for each in tensors)
+    conjugated = [1 - 2j, 3 + 4j]
+    assert [each.tolist() for each in tensors] == [conjugated] * 2 + [[-2.0, 4.0], numbers.tolist(), conjugated]
+
+
+@pytest.mark.parametrize(
+    ("tensor", "kind"),
+    [
+        (torch.eye(2).to_sparse(), "sparse"),
+        (torch.nested.nested_tensor([torch.ones(1), torch.ones(2)], layout=torch.jagged), "nested"),
+        (torch.quantize_per_tensor(torch.ones(2), 0.1, 0, torch.qint8), "quantized"),
+        (TwoTensor(torch.ones(2), torch.ones(2)), "TwoTensor"),
+    ],
+)
+def test_what_is_no_block_of_memory_does_not_travel(tensor, kind):
+    left, _ = two_ends()
+    with pytest.raises(
+        PipelineRuntimeError, match=f"stage 0 passes on a {kind} tensor in micro-batch 3, .*pass the plain"
+    ):
+        left.send_forward(0, 3, (torch.ones(2), tensor), dst=1)
 
 
 def test_time_out_names_the_peer():

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import tied_runs
 import torch
+import training
 from ranks import RankError
 
 
@@ -30,3 +31,18 @@ def test_weights_of_two_shapes_are_refused(ranks):
     assert "layer 3 is tied as 't', but its weight is [3, 4] and that of the first layer of the tie [4, 4]" in str(
         caught.value
     )
+
+
+def test_what_layers_of_two_stages_share_without_a_tie_is_refused(ranks):
+    cases = {what: {"what": what} for what in ("module", "function", "weight")}
+    for refused in ranks.run(2, training.refusals, call=tied_runs.shared, cases=cases):
+        for kind, text in refused.values():
+            assert kind == "ConfigError"
+            assert "layers 0 and 3 share a weight of shape [4, 4] and are in stages 0 and 1" in text
+            assert "make them TiedLayerSpecs of one key" in text
+
+
+def test_what_is_frozen_or_in_one_stage_may_be_shared(ranks):
+    cases = {"frozen": {"what": "module", "frozen": True}, "one stage": {"what": "weight", "behind": True}}
+    first, other = ranks.run(2, training.each, call=tied_runs.shared, cases=cases)
+    assert first == other

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 from changed_runs import STEPS, WIDTH, Block, Numbered, built, by_itself, data, settings, weights
 from deepspeed.pipe import LayerSpec, TiedLayerSpec
@@ -57,3 +59,32 @@ def expected():
     last.weight = first.weight
     losses = by_itself(net, torch.optim.SGD(net.parameters(), lr=0.1))
     return losses, {"weight": first.weight.detach(), "bias": first.bias.detach(), "scale": last.scale.detach()}
+
+
+def heads():
+    """Layers that share a weight of a table as objects: a module, a function bound to one, a part."""
+    table, head = Table(), Head()
+    head.weight = table.weight
+    inner = nn.Sequential(table)
+    return {"module": [table, table], "function": [table, partial(multiply, table)], "weight": [inner, head]}
+
+
+def multiply(table, x):
+    return x @ table.weight.t()
+
+
+def shared(what, frozen=False, behind=False):
+    """A weight that is shared without a tie, by layers of two stages, or with `behind` of one."""
+    import dualpipe_engine
+
+    torch.manual_seed(5)
+    first, last = heads()[what]
+    for part in (first, last):
+        for param in part.parameters() if frozen and isinstance(part, nn.Module) else ():
+            param.requires_grad_(False)
+    between = [LayerSpec(Block), LayerSpec(Block)]
+    net = built([first, last, *between] if behind else [first, *between, last])
+    engine, *_ = dualpipe_engine.initialize(model=net, config=settings("zb1p"))
+    loss = float(engine.train_batch(data()))
+    engine.destroy()
+    return loss

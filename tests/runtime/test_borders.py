@@ -76,7 +76,7 @@ def test_gradients_are_left_to_a_loss_scaler():
 def test_complex_and_sparse_gradients():
     param = torch.zeros(3, 2, requires_grad=True)
     borders = Borders(params={0: [param]})
-    borders.back(0, 1, [torch.tensor([1 + 2j, complex(0, -INF)])])
+    borders.back(0, 1, [torch.tensor([1 + 2j, complex(0, -INF)]).conj()])
     param.grad = torch.sparse_coo_tensor([[1]], torch.tensor([[1.0, NAN]]), (3, 2), check_invariants=True)
     borders.weights(0, 2)
     assert [each[:3] for each in told(borders)] == [(1, 0, BACKWARD), (2, 0, BACKWARD)]

@@ -213,6 +213,75 @@ def test_what_cannot_run_again(what, error, said):
         recompute.within(block)(torch.ones(2, 8)).sum().backward()
 
 
+class Attention(nn.Module):
+    """The attention of torch takes another way where query, key and value are one tensor."""
+
+    def __init__(self):
+        super().__init__()
+        self.part = nn.MultiheadAttention(8, 2, dropout=0.5, batch_first=True)
+
+    def forward(self, x):
+        return x + self.part(x, x, x, need_weights=False)[0]
+
+
+class Mapped(nn.Module):
+    """Calls a named part within transforms of torch.func, in which it runs as it is."""
+
+    def __init__(self):
+        super().__init__()
+        self.part = nn.Sequential(nn.Linear(8, 8), nn.Tanh())
+
+    def forward(self, x):
+        rows = torch.func.vmap(self.part)(x)
+        return rows + torch.func.jvp(self.part, (x,), (x * 2,))[1] + self.part(x)
+
+
+@pytest.mark.parametrize("make", [Attention, Mapped])
+def test_parts_that_torch_calls_in_its_own_ways(make):
+    found = []
+    for names in ([], ["part"]):
+        torch.manual_seed(3)
+        block = make().double()
+        recompute = Recompute({name: getattr(block, name) for name in names})
+        recompute.install()
+        x = torch.randn(2, 3, 8, dtype=torch.float64, requires_grad=True)
+        out = recompute.within(block)(x)
+        out.sin().sum().backward()
+        found.append([out, x.grad, *(param.grad for param in block.parameters())])
+    torch.testing.assert_close(*found)
+
+
+@pytest.mark.parametrize("inner", [False, True])
+def test_a_part_that_writes_a_buffer_each_time(inner):
+    part = nn.utils.parametrizations.spectral_norm(nn.Linear(8, 8))
+    block = nn.Sequential(nn.Linear(8, 8), nn.Sequential(part) if inner else part, nn.Tanh())
+    recompute = Recompute({"1": block[1]})
+    recompute.install()
+    with pytest.raises(ConfigError, match=r"1 writes its buffer .*_u, which would be written twice"):
+        recompute.within(block)(torch.ones(2, 8)).sum().backward()
+
+
+class Table(nn.Module):
+    """Makes a buffer when it is first needed."""
+
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("table", None, persistent=False)
+
+    def forward(self, x):
+        if self.table is None:
+            self.table = torch.arange(8.0).cos()
+        return (x * self.table).sin()
+
+
+def test_a_part_that_makes_a_table_once():
+    block = nn.Sequential(nn.Linear(8, 8), Table())
+    recompute = Recompute({"1": block[1]})
+    recompute.install()
+    recompute.within(block)(torch.ones(2, 8)).sum().backward()
+    assert block[0].weight.grad is not None
+
+
 def test_each_call_is_repeated_once():
     block = Calls("nothing")
     recompute = Recompute({"part": block.part})

@@ -129,6 +129,32 @@ def test_hooks_that_come_later_are_refused():
         chunk.forward(3, torch.randn(2, 6))
 
 
+class Amiss(Block):
+    """Its communication does what only a computation may do."""
+
+    def __init__(self, what):
+        super().__init__()
+        self.what = what
+
+    def _travel(self, state, tickets, name):
+        if self.what == "twice":
+            twice = [Travel.apply(state["rows"], tickets, self.events, name) for _ in range(2)]
+            return state | {"rows": twice[0], "residual": twice[1]}
+        return super()._travel(state | {"rows": self.experts(state["rows"])}, tickets, name)
+
+
+@pytest.mark.parametrize("split", [False, True])
+@pytest.mark.parametrize(
+    ("what", "text"), [("twice", r"uses a tensor twice.*\(x, x\)"), ("weight", "uses a parameter, which would get no")]
+)
+def test_communication_whose_backward_would_be_wrong_is_refused(what, text, split):
+    block, store = Amiss(what), DeferredWeightGrads() if split else None
+    if store is not None:
+        install(block, store)
+    with pytest.raises(ConfigError, match=f'the communication phase "dispatch" of stage 0 {text}'):
+        phased(block, 0, is_last=False, store=store).forward(0, torch.randn(2, 6))
+
+
 def phased(module, stage, recompute=False, **options):
     layers = list(module) if isinstance(module, nn.Sequential) else [module]
     return PhasedChunk(module, stage, phases_of(layers, lambda layer: recompute), 10.0, **options)

@@ -97,6 +97,14 @@ UNSPLIT = {
     "vector weight": ((6, 4), (4,), 0, lambda x, w, b: x @ w),
 }
 
+COMPLEX = {
+    "linear": ((2, 3, 4), (5, 4), 5, lambda x, w, b: F.linear(x, w, b)),
+    "matmul": ((2, 3, 4), (4, 5), 0, lambda x, w, b: x @ w),
+    "bmm": ((3, 6, 4), (3, 4, 5), 0, lambda x, w, b: torch.bmm(x, w)),
+    "einsum": ((3, 6, 4), (3, 4, 5), 0, lambda x, w, b: torch.einsum("etd,edf->etf", x, w)),
+    "conv1d": ((2, 4, 9), (6, 4, 3), 6, lambda x, w, b: F.conv1d(x, w, b, 2, 1)),
+}
+
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
 @pytest.mark.parametrize("case", CASES)
@@ -112,6 +120,16 @@ def test_deferred_and_bit_identical(case: str, dtype: torch.dtype) -> None:
 def test_what_is_not_recognised_stays_plain(case: str) -> None:
     shape, weight, bias, function = UNSPLIT[case]
     check(lambda: Apply(function, weight, bias), micros(*shape), set())
+
+
+@pytest.mark.parametrize("case", COMPLEX)
+def test_complex_weights_stay_plain(case: str) -> None:
+    shape, weight, bias, function = COMPLEX[case]
+
+    def apply(x: Tensor, w: Tensor, b: Tensor | None) -> Tensor:
+        return function(torch.complex(x, x.flip(0)), w, b).abs()
+
+    check(lambda: Apply(apply, weight, bias, torch.complex64), micros(*shape), set())
 
 
 @settings(max_examples=60, deadline=None)
