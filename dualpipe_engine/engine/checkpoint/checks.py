@@ -85,7 +85,8 @@ class CheckpointChecks(PipelineEngine):
 
     @staticmethod
     def _changed_files(folder: Path, readers: list[list[str]]) -> list[str]:
-        """What is wrong with this rank's share of the files that `readers` need, by rank."""
+        """What is wrong with this rank's share of the files that `readers` need, by rank, and which of this package are
+        gone: not all checkpoints have them."""
         try:
             sums = listed(folder)
         except CheckpointError as error:
@@ -99,7 +100,8 @@ class CheckpointChecks(PipelineEngine):
             for number, (name, held) in enumerate(sorted(ranks.items()))
             if held[number % len(held)] == dist.get_rank()
         ]
-        return [text for text in (changed(path, sums) for path in mine) if text]
+        gone = damages(folder / name for name in sums or () if name.startswith("dualpipe_"))
+        return gone + [text for text in (changed(path, sums) for path in mine) if text]
 
     def _needed_files(self, folder: Path, states: bool) -> list[Path]:
         """What this rank reads of a checkpoint, there or not."""

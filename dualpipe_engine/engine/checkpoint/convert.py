@@ -24,7 +24,7 @@ from ..placing.own_files import PATTERNS
 from ..placing.param_groups import ORIGIN, PLACEHOLDER, placeholder_name
 from .checks import LAYOUT
 from .description import read_description
-from .files import DESCRIPTION, PARTIAL, damages, peek, sync, write_text
+from .files import DESCRIPTION, PARTIAL, check_free, damages, peek, sync, write_text
 from .partitioned import FILE, NameOf, States, of_all_ranks, partitioned_states
 from .saved_weights import SavedWeights
 from .sums import SummedFile
@@ -49,6 +49,7 @@ def convert(source: Path, target: Path) -> None:
         CheckpointError: the checkpoint cannot be read or is of another kind, or the target cannot be written.
     """
     files = _Files.of(source)
+    check_free(target)
     if target.exists():
         raise CheckpointError(f"{target} is there already: give the name of a new folder, or remove it")
     aside = Path(f"{target}{PARTIAL}")
