@@ -6,6 +6,10 @@ import re
 import pytest
 
 from dualpipe_engine.cli.main import main
+from dualpipe_engine.schedule.search.make_plan import make_plan
+from dualpipe_engine.schedule.timing.costs import CostModel
+from dualpipe_engine.schedule.timing.simulate import simulate
+from dualpipe_engine.viz.chrome import to_chrome
 
 MODEL = ["compare", "--model", "mixtral-8x7b", "--gpus", "16", "--ranks", "4", "--micro-batches", "8"]
 SHAPE = ["compare", "--ranks", "2", "--micro-batches", "2"]
@@ -156,3 +160,33 @@ def test_memory_of_a_model(capsys, tmp_path, settings, said):
 def test_a_file_that_is_no_plan(capsys, argv):
     assert main(argv) == 2
     assert "unknown schedule 'plan.svg'" in (shown := capsys.readouterr().err) and ".csv or .json" in shown
+
+
+def test_the_mark_that_spreadsheets_and_editors_put_before_a_text(capsys, tmp_path):
+    """UTF-8 with a byte order mark is read as without one."""
+    shape = ["--schedule", "zbv", "--ranks", "2", "--micro-batches", "2"]
+    texts = {
+        "gpu.json": '{"like": "h800"}',
+        "layers.json": "[1, 2, 3, 4]",
+        "ds.json": '{"gradient_accumulation_steps": 8}',
+    }
+    for kind in ("csv", "json"):
+        assert main(["plan", *shape, "--format", kind]) == 0
+        texts[f"plan.{kind}"] = capsys.readouterr().out
+    texts["trace.json"] = json.dumps(to_chrome(simulate(make_plan("zbv", 2, 2, CostModel()), CostModel())))
+    path = {}
+    for name, text in texts.items():
+        path[name] = str(tmp_path / name)
+        (tmp_path / name).write_text(text, encoding="utf-8-sig")
+    for words in (
+        ["plan", "--schedule", path["plan.csv"]],
+        ["draw", path["plan.json"]],
+        ["draw", path["trace.json"]],
+        [*SHAPE, "--layer-costs", path["layers.json"]],
+        [*MODEL, "--hardware", path["gpu.json"]],
+        ["memory", "--config", path["ds.json"], "--ranks", "2", "--params-per-stage", "1e6"],
+    ):
+        assert main(words) == 0, capsys.readouterr().err
+    (tmp_path / "plan.csv").write_text(texts["plan.csv"], encoding="utf-16")
+    assert main(["plan", "--schedule", path["plan.csv"]]) == 2
+    assert "plan.csv" in (said := capsys.readouterr().err) and "utf-8" in said

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import ConfigError
-from ..schedule.plain_json import parse
+from ..schedule.plain_json import parse, read_text
 from ..schedule.timing.simulate import simulate
 from .arguments import Commands, add_schedule, make, refuse, title_of
 
@@ -47,7 +47,7 @@ def _is_trace(path: str) -> bool:
     if not path.endswith(".json"):
         return False
     try:
-        data = parse(Path(path).read_text())
+        data = parse(read_text(path))
     except (OSError, ValueError):
         return False
     return not (isinstance(data, dict) and "programs" in data)

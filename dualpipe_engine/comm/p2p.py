@@ -146,7 +146,8 @@ class Edges:
         elif not before.is_like(meta):
             raise OutputError(
                 f"stage {stage} made ({meta.describe()}) for micro-batch {micro} after ({before.describe()}): build "
-                "the PipelineModule with dynamic_shape=True, or call engine.reset_activation_shape() on all ranks"
+                "the PipelineModule with dynamic_shape=True, or call engine.reset_activation_shape() on all ranks, or "
+                'leave out the last batch of a dataset where only that is smaller ("dataloader_drop_last": true)'
             )
         return tensors
 

@@ -10,7 +10,7 @@ from typing import Any
 
 from ..errors import PlanError, ProfileError
 from ..profiling.profile import Profile, read_profile
-from ..schedule.plain_json import parse, read_settings
+from ..schedule.plain_json import parse, read_settings, read_text
 from ..schedule.timeline import Timeline
 from ..viz.chrome import read_chrome
 
@@ -71,7 +71,7 @@ def _history(folder: Path) -> list[dict[str, float]]:
         return []
     newest = max(found, key=lambda each: each.stat().st_mtime)
     try:
-        rows = _LOG_READERS[newest.suffix](newest.read_text())
+        rows = _LOG_READERS[newest.suffix](read_text(newest))
         numbers = [_numbers(row) for row in rows]
     except (OSError, ValueError, TypeError, AttributeError, KeyError, csv.Error) as error:
         raise ProfileError(f"{newest}: is no log of a training ({type(error).__name__}: {error})") from None

@@ -13,7 +13,7 @@ from statistics import fmean, median
 from typing import Any
 
 from ..errors import PlanError, ProfileError
-from ..schedule.plain_json import Json, parse
+from ..schedule.plain_json import Json, parse, read_text
 from ..schedule.plan import Plan
 from ..schedule.timeline import Timeline
 from ..schedule.timing.costs import CostModel
@@ -161,7 +161,7 @@ def read_profile(path: str | Path) -> Profile:
         ProfileError: it cannot be read or holds no profile.
     """
     try:
-        data: Json = parse(Path(path).read_text())
+        data: Json = parse(read_text(path))
     except (OSError, ValueError) as error:
         raise ProfileError(f"{path}: {error}") from None
     if not isinstance(data, dict) or KEY not in data:

@@ -25,6 +25,16 @@ def parse(text: str) -> Json:
         raise ValueError("it is nested too deeply") from None
 
 
+def read_text(path: str | Path) -> str:
+    """A text file in UTF-8 that anybody may have written; spreadsheets and editors put a mark (BOM) before it.
+
+    Raises:
+        ValueError: it is in another encoding.
+        OSError: the file cannot be read.
+    """
+    return Path(path).read_text(encoding="utf-8-sig")
+
+
 def read_settings(given: str) -> dict[str, Json]:
     """A configuration of DeepSpeed, in any form that its command line takes.
 
@@ -39,7 +49,7 @@ def read_settings(given: str) -> dict[str, Json]:
 
     there = os.path.exists(given)  # of text in base64, which may be longer than names of files are, it says no
     try:
-        text = Path(given).read_text() if there else base64.urlsafe_b64decode(given).decode()
+        text = read_text(given) if there else base64.urlsafe_b64decode(given).decode()
     except ValueError:
         raise ValueError("it is neither an existing file of text nor base64 of one") from None
     try:

@@ -19,7 +19,7 @@ from ..errors import PlanError
 from .columns import Columns, columns
 from .op import COMM, COMPUTE, COPIES, STEPS, Op, atoms
 from .placement import BIDIRECTIONAL, LINEAR, LOOP, VEE, Placement
-from .plain_json import parse
+from .plain_json import parse, read_text
 
 MOST = 20_000_000  #: micro-batches times stages of the largest plan
 
@@ -182,7 +182,7 @@ class Plan:
         if path.suffix not in readers:
             raise PlanError(f"{path}: a plan file ends in .csv or .json")
         try:
-            return readers[path.suffix](path.read_text())
+            return readers[path.suffix](read_text(path))
         except (OSError, ValueError) as error:
             raise PlanError(f"{path}: {error}") from None
 

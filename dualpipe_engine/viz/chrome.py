@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 
 from ..errors import PlanError
 from ..schedule.op import BESIDE, REDUCE, Op
-from ..schedule.plain_json import parse
+from ..schedule.plain_json import parse, read_text
 from ..schedule.timeline import Span, Timeline
 
 MICROSECONDS = 1e6  #: of a second, or of the cost model's unit
@@ -94,7 +94,7 @@ def read_chrome(path: str | Path) -> Timeline:
         PlanError: the file cannot be read, is no trace, or has no event with the text of an op.
     """
     try:
-        data: Any = parse(Path(path).read_text())
+        data: Any = parse(read_text(path))
     except (OSError, ValueError) as error:
         raise PlanError(f"{path}: {error}") from None
     events = data.get("traceEvents") if isinstance(data, dict) else data

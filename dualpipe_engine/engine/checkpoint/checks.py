@@ -65,9 +65,28 @@ class CheckpointChecks(PipelineEngine):
             text = f"the checkpoint is not whole: {', '.join(all_wrong[:3])}{more}{instead}"
             raise CheckpointError(text, everywhere=True)
 
+    def _check_kind(self, folder: Path, states: bool) -> None:
+        """The checkpoint must be of the kind that the configuration says; where it says none, weights load from both.
+
+        Raises:
+            CheckpointError: it is that of ranks where a Universal Checkpoint is meant, or the other way round.
+        """
+        text, meant = "", self.load_universal_checkpoint()
+        if folder.is_dir() and (folder / "zero").is_dir() != meant and (states or meant):
+            text = (
+                f'{folder} is no Universal Checkpoint, which "load_universal" asks for: take the key out, or make one: '
+                f"`dualpipe convert --checkpoint {folder} --out {folder}_universal`"
+                if meant
+                else f'{folder} is a Universal Checkpoint: set "checkpoint": {{"load_universal": true}}, or pass '
+                "load_optimizer_states=False to load the weights alone"
+            )
+        if text := next(filter(None, from_all(text)), ""):
+            raise CheckpointError(text, everywhere=True)
+
     @staticmethod
     def _changed_files(folder: Path, readers: list[list[str]]) -> list[str]:
-        """What is wrong with this rank's share of the files that `readers` need, by rank."""
+        """What is wrong with this rank's share of the files that `readers` need, by rank, and which of this package are
+        gone: not all checkpoints have them."""
         try:
             sums = listed(folder)
         except CheckpointError as error:
@@ -81,7 +100,8 @@ class CheckpointChecks(PipelineEngine):
             for number, (name, held) in enumerate(sorted(ranks.items()))
             if held[number % len(held)] == dist.get_rank()
         ]
-        return [text for text in (changed(path, sums) for path in mine) if text]
+        gone = damages(folder / name for name in sums or () if name.startswith("dualpipe_"))
+        return gone + [text for text in (changed(path, sums) for path in mine) if text]
 
     def _needed_files(self, folder: Path, states: bool) -> list[Path]:
         """What this rank reads of a checkpoint, there or not."""

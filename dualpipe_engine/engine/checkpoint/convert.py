@@ -24,9 +24,10 @@ from ..placing.own_files import PATTERNS
 from ..placing.param_groups import ORIGIN, PLACEHOLDER, placeholder_name
 from .checks import LAYOUT
 from .description import read_description
-from .files import DESCRIPTION, PARTIAL, damages, peek, sync, write_text
+from .files import DESCRIPTION, PARTIAL, check_free, damages, peek, sync, write_text
 from .partitioned import FILE, NameOf, States, of_all_ranks, partitioned_states
 from .saved_weights import SavedWeights
+from .sums import SummedFile
 from .ties import Layout
 from .universal import PLAIN
 from .unpartitioned import by_name
@@ -48,6 +49,7 @@ def convert(source: Path, target: Path) -> None:
         CheckpointError: the checkpoint cannot be read or is of another kind, or the target cannot be written.
     """
     files = _Files.of(source)
+    check_free(target)
     if target.exists():
         raise CheckpointError(f"{target} is there already: give the name of a new folder, or remove it")
     aside = Path(f"{target}{PARTIAL}")
@@ -58,7 +60,7 @@ def convert(source: Path, target: Path) -> None:
         for path in (*files.own, *further, source / DESCRIPTION):
             shutil.copy2(path, aside)
         for path in files.models:
-            torch.save(peek(path) | {"optimizer": None}, aside / path.name)
+            _save(peek(path) | {"optimizer": None}, aside / path.name)
         sync(aside)
         aside.rename(target)
         write_text(target.parent / "latest_universal", target.name)
@@ -93,7 +95,12 @@ class _Files(NamedTuple):
             [path for path in there if _MODEL.search(path.name)],
             [path for path in there if path.match(_OWN)],
         )
-        if not found.models or not found.own:
+        if found.models and not found.own:
+            raise CheckpointError(
+                f"{folder} was saved by stock DeepSpeed, whose own converter takes it: "
+                "python -m deepspeed.checkpoint.ds_to_universal --inject_missing_state"
+            )
+        if not found.models:
             raise CheckpointError(
                 f"{folder} is no folder of one checkpoint that dualpipe_engine saved: give that of a tag, such as "
                 "global_step100"
@@ -146,7 +153,7 @@ def _write_all(files: _Files, source: Path, target: Path) -> None:
         most = max(most, found, key=len)
         _write(folder / name, found, name in sizes)
     _write_placeholders(folder, most, len(groups))
-    torch.save(kept | {"param_groups": groups, PLAIN: len(plain)}, folder / "optimizer_state.pt")
+    _save(kept | {"param_groups": groups, PLAIN: len(plain)}, folder / "optimizer_state.pt")
 
 
 def _position(path: Path) -> int:
@@ -252,7 +259,13 @@ def _write(folder: Path, states: States, experts: bool) -> None:
             content = {"param": value.clone() if torch.is_tensor(value) else value, "cat_dim": 0}
             if experts and torch.is_tensor(value) and value.dim():
                 content |= {"is_expert_param": True, "ep_num_experts": len(value)}
-        torch.save(content, folder / f"{key}.pt")
+        _save(content, folder / f"{key}.pt")
+
+
+def _save(content: object, path: Path) -> None:
+    """`torch.save`, of which a full disk is an OSError."""
+    with SummedFile(path) as file:
+        torch.save(content, file)  # type: ignore[arg-type]  # it writes, which is all that is asked of it
 
 
 def _write_placeholders(folder: Path, like: States, groups: int) -> None:

@@ -36,10 +36,11 @@ def export(checkpoint: Path, out: Path) -> list[Path]:
         The files written.
 
     Raises:
-        CheckpointError: the checkpoint is not of this engine, not whole, or tensor parallel.
+        CheckpointError: the checkpoint is not of this engine, not whole or tensor parallel, or `out` cannot be written.
         MissingExtraError: safetensors is not installed.
     """
     try:
+        from safetensors import SafetensorError
         from safetensors.torch import save_file
     except ImportError:
         raise MissingExtraError('export needs safetensors: pip install "dualpipe_engine[hf]"') from None
@@ -53,17 +54,20 @@ def export(checkpoint: Path, out: Path) -> list[Path]:
         config = config if _is_whole(about) else None
         weights = {prefix + name: tensor for layer, prefix in reversed(held.values()) for name, tensor in layer.items()}
         weights |= {} if _is_whole(about) else _own(folder, about)
-    out.mkdir(parents=True, exist_ok=True)
     written = [out / WEIGHTS]
     tensors = {name: value for name, value in weights.items() if isinstance(value, Tensor)}
     if others := sorted(weights.keys() - tensors):
         logger.warning(f"{', '.join(others)} cannot be in {WEIGHTS}, which holds tensors alone, and left out")
     # Tensors that share memory are refused, and so is memory with gaps.
     whole = {name: tensor.clone().contiguous() for name, tensor in tensors.items()}
-    save_file(whole, written[0], metadata={"format": "pt"})
-    if config is not None:
-        written.append(out / "config.json")
-        written[1].write_text(json.dumps(config, indent=2) + "\n")
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        save_file(whole, written[0], metadata={"format": "pt"})
+        if config is not None:
+            written.append(out / "config.json")
+            written[1].write_text(json.dumps(config, indent=2) + "\n")
+    except (OSError, SafetensorError) as error:
+        raise CheckpointError(f"{written[-1]} cannot be written ({error})") from None
     return written
 
 

@@ -21,6 +21,7 @@ from ..given import CheckpointEngine, SavedState
 
 PARTIAL = ".partial"  #: ending of a folder that is being written
 DESCRIPTION = "dualpipe.json"  #: in the folder of a checkpoint: the layers, for `dualpipe export`
+LATEST = ("latest", "latest_universal")  #: files beside the folders of checkpoints: the tag of one of them
 REPLACED = ".replaced"  #: ending of a folder whose successor is being put in its place
 _JOB = re.compile(r"[0-9a-f]{8}")
 
@@ -48,6 +49,16 @@ def checked_tag(tag: str, source: str = "tag") -> str:
         text = f"{source} {tag!r} ends in {path.suffix}, as folders that are being written do: take another"
         raise CheckpointError(text, everywhere=True)
     return tag
+
+
+def check_free(folder: Path) -> None:
+    """A checkpoint takes no name that a file beside the folders of checkpoints has.
+
+    Raises:
+        CheckpointError: it would.
+    """
+    if folder.name in LATEST or (folder.exists() and not folder.is_dir()):
+        raise CheckpointError(f"{folder} is the name of a file, not of a checkpoint: take another")
 
 
 def unfinished(folder: Path, job: str) -> Path:

@@ -23,7 +23,7 @@ from deepspeed.utils import logger
 from ...comm.from_all import from_all
 from ...errors import CheckpointError
 from ..given import CheckpointEngine
-from .files import publish, saved_by, settle, sync, unfinished, write_text
+from .files import check_free, publish, saved_by, settle, sync, unfinished, write_text
 from .lock import FolderLock
 from .sums import merge_parts, part_path
 from .writer import Writer
@@ -126,6 +126,7 @@ class Save:
             raise CheckpointError(
                 f"another job has saved {self._target} since this one began: give each job a folder of its own"
             )
+        check_free(self._target)
         self._target.parent.mkdir(parents=True, exist_ok=True)
         settle(self._target.parent, self._lock.elsewhere)
 

@@ -237,6 +237,7 @@ class Checkpoints(UniversalLoading, DataPosition):
         if tag is not None:
             folder = standing(Path(load_dir, tag))
             tag = str(folder.relative_to(load_dir))
+            self._check_kind(folder, states)
             self._check_files(folder, states)
             if universal:
                 self._check_groups(folder, states)

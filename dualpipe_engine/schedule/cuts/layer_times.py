@@ -9,7 +9,7 @@ from math import isfinite
 from pathlib import Path
 
 from ...errors import ConfigError
-from ..plain_json import parse
+from ..plain_json import parse, read_text
 
 
 def write_layer_costs(path: str | Path, seconds: Sequence[float]) -> None:
@@ -31,7 +31,7 @@ def read_layer_costs(path: str | Path) -> list[float]:
         ConfigError: the file cannot be read, or holds something else.
     """
     try:
-        data = parse(Path(path).read_text())
+        data = parse(read_text(path))
     except (OSError, ValueError) as error:
         raise ConfigError(f"cannot read the times of layers from {path}: {error}") from None
     return check_layer_costs(data, str(path))

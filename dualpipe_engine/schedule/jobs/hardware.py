@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from dataclasses import asdict, dataclass, fields
 from difflib import get_close_matches
-from pathlib import Path
 
 from ...errors import ConfigError
-from ..plain_json import parse
+from ..plain_json import parse, read_text
 from ..timing.costs import LEAST, MOST
 
 
@@ -92,7 +91,7 @@ def load_hardware(name: str) -> Hardware:
             f"unknown hardware {name!r}: did you mean {near!r}? There are {', '.join(KNOWN)}, or a .json file"
         )
     try:
-        data = parse(Path(name).read_text())
+        data = parse(read_text(name))
         if not isinstance(data, dict):
             raise ValueError("it holds no fields {...}")
         like = data.pop("like", None)

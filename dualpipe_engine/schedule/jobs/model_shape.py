@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from ...errors import ConfigError
-from ..plain_json import parse
+from ..plain_json import parse, read_text
 from .activations import Flow
 from .flows import NORMED, WHOLE, Tiles, block_flow, head_flow, mtp_flow, norm_flow
 
@@ -151,7 +151,7 @@ def load_shape(model: str, own: bool = False, shared: int = 1, tiles: Tiles = WH
             "Hugging Face, or its folder"
         )
     try:
-        config = parse(Path(model).read_text())
+        config = parse(read_text(model))
         return shape_of(Path(model).parent.name or model, config, own, shared, tiles)
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise ConfigError(f"{model} is no configuration of a transformer: {type(error).__name__} {error}") from None

@@ -11,7 +11,7 @@ from typing import Any
 
 from ...errors import ConfigError, PlanError
 from ..placement import Placement
-from ..plain_json import Json, parse
+from ..plain_json import Json, parse, read_text
 from ..timing.costs import CostModel
 from .layer_costs import LayerCosts
 
@@ -124,7 +124,7 @@ class Measurement:
             ConfigError: it cannot be read or is none.
         """
         try:
-            data = parse(Path(path).read_text())
+            data = parse(read_text(path))
         except (OSError, ValueError) as error:
             raise ConfigError(f"cannot read the measurement {path}: {error}") from None
         return cls.from_dict(data, str(path))

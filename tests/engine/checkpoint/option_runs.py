@@ -108,7 +108,8 @@ def plain(folder):
 
 
 def other_kinds(folder):
-    """What loading the states of another kind of optimizer says, and how far off the weights are that then load."""
+    """What loading the states of another kind of optimizer says, and how far off the weights are that then load; and
+    what loading the other kind of checkpoint says, and its weights alone."""
     from dualpipe_engine.engine.checkpoint.convert import convert
     from dualpipe_engine.errors import CheckpointError
 
@@ -130,6 +131,14 @@ def other_kinds(folder):
             except CheckpointError as error:
                 engine.load_checkpoint(folder, tag=tag, load_optimizer_states=False)
                 found[tag] = str(error), evaluated(engine) - before
+            (other,) = {name, f"{name}u"} - {tag}
+            try:
+                engine.load_checkpoint(folder, tag=other)
+            except CheckpointError as error:
+                found[tag, other] = str(error), 0.0
+            if other.endswith("u"):
+                engine.load_checkpoint(folder, tag=other, load_optimizer_states=False)
+                found[tag, other] = found[tag, other][0], evaluated(engine) - before
             engine.destroy()
     return found
 

@@ -9,6 +9,7 @@ from deepspeed.pipe import LayerSpec, PipelineModule, TiedLayerSpec
 from torch import nn
 
 from dualpipe_engine.engine.checkpoint.convert import convert
+from dualpipe_engine.errors import CheckpointError
 
 
 class Biased(training.Embed):
@@ -67,7 +68,7 @@ def noted(engine):
 
 def resumed(folder, saved, links):
     """Losses after a checkpoint of the run `saved` (schedule, ZeRO stage), and those of runs that load it: as it is,
-    weights alone, or converted."""
+    weights alone, or converted; and what is said where files that only some checkpoints have are gone."""
     engine, data = start(*saved), training.stream(0)
     engine.module.loss_fn.scale.fill_(0.5)
     for part in noted(engine):
@@ -87,4 +88,19 @@ def resumed(folder, saved, links):
         assert {part.note for part in noted(engine)} == {"saved"}
         found[how, schedule, zero] = [float(engine.train_batch(training.stream(1))) for _ in range(2)]
         engine.destroy()
+    engine, found["gone"] = start(*saved), []
+    for name in ("dualpipe_layer_05.pt", "dualpipe_loss.pt", "dualpipe_rank_00001.pt"):
+        path = Path(folder, "1", name)
+        if dist.get_rank() == 0:
+            path.rename(f"{path}.aside")
+        dist.barrier()
+        try:
+            engine.load_checkpoint(folder, tag="1", load_optimizer_states=False)
+        except CheckpointError as error:
+            found["gone"].append(name in str(error))
+        dist.barrier()
+        if dist.get_rank() == 0:
+            Path(f"{path}.aside").rename(path)
+        dist.barrier()
+    engine.destroy()
     return found

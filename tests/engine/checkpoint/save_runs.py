@@ -64,12 +64,14 @@ def failing_save(config, ranks, folder, lost, background):
 def unwritable(config, ranks, folder):
     from dualpipe_engine.errors import CheckpointError
 
-    engine, error = start(config, ranks), ""
-    try:
-        engine.save_checkpoint(folder)
-    except CheckpointError as caught:
-        error = str(caught)
-    return error, float(engine.train_batch(training.stream(0)))
+    engine, errors = start(config, ranks), []
+    engine.save_checkpoint(folder, tag="good")
+    for name, tag in (("file", None), ("", "latest"), ("", "latest_universal"), ("", "file")):
+        try:
+            engine.save_checkpoint(f"{folder}/{name}", tag=tag)
+        except CheckpointError as caught:
+            errors.append(str(caught))
+    return errors, engine.load_checkpoint(folder)[0], float(engine.train_batch(training.stream(0)))
 
 
 def saved_at_the_end(config, ranks, folder):

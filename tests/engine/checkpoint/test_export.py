@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
+import resource
+
 import checkpoint_runs as runs
 import pytest
 import torch
@@ -23,6 +26,17 @@ def loss_of(folder):
         return (
             sum(float(module.loss_fn(module(inputs), labels)) for inputs, labels in (next(data) for _ in range(4))) / 4
         )
+
+
+@contextlib.contextmanager
+def disk_of(size):
+    """No file may be larger, in bytes."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
 @pytest.mark.parametrize(
@@ -60,6 +74,21 @@ def test_the_weights_are_those_of_the_checkpoint(ranks, tmp_path, capsys):
     assert capsys.readouterr().out.split() == [str(tmp_path / "out" / "model.safetensors")]
     (loss,) = ranks.run(1, loss_of, folder=str(tmp_path / "out"))
     assert loss == pytest.approx(found[0]["after"], rel=1e-6)
+
+    for words in (["export", "--checkpoint", str(tmp_path)], ["convert", "--checkpoint", str(tmp_path / "one")]):
+        for bytes_left in (100, 900):  # the first file does not fit, and a later one
+            with disk_of(bytes_left):
+                assert main([*words, "--out", str(tmp_path / f"full_{words[0]}")]) == 2
+            said = capsys.readouterr().err.splitlines()
+            assert "full" in said[-1] and "cannot be written" in said[-1] and "File too large" in said[-1], said
+            assert not [line for line in said if "Traceback" in line]
+
+    for path in (tmp_path / "one").glob("dualpipe*"):
+        path.rename(tmp_path / path.name)  # what is left is as of stock DeepSpeed
+    assert main(["convert", "--checkpoint", str(tmp_path / "one"), "--out", str(tmp_path / "stock")]) == 2
+    assert "was saved by stock DeepSpeed" in (said := capsys.readouterr().err) and "ds_to_universal" in said
+    for path in tmp_path.glob("dualpipe*"):
+        path.rename(tmp_path / "one" / path.name)
 
     layer = tmp_path / "one" / "layer_03-model_states.pt"
     layer.write_bytes(layer.read_bytes()[:99])

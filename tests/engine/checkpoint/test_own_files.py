@@ -22,6 +22,7 @@ FURTHER = [
 
 def check(found):
     for losses in found:
+        assert losses.pop("gone") == [True] * 3
         said = losses.pop("saved")
         for (how, *_), again in losses.items():
             if how == "as it is":

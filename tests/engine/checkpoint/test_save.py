@@ -64,8 +64,10 @@ def test_a_save_that_fails_costs_nothing_but_the_save(ranks, tmp_path):
 
 def test_a_folder_that_cannot_be_written_is_told_on_all_ranks(ranks, tmp_path):
     (tmp_path / "file").touch()
-    for error, loss in ranks.run(2, runs.unwritable, config=config(), ranks=2, folder=str(tmp_path / "file")):
-        assert "file" in error and "rank 0" in error and loss > 0
+    for errors, path, loss in ranks.run(2, runs.unwritable, config=config(), ranks=2, folder=str(tmp_path)):
+        assert len(errors) == 4 and all("rank 0" in error for error in errors)
+        assert "File exists" in errors[0] and all("is the name of a file" in error for error in errors[1:])
+        assert path.endswith("good/mp_rank_00_model_states.pt") and loss > 0
 
 
 def test_a_run_that_ends_after_a_save_has_it_whole(ranks, tmp_path):
