@@ -21,6 +21,7 @@ import torch.distributed as dist
 from ..errors import ConfigError, OutputError, PipelineRuntimeError, PlanError
 from ..schedule.progress import Position, is_waiting, of_transfer, waiting
 from .abort import abort_groups
+from .alike import Alike
 from .lifeline import FAILED, GONE, LATE, LEFT, SETTLE_S, SILENT, Lifeline, Message
 
 _COLLECTIVES = ("torch.distributed.", "deepspeed.comm.")  #: modules of others whose functions are all collectives
@@ -65,6 +66,7 @@ class Watch:
         self._before = -1  # the program's own wake-up file
         self._main = threading.get_ident()
         self._world = dist.group.WORLD
+        self._alike = Alike(_share)
         self._lifeline = line = Lifeline(
             dist.get_rank(),
             dist.get_world_size(),
@@ -178,7 +180,7 @@ class Watch:
         try:
             if self._depth == 1 and error is None:
                 self.check()
-            elif self._depth == 1 and not getattr(error, "everywhere", False):
+            elif self._depth == 1 and not self._everywhere(error):
                 assert error is not None
                 self._explain(error)
         finally:
@@ -187,6 +189,16 @@ class Watch:
                 if threading.current_thread() is threading.main_thread():
                     signal.set_wakeup_fd(self._before)
                 self._section = self.position.op = self.position.plan = self.position.awaits = None
+
+    def _everywhere(self, error: BaseException | None) -> bool:
+        """Whether all ranks raise an error, which batches find out by other means."""
+        if (
+            isinstance(error, Exception)
+            and not getattr(error, "everywhere", False)
+            and not (self._section in _BATCHES or self._aborted or self._lifeline.text or _from_comm(error))
+        ):
+            error.everywhere = self._alike.raised_by_all(error)  # type: ignore[attr-defined]
+        return getattr(error, "everywhere", False)
 
     def _explain(self, error: BaseException) -> None:
         """Raise what is behind an error of communication, or of what an aborted one has left; tell the others of any
