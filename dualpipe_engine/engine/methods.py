@@ -92,7 +92,8 @@ AS_STOCK: dict[str, str] = {
     "dist_backend dont_change_device local_rank param_names pipeline_parallelism using_bf16_optimizer "
     "torch_autocast_z0_gradscaler dp_group_loss micro_steps",
     "DeepSpeed's view of the ranks, in which two ranks of a bidirectional pipeline that hold the same stages are "
-    "data parallel: use grid, data_rank and data_replicas": "mpu world_size dp_world_size mp_world_size "
+    "data parallel, and that of deepspeed.utils.groups: use grid, data_rank and data_replicas": "mpu world_size "
+    "dp_world_size mp_world_size "
     "seq_dp_world_size data_parallel_group seq_data_parallel_group seq_parallel_group sequence_parallel_size "
     "expert_parallel_group expert_data_parallel_group checkpoint_mp_rank "
     "loaded_checkpoint_dp_world_size loaded_checkpoint_mp_world_size "

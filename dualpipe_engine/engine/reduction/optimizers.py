@@ -10,7 +10,9 @@ from deepspeed.runtime import lr_schedules
 from deepspeed.runtime.bf16_optimizer import BF16_Optimizer
 from deepspeed.runtime.fp16.unfused_optimizer import FP16_UnfusedOptimizer
 from deepspeed.runtime.pipe.engine import PipelineEngine
+from torch.optim.lr_scheduler import ReduceLROnPlateau
 
+from ...errors import ConfigError
 from ..context import Context
 from ..given import Optimizer, ParamEntry, Scheduler
 from ..placing.experts import has_experts
@@ -51,6 +53,14 @@ class Optimizers(PipelineEngine):
             self._context.optimizer = self.optimizer
             self._trained.restart()
             self._tail.renew()
+
+    def _configure_lr_scheduler(self) -> None:
+        super()._configure_lr_scheduler()
+        if isinstance(self.lr_scheduler, ReduceLROnPlateau):
+            raise ConfigError(
+                "ReduceLROnPlateau steps by a metric, and DeepSpeed would give it the batch size, so that the rate "
+                "falls whatever the loss does: make it of engine.basic_optimizer after initialize, and call step(loss)"
+            )
 
     def _scheduler_from_config(self, optimizer: Optimizer) -> Scheduler:
         """Schedulers of torch take the optimizer of torch that DeepSpeed's has within."""

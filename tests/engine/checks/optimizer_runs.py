@@ -6,6 +6,7 @@ import torch
 import training
 from deepspeed.pipe import LayerSpec, PipelineModule
 from torch import nn
+from torch.optim.lr_scheduler import ReduceLROnPlateau
 
 
 def refused(cases):
@@ -41,6 +42,31 @@ def rates(schedulers, zero, precision="fp32"):
         engine.destroy()
         found[name] = steps
     return found
+
+
+def plateau():
+    """What is said of a ReduceLROnPlateau in the configuration and of the client's, and rates of one that is stepped by
+    the client."""
+    import dualpipe_engine
+    from dualpipe_engine.errors import ConfigError
+
+    config = training.settings(4, schedule="dualpipe")
+    del config["scheduler"]
+    named = config | {"scheduler": {"type": "ReduceLROnPlateau", "params": {"patience": 0}}}
+    texts = []
+    for each, given in [(named, None), (config, lambda optimizer: ReduceLROnPlateau(optimizer, patience=0))]:
+        try:
+            dualpipe_engine.initialize(model=training.make_module(2, 4), lr_scheduler=given, config=each)
+        except ConfigError as error:
+            texts.append(str(error))
+    engine, *_ = dualpipe_engine.initialize(model=training.make_module(2, 4), config=config)
+    scheduler, rates = ReduceLROnPlateau(engine.basic_optimizer, patience=0), []
+    for loss in (1.0, 2.0):
+        engine.train_batch(training.stream(0))
+        scheduler.step(loss)
+        rates += engine.get_lr()
+    engine.destroy()
+    return texts, rates
 
 
 def without_optimizer(precisions):

@@ -43,6 +43,14 @@ def test_schedulers_of_torch(ranks, zero, precision):
             assert [loss for loss, *_ in steps] == pytest.approx([loss for loss, *_ in plain[name]], rel=1e-4), name
 
 
+def test_a_scheduler_that_needs_a_metric_is_refused(ranks):
+    """Its remedy works, under ZeRO too."""
+    (texts, rates), other = ranks.run(2, optimizer_runs.plateau)
+    assert other == (texts, rates)
+    assert len(set(texts)) == 1 and "DeepSpeed would give it the batch size" in texts[0]
+    assert rates == [0.01, 0.001]
+
+
 def test_an_engine_without_optimizer_evaluates(ranks):
     found = ranks.run(2, optimizer_runs.without_optimizer, precisions=["fp32", "bf16"])
     assert found[0] == found[1]
