@@ -16,8 +16,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from ..comm.from_all import from_all
-from ..errors import ConfigError, MissingExtraError
+from ..comm.from_all import Value, from_all
+from ..errors import CheckpointError, ConfigError, MissingExtraError
+from ..schedule.aside import write_whole
 from .block import DenseBlock, MoEBlock
 from .config import MoEConfig
 from .experts import Experts
@@ -199,40 +200,51 @@ def save(module: nn.Module, config: MoEConfig, folder: str | Path, hf_config: De
         hf_config: written as config.json, if given.
 
     Raises:
+        CheckpointError: a file cannot be written, as on a full disk; on all ranks.
         MissingExtraError: safetensors is not installed.
     """
-    save_file = _safetensors().torch.save_file
+    safetensors = _safetensors()
     folder, mine = Path(folder), numbered(module, config)
-    folder.mkdir(parents=True, exist_ok=True)
-    together = dist.is_initialized()
-    rank = dist.get_rank() if together else 0
+    rank = dist.get_rank() if dist.is_initialized() else 0
     owner: dict[int, int] = {}
-    for holder, theirs in enumerate(from_all(list(mine)) if together else [list(mine)]):
+    for holder, theirs in enumerate(_of_all(list(mine))):
         for number in theirs:
             owner.setdefault(number, holder)
     order = sorted(owner)
     written: dict[str, str] = {}
-    size = 0
+    size, failure = 0, ""
     for number, layer in mine.items():
         with ExitStack() as stack:
             if isinstance(layer, MoEBlock):
                 stack.enter_context(layer.experts.whole(owner[number] == rank))
-            if owner[number] != rank:
+            if owner[number] != rank or failure:
                 continue
             tensors = published(layer.state_dict(), number, config)
             name = f"model-{order.index(number) + 1:05d}-of-{len(order):05d}.safetensors"
-            save_file(tensors, folder / name, metadata={"format": "pt"})
+            try:
+                folder.mkdir(parents=True, exist_ok=True)
+                safetensors.torch.save_file(tensors, folder / name, metadata={"format": "pt"})
+            except (OSError, safetensors.SafetensorError) as error:
+                failure = f"{folder / name} cannot be written ({error})"
             written |= dict.fromkeys(tensors, name)
             size += sum(tensor.nbytes for tensor in tensors.values())
-    found = from_all((written, size)) if together else [(written, size)]
-    if rank == 0:
-        weight_map = {name: file for part, _ in found for name, file in part.items()}
-        index = {"metadata": {"total_size": sum(part for _, part in found)}, "weight_map": weight_map}
-        if hf_config is not None:
-            hf_config.save_pretrained(folder)
-        (folder / INDEX).write_text(json.dumps(index, indent=2, sort_keys=True) + "\n")
-    if together:
-        dist.barrier()
+    found = _of_all((written, size, failure))
+    failure = next((said for _, _, said in found if said), "")
+    if rank == 0 and not failure:
+        weight_map = {name: file for part, _, _ in found for name, file in part.items()}
+        index = {"metadata": {"total_size": sum(part for _, part, _ in found)}, "weight_map": weight_map}
+        try:
+            if hf_config is not None:
+                hf_config.save_pretrained(folder)
+            write_whole(folder / INDEX, json.dumps(index, indent=2, sort_keys=True) + "\n")
+        except OSError as error:
+            failure = f"{folder / INDEX} cannot be written ({error})"
+    if failure := _of_all(failure)[0]:
+        raise CheckpointError(f"{failure}: the model is not saved, make room or name another folder", everywhere=True)
+
+
+def _of_all(value: Value) -> list[Value]:
+    return from_all(value) if dist.is_initialized() else [value]
 
 
 def published(held: Mapping[str, Tensor], number: int, config: MoEConfig) -> dict[str, Tensor]:

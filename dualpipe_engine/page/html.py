@@ -12,6 +12,7 @@ from ..errors import MissingExtraError, ProfileError
 from ..profiling.doctor import diagnose
 from ..profiling.expert_load import LoadReport
 from ..profiling.profile import EXPERT_LOAD
+from ..schedule.aside import write_whole
 from ..schedule.search.compare import Row, fastest
 from ..schedule.search.job_costs import gib
 from . import figures
@@ -79,7 +80,7 @@ def save_page(path: str | Path, run: Run) -> None:
     """
     text = page(run)
     try:
-        Path(path).write_text(text, encoding="utf-8")
+        write_whole(path, text)
     except (OSError, ValueError) as error:  # of a name that no file can have
         raise ProfileError(f"{path}: {getattr(error, 'strerror', None) or error}") from None
 

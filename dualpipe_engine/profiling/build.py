@@ -11,6 +11,7 @@ from statistics import fmean, median
 from typing import Any
 
 from ..errors import ProfileError
+from ..schedule.aside import write_whole
 from ..schedule.op import COMM, COMPUTE, NONE, REDUCE
 from ..schedule.plan import Plan
 from ..schedule.records import DATA, DRAIN, FLUSH, LOSS, OP, PHASE, RECEIVE, SEND, BatchRecord, RankRecord
@@ -65,7 +66,7 @@ def write_profile(path: Path, profile: Profile, records: Sequence[RankRecord]) -
     """
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps({**make_trace(profile, records), KEY: profile.to_json()}))
+        write_whole(path, json.dumps({**make_trace(profile, records), KEY: profile.to_json()}))
     except OSError as error:
         raise ProfileError(f"cannot write the profile {path}: {error.strerror or error}") from None
 

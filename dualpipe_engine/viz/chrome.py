@@ -14,6 +14,7 @@ from types import MappingProxyType
 from typing import Any, NamedTuple
 
 from ..errors import PlanError
+from ..schedule.aside import write_whole
 from ..schedule.op import BESIDE, REDUCE, Op
 from ..schedule.plain_json import parse, read_text
 from ..schedule.timeline import Span, Timeline
@@ -84,7 +85,7 @@ def to_chrome(
 
 def write_chrome(path: str | Path, timeline: Timeline, title: str = "", notes: Sequence[Note] = ()) -> None:
     """Write `to_chrome(timeline, title, notes)` to a file."""
-    Path(path).write_text(json.dumps(to_chrome(timeline, title, notes)))
+    write_whole(path, json.dumps(to_chrome(timeline, title, notes)))
 
 
 def read_chrome(path: str | Path) -> Timeline:

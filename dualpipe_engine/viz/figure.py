@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..errors import ConfigError, MissingExtraError
+from ..schedule.aside import written_aside
 from ..schedule.op import BESIDE, COMM, COPIES, FB, STEP, B, F, atoms
 from ..schedule.timeline import Timeline
 from .cells import INK, PALETTE, cells_of, columns, has_pairs, headline, is_second, kinds_of, quantum, second_note
@@ -68,7 +69,9 @@ def save_figure(path: str | Path, timeline: Timeline, title: str = "", unit: str
         figure.text(left / width, 1 - 0.55 / height, subtitle, size=9.5, color=GREY)
         _add_legend(figure, entries, note, across, (left / width, 0.12 / height))
         try:
-            figure.savefig(path, metadata={"Date": None} if path.suffix == ".svg" else None)
+            with written_aside(path) as part:
+                metadata = {"Date": None} if path.suffix == ".svg" else None
+                figure.savefig(part, format=path.suffix[1:], metadata=metadata)
         except (OSError, ValueError) as error:  # of a name that no file can have
             raise ConfigError(f"{path}: {getattr(error, 'strerror', None) or error}") from None
 

@@ -70,6 +70,7 @@ def layers_of(model: nn.Module | Iterable[LayerEntry]) -> dict[str, LayerEntry]:
         for param in layer.parameters() if isinstance(layer, nn.Module) else ():
             if owners.setdefault(id(param), name) != name:
                 raise ConfigError(f"layers {owners[id(param)]} and {name} share a parameter: {_UNTIED}")
+    refuse_released(layers.values())
     return layers
 
 
@@ -94,7 +95,13 @@ def _refuse_more(model: nn.Module) -> None:
 
 
 def share_start(layers: Iterable[LayerEntry], device: torch.device) -> None:
-    """Give all ranks the weights of rank 0, of layers that all have built. Collective over all ranks."""
+    """Give all ranks the weights of rank 0, of layers that all have built. Collective over all ranks.
+
+    Raises:
+        ConfigError: they train in another module.
+    """
+    layers = list(layers)
+    refuse_released(layers)
     for layer in layers:
         for tensor in (*layer.parameters(), *layer.buffers()) if isinstance(layer, nn.Module) else ():
             on_device = tensor.detach().to(device)
@@ -108,6 +115,22 @@ def release(layers: Iterable[LayerEntry], kept: set[nn.Parameter]) -> None:
         for param in layer.parameters() if isinstance(layer, nn.Module) else ():
             if param not in kept:
                 param.data = param.data.new_empty(0)
+                param.dualpipe_released = True  # type: ignore[attr-defined]
+
+
+def refuse_released(layers: Iterable[LayerEntry]) -> None:
+    """Refuse layers whose weights are in the stages of another module; each rank has released some of them.
+
+    Raises:
+        ConfigError: they are.
+    """
+    for layer in layers:
+        for param in layer.parameters() if isinstance(layer, nn.Module) else ():
+            if not param.numel() and hasattr(param, "dualpipe_released"):
+                raise ConfigError(
+                    "the layers are those of a module that has been fitted, and their weights are in its stages: build "
+                    "new layers, or fit that module again"
+                )
 
 
 def refill(layers: dict[str, LayerEntry], state: dict[str, torch.Tensor]) -> None:

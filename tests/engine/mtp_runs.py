@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import resource
+
 import moe_runs
 import torch
+import torch.distributed as dist
 import training
 
+from dualpipe_engine.errors import CheckpointError
 from dualpipe_engine.models import hf_weights
 from dualpipe_engine.models.routing import Router
 
@@ -58,6 +62,22 @@ def saved(model, folder, written, zero=1):
     engine.save_checkpoint(folder)
     hf_weights.save(engine.module, config, written)
     engine.destroy()
+
+
+def saved_on_a_full_disk(model, folder, rank):
+    """What ranks of two stages say where one of them cannot write its weights, or the index of all."""
+    config = moe_runs.config(**model)
+    module = moe_runs.make_module(config, ranks=2, replicas=1)
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    if dist.get_rank() == rank:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (512, before[1]))  # the kernel refuses to let files grow
+    try:
+        hf_weights.save(module, config, folder)
+    except CheckpointError as error:
+        return str(error)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    return None
 
 
 def low_precision(model):

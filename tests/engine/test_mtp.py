@@ -233,6 +233,13 @@ def test_auto_measures_layers_that_look_ahead(ranks, tmp_path):
     assert [rank["losses"] for rank in found] == [rank["losses"] for rank in fixed], "measuring left something behind"
 
 
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_full_disk_is_one_sentence_of_all_ranks(ranks, tmp_path, rank):
+    said = ranks.run(2, mtp_runs.saved_on_a_full_disk, model={"expert_parallel": 1}, folder=str(tmp_path), rank=rank)
+    assert said[0] == said[1] and "cannot be written" in said[0] and "make room or name another folder" in said[0]
+    assert all(path.stat().st_size > 512 for path in tmp_path.iterdir()), "no torn file"
+
+
 def test_gate_and_biases_stay_precise(ranks):
     for rank in ranks.run(2, mtp_runs.low_precision, model={"mtp_depth": 1, "expert_parallel": 1}):
         assert set(rank["buffers"].values()) == {torch.float32} and rank["gate"] == torch.float32

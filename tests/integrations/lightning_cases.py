@@ -16,6 +16,7 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 from dualpipe_engine.compat import DualPipeLightningModule
+from dualpipe_engine.errors import ConfigError
 
 warnings.filterwarnings("ignore")
 WIDTH, ROWS, BATCH = 8, 32, 8
@@ -364,6 +365,22 @@ def again_in_one(folder):
         trainer.fit(module, data("zero"))
         losses.append(trainer.losses)
     return evaluated, losses
+
+
+def of_the_same_layers(folder):
+    """What is said of two modules of layers that a third one has been fitted with: made before it was, and after it."""
+    given = nn.Sequential(*layers("zero"))
+    before, module, said = Piped("zero", given), Piped("zero", given), []
+    make_trainer(True, folder, {}, {}, 2).fit(module, data("zero"))
+    for use in (
+        lambda: make_trainer(True, folder, {}, {}, 2).fit(before, data("zero")),
+        lambda: Piped("zero", given),
+    ):
+        try:
+            use()
+        except ConfigError as error:
+            said.append(str(error))
+    return said
 
 
 def with_batch_norm(folder, schedule):

@@ -94,6 +94,11 @@ def test_one_module_in_several_runs(ranks, tmp_path):
         assert "again.ckpt.engine is not there" in said
 
 
+def test_layers_of_a_fitted_module_make_no_other(ranks, tmp_path):
+    for said in ranks.run(2, runs.of_the_same_layers, folder=str(tmp_path)):
+        assert len(said) == 2 and all("build new layers, or fit that module again" in each for each in said)
+
+
 @pytest.mark.all
 def test_statistics_of_batches(ranks, tmp_path):
     assert ranks.run(2, runs.with_batch_norm, folder=str(tmp_path), schedule="zb1p") == [16, -1]  # 4 of each batch

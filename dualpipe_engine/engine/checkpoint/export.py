@@ -11,6 +11,7 @@ from torch import Tensor
 
 from ...errors import CheckpointError, MissingExtraError
 from ...models.hf_weights import published
+from ...schedule.aside import write_whole
 from ..placing.own_files import LOSS, file_of_layer
 from .description import Description, read_description
 from .files import DESCRIPTION, damages, peek
@@ -65,7 +66,7 @@ def export(checkpoint: Path, out: Path) -> list[Path]:
         save_file(whole, written[0], metadata={"format": "pt"})
         if config is not None:
             written.append(out / "config.json")
-            written[1].write_text(json.dumps(config, indent=2) + "\n")
+            write_whole(written[1], json.dumps(config, indent=2) + "\n")
     except (OSError, SafetensorError) as error:
         raise CheckpointError(f"{written[-1]} cannot be written ({error})") from None
     return written

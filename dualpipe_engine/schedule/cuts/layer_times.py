@@ -9,6 +9,7 @@ from math import isfinite
 from pathlib import Path
 
 from ...errors import ConfigError
+from ..aside import write_whole
 from ..plain_json import parse, read_text
 
 
@@ -19,7 +20,7 @@ def write_layer_costs(path: str | Path, seconds: Sequence[float]) -> None:
         ConfigError: it cannot be written.
     """
     try:
-        Path(path).write_text(json.dumps(list(seconds)) + "\n")
+        write_whole(path, json.dumps(list(seconds)) + "\n")
     except (OSError, ValueError) as error:
         raise ConfigError(f"cannot write the times of layers to {path}: {error}") from None
 

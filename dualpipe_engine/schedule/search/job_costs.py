@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
 from ...errors import ConfigError, PlanError
+from ..aside import write_whole
 from ..placement import Placement
 from ..plain_json import Json, parse, read_text
 from ..timing.costs import CostModel
@@ -108,11 +108,9 @@ class Measurement:
             ConfigError: it cannot be written.
         """
         target = Path(path)
-        part = target.with_name(f"{target.name}.{os.getpid()}.part")
         try:
             target.parent.mkdir(parents=True, exist_ok=True)
-            part.write_text(self.to_json())
-            part.replace(target)
+            write_whole(target, self.to_json())
         except (OSError, ValueError) as error:
             raise ConfigError(f"cannot write the measurement {target}: {error}") from None
 
