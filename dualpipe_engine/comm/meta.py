@@ -27,6 +27,12 @@ _LENGTH_BYTES = 8
 _ALIGNED = 256  #: bytes; a multiple of where any kernel wants a tensor to begin
 
 
+MAKE_IT_KNOWN = (
+    "whose tensors torch does not see: make it in the layer that uses it, or make its class known by "
+    "torch.utils._pytree.register_pytree_node (a dataclass by torch.export.register_dataclass)"
+)
+
+
 @dataclass(frozen=True)
 class TensorMeta:
     """Shape and dtype of one tensor."""
@@ -87,10 +93,12 @@ class MessageMeta:
 
     def is_like(self, other: MessageMeta) -> bool:
         """Whether a message of the look of `other` may be built from this one."""
-        if self.spec != other.spec or len(self.leaves) != len(other.leaves):
-            return False
-        looks = zip(self.looks, other.looks, self.leaves, other.leaves, strict=True)
-        return all(before == now or _are_equal(mine, its) for before, now, mine, its in looks)
+        return self.spec == other.spec and len(self.leaves) == len(other.leaves) and not self.changed(other)
+
+    def changed(self, other: MessageMeta) -> list[object]:
+        """The leaves of `other`, of the same nest, that look otherwise here."""
+        looks = zip(self.looks, other.looks, self.leaves, other.leaves, strict=False)
+        return [its for before, now, mine, its in looks if before != now and not _are_equal(mine, its)]
 
     def build(self, tensors: list[torch.Tensor]) -> Nest:
         """Put received tensors (one for each entry of `self.tensors`) back into the nest."""
@@ -159,9 +167,19 @@ def flatten(value: Nest) -> tuple[list[torch.Tensor], MessageMeta]:
 
 
 def _needs_gradient(leaf: object) -> bool:
+    return any(tensor.requires_grad for tensor in _held_by(leaf))
+
+
+def _held_by(leaf: object) -> list[torch.Tensor]:
+    """The tensors that are attributes of an object."""
     parts = dataclasses.fields(leaf) if dataclasses.is_dataclass(leaf) else ()
     values = [*getattr(leaf, "__dict__", {}).values(), *(getattr(leaf, part.name, None) for part in parts)]
-    return any(isinstance(value, torch.Tensor) and value.requires_grad for value in values)
+    return [value for value in values if isinstance(value, torch.Tensor)]
+
+
+def unseen(leaves: Iterable[object]) -> str | None:
+    """The class of the first object among `leaves` whose tensors are pickled with it; None where there is none."""
+    return next((type(leaf).__name__ for leaf in leaves if not isinstance(leaf, _FIXED) and _held_by(leaf)), None)
 
 
 def encode(meta: MessageMeta) -> torch.Tensor:
@@ -176,6 +194,8 @@ def encode(meta: MessageMeta) -> torch.Tensor:
     except Exception as error:
         raise OutputError(f"a stage output holds a value that cannot travel: {error}") from error
     size = body.tell()
+    if size > HEADER_BYTES - _LENGTH_BYTES and (name := unseen(meta.leaves)):
+        raise OutputError(f"a stage output holds a {name}, {MAKE_IT_KNOWN}")
     if size > HEADER_BYTES - _LENGTH_BYTES:
         raise OutputError(
             f"the description of a stage output takes {size} bytes, more than {HEADER_BYTES - _LENGTH_BYTES}: "

@@ -21,7 +21,7 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from ..errors import OutputError
 from ..schedule.progress import Position
-from .meta import HEADER_BYTES, MessageMeta, TensorMeta, block_of, decode, encode, flatten
+from .meta import HEADER_BYTES, MAKE_IT_KNOWN, MessageMeta, TensorMeta, block_of, decode, encode, flatten, unseen
 from .nest import Nest, as_it_is
 from .tickets import Ticket
 from .transport import Transport
@@ -144,6 +144,8 @@ class Edges:
             self._sent[stage] = meta
             self._post_send(header, dst, _tag(FORWARD, stage, micro, _HEADER))
         elif not before.is_like(meta):
+            if name := unseen(before.changed(meta)):
+                raise OutputError(f"stage {stage} passes on another {name} in micro-batch {micro}, {MAKE_IT_KNOWN}")
             raise OutputError(
                 f"stage {stage} made ({meta.describe()}) for micro-batch {micro} after ({before.describe()}): build "
                 "the PipelineModule with dynamic_shape=True, or call engine.reset_activation_shape() on all ranks, or "

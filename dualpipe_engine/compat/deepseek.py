@@ -8,6 +8,7 @@ shapes and dtypes of transfers need not be set, any number of micro-batches from
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
+from datetime import timedelta
 
 import torch
 import torch.distributed as dist
@@ -31,7 +32,7 @@ from ..schedule.search.make_plan import make_plan
 from .chunk import PairedChunk, SharedStore
 from .weight_grad_store import WeightGradStore as DeepSeekStore
 
-TIMEOUT_S = 600.0  #: of a transfer
+TIMEOUT_S = 600.0  #: of a transfer, where the process group does not say another one
 
 
 def set_p2p_tensor_shapes(shapes: Sequence[Sequence[int]]) -> None:
@@ -54,6 +55,7 @@ class StagePair(nn.Module):
         defer_weight_gradients: let the layers of `modules` defer their weight gradients, as `install` does. False
             leaves that to layers that use `utils.WeightGradStore`: for parameters with hooks on the accumulation of
             gradients, which would fire before the gradient is there.
+        timeout_s: seconds after which a transfer is given up.
 
     Raises:
         PlanError: the schedule cannot run on this many ranks.
@@ -68,6 +70,7 @@ class StagePair(nn.Module):
         transport: Transport,
         num_ranks: int,
         defer_weight_gradients: bool = True,
+        timeout_s: float = TIMEOUT_S,
     ) -> None:
         super().__init__()
         if len(modules) != 2:
@@ -87,7 +90,7 @@ class StagePair(nn.Module):
                 install(module, store)
             self._chunks[stage] = PairedChunk(module, stage, is_last=stage == self._last, store=store)
         device = _device_of(modules)
-        self._edges = Edges(transport, device)
+        self._edges = Edges(transport, device, timeout_s)
         self._executor = Executor(self.rank, self._chunks, self._edges, Observer(self.rank, device))
 
     def step(
@@ -174,8 +177,9 @@ class DualPipe(StagePair):
     Args:
         modules: stage r and stage PP-1-r.
         batch_dim: dimension along which micro-batches are cut.
-        process_group: ranks of the pipeline, an even number; None: all. On NCCL every rank of the world makes its
-            pipeline at the same time, since all of them take part in making communicators.
+        process_group: ranks of the pipeline, an even number; None: all. A transfer is given up after its timeout. On
+            NCCL every rank of the world makes its pipeline at the same time, since all of them take part in making
+            communicators.
         rank_mapping: `rank_mapping[rank in process_group]` is the rank in the pipeline; None: the same.
         defer_weight_gradients: see `StagePair`.
 
@@ -193,9 +197,10 @@ class DualPipe(StagePair):
         *,
         defer_weight_gradients: bool = True,
     ) -> None:
-        ranks, transport, self._pipeline_group = _connect("dualpipe", modules, process_group, rank_mapping)
-        self._ranks = ranks
-        super().__init__("dualpipe", modules, batch_dim, transport, len(ranks), defer_weight_gradients)
+        ranks, transport, group = _connect("dualpipe", modules, process_group, rank_mapping)
+        self._ranks, self._pipeline_group = ranks, group
+        self._timeout_s = _timeout_of(group, modules)
+        super().__init__("dualpipe", modules, batch_dim, transport, len(ranks), defer_weight_gradients, self._timeout_s)
         self._twin_group: dist.ProcessGroup | None = None
 
     def _make_twin_group(self) -> dist.ProcessGroup:
@@ -204,8 +209,9 @@ class DualPipe(StagePair):
         pairs = [(rank, self._ranks[last - at]) for at, rank in enumerate(self._ranks[: len(self._ranks) // 2])]
         if matches_by_tag(self._pipeline_group):
             mine = next(pair for pair in pairs if dist.get_rank() in pair)
-            return dist.new_group(sorted(mine), use_local_synchronization=True)
-        (group,) = open_pairs([pairs], TIMEOUT_S, "twins", _device_of(self.module))
+            timeout = timedelta(seconds=self._timeout_s)
+            return dist.new_group(sorted(mine), timeout, use_local_synchronization=True)
+        (group,) = open_pairs([pairs], self._timeout_s, "twins", _device_of(self.module))
         assert group is not None
         return group
 
@@ -239,8 +245,8 @@ class DualPipeV(StagePair):
     Args:
         modules: stage r and stage 2*PP-1-r.
         batch_dim: dimension along which micro-batches are cut.
-        process_group: ranks of the pipeline; None: all. On NCCL every rank of the world makes its pipeline at the same
-            time, since all of them take part in making communicators.
+        process_group: ranks of the pipeline; None: all. A transfer is given up after its timeout. On NCCL every rank of
+            the world makes its pipeline at the same time, since all of them take part in making communicators.
         rank_mapping: `rank_mapping[rank in process_group]` is the rank in the pipeline; None: the same.
         defer_weight_gradients: see `StagePair`.
 
@@ -257,8 +263,9 @@ class DualPipeV(StagePair):
         *,
         defer_weight_gradients: bool = True,
     ) -> None:
-        ranks, transport, _ = _connect("dualpipev", modules, process_group, rank_mapping)
-        super().__init__("dualpipev", modules, batch_dim, transport, len(ranks), defer_weight_gradients)
+        ranks, transport, group = _connect("dualpipev", modules, process_group, rank_mapping)
+        timeout_s = _timeout_of(group, modules)
+        super().__init__("dualpipev", modules, batch_dim, transport, len(ranks), defer_weight_gradients, timeout_s)
 
 
 class _Feed:
@@ -334,6 +341,19 @@ def _connect(
         raise ConfigError(f"rank_mapping must hold each of 0..{size - 1} once, got {mapping}")
     ranks = [dist.get_global_rank(group, mapping.index(position)) for position in range(size)]
     transport = transport_of(group)(
-        ranks, mapping[dist.get_rank(group)], group, _device_of(modules), edges=edges, timeout_s=TIMEOUT_S
+        ranks,
+        mapping[dist.get_rank(group)],
+        group,
+        _device_of(modules),
+        edges=edges,
+        timeout_s=_timeout_of(group, modules),
     )
     return ranks, transport, group
+
+
+def _timeout_of(group: dist.ProcessGroup, modules: Sequence[nn.Module]) -> float:
+    """Seconds after which the maker of a process group wants its operations given up."""
+    try:
+        return group._get_backend(_device_of(modules)).options._timeout.total_seconds()
+    except (AttributeError, RuntimeError):  # a backend that does not say
+        return TIMEOUT_S

@@ -9,6 +9,7 @@ from typing import NamedTuple
 import numpy as np
 import pytest
 import torch
+from torch.nn.attention.flex_attention import create_block_mask
 from torch.testing._internal.two_tensor import TwoTensor
 
 from dualpipe_engine.comm.meta import HEADER_BYTES, block_of, decode, encode, flatten
@@ -73,6 +74,25 @@ def test_tensors_that_no_gradient_would_reach(around):
     flatten(around(Unknown(torch.ones(2))))
     with pytest.raises(ConfigError, match=r"holds a Unknown, .*register_dataclass"):
         flatten(around(Unknown(torch.ones(2, requires_grad=True))))
+
+
+def test_tensors_of_a_class_that_torch_does_not_know():
+    """They are pickled with their object, as a constant; a mask of flex_attention is one."""
+    left, _ = two_ends()
+    masks = [create_block_mask(causal, None, None, 16, 16, device="cpu") for _ in range(2)]
+    for mask in (masks[0], masks[0]):
+        left.send_forward(0, 0, (torch.ones(2), mask), dst=1)
+    with pytest.raises(PipelineRuntimeError, match=r"another BlockMask in micro-batch 1, .* in the layer that"):
+        left.send_forward(0, 1, (torch.ones(2), masks[1]), dst=1)
+    with pytest.raises(PipelineRuntimeError, match="dynamic_shape=True"):
+        left.send_forward(0, 1, (torch.ones(3), masks[0]), dst=1)
+    large, _ = two_ends(dynamic_shape=True)
+    with pytest.raises(PipelineRuntimeError, match=r"holds a Unknown, whose .*register_dataclass"):
+        large.send_forward(0, 0, (torch.ones(2), Unknown(torch.ones(2000))), dst=1)
+
+
+def causal(batch, head, query, key):
+    return query >= key
 
 
 def two_ends(whole=False, **kwargs):

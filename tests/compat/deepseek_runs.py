@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import time
+from datetime import timedelta
+
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
@@ -9,6 +12,7 @@ from torch import nn
 
 from dualpipe_engine import DualPipe, DualPipeV, set_p2p_tensor_dtype, set_p2p_tensor_shapes
 from dualpipe_engine.compat.weight_grad_store import WeightGradStore, run_backward
+from dualpipe_engine.errors import PipelineRuntimeError
 
 HIDDEN = 6
 PUT = []
@@ -359,3 +363,22 @@ def refused_values():
             said.append(str(error))
     loss, _ = plain.step(x, **good)
     return said, bool(loss.isfinite().all())
+
+
+class Failing(nn.Linear):
+    def forward(self, x):
+        raise ValueError("no rows")
+
+
+def lives_on(seconds):
+    """Rank 1 fails in a step, catches its error and goes on; what each rank is told, after how long."""
+    group = dist.new_group(timeout=timedelta(seconds=seconds))
+    kind = nn.Linear if dist.get_rank() == 0 else Failing
+    pipe = DualPipeV([kind(HIDDEN, HIDDEN), kind(HIDDEN, HIDDEN)], process_group=group)
+    start = time.monotonic()
+    try:
+        pipe.step(torch.ones(2, HIDDEN), num_chunks=2, criterion=F.mse_loss, labels=[torch.ones(2, HIDDEN)])
+    except (ValueError, PipelineRuntimeError) as error:
+        said, took = str(error), time.monotonic() - start
+    dist.barrier()
+    return said, took

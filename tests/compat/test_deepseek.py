@@ -98,6 +98,13 @@ def test_refusals(ranks, what, size, message):
         assert kind in ("ConfigError", "PlanError") and message in text
 
 
+@pytest.mark.gloo  # over NCCL the watchdog ends the process
+def test_a_rank_that_waits_gives_up_after_the_timeout_of_its_group(ranks):
+    (said, took), (cause, _) = ranks.run(2, runs.lives_on, seconds=1)
+    assert "no rows" in cause and "from pipeline rank 1" in said
+    assert 0.9 < took < 60
+
+
 def test_values_that_are_no_tensors_are_refused(ranks):
     [(said, goes_on)] = ranks.run(1, runs.refused_values)
     assert goes_on

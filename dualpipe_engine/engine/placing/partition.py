@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import random
+import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from itertools import chain, combinations
 
 import numpy as np
 import torch
 from deepspeed.accelerator import get_accelerator
 from deepspeed.pipe import LayerSpec, PipelineModule
 from deepspeed.runtime import utils as ds_utils
+from deepspeed.utils import logger
 from torch import nn
 
 from ...errors import ConfigError
@@ -27,20 +30,26 @@ def stage_of_layer(parts: Sequence[int], layer: int) -> int:
 def cut_layers(module: PipelineModule, num_stages: int, method: str | None) -> list[int]:
     """Stage borders for `num_stages` stages: `parts[s]:parts[s + 1]` are the layers of stage s.
 
-    The module's own cut is kept where it fits. Without `method` the module's own method is found from its cut.
+    The module's own cut is kept where it fits. Without `method` the module's own method, which it does not keep, is
+    found from its cut: the first one that makes it.
 
     Raises:
-        ConfigError: there are fewer layers than stages, or the method is unknown.
+        ConfigError: there are fewer layers than stages, or the method is unknown or finds no layer.
     """
     check_layers(module, num_stages)
     if method is None and len(module.parts) == num_stages + 1:
         return [int(part) for part in module.parts]
     if method is not None:
         return _cut(module, num_stages, method)
-    classes = dict.fromkeys(f"type:{layer_name(layer)}" for layer in module._layer_specs)
-    for candidate in ("parameters", "uniform", *classes):
+    some = ("type:" + "|".join(names) for size in (1, 2, 3) for names in combinations(_names(module), size))
+    for candidate in chain(("parameters", "uniform"), some):
         if _cut(module, len(module.parts) - 1, candidate) == [int(part) for part in module.parts]:
             return _cut(module, num_stages, candidate)
+    if module.global_rank == 0:
+        logger.warning(
+            f"no partition_method is known that cuts the layers as the PipelineModule did: {num_stages} stages are cut "
+            'by "parameters" unless "partition_method" in the "pipeline" section says otherwise'
+        )
     return _cut(module, num_stages, "parameters")
 
 
@@ -71,6 +80,11 @@ def layer_name(layer: LayerEntry) -> str:
     return type(layer).__name__ if isinstance(layer, nn.Module) else getattr(layer, "__name__", "")
 
 
+def _names(module: PipelineModule) -> list[str]:
+    """Classes and functions of a module's layers, each once."""
+    return list(dict.fromkeys(filter(None, map(layer_name, module._layer_specs))))
+
+
 def _cut(module: PipelineModule, num_stages: int, method: str) -> list[int]:
     layers = len(module._layer_specs)
     method = method.lower()
@@ -80,7 +94,13 @@ def _cut(module: PipelineModule, num_stages: int, method: str) -> list[int]:
         with same_random_state():
             weights = module._count_layer_params()
     elif method.startswith("type:"):
-        chosen = module._find_layer_type(method.removeprefix("type:"))
+        try:
+            chosen = module._find_layer_type(method.removeprefix("type:"))
+        except (RuntimeError, re.error) as error:
+            raise ConfigError(
+                f'partition_method "{method}" finds no layer: behind "type:" stands a regular expression, which is '
+                f"looked for in the names of their classes, which are {', '.join(_names(module))}"
+            ) from error
         weights = [int(index in chosen) for index in range(layers)]
     else:
         raise ConfigError(
