@@ -6,6 +6,7 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from uuid import uuid4
 
 
 @contextmanager
@@ -23,7 +24,7 @@ def written_aside(path: str | Path) -> Iterator[Path]:
     if target.exists() and not target.is_file():
         yield target
         return
-    part = target.with_name(f".dualpipe.{os.getpid()}.part")
+    part = target.with_name(f".dualpipe.{uuid4().hex}.part")  # ranks of several machines may have one pid
     try:
         yield part
         part.replace(target)
