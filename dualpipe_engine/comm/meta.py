@@ -26,7 +26,6 @@ HEADER_BYTES = 4096
 _LENGTH_BYTES = 8
 _ALIGNED = 256  #: bytes; a multiple of where any kernel wants a tensor to begin
 
-
 MAKE_IT_KNOWN = (
     "whose tensors torch does not see: make it in the layer that uses it, or make its class known by "
     "torch.utils._pytree.register_pytree_node (a dataclass by torch.export.register_dataclass)"

@@ -12,12 +12,11 @@ from torch import nn
 
 from dualpipe_engine.comm.nest import Nest
 from dualpipe_engine.errors import ConfigError
+from dualpipe_engine.runtime.phases import hooks_of
 
 LayerEntry: TypeAlias = Any
 """Of the list that a user gives: a module, or a LayerSpec of DeepSpeed."""
 
-#: Of a module: names of what is called beside its forward and its backward.
-HOOKS = ("forward", "forward_pre", "backward", "backward_pre")
 _UNTIED = "say so with deepspeed.pipe.TiedLayerSpec, so that the gradients of both uses are added up"
 
 
@@ -83,7 +82,7 @@ def _refuse_more(model: nn.Module) -> None:
     kind = type(model)
     for there, what in (
         (kind.forward not in (nn.Sequential.forward, nn.ModuleList.forward) or "forward" in vars(model), "a forward"),
-        (any(getattr(model, f"_{name}_hooks") for name in HOOKS), "hooks"),
+        (any(hooks_of(model)), "hooks"),
         (model._parameters or model._buffers, "tensors"),
         (model._compiled_call_impl is not None, "a compiled call"),
     ):

@@ -11,10 +11,9 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
-from accelerate.data_loader import prepare_data_loader
 from torch.utils.data import DataLoader
 from transformers import Trainer, TrainerCallback, TrainingArguments
-from transformers.trainer_utils import TrainOutput, seed_worker
+from transformers.trainer_utils import TrainOutput
 
 import dualpipe_engine
 from dualpipe_engine.adapters import ModelAdapter, gather_state_dict, get_model_adapter
@@ -30,6 +29,7 @@ from ..random_streams import StageRandomness, follow_first
 from ..sections import read_sections
 from .batches import Batch, Model
 from .evaluation import PipelineEvaluation
+from .loaders import PipelineLoaders
 from .loss import StandIn, TrainerLoss
 from .masters import masters
 from .optimizer import OptimizerView, rebuilt, refuse_left_out
@@ -56,7 +56,7 @@ ENGINE_TAG = "engine"  #: folder of the engine's own state in a Trainer's checkp
 SCHEDULER = "scheduler.pt"
 
 
-class DualPipeTrainer(PipelineEvaluation):
+class DualPipeTrainer(PipelineLoaders, PipelineEvaluation):
     """A Trainer for models that are too large for one device: every process runs some stages of the model.
 
     Start it with a launcher (`torchrun`, `deepspeed`), one process a device. `per_device_train_batch_size` is the batch
@@ -346,39 +346,6 @@ class DualPipeTrainer(PipelineEvaluation):
         share them."""
         self.current_flos /= self._stages * self._replicas // self._readers
         super().store_flos()
-
-    def get_total_train_batch_size(self, args: TrainingArguments) -> int:
-        return self._train_batch_size * self._readers
-
-    def _get_dataloader(self, *args: Any, **kwargs: Any) -> DataLoader:
-        """As the Trainer's, sharded over replicas with data of their own only; evaluation is not sharded."""
-        shards = (self._readers, self._reader()) if kwargs.get("is_training", False) else (1, 0)
-        prepare = self.accelerator.prepare
-        self.accelerator.prepare = partial(self._prepare_loader, *shards)
-        try:
-            return super()._get_dataloader(*args, **kwargs)
-        finally:
-            self.accelerator.prepare = prepare
-
-    def _reader(self) -> int:
-        return int(self._make_engine().data_rank) if self._readers > 1 else 0
-
-    def _prepare_loader(self, shards: int, shard: int, loader: DataLoader) -> DataLoader:
-        settings = self.accelerator.dataloader_config
-        if loader.worker_init_fn is not None:  # the Trainer's, in training: workers of one reader draw the same
-            loader.worker_init_fn = partial(seed_worker, num_workers=loader.num_workers, rank=shard)
-        return prepare_data_loader(
-            loader,
-            self.accelerator.device,
-            num_processes=shards,
-            process_index=shard,
-            put_on_device=False,
-            rng_types=self.accelerator.rng_types,
-            dispatch_batches=False,
-            even_batches=settings.even_batches,
-            use_seedable_sampler=settings.use_seedable_sampler,
-            data_seed=settings.data_seed,
-        )
 
     @contextmanager
     def _alone(self) -> Iterator[None]:
